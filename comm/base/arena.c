@@ -1,0 +1,99 @@
+#include "comm/base/arena.h"
+
+#include "comm/base/mem.h"
+
+#include <string.h>
+
+enum { ALIGN = 64 };
+
+struct arena_block {
+    struct arena_block *next;
+    size_t bytes, used;
+    unsigned char *data;
+};
+
+void arena_init(struct arena *a, size_t block_bytes, size_t cap_bytes)
+{
+    *a = (struct arena){ .block_bytes = block_bytes ? block_bytes : 1 << 20, .cap_bytes = cap_bytes };
+}
+
+void arena_fini(struct arena *a)
+{
+    for (struct arena_block *b = a->first, *next; b; b = next) {
+        next = b->next;
+        mem_block_free(b->data, b->bytes);
+        mem_free(b);
+    }
+    *a = (struct arena){ 0 };
+}
+
+static struct arena_block *new_block(struct arena *a, size_t bytes)
+{
+    size_t size = bytes > a->block_bytes ? bytes : a->block_bytes;
+    if (a->cap_bytes && a->held_bytes + size > a->cap_bytes)
+        return NULL;
+    struct arena_block *b = mem_alloc(sizeof *b);
+    if (!b)
+        return NULL;
+    *b = (struct arena_block){ .bytes = size, .data = mem_block(size, 4096) };
+    if (!b->data) {
+        mem_free(b);
+        return NULL;
+    }
+    a->held_bytes += size;
+    a->grown++;
+    return b;
+}
+
+void *arena_alloc(struct arena *a, size_t bytes)
+{
+    if (bytes > SIZE_MAX - ALIGN)
+        return NULL;
+    size_t n = (bytes + ALIGN - 1) / ALIGN * ALIGN;
+    struct arena_block *b = a->current;
+    while (b && b->used + n > b->bytes && b->next) { /* blocks after current are empty */
+        b = b->next;
+        b->used = 0;
+    }
+    if (!b || b->used + n > b->bytes) {
+        struct arena_block *fresh = new_block(a, n);
+        if (!fresh)
+            return NULL;
+        if (b)
+            b->next = fresh;
+        else
+            a->first = fresh;
+        b = fresh;
+    }
+    a->current = b;
+    void *p = b->data + b->used;
+    b->used += n;
+    a->used_bytes += n;
+    if (a->used_bytes > a->peak_bytes)
+        a->peak_bytes = a->used_bytes;
+    return p;
+}
+
+void *arena_zalloc(struct arena *a, size_t bytes)
+{
+    void *p = arena_alloc(a, bytes);
+    return p ? memset(p, 0, bytes) : NULL;
+}
+
+struct arena_mark arena_mark(const struct arena *a)
+{
+    return (struct arena_mark){ a->current, a->current ? a->current->used : 0, a->used_bytes };
+}
+
+void arena_release(struct arena *a, struct arena_mark m)
+{
+    a->current = m.block ? m.block : a->first;
+    if (a->current)
+        a->current->used = m.block ? m.used : 0;
+    a->used_bytes = m.used_bytes;
+}
+
+void arena_reset(struct arena *a)
+{
+    arena_release(a, (struct arena_mark){ 0 });
+}

@@ -1,0 +1,113 @@
+#include "comm/base/rng.h"
+
+#include <math.h>
+
+void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
+{
+    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+        c1 = (uint32_t)p1;
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c3 = (uint32_t)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0;
+    out[1] = c1;
+    out[2] = c2;
+    out[3] = c3;
+}
+
+static void block(struct rng_at at, uint64_t index, uint32_t out[4])
+{
+    /* counter[0] is element/4; what of it exceeds 32 bits moves into the stream word's upper half */
+    uint32_t counter[4] = { (uint32_t)index, at.sample, at.step, at.stream ^ (uint32_t)(index >> 32) << 16 };
+    uint32_t key[2] = { (uint32_t)at.seed, (uint32_t)(at.seed >> 32) };
+    philox4x32(counter, key, out);
+}
+
+uint32_t rng_u32(struct rng_at at, uint64_t element)
+{
+    uint32_t w[4];
+    block(at, element / 4, w);
+    return w[element % 4];
+}
+
+static double unit(uint32_t w)
+{
+    return ((double)w + 0.5) * 0x1p-32;
+}
+
+double rng_uniform(struct rng_at at, uint64_t element)
+{
+    return unit(rng_u32(at, element));
+}
+
+uint64_t rng_below(struct rng_at at, uint64_t i, uint64_t n)
+{
+    uint32_t w[4];
+    block(at, i / 2, w);
+    uint64_t x = (uint64_t)w[i % 2 * 2] << 32 | w[i % 2 * 2 + 1];
+    return (uint64_t)((unsigned __int128)x * n >> 64);
+}
+
+static void normals4(const uint32_t w[4], double out[4])
+{
+    const double tau = 6.283185307179586476925286766559;
+    for (int i = 0; i < 4; i += 2) {
+        double r = sqrt(-2 * log(unit(w[i]))), a = tau * unit(w[i + 1]);
+        out[i] = r * cos(a);
+        out[i + 1] = r * sin(a);
+    }
+}
+
+double rng_normal(struct rng_at at, uint64_t element)
+{
+    uint32_t w[4];
+    double z[4];
+    block(at, element / 4, w);
+    normals4(w, z);
+    return z[element % 4];
+}
+
+void rng_normals(struct rng_at at, uint64_t first, size_t n, float *out)
+{
+    uint32_t w[4];
+    double z[4];
+    uint64_t have = UINT64_MAX;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t e = first + i;
+        if (e / 4 != have) {
+            have = e / 4;
+            block(at, have, w);
+            normals4(w, z);
+        }
+        out[i] = (float)z[e % 4];
+    }
+}
+
+uint64_t rng_permute(uint64_t seed, uint32_t epoch, uint64_t i, uint64_t n)
+{
+    if (n <= 1)
+        return 0;
+    int bits = 64 - __builtin_clzll(n - 1);
+    int half = (bits + 1) / 2; /* 2^(2 half) >= n, and less than 4 n: walking the cycle ends after a few turns */
+    uint64_t mask = ((uint64_t)1 << half) - 1;
+    uint64_t x = i;
+    do {
+        uint64_t l = x >> half, r = x & mask;
+        for (uint32_t round = 0; round < 4; round++) {
+            uint32_t counter[4] = { (uint32_t)r, (uint32_t)(r >> 32) ^ round << 24, epoch, RNG_SHUFFLE }, w[4];
+            uint32_t key[2] = { (uint32_t)seed, (uint32_t)(seed >> 32) };
+            philox4x32(counter, key, w);
+            uint64_t f = ((uint64_t)w[1] << 32 | w[0]) & mask, t = l ^ f;
+            l = r;
+            r = t;
+        }
+        x = l << half | r;
+    } while (x >= n);
+    return x;
+}
