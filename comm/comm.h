@@ -1,12 +1,13 @@
 /* comm: ranks that exchange bytes. Collectives, non-blocking reductions, and one batched point-to-point exchange.
  *
- *     comm_open("mpi", &argc, &argv, &world);  comm_dup(world, &mine);  comm_allreduce(mine, x, n, COMM_F32, COMM_SUM, s);
+ *     comm_open("mpi", &argc, &argv, &world);  comm_dup(world, &mine);  comm_allreduce(mine, x, n, COMM_F32, COMM_SUM,
+ * s);
  *
- * Collective functions are called by every rank of the communicator in the same order. A comm may be used by one thread at a
- * time; two threads use two comms (comm_dup). Counts are size_t; backends chunk them for MPI's int. `s` is the stream that
- * produced the data (NULL on the CPU). A failure of the transport itself cannot be shared: such errors are PEER or IO and the
- * job ends through comm_abort. Backends must not print, sleep while holding a lock, or keep pointers after a call returns
- * (requests: after comm_wait, or a comm_test that said done). */
+ * Collective functions are called by every rank of the communicator in the same order. A comm may be used by one thread
+ * at a time; two threads use two comms (comm_dup). Counts are size_t; backends chunk them for MPI's int. `s` is the
+ * stream that produced the data (NULL on the CPU). A failure of the transport itself cannot be shared: such errors are
+ * PEER or IO and the job ends through comm_abort. Backends must not print, sleep while holding a lock, or keep pointers
+ * after a call returns (requests: after comm_wait, or a comm_test that said done). */
 #ifndef TESSERA_COMM_COMM_H
 #define TESSERA_COMM_COMM_H
 
@@ -68,31 +69,41 @@ struct comm {
 
 /* The world of backend `name` ("self": one rank; "mpi"). Collective over the world. */
 status *comm_open(const char *name, int *argc, char ***argv, struct comm **out) WARN_UNUSED;
-/* Wrap the communicator whose MPI_Comm_c2f integer is `fortran_handle`; MPI stays the caller's to initialise and end. */
+/* Wrap the communicator whose MPI_Comm_c2f integer is `fortran_handle`; MPI stays the caller's to initialise and end.
+ */
 status *comm_from_mpi(int fortran_handle, struct comm **out) WARN_UNUSED;
 void comm_close(struct comm *c); /* NULL is fine. Collective for the world */
 
-status *comm_dup(struct comm *c, struct comm **out) WARN_UNUSED;                            /* Collective */
-status *comm_split(struct comm *c, int color, int key, struct comm **out) WARN_UNUSED;       /* Collective; color < 0: *out = NULL */
-status *comm_barrier(struct comm *c) WARN_UNUSED;                                             /* Collective */
+status *comm_dup(struct comm *c, struct comm **out) WARN_UNUSED; /* Collective */
+status *comm_split(struct comm *c, int color, int key,
+                   struct comm **out) WARN_UNUSED; /* Collective; color < 0: *out = NULL */
+status *comm_barrier(struct comm *c) WARN_UNUSED;  /* Collective */
 status *comm_bcast(struct comm *c, void *buf, size_t bytes, int root, struct stream *s) WARN_UNUSED; /* Collective */
-/* In place. Collective. Float results depend on the backend's order; where bits are promised use comm_exchange and add. */
-status *comm_allreduce(struct comm *c, void *buf, size_t count, enum comm_type t, enum comm_op op, struct stream *s) WARN_UNUSED;
-status *comm_allgather(struct comm *c, const void *in, void *out, size_t bytes, struct stream *s) WARN_UNUSED; /* Collective */
-/* Rank r gives counts[r] bytes (its `bytes`); `out` at root holds them one after another; out, counts NULL elsewhere. Collective */
-status *comm_gatherv(struct comm *c, const void *in, size_t bytes, void *out, const size_t *counts, int root) WARN_UNUSED;
-status *comm_scatterv(struct comm *c, const void *in, const size_t *counts, void *out, size_t bytes, int root) WARN_UNUSED;
+/* In place. Collective. Float results depend on the backend's order; where bits are promised use comm_exchange and add.
+ */
+status *comm_allreduce(struct comm *c, void *buf, size_t count, enum comm_type t, enum comm_op op,
+                       struct stream *s) WARN_UNUSED;
+status *comm_allgather(struct comm *c, const void *in, void *out, size_t bytes,
+                       struct stream *s) WARN_UNUSED; /* Collective */
+/* Rank r gives counts[r] bytes (its `bytes`); `out` at root holds them one after another; out, counts NULL elsewhere.
+ * Collective */
+status *comm_gatherv(struct comm *c, const void *in, size_t bytes, void *out, const size_t *counts,
+                     int root) WARN_UNUSED;
+status *comm_scatterv(struct comm *c, const void *in, const size_t *counts, void *out, size_t bytes,
+                      int root) WARN_UNUSED;
 /* Gather byte strings of any length at root: allocates *out (mem_free) and *counts there. Collective. */
-status *comm_gather_bytes(struct comm *c, const void *in, size_t bytes, int root, void **out, size_t **counts) WARN_UNUSED;
+status *comm_gather_bytes(struct comm *c, const void *in, size_t bytes, int root, void **out,
+                          size_t **counts) WARN_UNUSED;
 /* Send a byte string of any length from root; allocates *buf elsewhere (mem_free). Collective. */
 status *comm_bcast_bytes(struct comm *c, void **buf, size_t *bytes, int root) WARN_UNUSED;
 
 /* Start a reduction; `in` and `out` (distinct) stay the request's until it is done. Collective to start. */
 status *comm_iallreduce(struct comm *c, const void *in, void *out, size_t count, enum comm_type t, enum comm_op op,
                         struct comm_req *req) WARN_UNUSED;
-/* Start all messages of the list at once. Every send has its receive in the peer's exchange: same tag, same bytes, in the
- * same order per pair. A message to oneself is copied. Buffers stay the request's until it is done. */
-status *comm_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s, struct comm_req *req) WARN_UNUSED;
+/* Start all messages of the list at once. Every send has its receive in the peer's exchange: same tag, same bytes, in
+ * the same order per pair. A message to oneself is copied. Buffers stay the request's until it is done. */
+status *comm_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s,
+                       struct comm_req *req) WARN_UNUSED;
 status *comm_exchange(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s) WARN_UNUSED; /* and wait */
 bool comm_pending(const struct comm_req *req);
 status *comm_test(struct comm_req *req, bool *done) WARN_UNUSED; /* an empty request is done */

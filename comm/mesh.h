@@ -18,7 +18,8 @@ void mesh_coords(const struct mesh *m, int rank, int coord[MESH_AXES]);
 int mesh_rank(const struct mesh *m, const int coord[MESH_AXES]);
 /* Check sizes against a world; a dp of 0 is set to what remains. INVALID names the sizes. */
 status *mesh_init(struct mesh *m, int world) WARN_UNUSED;
-/* The communicator of the ranks that differ from this one only along the axes in `mask` (1 << MESH_DP | ...), ordered by rank. Collective. */
+/* The communicator of the ranks that differ from this one only along the axes in `mask` (1 << MESH_DP | ...), ordered
+ * by rank. Collective. */
 status *mesh_comm(const struct mesh *m, struct comm *world, unsigned mask, struct comm **out) WARN_UNUSED;
 /* "pp=1,dp=4,ep=1,cp=1,tp=1" */
 void mesh_text(const struct mesh *m, char *text, size_t bytes);

@@ -30,7 +30,7 @@ void arena_fini(struct arena *a)
 static struct arena_block *new_block(struct arena *a, size_t bytes)
 {
     size_t size = bytes > a->block_bytes ? bytes : a->block_bytes;
-    if (a->cap_bytes && a->held_bytes + size > a->cap_bytes)
+    if (a->cap_bytes && (a->held_bytes > a->cap_bytes || size > a->cap_bytes - a->held_bytes))
         return NULL;
     struct arena_block *b = mem_alloc(sizeof *b);
     if (!b)
@@ -51,11 +51,11 @@ void *arena_alloc(struct arena *a, size_t bytes)
         return NULL;
     size_t n = (bytes + ALIGN - 1) / ALIGN * ALIGN;
     struct arena_block *b = a->current;
-    while (b && b->used + n > b->bytes && b->next) { /* blocks after current are empty */
+    while (b && n > b->bytes - b->used && b->next) { /* blocks after current are empty */
         b = b->next;
         b->used = 0;
     }
-    if (!b || b->used + n > b->bytes) {
+    if (!b || n > b->bytes - b->used) {
         struct arena_block *fresh = new_block(a, n);
         if (!fresh)
             return NULL;

@@ -17,7 +17,7 @@ struct arena {
     size_t held_bytes;  /* sum over blocks */
     size_t peak_bytes;  /* most ever in use */
     size_t used_bytes;
-    uint64_t grown;     /* blocks obtained so far */
+    uint64_t grown; /* blocks obtained so far */
 };
 struct arena_mark {
     struct arena_block *block;

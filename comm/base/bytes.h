@@ -8,7 +8,8 @@
 
 static inline void put_u32(void *p, uint32_t v)
 {
-    unsigned char b[4] = { (unsigned char)v, (unsigned char)(v >> 8), (unsigned char)(v >> 16), (unsigned char)(v >> 24) };
+    unsigned char b[4] = { (unsigned char)v, (unsigned char)(v >> 8), (unsigned char)(v >> 16),
+                           (unsigned char)(v >> 24) };
     memcpy(p, b, 4);
 }
 
@@ -30,7 +31,8 @@ static inline uint64_t get_u64(const void *p)
     return get_u32(p) | (uint64_t)get_u32((const unsigned char *)p + 4) << 32;
 }
 
-/* CRC-32C (Castagnoli, iSCSI) of n bytes, continuing from `crc` (0 to start): crc32c(0, "123456789", 9) == 0xe3069283. */
+/* CRC-32C (Castagnoli, iSCSI) of n bytes, continuing from `crc` (0 to start): crc32c(0, "123456789", 9) == 0xe3069283.
+ */
 uint32_t crc32c(uint32_t crc, const void *p, size_t n);
 
 /* A 128-bit fingerprint that is fed in pieces: two independent multiply-rotate lanes over 8-byte words. Not

@@ -1,4 +1,5 @@
-/* dtype: the element types a checkpoint can hold, from the first version. Numbers are stored in files: never renumber. */
+/* dtype: the element types a checkpoint can hold, from the first version. Numbers are stored in files: never renumber.
+ */
 #ifndef TESSERA_COMM_BASE_DTYPE_H
 #define TESSERA_COMM_BASE_DTYPE_H
 
@@ -8,16 +9,28 @@
 
 enum dtype {
     DTYPE_NONE = 0,
-    DTYPE_F64 = 1, DTYPE_F32 = 2, DTYPE_F16 = 3, DTYPE_BF16 = 4,
-    DTYPE_F8E4M3 = 5, DTYPE_F8E5M2 = 6, DTYPE_E8M0 = 7,
+    DTYPE_F64 = 1,
+    DTYPE_F32 = 2,
+    DTYPE_F16 = 3,
+    DTYPE_BF16 = 4,
+    DTYPE_F8E4M3 = 5,
+    DTYPE_F8E5M2 = 6,
+    DTYPE_E8M0 = 7,
     DTYPE_U4X2 = 8, /* two 4-bit values a byte: an element of the tensor is the byte */
-    DTYPE_I64 = 9, DTYPE_I32 = 10, DTYPE_I16 = 11, DTYPE_I8 = 12,
-    DTYPE_U64 = 13, DTYPE_U32 = 14, DTYPE_U16 = 15, DTYPE_U8 = 16, DTYPE_BOOL = 17,
+    DTYPE_I64 = 9,
+    DTYPE_I32 = 10,
+    DTYPE_I16 = 11,
+    DTYPE_I8 = 12,
+    DTYPE_U64 = 13,
+    DTYPE_U32 = 14,
+    DTYPE_U16 = 15,
+    DTYPE_U8 = 16,
+    DTYPE_BOOL = 17,
     DTYPE_COUNT
 };
 
-size_t dtype_bytes(enum dtype t);       /* of one element; 0 for what is no dtype */
-const char *dtype_name(enum dtype t);   /* "f32"; "?" */
+size_t dtype_bytes(enum dtype t);         /* of one element; 0 for what is no dtype */
+const char *dtype_name(enum dtype t);     /* "f32"; "?" */
 enum dtype dtype_parse(const char *name); /* DTYPE_NONE if unknown */
 
 /* bfloat16 is the upper half of an f32; narrowing rounds to nearest even and keeps NaN quiet. */

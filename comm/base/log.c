@@ -31,6 +31,6 @@ void log_status(const struct log *l, enum log_level level, const status *st)
     char where[32] = "";
     if (status_rank(st) >= 0)
         snprintf(where, sizeof where, " (rank %d)", status_rank(st));
-    log_line(l, level, "%s%s [%s, %s:%d]", status_message(st), where, status_code_name(status_code(st)), status_file(st),
-             status_line(st));
+    log_line(l, level, "%s%s [%s, %s:%d]", status_message(st), where, status_code_name(status_code(st)),
+             status_file(st), status_line(st));
 }

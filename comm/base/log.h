@@ -1,4 +1,5 @@
-/* log: levelled lines on stderr, prefixed with the rank. A log is a value in its owner's handle; there is no global one. */
+/* log: levelled lines on stderr, prefixed with the rank. A log is a value in its owner's handle; there is no global
+ * one. */
 #ifndef TESSERA_COMM_BASE_LOG_H
 #define TESSERA_COMM_BASE_LOG_H
 

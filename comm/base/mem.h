@@ -1,4 +1,5 @@
-/* mem: the only place that calls malloc. Counts calls, so that "no allocation in a steady step" is a test and not a hope. */
+/* mem: the only place that calls malloc. Counts calls, so that "no allocation in a steady step" is a test and not a
+ * hope. */
 #ifndef TESSERA_COMM_BASE_MEM_H
 #define TESSERA_COMM_BASE_MEM_H
 
@@ -13,7 +14,8 @@ void *mem_array(void *p, size_t count, size_t bytes); /* realloc of count x byte
 char *mem_strdup(const char *s);
 void mem_free(void *p);
 
-/* A large block: aligned to `align` (a power of two, at least 4096), zeroed, on huge pages where the system has them, touched. */
+/* A large block: aligned to `align` (a power of two, at least 4096), zeroed, on huge pages where the system has them,
+ * touched. */
 void *mem_block(size_t bytes, size_t align);
 void mem_block_free(void *p, size_t bytes);
 

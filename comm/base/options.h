@@ -1,5 +1,5 @@
-/* options: one row per option: name, type, default, range, unit, help, place in a struct. The same rows parse configs and
- * key=value overrides, give defaults and print help. Rows live in the file of the component that owns them. */
+/* options: one row per option: name, type, default, range, unit, help, place in a struct. The same rows parse configs
+ * and key=value overrides, give defaults and print help. Rows live in the file of the component that owns them. */
 #ifndef TESSERA_COMM_BASE_OPTIONS_H
 #define TESSERA_COMM_BASE_OPTIONS_H
 
@@ -38,10 +38,10 @@ struct option_table {
 
 /* The row with that key, or NULL. */
 const struct option *options_find(const struct option_table *t, const char *key);
-/* Parse `text` into the row's field of `base`. `where` begins the message: "configs/a.yaml:12". INVALID names the key, the
- * text and the legal values. */
-status *options_set(const struct option_table *t, const char *key, const char *text, void *base, const char *where)
-    WARN_UNUSED;
+/* Parse `text` into the row's field of `base`. `where` begins the message: "configs/a.yaml:12". INVALID names the key,
+ * the text and the legal values. */
+status *options_set(const struct option_table *t, const char *key, const char *text, void *base,
+                    const char *where) WARN_UNUSED;
 /* Every field from its default (required ones: zero). Fields must not hold strings yet. */
 status *options_defaults(const struct option_table *t, void *base) WARN_UNUSED;
 void options_fini(const struct option_table *t, void *base); /* frees strings */

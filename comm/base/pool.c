@@ -2,6 +2,9 @@
 
 status *pool_init(struct pool *p, void *memory, size_t block_bytes, size_t count)
 {
+    *p = (struct pool){ 0 };
+    if (!block_bytes)
+        return ERR(INVALID, "a pool of blocks of 0 bytes");
     *p = (struct pool){ .memory = memory, .block_bytes = block_bytes, .count = count };
     TRY(queue_init(&p->free, count ? count : 1));
     for (size_t i = 0; i < count; i++)
@@ -44,4 +47,7 @@ size_t pool_free_count(struct pool *p)
 void pool_close(struct pool *p)
 {
     queue_close(&p->free);
+    void *b;
+    while (queue_try_get(&p->free, &b)) /* a closed queue still hands out, a closed pool does not */
+        ;
 }

@@ -4,6 +4,9 @@
 
 status *queue_init(struct queue *q, size_t cap)
 {
+    *q = (struct queue){ 0 };
+    if (!cap)
+        return ERR(INVALID, "a queue of 0 slots");
     *q = (struct queue){ .cap = cap, .slot = mem_array(NULL, cap, sizeof *q->slot) };
     if (!q->slot)
         return ERR(NO_MEMORY, "queue of %zu slots", cap);

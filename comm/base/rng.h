@@ -1,5 +1,5 @@
-/* rng: Philox4x32-10, addressed. A draw is a pure function of (seed, where it is used); there is no hidden state, so draws do
- * not depend on rank count, micro-batching or order, and resuming needs no saved generator.
+/* rng: Philox4x32-10, addressed. A draw is a pure function of (seed, where it is used); there is no hidden state, so
+ * draws do not depend on rank count, micro-batching or order, and resuming needs no saved generator.
  *
  *   key = (seed_lo, seed_hi)     counter = (element/4, global sample index or name hash, step or draw, stream id)
  *   Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; ten rounds. */
@@ -14,7 +14,12 @@ enum rng_stream {
     RNG_INIT = 1,    /* parameter initialisation: sample = hash of the tensor's name */
     RNG_SHUFFLE = 2, /* data permutation: step = epoch */
     RNG_DATA = 3,    /* generated data sets */
-    RNG_TIME = 4, RNG_NOISE = 5, RNG_LABEL_DROP = 6, RNG_DROPOUT = 7, RNG_AUGMENT = 8, RNG_SAMPLER = 9,
+    RNG_TIME = 4,
+    RNG_NOISE = 5,
+    RNG_LABEL_DROP = 6,
+    RNG_DROPOUT = 7,
+    RNG_AUGMENT = 8,
+    RNG_SAMPLER = 9,
     RNG_BOOTSTRAP = 10, /* confidence intervals */
 };
 
@@ -37,7 +42,8 @@ double rng_normal(struct rng_at at, uint64_t element);
 /* out[i] = standard normal of element first + i, i < n. */
 void rng_normals(struct rng_at at, uint64_t first, size_t n, float *out);
 
-/* A keyed permutation of [0, n): the value at position i, O(1) memory (four-round Feistel network with cycle walking). */
+/* A keyed permutation of [0, n): the value at position i, O(1) memory (four-round Feistel network with cycle walking).
+ */
 uint64_t rng_permute(uint64_t seed, uint32_t epoch, uint64_t i, uint64_t n);
 
 #endif

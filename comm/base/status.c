@@ -22,8 +22,8 @@ struct tessera_status {
 static const struct tessera_status out_of_memory = { ST_NO_MEMORY, 0, -1, "", "out of memory" };
 
 static const char *const code_names[ST_CODE_COUNT] = {
-    "OK",      "INVALID",     "NOT_FOUND", "EXISTS",    "NO_MEMORY", "IO",     "NO_SPACE",    "CORRUPT",
-    "UNAVAILABLE", "TIMEOUT", "CANCELLED", "PEER", "DEVICE", "UNSUPPORTED", "INTERNAL",
+    "OK",          "INVALID", "NOT_FOUND", "EXISTS", "NO_MEMORY", "IO",          "NO_SPACE", "CORRUPT",
+    "UNAVAILABLE", "TIMEOUT", "CANCELLED", "PEER",   "DEVICE",    "UNSUPPORTED", "INTERNAL",
 };
 
 static status *new_v(const char *file, int line, enum status_code code, const char *fmt, va_list ap)
@@ -84,14 +84,15 @@ status *status_wrap(status *st, const char *fmt, ...)
 {
     if (!st || st == &out_of_memory)
         return st;
-    char inner[MESSAGE_BYTES];
-    memcpy(inner, st->message, sizeof inner);
+    char text[2 * MESSAGE_BYTES]; /* apart from st->message, which an argument may point into */
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(st->message, sizeof st->message, fmt, ap);
+    vsnprintf(text, MESSAGE_BYTES, fmt, ap);
     va_end(ap);
-    size_t n = strlen(st->message);
-    snprintf(st->message + n, sizeof st->message - n, ": %s", inner);
+    size_t n = strlen(text);
+    snprintf(text + n, sizeof text - n, ": %s", st->message);
+    text[MESSAGE_BYTES - 1] = 0;
+    memcpy(st->message, text, MESSAGE_BYTES);
     return st;
 }
 

@@ -12,30 +12,30 @@
 /* What the caller can do about it. The numbers are part of the public API (ckpt/tessera.h) and never change. */
 enum status_code {
     ST_OK = 0,
-    ST_INVALID = 1,     /* the input is wrong: fix it */
-    ST_NOT_FOUND = 2,   /* what was named is not there */
-    ST_EXISTS = 3,      /* what was to be made is there already */
-    ST_NO_MEMORY = 4,   /* host or device memory ran out */
-    ST_IO = 5,          /* a read or write failed for good */
-    ST_NO_SPACE = 6,    /* storage is full or over quota */
-    ST_CORRUPT = 7,     /* stored bytes are not what was written */
-    ST_UNAVAILABLE = 8, /* try again later */
-    ST_TIMEOUT = 9,     /* a deadline passed */
-    ST_CANCELLED = 10,  /* someone asked for it to stop */
-    ST_PEER = 11,       /* another rank failed */
-    ST_DEVICE = 12,     /* an accelerator failed or is missing */
+    ST_INVALID = 1,      /* the input is wrong: fix it */
+    ST_NOT_FOUND = 2,    /* what was named is not there */
+    ST_EXISTS = 3,       /* what was to be made is there already */
+    ST_NO_MEMORY = 4,    /* host or device memory ran out */
+    ST_IO = 5,           /* a read or write failed for good */
+    ST_NO_SPACE = 6,     /* storage is full or over quota */
+    ST_CORRUPT = 7,      /* stored bytes are not what was written */
+    ST_UNAVAILABLE = 8,  /* try again later */
+    ST_TIMEOUT = 9,      /* a deadline passed */
+    ST_CANCELLED = 10,   /* someone asked for it to stop */
+    ST_PEER = 11,        /* another rank failed */
+    ST_DEVICE = 12,      /* an accelerator failed or is missing */
     ST_UNSUPPORTED = 13, /* this build or backend cannot do it */
-    ST_INTERNAL = 14,   /* a bug of ours */
+    ST_INTERNAL = 14,    /* a bug of ours */
     ST_CODE_COUNT
 };
 
 typedef struct tessera_status status;
 
-#define WARN_UNUSED   __attribute__((warn_unused_result))
-#define PRINTF(f, a)  __attribute__((format(printf, f, a)))
+#define WARN_UNUSED  __attribute__((warn_unused_result))
+#define PRINTF(f, a) __attribute__((format(printf, f, a)))
 
-/* Describe an error at the place where it is detected: `return ERR(INVALID, "key %s: ...", key)`. Never returns NULL (when
- * memory is out it returns a static object that status_free ignores). */
+/* Describe an error at the place where it is detected: `return ERR(INVALID, "key %s: ...", key)`. Never returns NULL
+ * (when memory is out it returns a static object that status_free ignores). */
 #define ERR(code, ...) status_new(__FILE__, __LINE__, ST_##code, __VA_ARGS__)
 status *status_new(const char *file, int line, enum status_code code, const char *fmt, ...) PRINTF(4, 5) WARN_UNUSED;
 
@@ -61,7 +61,7 @@ enum status_code status_code(const status *st); /* ST_OK for NULL */
 const char *status_message(const status *st);   /* "" for NULL; without code and place */
 const char *status_file(const status *st);
 int status_line(const status *st);
-int status_rank(const status *st); /* -1: not known */
+int status_rank(const status *st);                   /* -1: not known */
 const char *status_code_name(enum status_code code); /* "INVALID" */
 
 /* The process exit code for an outcome: 0 for NULL, else 64 + code, so that launch/ can restart PEER, DEVICE and
@@ -80,7 +80,7 @@ int status_exit_code(const status *st);
 #define CHECK(cond, ...)                                                                                               \
     do {                                                                                                               \
         if (__builtin_expect(!(cond), 0))                                                                              \
-            check_failed(__FILE__, __LINE__, #cond, " " __VA_ARGS__);                                                   \
+            check_failed(__FILE__, __LINE__, #cond, " " __VA_ARGS__);                                                  \
     } while (0)
 void check_failed(const char *file, int line, const char *cond, const char *fmt, ...) PRINTF(4, 5)
     __attribute__((noreturn));

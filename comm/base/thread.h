@@ -25,7 +25,7 @@ status *thread_join(struct thread *t) WARN_UNUSED;
  * because a loop body writes only what its index owns. */
 struct workers;
 status *workers_open(int threads, struct workers **out) WARN_UNUSED;
-void workers_close(struct workers *w); /* NULL is fine */
+void workers_close(struct workers *w);      /* NULL is fine */
 int workers_count(const struct workers *w); /* 1 for NULL */
 /* Run fn(arg, i) for i in [0, n), each once; returns when all are done. w may be NULL: runs here. Not reentrant.
  * Makes no allocation. */

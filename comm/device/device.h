@@ -1,8 +1,8 @@
 /* device: where tensors live. Memory, streams, events and asynchronous copies behind one table; CPU is one of them.
  *
- * A stream orders work; on the CPU every call has finished when it returns, so streams and events are no-ops. All functions
- * may be called from any thread. NULL is the CPU's only stream. A copy reads its source until an event recorded after it is
- * done. Implementations must not take locks of the caller and must not print. */
+ * A stream orders work; on the CPU every call has finished when it returns, so streams and events are no-ops. All
+ * functions may be called from any thread. NULL is the CPU's only stream. A copy reads its source until an event
+ * recorded after it is done. Implementations must not take locks of the caller and must not print. */
 #ifndef TESSERA_COMM_DEVICE_DEVICE_H
 #define TESSERA_COMM_DEVICE_DEVICE_H
 
@@ -22,9 +22,10 @@ struct device_ops {
     const char *name;
     status *(*open)(struct device *d, int index);
     void (*close)(struct device *d);
-    status *(*alloc)(struct device *d, size_t bytes, void **out);      /* device memory, 4 KiB aligned, zeroed */
+    status *(*alloc)(struct device *d, size_t bytes, void **out); /* device memory, 4 KiB aligned, zeroed */
     void (*free)(struct device *d, void *p, size_t bytes);
-    status *(*alloc_pinned)(struct device *d, size_t bytes, void **out); /* host memory the device copies fast; touched */
+    status *(*alloc_pinned)(struct device *d, size_t bytes,
+                            void **out); /* host memory the device copies fast; touched */
     void (*free_pinned)(struct device *d, void *p, size_t bytes);
     status *(*stream_open)(struct device *d, struct stream **out);
     void (*stream_close)(struct device *d, struct stream *s);
@@ -55,7 +56,8 @@ typedef const struct device_plugin *device_plugin_fn(void);
 
 /* Open device `index` of backend `name` ("cpu", "cuda"). "cuda" is a plugin (tessera_cuda.so beside the program, in its
  * ../lib/tessera, or in $TESSERA_PLUGINS), opened only here.
- * Errors: INVALID lists the backends; UNSUPPORTED: built without it, or another build's plugin; DEVICE: no usable GPU. */
+ * Errors: INVALID lists the backends; UNSUPPORTED: built without it, or another build's plugin; DEVICE: no usable GPU.
+ */
 status *device_open(const char *name, int index, struct device **out) WARN_UNUSED;
 void device_close(struct device *d); /* NULL is fine */
 
