@@ -1,0 +1,18 @@
+/* ckpt: the handle behind tessera.h, for the trainer, the command line and tests. */
+#ifndef TESSERA_CKPT_CKPT_H
+#define TESSERA_CKPT_CKPT_H
+
+#include "ckpt/tessera.h"
+#include "comm/comm.h"
+#include "comm/device/device.h"
+#include "storage/store.h"
+
+/* tessera_open with what the program has already: world is duplicated, dev borrowed (NULL: the CPU), s borrowed if not NULL (rank 0's and every
+ * other rank's may be one object: tests wrap it), else opened from o->url. Collective. */
+status *ckpt_open(const struct tessera_options *o, struct comm *world, struct device *dev, struct store *s, tessera **out) WARN_UNUSED;
+uint64_t ckpt_attempt(const tessera *t);
+
+/* `tessera ckpt ls|show|verify ...`: argv[0] is the verb. Prints results to stdout; returns the error for main to print. Not collective. */
+status *ckpt_cli(int argc, char **argv) WARN_UNUSED;
+
+#endif

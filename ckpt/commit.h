@@ -1,0 +1,66 @@
+/* commit: when a step counts. Step directories, attempts, the lease, metadata.pb, LATEST, retention, candidates. Storage only, no MPI:
+ * rank 0 (or one rank a node) calls it.
+ *
+ * Invariants: (1) a step is read only if its metadata.pb decodes and its files have the lengths it states; (2) metadata.pb is put once, exclusively,
+ * after every rank said yes; (3) a step is removed metadata.pb first, and never the newest valid one; (4) nothing that another attempt could have
+ * committed is overwritten: file names carry the attempt. */
+#ifndef TESSERA_CKPT_COMMIT_H
+#define TESSERA_CKPT_COMMIT_H
+
+#include "ckpt/metadata.h"
+#include "storage/store.h"
+
+enum { STEP_DIR_BYTES = 32, MAX_METADATA_BYTES = 1 << 30 };
+
+/* "step-000000000100" */
+void commit_step_dir(uint64_t step, char dir[STEP_DIR_BYTES]);
+/* The step of such a name; false for anything else (".bad-..." too). */
+bool commit_parse_dir(const char *name, uint64_t *step);
+/* "step-000000000100/policy.model-00003.a1b2c3d4e5f60718.h5": '/' of the part becomes '.' */
+void commit_shard_key(uint64_t step, const char *part, int writer, uint64_t attempt, char key[STORE_KEY_BYTES]);
+
+/* --- the lease */
+struct lease {
+    struct store *store;
+    uint64_t attempt, run_id, parent;
+    uint32_t seconds;
+    uint64_t renewed_ns; /* monotonic */
+    char host[64];
+};
+/* Take the root's lease for a new attempt (drawn from the system's randomness). The run id is the root's: taken over from the
+ * last lease, or drawn. Errors as tessera_open says. `note` (NOTE_BYTES) is set to a line for people when a dead job's lease was taken over, else "". */
+enum { NOTE_BYTES = 256 };
+status *lease_take(struct store *s, uint32_t seconds, struct lease *out, char note[NOTE_BYTES]) WARN_UNUSED;
+/* Renew if a third of its time has passed. CANCELLED: another attempt holds it now. */
+status *lease_renew(struct lease *l) WARN_UNUSED;
+/* Check that it is still ours (before a commit). */
+status *lease_check(struct lease *l) WARN_UNUSED;
+status *lease_give_back(struct lease *l) WARN_UNUSED;
+
+/* --- committed steps */
+struct step_list {
+    uint64_t *step; /* ascending: listing + LATEST, steps with a metadata.pb */
+    size_t count;
+};
+status *commit_list(struct store *s, struct step_list *out) WARN_UNUSED;
+void step_list_free(struct step_list *l);
+/* Read and check one step's metadata and the lengths of all its files. NOT_FOUND: not committed; CORRUPT names the file. */
+status *commit_read(struct store *s, uint64_t step, struct metadata **out) WARN_UNUSED;
+/* Put metadata.pb exclusively, then LATEST. If a metadata.pb of another attempt is there, it is renamed out of the way first (a zombie's);
+ * EXISTS: our own attempt's. */
+status *commit_put(struct store *s, const struct metadata *m) WARN_UNUSED;
+/* Remove the oldest committed steps beyond keep_last (0: none), never the newest. */
+status *commit_retain(struct store *s, uint64_t newest, int keep_last) WARN_UNUSED;
+/* Rename step-N to step-N.WHY-ATTEMPT (WHY: "bad", "retired"); where the store cannot rename, remove its metadata.pb. Missing is fine. */
+status *commit_retire(struct store *s, uint64_t step, const char *why, uint64_t attempt) WARN_UNUSED;
+/* Remove files of `attempt` in the step's directory (a failed or cancelled save), and the directory if it is empty then. */
+status *commit_discard(struct store *s, uint64_t step, uint64_t attempt) WARN_UNUSED;
+
+/* --- verify: read every byte of a step. Calls `found` once for each damage with file, tensor ("" for headers and padding) and offset. */
+struct verify_result {
+    uint64_t files, tensors, bytes, damages;
+};
+status *commit_verify(struct store *s, uint64_t step, void (*found)(void *arg, const char *line), void *arg,
+                      struct verify_result *out) WARN_UNUSED;
+
+#endif

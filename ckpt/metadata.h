@@ -1,0 +1,74 @@
+/* metadata: the one file that makes a step a checkpoint: what is stored where. Pure: bytes in, checked struct out.
+ *
+ * File: "TESSERA\x89", u32 format version, u64 length of the body, u32 crc32c of the body, then the body, a protobuf message
+ * (metadata.proto) whose pieces are packed columns. Everything is checked against everything else before use: a hostile file can
+ * neither name a path outside its step nor ask for memory that it does not carry. */
+#ifndef TESSERA_CKPT_METADATA_H
+#define TESSERA_CKPT_METADATA_H
+
+#include "ckpt/layout.h"
+#include "comm/base/dtype.h"
+
+#include <stddef.h>
+
+enum { META_VERSION = 1, META_BLOCK_BYTES = 1 << 20 /* checksum block */ };
+
+struct meta_file {
+    char *name; /* inside the step's directory */
+    uint64_t bytes, header_bytes;
+    uint32_t header_crc; /* crc32c of [0, header_bytes) */
+};
+
+struct meta_piece {
+    struct piece piece;
+    uint32_t file;          /* index into files */
+    uint64_t offset, bytes; /* payload in that file */
+    uint64_t first_crc;     /* index into crcs: one crc32c for each META_BLOCK_BYTES of the payload, the last may be short */
+};
+
+struct meta_tensor {
+    char *part; /* "model", "optim", "ref/logps" */
+    char *name;
+    enum dtype dtype;
+    struct shape shape;
+    bool trainable;
+    char *alias_of;   /* another tensor of this part that holds the bytes, or NULL; then there are no pieces */
+    uint64_t first_piece, piece_count;
+};
+
+struct meta_blob {
+    char *part, *name;
+    int32_t rank; /* -1: one for all ranks */
+    void *data;
+    uint64_t bytes;
+};
+
+struct metadata {
+    uint64_t run_id, attempt, parent_attempt; /* parent 0: none */
+    uint64_t step, time_ns;
+    struct mesh mesh;
+    uint32_t world;
+    char *build;
+    struct meta_file *file;
+    struct meta_tensor *tensor; /* sorted by (part, name) */
+    struct meta_piece *piece;   /* grouped by tensor */
+    uint32_t *crc;
+    struct meta_blob *blob;
+    uint64_t file_count, tensor_count, piece_count, crc_count, blob_count;
+};
+
+/* CORRUPT-proof both ways: encode checks the same invariants as decode (INTERNAL). *buf is the caller's to mem_free. */
+status *metadata_encode(const struct metadata *m, void **buf, size_t *bytes) WARN_UNUSED;
+/* CORRUPT says what is wrong: magic, version, length, crc, or which tensor, piece, file disagrees with what. UNSUPPORTED: a newer version. */
+status *metadata_decode(const void *buf, size_t bytes, struct metadata **out) WARN_UNUSED;
+void metadata_free(struct metadata *m);
+/* Index of a tensor, or -1. Binary search. */
+int64_t metadata_find(const struct metadata *m, const char *part, const char *name);
+const struct meta_blob *metadata_blob(const struct metadata *m, const char *part, const char *name, int32_t rank);
+/* Checksum blocks of a payload of that many bytes. */
+static inline uint64_t meta_blocks(uint64_t bytes)
+{
+    return (bytes + META_BLOCK_BYTES - 1) / META_BLOCK_BYTES;
+}
+
+#endif

@@ -1,0 +1,70 @@
+/* plan: who writes what. Pure: the descriptors of all ranks in, one list of stored pieces out. No MPI inside, so any model and
+ * mesh can be planned in one process.
+ *
+ * Replicas are found by equality of (tensor, piece). Each tensor's distinct pieces must tile it exactly once (sort and sweep, never pairwise).
+ * Pieces larger than `split_bytes` with several holders are split among them as runs at multiples of 4 KiB. Then, largest first, each piece
+ * goes to the holder with the fewest bytes so far, nodes before ranks. The result depends only on the input, not on its order. */
+#ifndef TESSERA_CKPT_PLAN_H
+#define TESSERA_CKPT_PLAN_H
+
+#include "ckpt/layout.h"
+#include "comm/base/bytes.h"
+#include "comm/base/dtype.h"
+
+#include <stddef.h>
+
+/* What a rank holds: one record a piece. Names live in one text block, so that descriptors are plain memory and travel as bytes. */
+struct plan_desc {
+    uint64_t part, name; /* offsets of NUL-ended strings in the text block */
+    uint64_t alias;      /* offset of the name of the tensor (same part) that holds the bytes; UINT64_MAX: none */
+    enum dtype dtype;
+    uint32_t trainable;
+    struct shape shape;
+    struct piece piece;
+    int32_t rank;
+    uint32_t local; /* index of the piece in that rank's state */
+};
+
+struct plan_tensor {
+    const char *part, *name, *alias_of; /* point into the plan's own text */
+    enum dtype dtype;
+    bool trainable;
+    struct shape shape;
+    uint64_t first_piece, piece_count;
+};
+
+struct plan_piece {
+    uint32_t tensor;
+    int32_t writer;
+    uint32_t local;        /* the writer's own piece it is (part of) */
+    struct piece piece;    /* what is stored: equal to that piece, or a run of it when split */
+    uint64_t local_offset; /* elements into the writer's local run */
+};
+
+struct plan {
+    struct hash128 fingerprint;
+    int ranks;
+    struct plan_tensor *tensor; /* sorted by (part, name) */
+    struct plan_piece *piece;   /* grouped by tensor, in piece_compare order */
+    uint64_t tensor_count, piece_count;
+    uint64_t *rank_bytes; /* [ranks] */
+    char *text;
+};
+
+struct plan_options {
+    const int32_t *node_of; /* [ranks] node of each rank, or NULL: one node */
+    uint64_t split_bytes;   /* 0: 4 MiB */
+};
+
+/* desc is sorted in place. Errors name the tensor: INVALID when ranks disagree on shape, dtype or alias, when pieces overlap or leave a
+ * hole (with coordinates), or an alias names no tensor of its part. */
+status *plan_make(struct plan_desc *desc, uint64_t count, const char *text, size_t text_bytes, int ranks,
+                  const struct plan_options *o, struct plan **out) WARN_UNUSED;
+void plan_free(struct plan *p);
+/* 128-bit fingerprint of one rank's descriptors: names, shapes, dtypes, pieces. */
+struct hash128 plan_fingerprint(const struct plan_desc *desc, uint64_t count, const char *text);
+/* A plan as bytes and back, for sending to other ranks. *buf is the caller's to mem_free. */
+status *plan_pack(const struct plan *p, void **buf, size_t *bytes) WARN_UNUSED;
+status *plan_unpack(const void *buf, size_t bytes, struct plan **out) WARN_UNUSED;
+
+#endif

@@ -1,0 +1,103 @@
+/* store: puts bytes somewhere durable and gets ranges of them back. Opened by URI; one file a backend.
+ *
+ *   file:PATH, file:///PATH or a bare PATH  a directory (made if it is missing)        store_posix.c
+ *   mem:                                     this handle's own memory, for tests        store_mem.c
+ *
+ * Keys are relative paths ("step-000000000100/model-00000.a1b2.h5"): segments of [A-Za-z0-9._-], none empty, "." or "..";
+ * store.c refuses others, so nothing outside the root can be named. All functions may be called from any thread.
+ *
+ * Durability: what store_put and store_writer_finish have returned NULL for survives a crash of the machine. Nothing of a
+ * writer is visible under its key before finish. An implementation must not print, must not keep buffers after return, and
+ * reports short transfers as errors (store.c loops on partial ones). */
+#ifndef TESSERA_STORAGE_STORE_H
+#define TESSERA_STORAGE_STORE_H
+
+#include "comm/base/status.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct store;
+
+struct store_info {
+    uint64_t bytes;
+    uint64_t mtime_ns; /* by the storage's clock */
+    bool is_dir;
+};
+
+struct store_entry {
+    char *name; /* last segment */
+    struct store_info info;
+};
+struct store_list {
+    struct store_entry *entry; /* sorted by name */
+    size_t count;
+};
+
+enum store_put_mode { STORE_REPLACE, STORE_EXCLUSIVE /* EXISTS if the key is there; atomic against racing puts */ };
+
+struct store_writer {
+    struct store *store;
+    uint64_t bytes; /* full length, promised at open */
+    char *key;
+    void *impl;
+};
+
+enum { STORE_KEY_BYTES = 512 }; /* longest key, with its NUL */
+
+struct store_ops {
+    const char *name;
+    const char *scheme; /* "file" */
+    status *(*open)(struct store *s, const char *path, bool create); /* path: what follows "scheme:" */
+    void (*close)(struct store *s);
+    status *(*put)(struct store *s, const char *key, const void *buf, size_t n, enum store_put_mode mode);
+    /* up to n bytes from offset; *got = 0 at the end */
+    status *(*get)(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got);
+    status *(*stat)(struct store *s, const char *key, struct store_info *out);
+    status *(*list)(struct store *s, const char *dir, struct store_list *out); /* children of dir ("" = root); not sorted */
+    status *(*remove)(struct store *s, const char *key);       /* one object; missing is fine */
+    status *(*remove_tree)(struct store *s, const char *dir);  /* everything below; missing is fine */
+    status *(*rename_tree)(struct store *s, const char *from, const char *to); /* NULL: this store cannot */
+    status *(*now)(struct store *s, uint64_t *ns);             /* the storage's clock */
+    status *(*writer_open)(struct store_writer *w);
+    status *(*write)(struct store_writer *w, uint64_t offset, const void *buf, size_t n, size_t *put); /* may be partial */
+    status *(*finish)(struct store_writer *w); /* durable and visible; frees impl, also on error */
+    void (*abort)(struct store_writer *w);     /* nothing stays; frees impl */
+    bool sequential;                           /* wants writes in file order */
+};
+
+struct store {
+    const struct store_ops *ops;
+    char *uri;
+    void *impl;
+};
+
+/* Open by URI. create: make what is missing (writing jobs); otherwise NOT_FOUND. INVALID names the known schemes. */
+status *store_open(const char *uri, bool create, struct store **out) WARN_UNUSED;
+void store_close(struct store *s); /* NULL is fine */
+status *store_check_key(const char *key) WARN_UNUSED;
+
+status *store_put(struct store *s, const char *key, const void *buf, size_t n, enum store_put_mode mode) WARN_UNUSED;
+/* Exactly n bytes from offset; CORRUPT names key, offset and the length found when the object ends before. */
+status *store_get(struct store *s, const char *key, uint64_t offset, void *buf, size_t n) WARN_UNUSED;
+/* A whole object of at most `max` bytes; *buf is the caller's to mem_free, with a NUL after its last byte. */
+status *store_get_all(struct store *s, const char *key, size_t max, void **buf, size_t *n) WARN_UNUSED;
+status *store_stat(struct store *s, const char *key, struct store_info *out) WARN_UNUSED;
+status *store_list(struct store *s, const char *dir, struct store_list *out) WARN_UNUSED;
+void store_list_free(struct store_list *l);
+status *store_remove(struct store *s, const char *key) WARN_UNUSED;
+status *store_remove_tree(struct store *s, const char *dir) WARN_UNUSED;
+status *store_rename_tree(struct store *s, const char *from, const char *to) WARN_UNUSED; /* UNSUPPORTED where it cannot */
+status *store_now(struct store *s, uint64_t *ns) WARN_UNUSED;
+
+/* One writer an object; write from any thread at any offset below `bytes`, each byte at most once; then finish or abort, which
+ * free w. Gaps that nobody wrote read back as zero (padding between datasets). */
+status *store_writer_open(struct store *s, const char *key, uint64_t bytes, struct store_writer **out) WARN_UNUSED;
+status *store_write(struct store_writer *w, uint64_t offset, const void *buf, size_t n) WARN_UNUSED;
+status *store_writer_finish(struct store_writer *w) WARN_UNUSED;
+void store_writer_abort(struct store_writer *w); /* NULL is fine */
+
+extern const struct store_ops *const store_registry[]; /* generated; ends with NULL */
+
+#endif

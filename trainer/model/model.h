@@ -1,0 +1,86 @@
+/* model: parameters declared once, a forward pass over ops, nothing else. One file a family: model_<name>.c defines model_<name>_ops.
+ *
+ * A tensor's name, shape, initialisation and placement are written once, in `declare`; the checkpoint list, weight-decay mask, sharding
+ * and export all come from that list. Names are the Hugging Face ones. */
+#ifndef TESSERA_TRAINER_MODEL_MODEL_H
+#define TESSERA_TRAINER_MODEL_MODEL_H
+
+#include "ckpt/layout.h"
+#include "comm/base/options.h"
+#include "trainer/ops/ops.h"
+
+enum param_init { INIT_NORMAL, INIT_ONE, INIT_ZERO };
+
+enum { PARAM_NAME_BYTES = 96, PARAM_ALIGN = 1024 /* elements; 4 KiB of f32 */ };
+
+struct param {
+    char name[PARAM_NAME_BYTES]; /* "model.layers.0.self_attn.q_proj.weight" */
+    struct shape shape;
+    enum param_init init;
+    float init_std;
+    bool decay;           /* weight decay applies */
+    int alias;            /* index of the parameter whose memory this name shares (tied weights), or -1 */
+    int cut[LAYOUT_DIMS]; /* mesh axis that would cut each dimension under tensor parallelism, or -1 */
+    uint64_t offset;      /* first element in the flat block; a multiple of PARAM_ALIGN */
+    struct tensor value;  /* data and grad point into the blocks */
+};
+
+/* All parameters of a model: one block of values, one of gradients (or none). */
+struct params {
+    struct param *p;
+    int count, cap;
+    uint64_t total; /* elements of a block, paddings included; a multiple of PARAM_ALIGN */
+    float *data, *grad;
+};
+
+/* For `declare`: append a parameter of 1 or 2 dimensions (rows 0: one dimension). NULL when out of memory. */
+struct param *params_add(struct params *ps, const char *name, uint64_t rows, uint64_t cols, enum param_init init, float std, bool decay);
+/* Append a name that shares the memory of parameter `of`. */
+struct param *params_alias(struct params *ps, const char *name, const struct param *of);
+/* Give the blocks memory; with_grad false: values only. */
+status *params_alloc(struct params *ps, bool with_grad) WARN_UNUSED;
+/* Fill with initial values: element e of a tensor is std * N(0,1) drawn at (seed, hash of name, e): the same on every mesh. */
+void params_init(struct params *ps, uint64_t seed);
+void params_free(struct params *ps);
+struct param *params_find(const struct params *ps, const char *name);
+uint64_t params_unique_elems(const struct params *ps); /* without aliases and paddings */
+
+/* A packed micro-batch of token sequences as models see it. Borrowed. */
+struct model_input {
+    int64_t tokens;
+    const int32_t *token; /* [N] */
+    struct segments seg;
+    struct kv_cache *cache; /* [layers], or NULL */
+};
+
+struct model;
+struct model_ops {
+    const char *name;
+    const struct option_table *options; /* section "model"; the first field of the config struct is `int kind` */
+    size_t config_bytes;
+    status *(*check)(const void *config); /* what single option rows cannot: heads divide, head size even, ... */
+    status *(*declare)(struct model *m);  /* fill m->params; keep what forward needs in m->impl */
+    struct tensor *(*forward)(struct model *m, struct tape *t, const struct model_input *in); /* final hidden states [N, C], normalised */
+    struct tensor *(*head)(struct model *m); /* output matrix [V, C] */
+    double (*flops_per_token)(const struct model *m, double mean_context); /* forward; multiply-adds count 2 */
+    int (*layers)(const struct model *m);
+    void (*close)(struct model *m); /* frees impl */
+};
+
+struct model {
+    const struct model_ops *ops;
+    void *config; /* owned copy; strings in it stay the config's */
+    struct params params;
+    int64_t vocab;
+    void *impl;
+};
+
+extern const struct model_ops *const model_registry[]; /* generated; ends with NULL */
+
+/* The registry row, or INVALID with the list of names. */
+status *model_lookup(const char *name, const struct model_ops **out) WARN_UNUSED;
+/* Declare a model from a filled config struct (copied). Parameters have no memory yet. vocab is the tokenizer's. */
+status *model_open(const struct model_ops *ops, const void *config, int64_t vocab, struct model **out) WARN_UNUSED;
+void model_close(struct model *m);
+
+#endif

@@ -1,0 +1,73 @@
+/* tape: models are written once, forward only. Each op appends a record; tape_backward replays the records in reverse.
+ *
+ *     tape_begin(t, TAPE_TRAIN);
+ *     struct tensor *h = op_linear(t, x, w, NULL);          // NULL in, NULL out: errors stick to the tape
+ *     ...
+ *     status *st = tape_end(t);                             // the first error, or NULL
+ *     tape_backward(t, logp, dlogp, TAPE_BACKWARD_ALL);     // adds into the .grad of every tensor that has one
+ *
+ * A tape owns its arena and holds one micro-batch: outputs, what forward keeps for backward, and gradients of activations live there
+ * until the next tape_begin. After shapes have been seen once (a TAPE_DRY pass with the largest shapes) nothing is allocated.
+ * Backward accumulates (+=) into gradients. One thread drives a tape; kernels share the rank's workers. Results depend on no thread count. */
+#ifndef TESSERA_TRAINER_OPS_TAPE_H
+#define TESSERA_TRAINER_OPS_TAPE_H
+
+#include "comm/base/arena.h"
+#include "comm/base/dtype.h"
+#include "comm/base/thread.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { TENSOR_DIMS = 4 };
+
+/* Row-major, contiguous, last index fastest. */
+struct tensor {
+    enum dtype dtype; /* DTYPE_F32, or DTYPE_BF16 for stored weights */
+    int ndim;
+    int64_t dim[TENSOR_DIMS];
+    void *data;
+    float *grad; /* f32, same shape; NULL: no gradient is wanted */
+};
+
+int64_t tensor_elems(const struct tensor *x);
+
+enum tape_mode {
+    TAPE_DRY,     /* check shapes and take memory; compute nothing */
+    TAPE_FORWARD, /* compute, keep nothing for backward */
+    TAPE_TRAIN,   /* compute and record */
+};
+
+enum tape_backward {
+    TAPE_BACKWARD_INPUT = 1,  /* gradients of activations */
+    TAPE_BACKWARD_WEIGHT = 2, /* gradients of parameters; needs the activations' ones */
+    TAPE_BACKWARD_ALL = 3,
+};
+
+struct kernels; /* trainer/ops/kernels.h: one table of raw kernels a device */
+struct tape_record;
+
+struct tape {
+    struct arena arena;
+    struct workers *workers;       /* borrowed; may be NULL */
+    const struct kernels *kernels; /* the device's table */
+    enum tape_mode mode;
+    struct tape_record *last; /* newest record; linked backwards */
+    status *error;            /* first error since tape_begin */
+};
+
+/* kernels NULL: the CPU's. cap_bytes 0: no cap on activations. */
+status *tape_open(struct workers *w, const struct kernels *k, size_t cap_bytes, struct tape **out) WARN_UNUSED;
+void tape_close(struct tape *t); /* NULL is fine */
+/* Forget all records and tensors of before. */
+void tape_begin(struct tape *t, enum tape_mode mode);
+/* Take the tape's first error. */
+status *tape_end(struct tape *t) WARN_UNUSED;
+/* Seed `root` with droot (same shape, f32; NULL: what root->grad holds already) and replay. Only after TAPE_TRAIN without error.
+ * May be called with INPUT first and WEIGHT later. */
+status *tape_backward(struct tape *t, struct tensor *root, const float *droot, unsigned halves) WARN_UNUSED;
+
+/* Set the first error; returns NULL, so that an op can `return tape_fail(...)`. Takes st. */
+struct tensor *tape_fail(struct tape *t, status *st);
+
+#endif
