@@ -30,10 +30,12 @@ struct comm_req {
     const struct comm_ops *ops; /* NULL: nothing in flight */
 };
 
+enum { COMM_TAG_MAX = 32767 };
+
 /* One message of an exchange: bytes may be 0 (skipped on both sides). tag tells messages between one pair apart. */
 struct comm_xfer {
     int peer;
-    int tag; /* 0..32767 */
+    int tag; /* 0..COMM_TAG_MAX */
     bool send;
     void *buf;
     size_t bytes;
@@ -55,7 +57,7 @@ struct comm_ops {
                           struct comm_req *req);
     status *(*iexchange)(struct comm *c, const struct comm_xfer *x, size_t n, struct comm_req *req);
     status *(*test)(struct comm_req *req, bool *done);
-    status *(*wait)(struct comm_req *req);
+    status *(*wait)(struct comm_req *req); /* NULL: comm_wait tests and sleeps */
     void (*abort)(struct comm *c, int code);
     bool thread_multiple; /* other threads may use other comms at the same time */
 };
@@ -94,7 +96,8 @@ status *comm_scatterv(struct comm *c, const void *in, const size_t *counts, void
 /* Gather byte strings of any length at root: allocates *out (mem_free) and *counts there. Collective. */
 status *comm_gather_bytes(struct comm *c, const void *in, size_t bytes, int root, void **out,
                           size_t **counts) WARN_UNUSED;
-/* Send a byte string of any length from root; allocates *buf elsewhere (mem_free). Collective. */
+/* Send a byte string of any length from root; allocates *buf elsewhere (mem_free), with a zero byte after the end that
+ * *bytes does not count. Collective. */
 status *comm_bcast_bytes(struct comm *c, void **buf, size_t *bytes, int root) WARN_UNUSED;
 
 /* Start a reduction; `in` and `out` (distinct) stay the request's until it is done. Collective to start. */
