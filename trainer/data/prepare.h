@@ -1,0 +1,20 @@
+/* prepare: `tessera data prepare|show`: real and generated data into the JSONL forms that dataset.h reads. */
+#ifndef TESSERA_TRAINER_DATA_PREPARE_H
+#define TESSERA_TRAINER_DATA_PREPARE_H
+
+#include "comm/base/status.h"
+
+/* argv[0] is "prepare" or "show":
+ *   prepare gsm8k SOURCE_DIR OUT_DIR [heldout=0.2] [pairs=4] [seed=0]
+ *       SOURCE_DIR/train.jsonl {"question", "answer"} -> sft.jsonl {"prompt", "completion"}
+ *       SOURCE_DIR/example_model_solutions.jsonl -> prefs_train.jsonl, prefs_heldout.jsonl {"prompt", "chosen", "rejected", "problem"}: chosen = a
+ *       solution marked correct, rejected = one of the same problem marked wrong, duplicates dropped, at most `pairs` pairs a problem, a
+ *       `heldout` share of the problems (keyed by the seed and the question's hash) in the second file, never both.
+ *   prepare arithmetic OUT_DIR [rows=4000] [heldout=400] [digits=2] [seed=0]
+ *       sums, differences and products with worked solutions: sft.jsonl, prefs_train.jsonl, prefs_heldout.jsonl in the same forms; the rejected
+ *       solution goes wrong at one step and carries the mistake on. Problems of the held-out file are in neither other file.
+ *   show FILE [N]     the first N rows with token counts, and a summary (rows, tokens, longest, dropped)
+ * Files are written under a temporary name and renamed; a summary line goes to stdout. */
+status *data_cli(int argc, char **argv) WARN_UNUSED;
+
+#endif

@@ -1,0 +1,23 @@
+/* optim: learning-rate schedules and the options of AdamW and clipping. Pure. */
+#ifndef TESSERA_TRAINER_OPTIM_OPTIM_H
+#define TESSERA_TRAINER_OPTIM_OPTIM_H
+
+#include "comm/base/options.h"
+
+enum schedule_kind { SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_COSINE };
+
+struct optim_config { /* section "optim" */
+    double lr, min_lr, beta1, beta2, eps, weight_decay, clip;
+    int schedule;
+    int64_t warmup_steps;
+};
+extern const struct option_table optim_options;
+
+/* Learning rate of step s (0-based) of `total`: linear from lr / W to lr over the first W = warmup_steps steps, then constant, or linear or
+ * cosine down to min_lr at step total - 1. */
+double schedule_lr(const struct optim_config *c, double peak_lr, uint64_t s, uint64_t total);
+
+/* Factor for gradients of global norm `norm`: min(1, clip / (norm + 1e-6)) (torch.nn.utils.clip_grad_norm_); 1 when clip is 0. */
+double clip_scale(double clip, double norm);
+
+#endif
