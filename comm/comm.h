@@ -71,22 +71,26 @@ struct comm {
 
 /* The world of backend `name` ("self": one rank; "mpi"). Collective over the world. */
 status *comm_open(const char *name, int *argc, char ***argv, struct comm **out) WARN_UNUSED;
-/* Wrap the communicator whose MPI_Comm_c2f integer is `fortran_handle`; MPI stays the caller's to initialise and end.
- */
+/* Wrap (a duplicate of) the communicator whose MPI_Comm_c2f integer is `fortran_handle`; MPI stays the caller's to
+ * initialise and end. Collective over that communicator. */
 status *comm_from_mpi(int fortran_handle, struct comm **out) WARN_UNUSED;
-void comm_close(struct comm *c); /* NULL is fine. Collective for the world */
+/* NULL is fine. Requests must be done. Collective. */
+void comm_close(struct comm *c);
 
-status *comm_dup(struct comm *c, struct comm **out) WARN_UNUSED; /* Collective */
-status *comm_split(struct comm *c, int color, int key,
-                   struct comm **out) WARN_UNUSED; /* Collective; color < 0: *out = NULL */
-status *comm_barrier(struct comm *c) WARN_UNUSED;  /* Collective */
-status *comm_bcast(struct comm *c, void *buf, size_t bytes, int root, struct stream *s) WARN_UNUSED; /* Collective */
-/* In place. Collective. Float results depend on the backend's order; where bits are promised use comm_exchange and add.
+/* The same ranks with messages of their own. Collective. */
+status *comm_dup(struct comm *c, struct comm **out) WARN_UNUSED;
+/* One communicator per color, its ranks ordered by key, then by rank in c. color < 0: *out = NULL. Collective. */
+status *comm_split(struct comm *c, int color, int key, struct comm **out) WARN_UNUSED;
+/* Collective. */
+status *comm_barrier(struct comm *c) WARN_UNUSED;
+/* Collective; the same `bytes` everywhere. */
+status *comm_bcast(struct comm *c, void *buf, size_t bytes, int root, struct stream *s) WARN_UNUSED;
+/* In place. Float results depend on the backend's order; where bits are promised use comm_exchange and add. Collective.
  */
 status *comm_allreduce(struct comm *c, void *buf, size_t count, enum comm_type t, enum comm_op op,
                        struct stream *s) WARN_UNUSED;
-status *comm_allgather(struct comm *c, const void *in, void *out, size_t bytes,
-                       struct stream *s) WARN_UNUSED; /* Collective */
+/* out: size x bytes; `in` may be this rank's place in it. Collective. */
+status *comm_allgather(struct comm *c, const void *in, void *out, size_t bytes, struct stream *s) WARN_UNUSED;
 /* Rank r gives counts[r] bytes (its `bytes`); `out` at root holds them one after another; out, counts NULL elsewhere.
  * Collective */
 status *comm_gatherv(struct comm *c, const void *in, size_t bytes, void *out, const size_t *counts,
