@@ -1,0 +1,474 @@
+#include "trainer/config.h"
+
+#include "comm/agree.h"
+#include "comm/base/mem.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <yaml.h>
+
+#define ROW(type_, struct_, field_, key_, def_, min_, max_, choices_, unit_, help_)                                    \
+    { key_, type_, def_, min_, max_, choices_, unit_, help_, offsetof(struct struct_, field_) }
+#define TABLE(section_, rows_) { section_, rows_, sizeof(rows_) / sizeof((rows_)[0]) }
+
+static const struct option top_rows[] = {
+    ROW(OPT_ENUM, top_config, device, "device", "cpu", 0, 0, "cpu|cuda", "", "where tensors live"),
+    ROW(OPT_ENUM, top_config, comm, "comm", "mpi", 0, 0, "mpi|self", "", "how ranks talk; self: one process without MPI"),
+    ROW(OPT_INT, top_config, threads, "threads", "0", 0, 1024, NULL, "", "compute threads of a rank; 0: cores / ranks on the host"),
+};
+static const struct option run_rows[] = {
+    ROW(OPT_STRING, run_config, name, "name", NULL, 0, 0, NULL, "", "name of the run, in logs and metrics"),
+    ROW(OPT_STRING, run_config, dir, "dir", "", 0, 0, NULL, "", "folder for metrics.jsonl; empty: runs/NAME"),
+    ROW(OPT_INT, run_config, seed, "seed", "0", 0, 9e15, NULL, "", "seed of initialisation, shuffling and every other draw"),
+};
+static const struct option data_rows[] = {
+    ROW(OPT_STRING, data_config, sft, "sft", "", 0, 0, NULL, "", "JSONL of prompt/completion or messages rows, for SFT"),
+    ROW(OPT_STRING, data_config, prefs, "prefs", "", 0, 0, NULL, "", "JSONL of prompt/chosen/rejected rows, for DPO"),
+    ROW(OPT_STRING, data_config, heldout, "heldout", "", 0, 0, NULL, "", "JSONL of preference rows for evaluation; empty: none"),
+    ROW(OPT_INT, data_config, max_length, "max_length", "1024", 8, 1 << 20, NULL, "tokens", "longer sequences are cut at their end"),
+};
+static const struct option algo_rows[] = {
+    ROW(OPT_STRING, algo_choice, kind, "kind", NULL, 0, 0, NULL, "", "the algorithm: sft, dpo"),
+    ROW(OPT_INT, algo_choice, warmup_sft_steps, "warmup_sft_steps", "0", 0, 1e9, NULL, "steps", "SFT steps before the algorithm starts, part of train.steps"),
+    ROW(OPT_FLOAT, algo_choice, warmup_sft_lr, "warmup_sft_lr", "0", 0, 1, NULL, "", "peak learning rate of those steps; 0: optim.lr"),
+};
+static const struct option train_rows[] = {
+    ROW(OPT_INT, train_config, steps, "steps", NULL, 1, 1e12, NULL, "steps", "optimiser steps in all, SFT warm-up included"),
+    ROW(OPT_INT, train_config, global_batch, "global_batch", NULL, 1, 1 << 20, NULL, "rows", "rows (sequences or pairs) an optimiser step"),
+    ROW(OPT_INT, train_config, micro_batch, "micro_batch", "1", 1, 1 << 20, NULL, "rows", "rows of one forward pass; divides global_batch"),
+    ROW(OPT_INT, train_config, lanes, "lanes", "8", 1, 64, NULL, "", "summation lanes of deterministic mode: a power of two, at least dp"),
+    ROW(OPT_INT, train_config, eval_every, "eval_every", "0", 0, 1e12, NULL, "steps", "evaluate on data.heldout; 0: only at the end"),
+    ROW(OPT_INT, train_config, log_every, "log_every", "10", 1, 1e12, NULL, "steps", "steps between progress lines"),
+    ROW(OPT_BOOL, train_config, deterministic, "deterministic", "true", 0, 0, NULL, "", "the same bits for any number of ranks up to lanes"),
+};
+static const struct option parallel_rows[] = {
+    ROW(OPT_INT, parallel_config, pp, "pp", "1", 1, 1, NULL, "ranks", "pipeline stages"),
+    ROW(OPT_INT, parallel_config, dp, "dp", "0", 0, 1 << 20, NULL, "ranks", "data-parallel ranks; 0: all that mpirun started"),
+    ROW(OPT_INT, parallel_config, ep, "ep", "1", 1, 1, NULL, "ranks", "expert-parallel ranks"),
+    ROW(OPT_INT, parallel_config, cp, "cp", "1", 1, 1, NULL, "ranks", "context-parallel ranks"),
+    ROW(OPT_INT, parallel_config, tp, "tp", "1", 1, 1, NULL, "ranks", "tensor-parallel ranks"),
+    ROW(OPT_INT, parallel_config, zero, "zero", "1", 0, 1, NULL, "", "ZeRO stage: 0 replicates optimiser state, 1 shards it"),
+    ROW(OPT_SIZE, parallel_config, bucket, "bucket", "16MiB", 4096, 4e9, NULL, "bytes", "gradient bytes reduced at a time"),
+};
+static const struct option memory_rows[] = {
+    ROW(OPT_SIZE, memory_config, activations, "activations", "0", 0, 0, NULL, "bytes", "cap on a rank's activations; 0: none"),
+};
+static const struct option checkpoint_rows[] = {
+    ROW(OPT_STRING, checkpoint_config, url, "url", "", 0, 0, NULL, "", "where steps are saved: file:PATH; empty: no checkpoints"),
+    ROW(OPT_STRING, checkpoint_config, resume, "resume", "newest-valid", 0, 0, NULL, "", "newest-valid, never, or a step number"),
+    ROW(OPT_INT, checkpoint_config, every, "every", "100", 0, 1e12, NULL, "steps", "steps between saves; 0: only at the end"),
+    ROW(OPT_INT, checkpoint_config, keep_last, "keep_last", "3", 0, 1e6, NULL, "steps", "committed steps that stay; 0: all"),
+    ROW(OPT_INT, checkpoint_config, writers, "writers", "1", 1, 64, NULL, "", "writer threads of a rank"),
+    ROW(OPT_INT, checkpoint_config, lease_seconds, "lease_seconds", "30", 1, 86400, NULL, "s", "a job silent for this long is taken for dead"),
+    ROW(OPT_SIZE, checkpoint_config, staging_bytes, "staging_bytes", "0", 0, 0, NULL, "bytes", "cap on a rank's staging memory; 0: what it writes in a save"),
+    ROW(OPT_SIZE, checkpoint_config, chunk_bytes, "chunk_bytes", "16MiB", 1 << 20, 1 << 30, NULL, "bytes", "unit of capture and writing"),
+    ROW(OPT_BOOL, checkpoint_config, async, "async", "true", 0, 0, NULL, "", "save while training goes on"),
+    ROW(OPT_BOOL, checkpoint_config, rewind, "rewind", "false", 0, 0, NULL, "", "allow starting below the newest step; later ones are retired"),
+    ROW(OPT_BOOL, checkpoint_config, state_hash, "state_hash", "false", 0, 0, NULL, "", "log a hash of the whole state at every save and resume"),
+    ROW(OPT_ENUM, checkpoint_config, on_error, "on_error", "warn", 0, 0, "warn|stop", "", "what a failed save does to training"),
+};
+
+static const struct option_table top_table = TABLE("", top_rows), run_table = TABLE("run", run_rows),
+                                 data_table = TABLE("data", data_rows), algo_table = TABLE("algo", algo_rows),
+                                 train_table = TABLE("train", train_rows), parallel_table = TABLE("parallel", parallel_rows),
+                                 memory_table = TABLE("memory", memory_rows),
+                                 checkpoint_table = TABLE("checkpoint", checkpoint_rows);
+
+/* A section's rows and the struct they fill. "algo" has two: the common one and the algorithm's own. */
+struct section {
+    const struct option_table *table;
+    void *base;
+    const char *chosen_by; /* "" or the kind that brings it, for messages */
+};
+enum { MAX_SECTIONS = 12, MAX_SEEN = 256 };
+
+struct sections {
+    struct section s[MAX_SECTIONS];
+    int count;
+};
+
+static void add_section(struct sections *all, const struct option_table *t, void *base)
+{
+    if (t)
+        all->s[all->count++] = (struct section){ t, base, "" };
+}
+
+static struct sections sections_of(struct config *c)
+{
+    struct sections all = { .count = 0 };
+    add_section(&all, &top_table, &c->top);
+    add_section(&all, &run_table, &c->run);
+    add_section(&all, c->model_ops ? c->model_ops->options : NULL, c->model);
+    add_section(&all, &data_table, &c->data);
+    add_section(&all, &algo_table, &c->algo);
+    add_section(&all, c->algo_ops ? c->algo_ops->options : NULL, c->algo_own);
+    add_section(&all, &train_table, &c->train);
+    add_section(&all, &optim_options, &c->optim);
+    add_section(&all, &parallel_table, &c->parallel);
+    add_section(&all, &memory_table, &c->memory);
+    add_section(&all, &checkpoint_table, &c->checkpoint);
+    return all;
+}
+
+/* One parsed assignment and where it came from. */
+struct assignment {
+    char section[64], key[64];
+    const char *value; /* owned by the YAML document or the command line */
+    char where[256];
+};
+struct assignments {
+    struct assignment *a;
+    size_t count, cap;
+};
+
+static status *assign(struct assignments *l, const char *section, const char *key, const char *value, const char *where, bool replace)
+{
+    struct assignment n = { .value = value };
+    if (snprintf(n.section, sizeof n.section, "%s", section) >= (int)sizeof n.section ||
+        snprintf(n.key, sizeof n.key, "%s", key) >= (int)sizeof n.key)
+        return ERR(INVALID, "%s: key \"%.80s\" is too long", where, key);
+    snprintf(n.where, sizeof n.where, "%s", where);
+    for (size_t i = 0; i < l->count; i++) {
+        struct assignment *old = &l->a[i];
+        if (strcmp(old->section, section) || strcmp(old->key, key))
+            continue;
+        if (!replace)
+            return ERR(INVALID, "%s: key %s%s%s was set before, at %s", where, section, *section ? "." : "", key, old->where);
+        *old = n;
+        return NULL;
+    }
+    if (l->count == l->cap) {
+        size_t cap = l->cap ? 2 * l->cap : 64;
+        struct assignment *a = mem_array(l->a, cap, sizeof *a);
+        if (!a)
+            return ERR(NO_MEMORY, "%s: configuration", where);
+        l->a = a;
+        l->cap = cap;
+    }
+    l->a[l->count++] = n;
+    return NULL;
+}
+
+/* YAML's ways to write nothing mean an empty value here. */
+static const char *scalar_text(const yaml_node_t *n)
+{
+    const char *s = (const char *)n->data.scalar.value;
+    bool plain = n->data.scalar.style == YAML_PLAIN_SCALAR_STYLE;
+    return plain && (!strcmp(s, "~") || !strcmp(s, "null")) ? "" : s;
+}
+
+static status *walk_section(yaml_document_t *doc, const yaml_node_t *map, const char *section, const char *name, struct assignments *out)
+{
+    for (const yaml_node_pair_t *p = map->data.mapping.pairs.start; p < map->data.mapping.pairs.top; p++) {
+        const yaml_node_t *k = yaml_document_get_node(doc, p->key), *v = yaml_document_get_node(doc, p->value);
+        char where[256];
+        snprintf(where, sizeof where, "%.200s:%zu", name, k->start_mark.line + 1);
+        if (k->type != YAML_SCALAR_NODE)
+            return ERR(INVALID, "%s: a key must be a word", where);
+        const char *key = (const char *)k->data.scalar.value;
+        if (v->type == YAML_SCALAR_NODE)
+            TRY(assign(out, section, key, scalar_text(v), where, false));
+        else if (v->type == YAML_MAPPING_NODE && !*section)
+            TRY(walk_section(doc, v, key, name, out));
+        else
+            return ERR(INVALID, "%s: %s%s%s must have a single value, not a %s", where, section, *section ? "." : "", key,
+                       v->type == YAML_SEQUENCE_NODE ? "list" : "section");
+    }
+    return NULL;
+}
+
+static status *read_yaml(const char *text, size_t bytes, const char *name, yaml_document_t *doc)
+{
+    yaml_parser_t parser;
+    if (!yaml_parser_initialize(&parser))
+        return ERR(NO_MEMORY, "%s: YAML parser", name);
+    yaml_parser_set_input_string(&parser, (const unsigned char *)text, bytes);
+    status *st = NULL;
+    if (!yaml_parser_load(&parser, doc))
+        st = ERR(INVALID, "%s:%zu: not YAML: %s", name, parser.problem_mark.line + 1, parser.problem ? parser.problem : "unreadable");
+    yaml_parser_delete(&parser);
+    return st;
+}
+
+static const char *value_of(const struct assignments *l, const char *section, const char *key, const char **where)
+{
+    for (size_t i = 0; i < l->count; i++)
+        if (!strcmp(l->a[i].section, section) && !strcmp(l->a[i].key, key)) {
+            *where = l->a[i].where;
+            return l->a[i].value;
+        }
+    return NULL;
+}
+
+/* The kinds decide which rows exist, so they are looked up first. */
+static status *choose_kinds(struct config *c, const struct assignments *l, const char *name)
+{
+    const char *where = name, *kind = value_of(l, "model", "kind", &where);
+    if (!kind)
+        return ERR(INVALID, "%s: key model.kind is required", name);
+    status *st = model_lookup(kind, &c->model_ops);
+    if (st)
+        return status_wrap(st, "%s: model.kind", where);
+    kind = value_of(l, "algo", "kind", &where);
+    if (!kind)
+        return ERR(INVALID, "%s: key algo.kind is required", name);
+    st = algo_lookup(kind, &c->algo_ops);
+    if (st)
+        return status_wrap(st, "%s: algo.kind", where);
+    c->model = mem_calloc(1, c->model_ops->config_bytes);
+    c->algo_own = mem_calloc(1, c->algo_ops->config_bytes);
+    return c->model && c->algo_own ? NULL : ERR(NO_MEMORY, "%s: configuration", name);
+}
+
+static status *apply_one(struct sections *all, const struct assignment *a)
+{
+    const struct section *owner = NULL;
+    char known[256] = "";
+    for (int i = 0; i < all->count; i++) {
+        const struct section *s = &all->s[i];
+        size_t n = strlen(known);
+        if (*s->table->section && !strstr(known, s->table->section))
+            snprintf(known + n, sizeof known - n, "%s%s", n ? ", " : "", s->table->section);
+        if (strcmp(s->table->section, a->section))
+            continue;
+        if (!owner || options_find(s->table, a->key))
+            owner = s;
+    }
+    if (!owner)
+        return ERR(INVALID, "%s: unknown section \"%s\" (legal: %s)", a->where, a->section, known);
+    return options_set(owner->table, a->key, a->value, owner->base, a->where);
+}
+
+static status *check_required(const struct sections *all, const struct assignments *l, const char *name)
+{
+    for (int i = 0; i < all->count; i++) {
+        const struct option_table *t = all->s[i].table;
+        for (size_t r = 0; r < t->count; r++) {
+            const char *where;
+            if (!t->rows[r].def && !value_of(l, t->section, t->rows[r].key, &where))
+                return ERR(INVALID, "%s: key %s%s%s is required: %s", name, t->section, *t->section ? "." : "", t->rows[r].key,
+                           t->rows[r].help);
+        }
+    }
+    return NULL;
+}
+
+/* What single rows cannot say. */
+static status *check_together(const struct config *c, const char *name)
+{
+    const struct train_config *t = &c->train;
+    if (t->global_batch % t->micro_batch)
+        return ERR(INVALID, "%s: train.micro_batch %lld does not divide train.global_batch %lld", name, (long long)t->micro_batch,
+                   (long long)t->global_batch);
+    if (t->lanes & (t->lanes - 1))
+        return ERR(INVALID, "%s: train.lanes must be a power of two (1, 2, 4, ... 64), not %lld", name, (long long)t->lanes);
+    bool sft = c->algo_ops->data == DATASET_SFT;
+    if (sft && c->algo.warmup_sft_steps)
+        return ERR(INVALID, "%s: algo.warmup_sft_steps is for algorithms other than sft", name);
+    if (c->algo.warmup_sft_steps >= t->steps)
+        return ERR(INVALID, "%s: algo.warmup_sft_steps %lld leaves no step of train.steps %lld to %s", name,
+                   (long long)c->algo.warmup_sft_steps, (long long)t->steps, c->algo_ops->name);
+    if ((sft || c->algo.warmup_sft_steps) && !*c->data.sft)
+        return ERR(INVALID, "%s: data.sft is required: a JSONL file of prompt/completion or messages rows", name);
+    if (!sft && !*c->data.prefs)
+        return ERR(INVALID, "%s: data.prefs is required: a JSONL file of prompt/chosen/rejected rows", name);
+    const char *resume = c->checkpoint.resume;
+    if (strcmp(resume, "newest-valid") && strcmp(resume, "never") && (!*resume || resume[strspn(resume, "0123456789")]))
+        return ERR(INVALID, "%s: checkpoint.resume: \"%s\" is not one of newest-valid, never, or a step number", name, resume);
+    status *st = c->model_ops->check ? c->model_ops->check(c->model) : NULL;
+    return st ? status_wrap(st, "%s", name) : NULL;
+}
+
+static status *collect(yaml_document_t *doc, const char *name, int overrides, char **override, struct assignments *l)
+{
+    const yaml_node_t *root = yaml_document_get_root_node(doc);
+    if (!root || root->type != YAML_MAPPING_NODE)
+        return ERR(INVALID, "%s: a config is a mapping of sections (run:, model:, ...)", name);
+    TRY(walk_section(doc, root, "", name, l));
+    for (int i = 0; i < overrides; i++) {
+        const char *eq = strchr(override[i], '='), *dot = strchr(override[i], '.');
+        if (!eq || eq == override[i])
+            return ERR(INVALID, "command line: \"%s\" is not key=value", override[i]);
+        char section[64] = "", key[64];
+        const char *k = override[i];
+        if (dot && dot < eq) {
+            snprintf(section, sizeof section, "%.*s", (int)(dot - k), k);
+            k = dot + 1;
+        }
+        snprintf(key, sizeof key, "%.*s", (int)(eq - k), k);
+        TRY(assign(l, section, key, eq + 1, "command line", true));
+    }
+    return NULL;
+}
+
+static status *fill(struct config *c, const struct assignments *l, const char *name)
+{
+    TRY(choose_kinds(c, l, name));
+    struct sections all = sections_of(c);
+    for (int i = 0; i < all.count; i++)
+        TRY(options_defaults(all.s[i].table, all.s[i].base));
+    for (size_t i = 0; i < l->count; i++)
+        TRY(apply_one(&all, &l->a[i]));
+    TRY(check_required(&all, l, name));
+    if (!*c->run.dir) {
+        char dir[512];
+        snprintf(dir, sizeof dir, "runs/%s", c->run.name);
+        TRY(options_set(&run_table, "dir", dir, &c->run, name));
+    }
+    return check_together(c, name);
+}
+
+status *config_parse(const char *text, size_t bytes, const char *name, int overrides, char **override, struct config **out)
+{
+    yaml_document_t doc;
+    TRY(read_yaml(text, bytes, name, &doc));
+    struct config *c = mem_calloc(1, sizeof *c);
+    struct assignments l = { 0 };
+    status *st = c ? NULL : ERR(NO_MEMORY, "%s: configuration", name);
+    if (!st)
+        st = collect(&doc, name, overrides, override, &l);
+    if (!st)
+        st = fill(c, &l, name);
+    mem_free(l.a);
+    yaml_document_delete(&doc);
+    if (st) {
+        config_free(c);
+        return st;
+    }
+    *out = c;
+    return NULL;
+}
+
+enum { MAX_CONFIG_BYTES = 1 << 20 };
+
+static status *read_file(const char *path, char **text, size_t *bytes)
+{
+    FILE *f = fopen(path, "rb");
+    if (!f)
+        return ERR(NOT_FOUND, "config %s: %m", path);
+    char *buf = mem_alloc(MAX_CONFIG_BYTES + 1);
+    size_t n = buf ? fread(buf, 1, MAX_CONFIG_BYTES + 1, f) : 0;
+    bool bad = ferror(f);
+    fclose(f);
+    if (buf && !bad && n <= MAX_CONFIG_BYTES) {
+        *text = buf;
+        *bytes = n;
+        return NULL;
+    }
+    mem_free(buf);
+    return buf ? ERR(INVALID, "config %s: %s", path, bad ? "cannot be read (a folder?)" : "larger than 1 MiB") : ERR(NO_MEMORY, "config %s", path);
+}
+
+status *config_load(struct comm *world, const char *path, int overrides, char **override, struct config **out)
+{
+    char *text = NULL;
+    size_t bytes = 0;
+    TRY(comm_agree(world, world->rank == 0 ? read_file(path, &text, &bytes) : NULL));
+    void *buf = text;
+    TRY(comm_bcast_bytes(world, &buf, &bytes, 0));
+    status *st = config_parse(buf, bytes, path, overrides, override, out);
+    mem_free(buf);
+    return st;
+}
+
+void config_free(struct config *c)
+{
+    if (!c)
+        return;
+    struct sections all = sections_of(c);
+    for (int i = 0; i < all.count; i++)
+        if (all.s[i].base)
+            options_fini(all.s[i].table, all.s[i].base);
+    mem_free(c->model);
+    mem_free(c->algo_own);
+    mem_free(c);
+}
+
+status *config_text(const struct config *c, char **out)
+{
+    struct sections all = sections_of((struct config *)(size_t)c);
+    size_t cap = 64 << 10, n = 0;
+    char *text = mem_alloc(cap);
+    if (!text)
+        return ERR(NO_MEMORY, "configuration text");
+    for (int i = 0; i < all.count; i++)
+        for (size_t r = 0; r < all.s[i].table->count && n < cap; r++) {
+            const struct option_table *t = all.s[i].table;
+            char value[4096];
+            options_get(t, t->rows[r].key, all.s[i].base, value, sizeof value);
+            n += (size_t)snprintf(text + n, cap - n, "%s%s%s=%s\n", t->section, *t->section ? "." : "", t->rows[r].key, value);
+        }
+    if (n >= cap) {
+        mem_free(text);
+        return ERR(INVALID, "the configuration is longer than 64 KiB");
+    }
+    *out = text;
+    return NULL;
+}
+
+/* Keys that define numeric state: another value would go on with another run. */
+static bool defines_state(const char *key)
+{
+    static const char *const exact[] = { "run.seed", "data.sft", "data.prefs", "data.max_length", "algo.kind", "algo.warmup_sft_steps",
+                                         "train.global_batch" };
+    for (size_t i = 0; i < sizeof exact / sizeof exact[0]; i++)
+        if (!strcmp(key, exact[i]))
+            return true;
+    return !strncmp(key, "model.", 6);
+}
+
+/* Where a text's key ends the run, it is not news. */
+static bool is_place(const char *key)
+{
+    return !strncmp(key, "checkpoint.", 11) || !strncmp(key, "run.", 4) || !strcmp(key, "threads");
+}
+
+static const char *find_line(const char *text, const char *key, size_t key_len, size_t *value_len)
+{
+    for (const char *p = text; p && *p; p = strchr(p, '\n') ? strchr(p, '\n') + 1 : NULL)
+        if (!strncmp(p, key, key_len) && p[key_len] == '=') {
+            *value_len = strcspn(p + key_len + 1, "\n");
+            return p + key_len + 1;
+        }
+    return NULL;
+}
+
+status *config_compare(const struct config *c, const char *stored, char *note, size_t note_bytes)
+{
+    char *now;
+    TRY(config_text(c, &now));
+    char refused[768] = "";
+    *note = 0;
+    for (const char *p = now; *p;) {
+        size_t line = strcspn(p, "\n"), key_len = strcspn(p, "="), old_len = 0, new_len = line - key_len - 1;
+        const char *old = find_line(stored, p, key_len, &old_len);
+        char key[128];
+        snprintf(key, sizeof key, "%.*s", (int)key_len, p);
+        bool differs = old && (old_len != new_len || memcmp(old, p + key_len + 1, new_len) != 0);
+        if (differs && (defines_state(key) || !is_place(key))) {
+            char *to = defines_state(key) ? refused : note;
+            size_t size = defines_state(key) ? sizeof refused : note_bytes, n = strlen(to);
+            snprintf(to + n, size - n, "%s%s: %.*s -> %.*s", n ? "; " : "", key, (int)old_len, old, (int)new_len, p + key_len + 1);
+        }
+        p += line + (p[line] == '\n');
+    }
+    mem_free(now);
+    return *refused ? ERR(INVALID, "the checkpoint was written by another run (stored -> now): %s", refused) : NULL;
+}
+
+void config_help(FILE *to)
+{
+    static const struct option_table *const common[] = { &top_table,   &run_table,      &data_table,   &algo_table,      &train_table,
+                                                         &optim_options, &parallel_table, &memory_table, &checkpoint_table };
+    for (size_t i = 0; i < sizeof common / sizeof common[0]; i++)
+        options_help(common[i], to);
+    for (int i = 0; model_registry[i]; i++) {
+        fprintf(to, "\n# with model.kind: %s\n", model_registry[i]->name);
+        options_help(model_registry[i]->options, to);
+    }
+    for (int i = 0; algo_registry[i]; i++)
+        if (algo_registry[i]->options) {
+            fprintf(to, "\n# with algo.kind: %s\n", algo_registry[i]->name);
+            options_help(algo_registry[i]->options, to);
+        }
+}

@@ -1,0 +1,88 @@
+/* config: a YAML recipe and key=value overrides -> one checked struct. The only user of libyaml.
+ *
+ * Every key is a row of the component that owns it (comm/base/options.h). Rank 0 reads the file; every rank parses the same text. Unknown keys,
+ * wrong types, out-of-range values, duplicates and missing required keys are INVALID with file, line and the legal values. */
+#ifndef TESSERA_TRAINER_CONFIG_H
+#define TESSERA_TRAINER_CONFIG_H
+
+#include "comm/base/options.h"
+#include "comm/comm.h"
+#include "trainer/algo/algo.h"
+#include "trainer/model/model.h"
+#include "trainer/optim/optim.h"
+
+struct top_config { /* keys without a section */
+    int device, comm;
+    int64_t threads;
+};
+
+struct run_config {
+    char *name, *dir;
+    int64_t seed;
+};
+
+struct data_config {
+    char *sft, *prefs, *heldout;
+    int64_t max_length;
+};
+
+struct algo_choice {
+    char *kind;
+    int64_t warmup_sft_steps;
+    double warmup_sft_lr;
+};
+
+struct train_config {
+    int64_t steps, global_batch, micro_batch, lanes, eval_every, log_every;
+    bool deterministic;
+};
+
+struct parallel_config {
+    int64_t pp, dp, ep, cp, tp, zero;
+    uint64_t bucket;
+};
+
+struct memory_config {
+    uint64_t activations;
+};
+
+enum { ON_ERROR_WARN, ON_ERROR_STOP };
+struct checkpoint_config {
+    char *url, *resume;
+    int64_t every, keep_last, writers, lease_seconds;
+    uint64_t staging_bytes, chunk_bytes;
+    bool async, rewind, state_hash;
+    int on_error;
+};
+
+struct config {
+    struct top_config top;
+    struct run_config run;
+    struct data_config data;
+    struct algo_choice algo;
+    struct train_config train;
+    struct optim_config optim;
+    struct parallel_config parallel;
+    struct memory_config memory;
+    struct checkpoint_config checkpoint;
+    const struct model_ops *model_ops;
+    const struct algo_ops *algo_ops;
+    void *model, *algo_own; /* the model's and the algorithm's structs */
+};
+
+/* Read `path` on rank 0, give its text to all, parse, apply overrides ("train.steps=10"), check what single rows cannot. Collective. */
+status *config_load(struct comm *world, const char *path, int overrides, char **override, struct config **out) WARN_UNUSED;
+/* The same from text; `name` stands for the file in messages. Not collective. */
+status *config_parse(const char *text, size_t bytes, const char *name, int overrides, char **override, struct config **out) WARN_UNUSED;
+void config_free(struct config *c); /* NULL is fine */
+
+/* Every key with its value, one "key=value" a line, sorted by section: what a checkpoint stores. The caller frees it (mem_free). */
+status *config_text(const struct config *c, char **out) WARN_UNUSED;
+/* Compare with a stored text. Keys that define numeric state (model, seed, data files, batch, algorithm, lanes) and differ: INVALID with all of them.
+ * Other differences are written to `note`, "key: old -> new" separated by "; " (cut to fit). */
+status *config_compare(const struct config *c, const char *stored, char *note, size_t note_bytes) WARN_UNUSED;
+
+/* All options of all components, for people. */
+void config_help(FILE *to);
+
+#endif
