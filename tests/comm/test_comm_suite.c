@@ -1,0 +1,167 @@
+/* The conformance suite over `self` and ranks as threads; `test_comm_suite mpi` runs it as one rank of an MPI job
+ * (test_comm_mpi.sh starts that), and `test_comm_suite mpi cores` prints how many cores such a rank may use. */
+#include "comm/base/log.h"
+#include "comm/base/mem.h"
+#include "tests/support/comm_suite.h"
+#include "tests/support/comm_threads.h"
+
+#include <sched.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+static void assert_ok(status *st)
+{
+    if (st)
+        print_error("%s\n", status_message(st));
+    assert_null(st);
+}
+
+static void test_self(void **state)
+{
+    (void)state;
+    struct comm *c;
+    assert_ok(comm_open("self", NULL, NULL, &c));
+    assert_int_equal(c->size, 1);
+    assert_ok(comm_suite_run(c));
+    comm_close(c);
+    comm_close(NULL);
+}
+
+static status *suite_rank(struct comm *world, void *arg)
+{
+    (void)arg;
+    return comm_suite_run(world);
+}
+
+static void test_threads(void **state)
+{
+    (void)state;
+    for (int size = 1; size <= 6; size++)
+        assert_ok(comm_threads_run(size, suite_rank, NULL));
+}
+
+static void test_self_mismatch(void **state)
+{
+    (void)state;
+    struct comm *c;
+    char a[4] = "abc", b[4];
+    assert_ok(comm_open("self", NULL, NULL, &c));
+    struct comm_xfer lost[] = { { 0, 1, true, a, 4 } }, other_size[] = { { 0, 1, true, a, 4 }, { 0, 1, false, b, 3 } };
+    struct comm_xfer other_tag[] = { { 0, 1, true, a, 4 }, { 0, 2, false, b, 4 } },
+                     unsent[] = { { 0, 1, false, b, 4 } };
+    status *st[] = { comm_exchange(c, lost, 1, NULL), comm_exchange(c, other_size, 2, NULL),
+                     comm_exchange(c, other_tag, 2, NULL), comm_exchange(c, unsent, 1, NULL) };
+    for (size_t i = 0; i < 4; i++) {
+        assert_int_equal(status_code(st[i]), ST_INVALID);
+        status_free(st[i]);
+    }
+    comm_close(c);
+}
+
+static void test_unknown_backend(void **state)
+{
+    (void)state;
+    struct comm *c = NULL;
+    status *st = comm_open("carrier-pigeon", NULL, NULL, &c);
+    assert_int_equal(status_code(st), ST_INVALID);
+    assert_non_null(strstr(status_message(st), "carrier-pigeon"));
+    assert_non_null(strstr(status_message(st), "self"));
+    assert_non_null(strstr(status_message(st), "mpi"));
+    assert_null(c);
+    status_free(st);
+}
+
+/* ---- a rank that fails breaks a job of threads, and its own error comes back ---- */
+
+static status *one_fails(struct comm *world, void *arg)
+{
+    const int *how = arg;
+    unsigned char a[8] = { 0 }, b[8];
+    struct comm_req req;
+    if (world->rank == 2)
+        return ERR(IO, "rank 2 has had enough");
+    if (*how == 0)
+        return comm_barrier(world);
+    if (*how == 1) {
+        TRY(comm_iallreduce(world, a, b, 8, COMM_U8, COMM_SUM, &req));
+        return comm_wait(&req);
+    }
+    struct comm_xfer x = { 2, 0, false, b, 8 };
+    TRY(comm_iexchange(world, &x, 1, NULL, &req));
+    return comm_wait(&req);
+}
+
+static void test_broken_job(void **state)
+{
+    (void)state;
+    for (int how = 0; how < 3; how++) {
+        status *st = comm_threads_run(4, one_fails, &how);
+        assert_int_equal(status_code(st), ST_IO);
+        assert_int_equal(status_rank(st), 2);
+        status_free(st);
+    }
+}
+
+static status *sizes_differ(struct comm *world, void *arg)
+{
+    (void)arg;
+    unsigned char b[8] = { 0 };
+    struct comm_xfer x = { 1 - world->rank, 0, world->rank == 0, b, world->rank == 0 ? 4 : 8 };
+    status *st = comm_exchange(world, &x, 1, NULL);
+    if (!st)
+        return ERR(CORRUPT, "a message of 4 bytes filled a receive of 8");
+    status_free(st);
+    return NULL;
+}
+
+static void test_size_mismatch(void **state)
+{
+    (void)state;
+    assert_ok(comm_threads_run(2, sizes_differ, NULL));
+}
+
+/* ---- as one rank of an MPI job ---- */
+
+static int run_mpi(int argc, char **argv)
+{
+    struct comm *c = NULL;
+    struct log log = { LOG_INFO, -1 };
+    status *st = comm_open("mpi", &argc, &argv, &c);
+    if (!st && argc > 2 && !strcmp(argv[2], "cores")) {
+        cpu_set_t set;
+        if (c->rank == 0 && sched_getaffinity(0, sizeof set, &set) == 0)
+            printf("cores: %d\n", CPU_COUNT(&set));
+        comm_close(c);
+        return 0;
+    }
+    if (!st)
+        st = comm_suite_run(c);
+    if (!st && c->size == 2) /* the receiver sees it; the sender cannot */
+        st = c->rank == 1 ? sizes_differ(c, NULL)
+                          : comm_exchange(c, &(struct comm_xfer){ 1, 0, true, "abc", 4 }, 1, NULL);
+    log_status(&log, LOG_ERROR, st);
+    if (st && c)
+        comm_abort(c, status_exit_code(st));
+    int code = status_exit_code(st);
+    if (!st && c->rank == 0)
+        printf("comm suite over mpi: %d ranks passed\n", c->size);
+    status_free(st);
+    comm_close(c);
+    return code;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1 && !strcmp(argv[1], "mpi"))
+        return run_mpi(argc, argv);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_self),       cmocka_unit_test(test_self_mismatch), cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_broken_job), cmocka_unit_test(test_size_mismatch), cmocka_unit_test(test_unknown_backend),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
