@@ -7,7 +7,7 @@
 
 #include "comm/base/status.h"
 
-#include <string.h>
+#include <stdio.h>
 
 uint64_t shape_volume(const struct shape *s, bool *ok)
 {
@@ -78,6 +78,17 @@ bool piece_equal(const struct piece *a, const struct piece *b)
 bool piece_is_box(int ndim, const struct piece *p)
 {
     return p->begin == 0 && p->end == box_volume(ndim, &p->box);
+}
+
+void dims_text(int ndim, const uint64_t *v, char *text, size_t bytes)
+{
+    size_t n = (size_t)snprintf(text, bytes, "(");
+    for (int d = 0; d < ndim && n < bytes; d++)
+        n += (size_t)snprintf(text + n, bytes - n, d ? ", %llu" : "%llu", (unsigned long long)v[d]);
+    if (n + 1 < bytes)
+        snprintf(text + n, bytes - n, ")");
+    else if (bytes > 4)
+        snprintf(text + bytes - 4, 4, "...");
 }
 
 status *piece_check(const struct shape *s, const struct piece *p)

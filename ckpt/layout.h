@@ -10,6 +10,7 @@
 #include "comm/mesh.h"
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 enum { LAYOUT_DIMS = 8, LAYOUT_BOXES = 2 * LAYOUT_DIMS - 1 };
@@ -43,6 +44,8 @@ uint64_t piece_elems(const struct piece *p);
 bool piece_equal(const struct piece *a, const struct piece *b);
 int piece_compare(const struct piece *a, const struct piece *b); /* a total order: off, len, begin, end */
 bool piece_is_box(int ndim, const struct piece *p);              /* the run is the whole box */
+/* "(3, 5, 7)" for messages: a shape or coordinates; "()" for a scalar; cut off with "..." where text is short. */
+void dims_text(int ndim, const uint64_t *v, char *text, size_t bytes);
 /* INVALID if the box leaves the shape, the run leaves the box, or a number overflows. */
 status *piece_check(const struct shape *s, const struct piece *p) WARN_UNUSED;
 

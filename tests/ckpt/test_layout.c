@@ -49,6 +49,25 @@ static void test_volumes(void **state)
     assert_true(piece_is_box(0, &w));
 }
 
+static void test_text(void **state)
+{
+    (void)state;
+    char text[16];
+    const uint64_t v[] = { 3, 50, 7 };
+    dims_text(0, v, text, sizeof text);
+    assert_string_equal(text, "()");
+    dims_text(1, v, text, sizeof text);
+    assert_string_equal(text, "(3)");
+    dims_text(3, v, text, sizeof text);
+    assert_string_equal(text, "(3, 50, 7)");
+    for (size_t bytes = 5; bytes <= 10; bytes++) { /* one short of what it needs, and less */
+        memset(text, 'x', sizeof text);
+        dims_text(3, v, text, bytes);
+        assert_int_equal(strlen(text), bytes - 1);
+        assert_string_equal(text + bytes - 4, "...");
+    }
+}
+
 static void test_check(void **state)
 {
     (void)state;
@@ -320,9 +339,9 @@ static void test_layout_known(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_volumes),      cmocka_unit_test(test_check),          cmocka_unit_test(test_order),
-        cmocka_unit_test(test_boxes_random), cmocka_unit_test(test_boxes_all_runs), cmocka_unit_test(test_cut),
-        cmocka_unit_test(test_layout_tiles), cmocka_unit_test(test_layout_known),
+        cmocka_unit_test(test_volumes), cmocka_unit_test(test_text),         cmocka_unit_test(test_check),
+        cmocka_unit_test(test_order),   cmocka_unit_test(test_boxes_random), cmocka_unit_test(test_boxes_all_runs),
+        cmocka_unit_test(test_cut),     cmocka_unit_test(test_layout_tiles), cmocka_unit_test(test_layout_known),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
