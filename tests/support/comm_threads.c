@@ -1,12 +1,16 @@
 /* comm_threads: see the header.
  *
  * One lock and one condition per job guard everything below `synced`. Invariants:
- *  (1) a collective is: publish own pointers in slot[rank], meet, read the others' slots, meet; between the two
- * meetings nobody writes what others read. A meeting is a counter with a generation. (2) a reduction in flight is an
- * `inflight`, found by its sequence number; who arrives last computes all results; who tests last recycles it. (3) a
- * message waits in its communicator's list until the other side is posted; who comes second copies, under the lock. (4)
- * a group lives until its last rank has closed it. Objects are recycled, so a steady job allocates nothing, as over
- * MPI. */
+ *  (1) A collective is: publish own pointers in slot[rank], meet, read the others' slots, meet. Between the two
+ *      meetings nobody writes what others read. A meeting is a counter with a generation.
+ *  (2) A reduction in flight is an `inflight`, found by its sequence number; who arrives last computes all results,
+ *      who tests last recycles it.
+ *  (3) A message waits in its communicator's list until the other side is posted; who comes second copies, under
+ *      the lock.
+ *  (4) A group lives until its last rank has closed it.
+ *
+ * Objects are recycled, and a group starts with SPARE of each: how many are in flight at once depends on timing, and a
+ * steady job shall allocate nothing, as over MPI. */
 #include "tests/support/comm_threads.h"
 
 #include "comm/base/mem.h"
@@ -16,6 +20,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+enum { SPARE = 128 };
 
 struct job {
     struct {
@@ -169,6 +175,34 @@ static void group_free(struct group *g)
     mem_free(g);
 }
 
+/* One more idle object of each kind. */
+static void add_message(struct group *g)
+{
+    struct message *m = mem_alloc(sizeof *m);
+    CHECK(m, "out of memory in a test");
+    *m = (struct message){ .next = g->free_messages };
+    g->free_messages = m;
+}
+
+static void add_request(struct group *g)
+{
+    struct request *q = mem_alloc(sizeof *q);
+    CHECK(q, "out of memory in a test");
+    *q = (struct request){ .next = g->free_requests, .next_all = g->all_requests };
+    g->free_requests = g->all_requests = q;
+}
+
+static void add_reduction(struct group *g)
+{
+    struct inflight *f = mem_calloc(1, sizeof *f);
+    CHECK(f, "out of memory in a test");
+    f->in = mem_calloc((size_t)g->size, sizeof *f->in);
+    f->out = mem_calloc((size_t)g->size, sizeof *f->out);
+    CHECK(f->in && f->out, "out of memory in a test");
+    f->next = g->free_reductions;
+    g->free_reductions = f;
+}
+
 static struct group *group_new(struct job *job, int size)
 {
     struct group *g = mem_calloc(1, sizeof *g);
@@ -176,6 +210,12 @@ static struct group *group_new(struct job *job, int size)
     *g = (struct group){ .job = job, .size = size, .open = size };
     g->slot = mem_calloc((size_t)size, sizeof *g->slot);
     CHECK(g->slot, "out of memory in a test");
+    for (int i = 0; i < SPARE; i++) {
+        add_message(g);
+        add_request(g);
+        if (i < SPARE / 8)
+            add_reduction(g);
+    }
     return g;
 }
 
@@ -369,31 +409,20 @@ static status *lock_unbroken(struct group *g)
 
 static struct request *new_request(struct group *g)
 {
+    if (!g->free_requests)
+        add_request(g);
     struct request *q = g->free_requests;
-    if (q) {
-        g->free_requests = q->next;
-    } else {
-        q = mem_alloc(sizeof *q);
-        CHECK(q, "out of memory in a test");
-        q->next_all = g->all_requests;
-        g->all_requests = q;
-    }
+    g->free_requests = q->next;
     *q = (struct request){ .group = g, .next_all = q->next_all };
     return q;
 }
 
 static struct inflight *new_inflight(struct group *g, uint64_t seq)
 {
+    if (!g->free_reductions)
+        add_reduction(g);
     struct inflight *f = g->free_reductions;
-    if (f) {
-        g->free_reductions = f->next;
-    } else {
-        f = mem_calloc(1, sizeof *f);
-        CHECK(f, "out of memory in a test");
-        f->in = mem_calloc((size_t)g->size, sizeof *f->in);
-        f->out = mem_calloc((size_t)g->size, sizeof *f->out);
-        CHECK(f->in && f->out, "out of memory in a test");
-    }
+    g->free_reductions = f->next;
     f->seq = seq;
     f->arrived = f->left = 0;
     f->next = g->reductions;
@@ -465,12 +494,10 @@ static void post_message(struct group *g, struct message x)
 {
     struct message *m = take_match(g, &x);
     if (!m) {
+        if (!g->free_messages)
+            add_message(g);
         m = g->free_messages;
-        if (m)
-            g->free_messages = m->next;
-        else
-            m = mem_alloc(sizeof *m);
-        CHECK(m, "out of memory in a test");
+        g->free_messages = m->next;
         *m = x;
         m->next = NULL;
         if (g->last)
