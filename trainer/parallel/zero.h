@@ -54,14 +54,12 @@ struct adamw {
     uint64_t step; /* 1 for the first update: bias correction */
 };
 /* AdamW on the owned runs (stage 0: after all-gathering gradients, everything), weight decay by each parameter's mask, then all-gather parameters (stage 1).
- * `fence` (may be NULL) is called before bytes [addr, addr + n) of parameters or moments are overwritten. Collective. */
+ * `fence` (may be NULL) is called before bytes [addr, addr + n) of parameters or moments are overwritten; every rank calls it first for the
+ * same bytes. Its error is returned after the collectives; parameters and moments are then of no use. Collective. */
 status *zero_update(struct zero *z, const struct adamw *a, status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg) WARN_UNUSED;
 
 /* Sum scalars of K micro-batches: value[k * width + j] as filled by the rank that ran micro-batch k; out[j] = sum over k ascending in f64, the
  * same on all ranks and for any dp. Collective. No allocation after the first call with these sizes. */
 status *zero_sum_scalars(struct zero *z, const double *value, uint32_t k, uint32_t width, double *out) WARN_UNUSED;
-
-/* Pure: sum of n leaves up the dyadic tree ((l0+l1)+(l2+l3))+... ; missing leaves at the end are skipped, not added. */
-double tree_sum(const double *leaf, uint64_t n);
 
 #endif
