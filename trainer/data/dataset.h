@@ -6,8 +6,10 @@
  *   {"prompt": text, "completion": text}                                  SFT: 1 sequence a row
  *   {"messages": [{"role": text, "content": text}, ...]}                  SFT: assistant turns are scored
  * Other keys are ignored. A sequence is BOS prompt completion EOS; completion tokens and EOS are scored (loss, log-probability), BOS and the
- * prompt are not. Messages are laid out as "role: content\n" each, EOS after an assistant turn. A sequence longer than max_length is cut at the
- * end of its completion (then without EOS); a row whose prompt alone reaches max_length - 1 is dropped and counted. */
+ * prompt are not. Messages are laid out as "role: content\n" each, EOS after an assistant turn; an assistant's content, newline and EOS are
+ * scored. A sequence longer than max_length is cut at the end of its completion (then without EOS); a row whose prompt alone reaches
+ * max_length - 1 is dropped and counted, and so is a row whose chosen and rejected are the same tokens after the cut. Byte order mark, CR LF
+ * and blank lines are passed over. */
 #ifndef TESSERA_TRAINER_DATA_DATASET_H
 #define TESSERA_TRAINER_DATA_DATASET_H
 
@@ -31,7 +33,7 @@ struct dataset {
     uint64_t rows, dropped;
     struct sequence *seq;  /* [rows * sequences] */
     uint64_t *hash;        /* [rows] of token ids and score masks: tells a stale reference value */
-    uint64_t *group;       /* [rows] hash of the prompt: rows of one problem share it */
+    uint64_t *group;       /* [rows] hash of the tokens before the first scored one: rows of one problem share it */
     int32_t *token;
     uint8_t *score;        /* 1: this token is scored */
     uint64_t tokens;

@@ -17,7 +17,7 @@ struct stream {
     bool shuffle;                       /* false: rows in file order (evaluation) */
     /* work space of stream_deal */
     uint64_t *row;   /* [global_batch] rows in pack order: pack k is [k * micro_batch, + micro_batch) */
-    uint64_t *order; /* [2 * global_batch] */
+    uint64_t *order; /* [3 * global_batch] */
 };
 status *stream_init(struct stream *s, const struct dataset *d, uint64_t seed, uint32_t global_batch, uint32_t micro_batch,
                     bool shuffle) WARN_UNUSED;
