@@ -6,6 +6,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* NULL when memory is out (the caller returns ERR(NO_MEMORY, ...)); a size of 0 gives a valid pointer. */
 void *mem_alloc(size_t bytes) __attribute__((malloc));
 void *mem_calloc(size_t count, size_t bytes) __attribute__((malloc)); /* zeroed; checks the product */
@@ -24,5 +28,9 @@ uint64_t mem_count(void);
 
 /* Largest resident set of this process so far, in bytes. */
 uint64_t mem_peak_rss_bytes(void);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,12 +15,13 @@ struct tessera_status {
     enum status_code code;
     int line;
     int rank;
+    bool constant; /* never written, never freed; a flag, since a plugin has a copy of out_of_memory of its own */
     const char *file;
     char message[MESSAGE_BYTES];
 };
 
 /* Returned when there is no memory left to describe an error in; never written, never freed. */
-static const struct tessera_status out_of_memory = { ST_NO_MEMORY, 0, -1, "", "out of memory" };
+static const struct tessera_status out_of_memory = { ST_NO_MEMORY, 0, -1, true, "", "out of memory" };
 
 static const char *const code_names[ST_CODE_COUNT] = {
     "OK",          "INVALID", "NOT_FOUND", "EXISTS", "NO_MEMORY", "IO",          "NO_SPACE", "CORRUPT",
@@ -72,7 +74,7 @@ status *status_new_sys(const char *file, int line, int errnum, const char *fmt, 
     va_start(ap, fmt);
     status *st = new_v(file, line, code_of_errno(errnum), fmt, ap);
     va_end(ap);
-    if (st != &out_of_memory) {
+    if (!st->constant) {
         size_t n = strlen(st->message);
         char text[128];
         snprintf(st->message + n, sizeof st->message - n, ": %s", strerror_r(errnum, text, sizeof text));
@@ -82,7 +84,7 @@ status *status_new_sys(const char *file, int line, int errnum, const char *fmt, 
 
 status *status_wrap(status *st, const char *fmt, ...)
 {
-    if (!st || st == &out_of_memory)
+    if (!st || st->constant)
         return st;
     char text[2 * MESSAGE_BYTES]; /* apart from st->message, which an argument may point into */
     va_list ap;
@@ -106,14 +108,14 @@ status *status_first(status *a, status *b)
 
 status *status_at_rank(status *st, int rank)
 {
-    if (st && st != &out_of_memory && st->rank < 0)
+    if (st && !st->constant && st->rank < 0)
         st->rank = rank;
     return st;
 }
 
 status *status_copy(const status *st)
 {
-    if (!st || st == &out_of_memory)
+    if (!st || st->constant)
         return (status *)(void *)(size_t)st;
     status *c = mem_alloc(sizeof *c);
     if (!c)
@@ -124,7 +126,7 @@ status *status_copy(const status *st)
 
 void status_free(status *st)
 {
-    if (st != &out_of_memory)
+    if (st && !st->constant)
         mem_free(st);
 }
 

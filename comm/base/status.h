@@ -9,6 +9,10 @@
 #ifndef TESSERA_COMM_BASE_STATUS_H
 #define TESSERA_COMM_BASE_STATUS_H
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* What the caller can do about it. The numbers are part of the public API (ckpt/tessera.h) and never change. */
 enum status_code {
     ST_OK = 0,
@@ -84,5 +88,9 @@ int status_exit_code(const status *st);
     } while (0)
 void check_failed(const char *file, int line, const char *cond, const char *fmt, ...) PRINTF(4, 5)
     __attribute__((noreturn));
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -12,6 +12,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 struct device;
 struct stream; /* opaque to callers */
 struct event;
@@ -62,5 +66,9 @@ status *device_open(const char *name, int index, struct device **out) WARN_UNUSE
 void device_close(struct device *d); /* NULL is fine */
 
 extern const struct device_ops *const device_registry[]; /* generated; ends with NULL */
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif
