@@ -65,17 +65,21 @@ static status *sync_dir(const struct posix_store *p, const char *dir)
     return st;
 }
 
-/* fsync the directories from key's up to the root. */
-static status *sync_parents(const struct posix_store *p, const char *key)
+/* fsync the directories from key's up to the root. After a removal some of them may be gone, too. */
+static status *sync_parents(const struct posix_store *p, const char *key, bool removed)
 {
     char dir[TEMP_PATH_BYTES];
     size_t n = dir_length(key);
     memcpy(dir, key, n);
     for (;;) {
         dir[n] = 0;
-        TRY(sync_dir(p, dir));
-        if (n == 0)
-            return NULL;
+        status *st = sync_dir(p, dir);
+        if (removed && status_code(st) == ST_NOT_FOUND) {
+            status_free(st);
+            st = NULL;
+        }
+        if (st || n == 0)
+            return st;
         n = dir_length(dir);
     }
 }
@@ -227,7 +231,7 @@ static status *settle(const struct posix_store *p, int fd, const char *temp, con
         unlinkat(p->fd, temp, 0);
         return st;
     }
-    return sync_parents(p, key);
+    return sync_parents(p, key, false);
 }
 
 /* ---- Objects */
@@ -375,7 +379,7 @@ static status *posix_remove(struct store *s, const char *key)
         return ERR(EXISTS, "%s/%s is a directory and not empty", p->root, key);
     if (rc != 0)
         return ERR_SYS(errno, "remove %s/%s", p->root, key);
-    return sync_parents(p, key);
+    return sync_parents(p, key, true);
 }
 
 /* Remove `name` in the directory at `at`, and what is below; links are removed, never followed. */
@@ -404,7 +408,7 @@ static status *posix_remove_tree(struct store *s, const char *dir)
     if (fstatat(p->fd, dir, &sb, AT_SYMLINK_NOFOLLOW) != 0)
         return errno == ENOENT || errno == ENOTDIR ? NULL : ERR_SYS(errno, "stat %s/%s", p->root, dir);
     TRY(remove_below(p, p->fd, dir));
-    return sync_parents(p, dir);
+    return sync_parents(p, dir, true);
 }
 
 static status *posix_rename_tree(struct store *s, const char *from, const char *to)
@@ -421,8 +425,8 @@ static status *posix_rename_tree(struct store *s, const char *from, const char *
             return ERR(EXISTS, "%s/%s is there already", p->root, to);
         return ERR_SYS(errno, "rename %s/%s to %s", p->root, from, to);
     }
-    TRY(sync_parents(p, to));
-    return sync_parents(p, from);
+    TRY(sync_parents(p, to, false));
+    return sync_parents(p, from, true);
 }
 
 static status *posix_sweep(struct store *s, const char *dir, const char *mark)
