@@ -1,0 +1,150 @@
+/* evaluate: forward passes over a whole data set, shared among the ranks, and reward accuracy with its interval. */
+#include "trainer/trainer.h"
+
+#include "comm/agree.h"
+#include "comm/base/mem.h"
+#include "comm/base/rng.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Rows of chunk k: the data set in file order, micro_batch rows at a time. A sequence's bits do not depend on its pack. */
+static uint32_t chunk_rows(const struct trainer *t, const struct dataset *d, uint64_t k, uint64_t *row)
+{
+    uint64_t mb = (uint64_t)t->cfg->train.micro_batch, first = k * mb, n = d->rows - first < mb ? d->rows - first : mb;
+    for (uint64_t i = 0; i < n; i++)
+        row[i] = first + i;
+    return (uint32_t)n;
+}
+
+static status *forward_sums(struct trainer *t, struct pack *p, double *sums)
+{
+    tape_begin(t->tape, TAPE_FORWARD);
+    struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->in);
+    struct tensor *lp = op_logprob(t->tape, h, t->model->ops->head(t->model), p->target, 1.0f);
+    TRY(tape_end(t->tape));
+    pack_sequence_sums(p, lp->data, sums, NULL);
+    return NULL;
+}
+
+status *evaluate_logps(struct trainer *t, const struct dataset *d, struct pack *p, double *sums)
+{
+    uint64_t mb = (uint64_t)t->cfg->train.micro_batch, chunks = (d->rows + mb - 1) / mb, begin, end;
+    size_t per_row = (size_t)d->sequences;
+    memset(sums, 0, d->rows * per_row * sizeof *sums);
+    layout_cut(chunks, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &begin, &end);
+    status *st = NULL;
+    for (uint64_t k = begin; k < end && !st; k++) {
+        pack_build(p, p->row, chunk_rows(t, d, k, p->row));
+        st = forward_sums(t, p, sums + k * mb * per_row);
+    }
+    st = comm_agree(t->dp, st);
+    /* every value is one rank's; the others add zero, so the sum is exact in any order */
+    return st ? st : comm_allreduce(t->dp, sums, d->rows * per_row, COMM_F64, COMM_SUM, NULL);
+}
+
+static int by_group(const void *a, const void *b)
+{
+    const uint64_t *x = a, *y = b;
+    return x[0] != y[0] ? (x[0] < y[0] ? -1 : 1) : x[1] < y[1] ? -1 : x[1] > y[1];
+}
+
+static int by_value(const void *a, const void *b)
+{
+    const double *x = a, *y = b;
+    return *x < *y ? -1 : *x > *y;
+}
+
+enum { RESAMPLES = 2000 };
+
+/* count[g], hits[g]: rows and right ones of group g. Returns the number of groups. */
+static uint64_t count_groups(const uint8_t *right, uint64_t (*key)[2], uint64_t n, uint32_t *count, uint32_t *hits)
+{
+    uint64_t groups = 0;
+    qsort(key, n, sizeof *key, by_group);
+    for (uint64_t i = 0; i < n; i++) {
+        if (i == 0 || key[i][0] != key[i - 1][0])
+            count[groups] = hits[groups] = 0, groups++;
+        count[groups - 1]++;
+        hits[groups - 1] += right[key[i][1]] != 0;
+    }
+    return groups;
+}
+
+status *bootstrap_by_group(const uint8_t *right, const uint64_t *group, uint64_t n, uint64_t seed, struct interval *out)
+{
+    *out = (struct interval){ 0 };
+    if (!n)
+        return NULL;
+    uint64_t(*key)[2] = mem_array(NULL, n, sizeof *key);
+    uint32_t *count = mem_array(NULL, n, sizeof *count), *hits = mem_array(NULL, n, sizeof *hits);
+    double *mean = mem_array(NULL, RESAMPLES, sizeof *mean);
+    status *st = key && count && hits && mean ? NULL : ERR(NO_MEMORY, "bootstrap over %llu rows", (unsigned long long)n);
+    if (!st) {
+        uint64_t total = 0;
+        for (uint64_t i = 0; i < n; i++) {
+            key[i][0] = group[i];
+            key[i][1] = i;
+            total += right[i] != 0;
+        }
+        uint64_t groups = count_groups(right, key, n, count, hits);
+        for (uint32_t r = 0; r < RESAMPLES; r++) {
+            uint64_t rows = 0, right_rows = 0;
+            for (uint64_t g = 0; g < groups; g++) {
+                uint64_t pick = rng_below((struct rng_at){ seed, 0, r, RNG_BOOTSTRAP }, g, groups);
+                rows += count[pick];
+                right_rows += hits[pick];
+            }
+            mean[r] = (double)right_rows / (double)rows;
+        }
+        qsort(mean, RESAMPLES, sizeof *mean, by_value);
+        *out = (struct interval){ (double)total / (double)n, mean[RESAMPLES * 25 / 1000], mean[RESAMPLES * 975 / 1000 - 1] };
+    }
+    mem_free(key);
+    mem_free(count);
+    mem_free(hits);
+    mem_free(mean);
+    return st;
+}
+
+status *evaluate_heldout(struct trainer *t)
+{
+    const struct dataset *d = t->heldout;
+    if (!d)
+        return NULL;
+    TRY(evaluate_logps(t, d, &t->heldout_pack, t->heldout_sums));
+    uint8_t *right = mem_calloc(d->rows, 1);
+    if (!right)
+        return ERR(NO_MEMORY, "evaluation of %llu rows", (unsigned long long)d->rows);
+    const double *now = t->heldout_sums, *ref = t->ref_heldout.logp;
+    double margin = 0, preferred = 0;
+    for (uint64_t i = 0; i < d->rows; i++) {
+        double delta = now[2 * i] - now[2 * i + 1];
+        preferred += delta > 0;
+        if (!t->ref_heldout.rows)
+            continue;
+        delta -= ref[2 * i] - ref[2 * i + 1];
+        margin += delta;
+        right[i] = delta > 0;
+    }
+    struct interval ci;
+    status *st = bootstrap_by_group(right, d->group, d->rows, (uint64_t)t->cfg->run.seed, &ci);
+    mem_free(right);
+    TRY(st);
+    double n = (double)d->rows;
+    metrics_begin(t->metrics, "eval", t->step);
+    metrics_integer(t->metrics, "rows", d->rows);
+    metrics_number(t->metrics, "logps/accuracy", preferred / n);
+    if (t->ref_heldout.rows) {
+        metrics_number(t->metrics, "rewards/accuracy", ci.mean);
+        metrics_number(t->metrics, "rewards/accuracy_lo", ci.lo);
+        metrics_number(t->metrics, "rewards/accuracy_hi", ci.hi);
+        metrics_number(t->metrics, "logps/margin", margin / n);
+        metrics_say(t->metrics, "step %llu: held-out reward accuracy %.4f (95 %% interval by problem %.4f to %.4f, %llu pairs); chosen more likely than rejected: %.4f",
+                    (unsigned long long)t->step, ci.mean, ci.lo, ci.hi, (unsigned long long)d->rows, preferred / n);
+    } else {
+        metrics_say(t->metrics, "step %llu: held-out pairs whose chosen solution is the more likely one: %.4f of %llu", (unsigned long long)t->step,
+                    preferred / n, (unsigned long long)d->rows);
+    }
+    return metrics_end(t->metrics);
+}

@@ -1,0 +1,80 @@
+/* tessera: the program. `tessera train CONFIG [key=value ...]`, `tessera ckpt ...`, `tessera data ...`. Errors are printed here, once. */
+#include "ckpt/ckpt.h"
+#include "comm/agree.h"
+#include "trainer/config.h"
+#include "trainer/data/prepare.h"
+#include "trainer/trainer.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static const char usage[] = "usage: tessera train CONFIG [key=value ...]     train, under mpirun or srun; resumes from the newest valid checkpoint\n"
+                            "       tessera train --help-config              every key of a config\n"
+                            "       tessera ckpt ls|show|verify URL ...      look at checkpoints\n"
+                            "       tessera data prepare|show ...            make and look at training data\n";
+
+/* comm: self is asked for before MPI could be: look for it among the overrides. */
+static const char *backend_of(int argc, char **argv)
+{
+    for (int i = 0; i < argc; i++)
+        if (!strcmp(argv[i], "comm=self"))
+            return "self";
+    return "mpi";
+}
+
+static status *train_config(struct comm *world, const struct log *log, int argc, char **argv)
+{
+    struct config *cfg = NULL;
+    TRY(config_load(world, argv[0], argc - 1, argv + 1, &cfg));
+    struct trainer *t = NULL;
+    status *st = trainer_open(cfg, world, log, &t);
+    if (!st)
+        st = trainer_run(t);
+    st = status_first(st, trainer_close(t));
+    config_free(cfg);
+    return st;
+}
+
+static int train(int argc, char **argv)
+{
+    if (argc && !strcmp(argv[0], "--help-config")) {
+        config_help(stdout);
+        return 0;
+    }
+    struct log log = { LOG_INFO, -1 };
+    struct comm *world = NULL;
+    status *st = comm_open(backend_of(argc, argv), NULL, NULL, &world);
+    if (st) {
+        log_status(&log, LOG_ERROR, st);
+        return status_exit_code(st);
+    }
+    st = argc ? train_config(world, &log, argc, argv) : ERR(INVALID, "train: which CONFIG?\n%s", usage);
+    /* what reaches this point is the same on all ranks */
+    if (world->rank == 0)
+        log_status(&log, LOG_ERROR, st);
+    int code = status_exit_code(st);
+    status_free(st);
+    comm_close(world);
+    return code;
+}
+
+int main(int argc, char **argv)
+{
+    const char *verb = argc > 1 ? argv[1] : "";
+    if (!strcmp(verb, "train"))
+        return train(argc - 2, argv + 2);
+    struct log log = { LOG_INFO, -1 };
+    status *st = NULL;
+    if (!strcmp(verb, "ckpt"))
+        st = ckpt_cli(argc - 2, argv + 2);
+    else if (!strcmp(verb, "data"))
+        st = data_cli(argc - 2, argv + 2);
+    else if (!strcmp(verb, "--help") || !strcmp(verb, "help"))
+        fputs(usage, stdout);
+    else
+        st = ERR(INVALID, "unknown verb \"%s\"\n%s", verb, usage);
+    log_status(&log, LOG_ERROR, st);
+    int code = status_exit_code(st);
+    status_free(st);
+    return code;
+}

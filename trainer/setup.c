@@ -1,0 +1,243 @@
+/* setup: opens what a run needs, in order, and closes it in reverse. Every step that can fail on one rank alone ends in comm_agree. */
+#include "trainer/trainer.h"
+
+#include "comm/agree.h"
+#include "comm/base/bytes.h"
+#include "comm/base/mem.h"
+#include "trainer/data/tokenizer.h"
+
+#include <inttypes.h>
+#include <string.h>
+#include <unistd.h>
+
+#ifndef TESSERA_BUILD_ID
+#define TESSERA_BUILD_ID "unknown"
+#endif
+
+/* --- data and phases */
+
+static status *open_data(struct trainer *t)
+{
+    const struct data_config *c = &t->cfg->data;
+    uint32_t max = (uint32_t)c->max_length;
+    bool sft = t->cfg->algo_ops->data == DATASET_SFT;
+    if (sft || t->cfg->algo.warmup_sft_steps)
+        TRY(dataset_open(c->sft, DATASET_SFT, max, &t->sft));
+    if (!sft)
+        TRY(dataset_open(c->prefs, DATASET_PREFS, max, &t->prefs));
+    return *c->heldout ? dataset_open(c->heldout, DATASET_PREFS, max, &t->heldout) : NULL;
+}
+
+static status *add_phase(struct trainer *t, const struct algo_ops *algo, const void *config, struct dataset *d, double lr, uint64_t steps)
+{
+    const struct train_config *c = &t->cfg->train;
+    struct phase *p = &t->phase[t->phases];
+    *p = (struct phase){ .name = algo->name, .algo = algo, .algo_config = config, .data = d, .peak_lr = lr, .steps = steps };
+    p->first_step = t->phases ? p[-1].first_step + p[-1].steps : 0;
+    t->phases++;
+    TRY(stream_init(&p->stream, d, (uint64_t)t->cfg->run.seed, (uint32_t)c->global_batch, (uint32_t)c->micro_batch, true));
+    return pack_init(&p->pack, d, (uint32_t)c->micro_batch);
+}
+
+static status *open_phases(struct trainer *t)
+{
+    const struct config *c = t->cfg;
+    const struct algo_ops *sft;
+    uint64_t warmup = (uint64_t)c->algo.warmup_sft_steps;
+    if (warmup) {
+        TRY(algo_lookup("sft", &sft));
+        TRY(add_phase(t, sft, NULL, t->sft, c->algo.warmup_sft_lr > 0 ? c->algo.warmup_sft_lr : c->optim.lr, warmup));
+    }
+    struct dataset *d = c->algo_ops->data == DATASET_SFT ? t->sft : t->prefs;
+    TRY(add_phase(t, c->algo_ops, c->algo_own, d, c->optim.lr, (uint64_t)c->train.steps - warmup));
+    return t->heldout ? pack_init(&t->heldout_pack, t->heldout, (uint32_t)c->train.micro_batch) : NULL;
+}
+
+static status *open_scratch(struct trainer *t)
+{
+    int64_t tokens = 1, segments = 2 * t->cfg->train.micro_batch, k = t->cfg->train.global_batch / t->cfg->train.micro_batch;
+    for (int i = 0; i < t->phases; i++)
+        if (t->phase[i].pack.cap_tokens > tokens)
+            tokens = t->phase[i].pack.cap_tokens;
+    t->dlogp = mem_array(NULL, (size_t)tokens, sizeof *t->dlogp);
+    t->scratch = mem_array(NULL, (size_t)segments * 5, sizeof *t->scratch);
+    t->scalar = mem_calloc((size_t)k * ALGO_METRICS, sizeof *t->scalar);
+    t->heldout_sums = t->heldout ? mem_array(NULL, t->heldout->rows * 2, sizeof *t->heldout_sums) : NULL;
+    return t->dlogp && t->scratch && t->scalar && (!t->heldout || t->heldout_sums) ? NULL : ERR(NO_MEMORY, "work space of a step");
+}
+
+/* --- numbers */
+
+static int threads_of(const struct trainer *t, int ranks_here)
+{
+    if (t->cfg->top.threads > 0)
+        return (int)t->cfg->top.threads;
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    return cores > ranks_here ? (int)(cores / ranks_here) : 1;
+}
+
+/* Ranks that share this host: those whose host name hashes alike. Collective. */
+static status *count_local_ranks(struct comm *world, int *out)
+{
+    char host[256] = "";
+    (void)gethostname(host, sizeof host - 1);
+    uint64_t mine = hash64(host, strlen(host)), *all = mem_array(NULL, (size_t)world->size, sizeof *all);
+    TRY(comm_agree(world, all ? NULL : ERR(NO_MEMORY, "host names")));
+    status *st = comm_allgather(world, &mine, all, sizeof mine, NULL);
+    int n = 0;
+    for (int i = 0; !st && i < world->size; i++)
+        n += all[i] == mine;
+    mem_free(all);
+    if (!st)
+        *out = n;
+    return st;
+}
+
+static status *open_model(struct trainer *t, int ranks_here)
+{
+    static const char *const devices[] = { "cpu", "cuda" };
+    TRY(device_open(devices[t->cfg->top.device], 0, &t->device));
+    if (!t->device->host)
+        return ERR(UNSUPPORTED, "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only", t->device->ops->name);
+    TRY(workers_open(threads_of(t, ranks_here), &t->workers));
+    TRY(model_open(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &t->model));
+    TRY(params_alloc(&t->model->params, true));
+    return tape_open(t->workers, NULL, (size_t)t->cfg->memory.activations, &t->tape);
+}
+
+/* The longest rows of a data set in one pack: the most memory a micro-batch can need. */
+static status *dry_run(struct trainer *t, struct pack *p)
+{
+    const struct dataset *d = p->data;
+    uint64_t longest = 0, best = 0;
+    for (uint64_t r = 0; r < d->rows; r++) {
+        uint64_t n = 0;
+        for (int s = 0; s < d->sequences; s++)
+            n += d->seq[r * (uint64_t)d->sequences + (uint64_t)s].length;
+        if (n > best) {
+            best = n;
+            longest = r;
+        }
+    }
+    for (uint32_t i = 0; i < p->cap_rows; i++)
+        p->row[i] = longest;
+    pack_build(p, p->row, p->cap_rows);
+    tape_begin(t->tape, TAPE_DRY);
+    struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->in);
+    (void)op_logprob(t->tape, h, t->model->ops->head(t->model), p->target, 1.0f);
+    return status_wrap(tape_end(t->tape), "a micro-batch of %u rows, the longest has %" PRIu64 " tokens", p->cap_rows, best);
+}
+
+static status *dry_runs(struct trainer *t)
+{
+    status *st = NULL;
+    for (int i = 0; i < t->phases && !st; i++)
+        st = dry_run(t, &t->phase[i].pack);
+    if (!st && t->heldout)
+        st = dry_run(t, &t->heldout_pack);
+    return comm_agree(t->world, st);
+}
+
+static status *open_zero(struct trainer *t)
+{
+    const struct config *c = t->cfg;
+    t->mesh = (struct mesh){ { (int)c->parallel.pp, (int)c->parallel.dp, (int)c->parallel.ep, (int)c->parallel.cp, (int)c->parallel.tp } };
+    TRY(mesh_init(&t->mesh, t->world->size));
+    TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->dp));
+    struct zero_options o = { .stage = (int)c->parallel.zero, .deterministic = c->train.deterministic, .lanes = (int)c->train.lanes,
+                              .bucket_elems = c->parallel.bucket / sizeof(float) / PARAM_ALIGN * PARAM_ALIGN };
+    return zero_open(&o, &t->model->params, t->dp, &t->zero);
+}
+
+/* --- checkpoints */
+
+static void say_warning(void *arg, const char *line)
+{
+    struct trainer *t = arg;
+    metrics_say(t->metrics, "warning: %s", line);
+}
+
+static status *open_checkpoint(struct trainer *t)
+{
+    const struct checkpoint_config *c = &t->cfg->checkpoint;
+    if (!*c->url)
+        return NULL;
+    struct tessera_options o = TESSERA_OPTIONS;
+    o.url = c->url;
+    o.keep_last = (int)c->keep_last;
+    o.rewind = c->rewind;
+    o.staging_bytes = c->staging_bytes;
+    o.chunk_bytes = c->chunk_bytes;
+    o.writers = (int)c->writers;
+    o.lease_seconds = (uint32_t)c->lease_seconds;
+    o.build = "tessera " TESSERA_BUILD_ID;
+    memcpy(o.mesh, t->mesh.size, sizeof o.mesh);
+    o.warn = say_warning;
+    o.warn_arg = t;
+    return ckpt_open(&o, t->world, t->device, NULL, &t->ckpt);
+}
+
+static status *open_all(struct trainer *t)
+{
+    int ranks_here = 1;
+    TRY(count_local_ranks(t->world, &ranks_here));
+    TRY(comm_agree(t->world, metrics_open(t->cfg->run.dir, t->world->rank == 0, &t->metrics)));
+    status *st = open_data(t);
+    if (!st)
+        st = open_phases(t);
+    if (!st)
+        st = open_scratch(t);
+    if (!st)
+        st = open_model(t, ranks_here);
+    TRY(comm_agree(t->world, st));
+    TRY(dry_runs(t));
+    params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
+    TRY(open_zero(t));
+    TRY(open_checkpoint(t));
+    TRY(state_resume(t));
+    if (t->resumed_from != UINT64_MAX)
+        return NULL;
+    t->current = trainer_phase_at(t, 0);
+    return trainer_enter_phase(t, t->current);
+}
+
+status *trainer_open(struct config *cfg, struct comm *world, const struct log *log, struct trainer **out)
+{
+    struct trainer *t = mem_calloc(1, sizeof *t);
+    TRY(comm_agree(world, t ? NULL : ERR(NO_MEMORY, "trainer")));
+    *t = (struct trainer){ .cfg = cfg, .world = world, .log = log, .save_started = UINT64_MAX, .saved_step = UINT64_MAX,
+                           .resumed_from = UINT64_MAX, .tick = TESSERA_TICK };
+    *out = t; /* also on error: trainer_close accepts what is there */
+    return open_all(t);
+}
+
+status *trainer_close(struct trainer *t)
+{
+    if (!t)
+        return NULL;
+    status *st = t->ckpt ? tessera_close(t->ckpt) : NULL;
+    tessera_state_free(t->state);
+    zero_close(t->zero);
+    tape_close(t->tape);
+    model_close(t->model);
+    workers_close(t->workers);
+    device_close(t->device);
+    comm_close(t->dp);
+    for (int i = 0; i < t->phases; i++) {
+        pack_fini(&t->phase[i].pack);
+        stream_fini(&t->phase[i].stream);
+    }
+    pack_fini(&t->heldout_pack);
+    ref_logps_fini(&t->ref);
+    ref_logps_fini(&t->ref_heldout);
+    dataset_close(t->sft);
+    dataset_close(t->prefs);
+    dataset_close(t->heldout);
+    mem_free(t->dlogp);
+    mem_free(t->scratch);
+    mem_free(t->scalar);
+    mem_free(t->heldout_sums);
+    metrics_close(t->metrics);
+    mem_free(t);
+    return st;
+}

@@ -1,0 +1,377 @@
+/* state: the one list of what is saved, and the way back from it.
+ *
+ *   model      every parameter, whole, on every data-parallel rank (replicas: written once); tied names as aliases
+ *   optim      NAME.exp_avg, NAME.exp_avg_sq: the runs of the flat block that this rank's optimiser holds
+ *   ref/logps  row, hash, logp (and heldout.*) once the algorithm's reference has been computed
+ *   loader     blob "samples": consumed samples of each phase
+ *   rng        blob "seed"
+ *   extra      blobs "progress" (step, phase, optimiser step) and "config"
+ *
+ * Tensors are added in the order in which the optimiser overwrites them, parameter by parameter, so that a fence waits as little as can be. */
+#include "trainer/trainer.h"
+
+#include "comm/agree.h"
+#include "comm/base/bytes.h"
+#include "comm/base/clock.h"
+#include "comm/base/mem.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PROGRESS_BYTES = 24, SAMPLES_BYTES = 8 * PHASES };
+
+static void shape_of(struct tessera_tensor *d, const struct shape *s)
+{
+    d->ndim = s->ndim;
+    for (int i = 0; i < s->ndim; i++)
+        d->shape[i] = d->length[i] = s->dim[i];
+}
+
+static status *add_param(struct trainer *t, const struct params *ps, const struct param *p)
+{
+    struct tessera_tensor d = TESSERA_TENSOR;
+    d.part = "model";
+    d.name = p->name;
+    d.dtype = (int)p->value.dtype;
+    d.data = p->value.data;
+    shape_of(&d, &p->shape);
+    if (p->alias >= 0) {
+        d.alias_of = ps->p[p->alias].name;
+        d.data = NULL;
+    }
+    return tessera_state_add_tensor(t->state, &d);
+}
+
+/* The parts of parameter p that the optimiser of this rank holds: each owned run meets it in at most one piece. */
+static status *add_moments(struct trainer *t, const struct param *p)
+{
+    struct zero_moments z = zero_moments(t->zero);
+    bool ok;
+    uint64_t begin = p->offset, end = begin + shape_volume(&p->shape, &ok), held = 0;
+    for (uint64_t r = 0; r < z.run_count; held += z.run[r].end - z.run[r].begin, r++) {
+        uint64_t lo = z.run[r].begin > begin ? z.run[r].begin : begin, hi = z.run[r].end < end ? z.run[r].end : end;
+        if (lo >= hi)
+            continue;
+        for (int moment = 0; moment < 2; moment++) {
+            char name[PARAM_NAME_BYTES + 16];
+            snprintf(name, sizeof name, "%s.%s", p->name, moment ? "exp_avg_sq" : "exp_avg");
+            struct tessera_tensor d = TESSERA_TENSOR;
+            d.part = "optim";
+            d.name = name;
+            d.dtype = TESSERA_F32;
+            shape_of(&d, &p->shape);
+            d.run_begin = lo - begin;
+            d.run_end = hi - begin;
+            d.data = (moment ? z.v : z.m) + held + (lo - z.run[r].begin);
+            TRY(tessera_state_add_tensor(t->state, &d));
+        }
+    }
+    return NULL;
+}
+
+static status *add_ref(struct trainer *t, const char *prefix, struct ref_logps *r)
+{
+    const struct {
+        const char *name;
+        int dtype, ndim;
+        void *data;
+    } column[] = { { "row", TESSERA_U64, 1, r->row }, { "hash", TESSERA_U64, 1, r->hash }, { "logp", TESSERA_F64, 2, r->logp } };
+    for (size_t i = 0; r->rows && i < sizeof column / sizeof column[0]; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "%s%s", prefix, column[i].name);
+        struct tessera_tensor d = TESSERA_TENSOR;
+        d.part = "ref/logps";
+        d.name = name;
+        d.dtype = column[i].dtype;
+        shape_of(&d, &(struct shape){ column[i].ndim, { r->rows, (uint64_t)r->sequences } });
+        d.data = column[i].data;
+        d.frozen = 1;
+        TRY(tessera_state_add_tensor(t->state, &d));
+    }
+    return NULL;
+}
+
+static status *fill_state(struct trainer *t)
+{
+    const struct params *ps = &t->model->params;
+    for (int i = 0; i < ps->count; i++) {
+        TRY(add_param(t, ps, &ps->p[i]));
+        if (ps->p[i].alias < 0)
+            TRY(add_moments(t, &ps->p[i]));
+    }
+    TRY(add_ref(t, "", &t->ref));
+    return add_ref(t, "heldout.", &t->ref_heldout);
+}
+
+status *state_build(struct trainer *t)
+{
+    if (!t->ckpt)
+        return NULL;
+    TRY(state_finish(t));
+    tessera_state_free(t->state);
+    t->state = NULL;
+    status *st = tessera_state_new(t->ckpt, &t->state);
+    if (!st)
+        st = fill_state(t);
+    return comm_agree(t->world, st);
+}
+
+static status *put_blobs(struct trainer *t)
+{
+    unsigned char samples[SAMPLES_BYTES], seed[8], progress[PROGRESS_BYTES];
+    for (int i = 0; i < PHASES; i++)
+        put_u64(samples + 8 * i, t->samples[i]);
+    put_u64(seed, (uint64_t)t->cfg->run.seed);
+    put_u64(progress, t->step);
+    put_u64(progress + 8, (uint64_t)t->current);
+    put_u64(progress + 16, t->optimiser_step);
+    TRY(tessera_state_add_blob(t->state, "loader", "samples", 0, samples, sizeof samples));
+    TRY(tessera_state_add_blob(t->state, "rng", "seed", 0, seed, sizeof seed));
+    TRY(tessera_state_add_blob(t->state, "extra", "progress", 0, progress, sizeof progress));
+    char *config;
+    TRY(config_text(t->cfg, &config));
+    status *st = tessera_state_add_blob(t->state, "extra", "config", 0, config, strlen(config));
+    mem_free(config);
+    return st;
+}
+
+uint32_t state_weights_crc(const struct trainer *t)
+{
+    return crc32c(0, t->model->params.data, t->model->params.total * sizeof(float));
+}
+
+/* A hash of the moments that does not depend on how they are cut: the sum over aligned blocks of hash(block number, content). Collective. */
+static status *moments_hash(struct trainer *t, uint64_t *out)
+{
+    struct zero_moments z = zero_moments(t->zero);
+    uint64_t sum = 0, held = 0;
+    for (uint64_t r = 0; r < z.run_count; held += z.run[r].end - z.run[r].begin, r++)
+        for (uint64_t e = z.run[r].begin; e < z.run[r].end; e += PARAM_ALIGN)
+            for (int moment = 0; moment < 2; moment++) {
+                struct hash128 h = hash_init(2 * (e / PARAM_ALIGN) + (uint64_t)moment);
+                hash_update(&h, (moment ? z.v : z.m) + held + (e - z.run[r].begin), PARAM_ALIGN * sizeof(float));
+                sum += hash_final(h).a;
+            }
+    *out = sum;
+    if (t->cfg->parallel.zero == 0) /* everyone holds everything */
+        return NULL;
+    return comm_allreduce(t->dp, out, 1, COMM_U64, COMM_SUM, NULL);
+}
+
+static status *log_hashes(struct trainer *t)
+{
+    if (!t->cfg->checkpoint.state_hash)
+        return NULL;
+    uint64_t moments;
+    TRY(moments_hash(t, &moments));
+    metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
+    metrics_integer(t->metrics, "moments_hash", moments);
+    if (t->ref.rows)
+        metrics_integer(t->metrics, "ref_hash", hash64(t->ref.logp, t->ref.rows * (size_t)t->ref.sequences * sizeof(double)));
+    return NULL;
+}
+
+/* --- saving */
+
+static status *save_failed(struct trainer *t, status *st)
+{
+    t->save_started = UINT64_MAX;
+    metrics_begin(t->metrics, "save_failed", t->step);
+    metrics_text(t->metrics, "error", status_message(st));
+    status *written = metrics_end(t->metrics);
+    if (t->cfg->checkpoint.on_error == ON_ERROR_STOP) {
+        status_free(written);
+        return status_wrap(st, "save failed");
+    }
+    metrics_say(t->metrics, "warning: save failed, training goes on: %s", status_message(st));
+    status_free(st);
+    return written;
+}
+
+static status *save_committed(struct trainer *t, uint64_t step)
+{
+    if (step == UINT64_MAX)
+        return NULL;
+    struct tessera_progress p = TESSERA_PROGRESS;
+    tessera_get_progress(t->ckpt, &p);
+    t->save_started = UINT64_MAX;
+    t->saved_step = step;
+    metrics_begin(t->metrics, "save", t->step);
+    metrics_integer(t->metrics, "saved_step", step);
+    metrics_integer(t->metrics, "bytes", p.total_bytes);
+    metrics_number(t->metrics, "seconds", ns_to_s(p.save_ns));
+    metrics_number(t->metrics, "call_ms", ns_to_s(p.call_ns) * 1e3);
+    metrics_number(t->metrics, "fence_ms", ns_to_s(p.fence_wait_ns) * 1e3);
+    metrics_integer(t->metrics, "staging_peak_bytes", p.staging_peak_bytes);
+    return metrics_end(t->metrics);
+}
+
+status *state_tick(struct trainer *t)
+{
+    if (!t->ckpt)
+        return NULL;
+    memset(t->tick.flag, 0, sizeof t->tick.flag);
+    status *st = tessera_tick(t->ckpt, &t->tick);
+    return st ? save_failed(t, st) : save_committed(t, t->tick.committed);
+}
+
+status *state_finish(struct trainer *t)
+{
+    if (!t->ckpt)
+        return NULL;
+    uint64_t committed = UINT64_MAX;
+    status *st = tessera_wait(t->ckpt, &committed);
+    t->tick.phase = TESSERA_IDLE;
+    return st ? save_failed(t, st) : save_committed(t, committed);
+}
+
+status *state_save(struct trainer *t)
+{
+    if (t->tick.phase != TESSERA_IDLE || t->save_started != UINT64_MAX)
+        TRY(state_finish(t));
+    metrics_begin(t->metrics, "save_start", t->step);
+    TRY(log_hashes(t));
+    TRY(metrics_end(t->metrics));
+    TRY(comm_agree(t->world, put_blobs(t)));
+    status *st = tessera_save(t->ckpt, t->state, t->step);
+    if (st)
+        return save_failed(t, st);
+    t->save_started = t->step;
+    t->tick.phase = TESSERA_CAPTURE;
+    return t->cfg->checkpoint.async ? NULL : state_finish(t);
+}
+
+/* --- resuming */
+
+static status *blob_of(struct trainer *t, const char *part, const char *name, size_t bytes, const unsigned char **out)
+{
+    const void *data;
+    size_t n;
+    TRY(tessera_blob(t->ckpt, part, name, -1, &data, &n));
+    if (n != bytes && bytes)
+        return ERR(CORRUPT, "blob %s/%s has %zu bytes, not %zu", part, name, n, bytes);
+    *out = data;
+    return NULL;
+}
+
+static status *read_progress(struct trainer *t)
+{
+    const unsigned char *progress = NULL, *samples = NULL;
+    TRY(blob_of(t, "extra", "progress", PROGRESS_BYTES, &progress));
+    TRY(blob_of(t, "loader", "samples", SAMPLES_BYTES, &samples));
+    const void *text;
+    size_t n;
+    TRY(tessera_blob(t->ckpt, "extra", "config", -1, &text, &n));
+    char note[512], *stored = mem_alloc(n + 1);
+    if (!stored)
+        return ERR(NO_MEMORY, "stored configuration of %zu bytes", n);
+    memcpy(stored, text, n);
+    stored[n] = 0;
+    status *st = config_compare(t->cfg, stored, note, sizeof note);
+    mem_free(stored);
+    TRY(st);
+    if (*note)
+        metrics_say(t->metrics, "config changed since the checkpoint: %s", note);
+    t->step = get_u64(progress);
+    t->optimiser_step = get_u64(progress + 16);
+    uint64_t phase = get_u64(progress + 8);
+    if (phase >= (uint64_t)t->phases)
+        return ERR(CORRUPT, "the checkpoint is in phase %" PRIu64 " of %d", phase, t->phases);
+    t->current = (int)phase;
+    for (int i = 0; i < PHASES; i++)
+        t->samples[i] = get_u64(samples + 8 * i);
+    return NULL;
+}
+
+/* References are state only in a phase that needs them. */
+static status *shape_refs(struct trainer *t)
+{
+    ref_logps_fini(&t->ref);
+    ref_logps_fini(&t->ref_heldout);
+    if (!t->phase[t->current].algo->needs_reference)
+        return NULL;
+    TRY(ref_logps_init(&t->ref, t->phase[t->current].data));
+    return t->heldout ? ref_logps_init(&t->ref_heldout, t->heldout) : NULL;
+}
+
+static status *check_refs(const struct trainer *t)
+{
+    if (!t->ref.rows)
+        return NULL;
+    TRY(ref_logps_check(&t->ref, t->phase[t->current].data));
+    return t->heldout ? ref_logps_check(&t->ref_heldout, t->heldout) : NULL;
+}
+
+static status *load_step(struct trainer *t, uint64_t step)
+{
+    TRY(comm_agree(t->world, read_progress(t)));
+    TRY(comm_agree(t->world, shape_refs(t)));
+    TRY(state_build(t));
+    TRY(tessera_load(t->ckpt, t->state, step));
+    return comm_agree(t->world, check_refs(t));
+}
+
+static status *say_resumed(struct trainer *t)
+{
+    t->resumed_from = t->saved_step = t->step;
+    TRY(metrics_rewind(t->metrics, t->step));
+    struct tessera_load_report r = TESSERA_LOAD_REPORT;
+    tessera_get_load_report(t->ckpt, &r);
+    metrics_begin(t->metrics, "resume", t->step);
+    metrics_integer(t->metrics, "ranks", (uint64_t)t->world->size);
+    metrics_number(t->metrics, "seconds", ns_to_s(r.ns));
+    metrics_integer(t->metrics, "storage_bytes", r.storage_bytes);
+    TRY(log_hashes(t));
+    metrics_say(t->metrics, "resumed from step %" PRIu64 " (%s) on %d ranks in %.2f s", t->step, t->phase[t->current].name, t->world->size,
+                ns_to_s(r.ns));
+    return metrics_end(t->metrics);
+}
+
+/* Start anew under a root that may hold steps. */
+static status *start_anew(struct trainer *t)
+{
+    uint64_t newest;
+    status *st = tessera_find(t->ckpt, TESSERA_NEWEST, &newest);
+    if (status_code(st) == ST_NOT_FOUND) {
+        status_free(st);
+        return metrics_rewind(t->metrics, 0);
+    }
+    TRY(st);
+    if (!t->cfg->checkpoint.rewind)
+        return ERR(EXISTS, "%s holds step %" PRIu64 "; checkpoint.resume=never would start over: set checkpoint.rewind=true to retire its steps, "
+                           "or choose another checkpoint.url", t->cfg->checkpoint.url, newest);
+    TRY(tessera_rewind(t->ckpt, TESSERA_NEWEST));
+    return metrics_rewind(t->metrics, 0);
+}
+
+status *state_resume(struct trainer *t)
+{
+    const char *resume = t->cfg->checkpoint.resume;
+    if (!t->ckpt)
+        return metrics_rewind(t->metrics, 0);
+    if (!strcmp(resume, "never"))
+        return start_anew(t);
+    bool exact = strcmp(resume, "newest-valid") != 0;
+    uint64_t at_most = exact ? strtoull(resume, NULL, 10) : TESSERA_NEWEST, damaged = 0;
+    for (;;) {
+        uint64_t step;
+        status *st = tessera_find(t->ckpt, at_most, &step);
+        if (status_code(st) == ST_NOT_FOUND && !exact && !damaged) {
+            status_free(st);
+            return metrics_rewind(t->metrics, 0); /* a first start */
+        }
+        TRY(st);
+        if (exact && step != at_most)
+            return ERR(NOT_FOUND, "%s holds no valid step %" PRIu64 " (checkpoint.resume); the newest below it is %" PRIu64,
+                       t->cfg->checkpoint.url, at_most, step);
+        st = load_step(t, step);
+        if (!st)
+            return say_resumed(t);
+        if (status_code(st) != ST_CORRUPT || exact)
+            return status_wrap(st, "resume from step %" PRIu64, step);
+        metrics_say(t->metrics, "warning: step %" PRIu64 " is damaged, falling back: %s", step, status_message(st));
+        status_free(st);
+        damaged++;
+    }
+}

@@ -1,0 +1,280 @@
+/* train: the loop and the step.
+ *
+ * A step: deal the global batch into micro-batches; run this rank's (forward, loss, backward, into the lane's gradients); sum gradients over ranks;
+ * wait until the save in flight has copied what will be overwritten; update; move the save on. Nothing of a step depends on the mesh but who does what. */
+#include "trainer/trainer.h"
+
+#include "comm/agree.h"
+#include "comm/base/clock.h"
+#include "comm/base/mem.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <string.h>
+
+void trainer_abort(struct trainer *t, status *st)
+{
+    log_status(t->log, LOG_ERROR, status_at_rank(st, t->world->rank));
+    comm_abort(t->world, status_exit_code(st));
+}
+
+int trainer_phase_at(const struct trainer *t, uint64_t step)
+{
+    int p = t->phases - 1;
+    while (p > 0 && step < t->phase[p].first_step)
+        p--;
+    return p;
+}
+
+/* --- phases */
+
+static status *compute_references(struct trainer *t)
+{
+    struct phase *p = &t->phase[t->current];
+    metrics_say(t->metrics, "step %" PRIu64 ": computing reference log-probabilities of %" PRIu64 " rows", t->step,
+                p->data->rows + (t->heldout ? t->heldout->rows : 0));
+    status *st = ref_logps_init(&t->ref, p->data);
+    if (!st && t->heldout)
+        st = ref_logps_init(&t->ref_heldout, t->heldout);
+    TRY(comm_agree(t->world, st));
+    TRY(evaluate_logps(t, p->data, &p->pack, t->ref.logp));
+    return t->heldout ? evaluate_logps(t, t->heldout, &t->heldout_pack, t->ref_heldout.logp) : NULL;
+}
+
+status *trainer_enter_phase(struct trainer *t, int phase)
+{
+    TRY(state_finish(t)); /* the moments are about to be cleared, the list of tensors to change */
+    t->current = phase;
+    t->optimiser_step = 0;
+    zero_reset_moments(t->zero);
+    if (t->phase[phase].algo->needs_reference) {
+        TRY(compute_references(t));
+        TRY(evaluate_heldout(t));
+    }
+    metrics_begin(t->metrics, "phase", t->step);
+    metrics_text(t->metrics, "name", t->phase[phase].name);
+    TRY(metrics_end(t->metrics));
+    return state_build(t);
+}
+
+/* --- a step */
+
+static struct batch_counts count_batch(const struct phase *p)
+{
+    const struct dataset *d = p->data;
+    struct batch_counts c = { .rows = p->stream.global_batch };
+    c.sequences = c.rows * (uint64_t)d->sequences;
+    for (uint32_t i = 0; i < p->stream.global_batch; i++)
+        for (int s = 0; s < d->sequences; s++)
+            c.scored_tokens += d->seq[p->stream.row[i] * (uint64_t)d->sequences + (uint64_t)s].scored;
+    return c;
+}
+
+static uint64_t count_tokens(const struct phase *p)
+{
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < p->stream.global_batch; i++)
+        for (int s = 0; s < p->data->sequences; s++)
+            n += p->data->seq[p->stream.row[i] * (uint64_t)p->data->sequences + (uint64_t)s].length;
+    return n;
+}
+
+/* Reference sums of the pack's sequences, or NULL. */
+static const double *pack_references(struct trainer *t, const struct phase *p, double *out)
+{
+    if (!p->algo->needs_reference)
+        return NULL;
+    int s = p->data->sequences;
+    for (uint32_t r = 0; r < p->pack.rows; r++)
+        for (int i = 0; i < s; i++)
+            out[r * (uint32_t)s + (uint32_t)i] = t->ref.logp[p->pack.row[r] * (uint64_t)s + (uint64_t)i];
+    return out;
+}
+
+static status *micro_batch(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts)
+{
+    uint32_t mb = p->stream.micro_batch;
+    pack_build(&p->pack, p->stream.row + (size_t)k * mb, mb);
+    tape_begin(t->tape, TAPE_TRAIN);
+    struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->pack.in);
+    struct tensor *lp = op_logprob(t->tape, h, t->model->ops->head(t->model), p->pack.target, 1.0f);
+    TRY(tape_end(t->tape));
+    size_t segments = (size_t)p->pack.in.seg.count;
+    const double *ref = pack_references(t, p, t->scratch + 4 * segments);
+    double *metric = t->scalar + (size_t)k * (size_t)p->algo->metric_count;
+    p->algo->loss(p->algo_config, &p->pack, lp->data, ref, counts, t->scratch, t->dlogp, metric);
+    TRY(tape_backward(t->tape, lp, t->dlogp, TAPE_BACKWARD_ALL));
+    zero_added(t->zero, k);
+    return NULL;
+}
+
+static status *before_overwrite(void *arg, const void *addr, size_t bytes)
+{
+    struct trainer *t = arg;
+    return t->ckpt ? tessera_fence(t->ckpt, addr, bytes, NULL) : NULL;
+}
+
+struct step_result {
+    double metric[ALGO_METRICS]; /* divided by their counts */
+    double norm, lr, seconds;
+    uint64_t tokens;
+};
+
+static status *optimise(struct trainer *t, const struct phase *p, struct step_result *r)
+{
+    const struct optim_config *o = &t->cfg->optim;
+    TRY(zero_reduce(t->zero, &r->norm));
+    /* every rank settles the save's plan here, also one that owns nothing to overwrite */
+    if (t->ckpt)
+        TRY(tessera_fence(t->ckpt, t, 0, NULL));
+    r->lr = schedule_lr(o, p->peak_lr, t->step - p->first_step, p->steps);
+    struct adamw a = { r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, clip_scale(o->clip, r->norm), t->optimiser_step + 1 };
+    return zero_update(t->zero, &a, before_overwrite, t);
+}
+
+static status *train_step(struct trainer *t, struct step_result *r)
+{
+    struct phase *p = &t->phase[t->current];
+    uint32_t k = p->stream.global_batch / p->stream.micro_batch, first, end;
+    stream_deal(&p->stream, t->samples[t->current]);
+    struct batch_counts counts = count_batch(p);
+    r->tokens = count_tokens(p);
+    zero_begin(t->zero, k);
+    zero_micro_batches(t->zero, k, &first, &end);
+    for (uint32_t i = first; i < end; i++) {
+        status *st = micro_batch(t, p, i, &counts);
+        if (st)
+            trainer_abort(t, st); /* shapes were checked before: a bug or a broken machine, and the others wait in a collective */
+    }
+    double sums[ALGO_METRICS];
+    TRY(zero_sum_scalars(t->zero, t->scalar, k, (uint32_t)p->algo->metric_count, sums));
+    for (int m = 0; m < p->algo->metric_count; m++)
+        r->metric[m] = m == 0 ? sums[m] : sums[m] / (double)(p->algo->metrics[m].per == PER_ROW ? counts.rows : counts.scored_tokens);
+    if (!isfinite(r->metric[0]))
+        return ERR(INVALID, "the loss is not finite at step %" PRIu64 ": try a smaller optim.lr or optim.clip", t->step + 1);
+    TRY(optimise(t, p, r));
+    t->samples[t->current] += counts.rows;
+    t->step++;
+    t->optimiser_step++;
+    return NULL;
+}
+
+/* --- watching */
+
+static const char *const phase_words[] = { "idle", "capture", "write", "vote", "commit" };
+
+static void save_in_flight(struct trainer *t, struct progress_line *line)
+{
+    line->save_percent = -1;
+    if (!t->ckpt || t->tick.phase == TESSERA_IDLE)
+        return;
+    struct tessera_progress p = TESSERA_PROGRESS;
+    tessera_get_progress(t->ckpt, &p);
+    line->save_step = p.step;
+    line->save_phase = phase_words[t->tick.phase];
+    line->save_percent = p.total_bytes ? (int)(p.written_bytes * 100 / p.total_bytes) : 100;
+}
+
+static double accuracy_of(const struct phase *p, const struct step_result *r)
+{
+    for (int m = 0; m < p->algo->metric_count; m++)
+        if (!strcmp(p->algo->metrics[m].name, "rewards/accuracies"))
+            return r->metric[m];
+    return -1;
+}
+
+static status *report(struct trainer *t, const struct step_result *r, uint64_t allocations)
+{
+    const struct phase *p = &t->phase[trainer_phase_at(t, t->step - 1)];
+    struct progress_line line = { .step = t->step, .steps = (uint64_t)t->cfg->train.steps, .phase = p->name, .loss = r->metric[0],
+                                  .accuracy = accuracy_of(p, r), .tokens_per_s = (double)r->tokens / r->seconds };
+    line.eta_s = (double)(line.steps - line.step) * r->seconds;
+    save_in_flight(t, &line);
+    metrics_progress(t->metrics, &line, t->step % (uint64_t)t->cfg->train.log_every == 0 || t->step == line.steps);
+    metrics_begin(t->metrics, "step", t->step);
+    metrics_text(t->metrics, "phase", p->name);
+    for (int m = 0; m < p->algo->metric_count; m++)
+        metrics_number(t->metrics, p->algo->metrics[m].name, r->metric[m]);
+    metrics_number(t->metrics, "grad_norm", r->norm);
+    metrics_number(t->metrics, "learning_rate", r->lr);
+    metrics_integer(t->metrics, "num_tokens", r->tokens);
+    metrics_number(t->metrics, "seconds", r->seconds);
+    metrics_integer(t->metrics, "samples", t->samples[trainer_phase_at(t, t->step - 1)]);
+    metrics_integer(t->metrics, "allocations", allocations);
+    if (line.save_percent >= 0) {
+        metrics_integer(t->metrics, "saving", line.save_step);
+        metrics_text(t->metrics, "save_phase", line.save_phase);
+    }
+    return metrics_end(t->metrics);
+}
+
+/* --- the loop */
+
+static bool save_due(const struct trainer *t)
+{
+    uint64_t every = (uint64_t)t->cfg->checkpoint.every;
+    if (!t->ckpt || t->step == t->saved_step)
+        return false;
+    return t->step == (uint64_t)t->cfg->train.steps || (every && t->step % every == 0);
+}
+
+static bool evaluation_due(const struct trainer *t)
+{
+    uint64_t every = (uint64_t)t->cfg->train.eval_every;
+    return t->step == (uint64_t)t->cfg->train.steps || (every && t->step % every == 0);
+}
+
+static status *one_step(struct trainer *t)
+{
+    uint64_t began = clock_ns(), allocated = mem_count();
+    struct step_result r = { .norm = 0 };
+    TRY(train_step(t, &r));
+    /* calls of this rank's allocator, all threads, from the step's start to here: saves have their own threads, so a save in flight shows */
+    uint64_t allocations = mem_count() - allocated;
+    r.seconds = ns_to_s(clock_ns() - began);
+    TRY(comm_agree(t->world, report(t, &r, allocations)));
+    if (evaluation_due(t))
+        TRY(evaluate_heldout(t));
+    int next = trainer_phase_at(t, t->step);
+    if (next != t->current && t->step < (uint64_t)t->cfg->train.steps)
+        TRY(trainer_enter_phase(t, next)); /* before the save: a checkpoint at the switch already holds the references */
+    if (save_due(t))
+        TRY(state_save(t));
+    return state_tick(t);
+}
+
+static status *finish(struct trainer *t)
+{
+    TRY(state_finish(t));
+    metrics_begin(t->metrics, "end", t->step);
+    metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
+    metrics_integer(t->metrics, "peak_rss_bytes", mem_peak_rss_bytes());
+    metrics_say(t->metrics, "done: step %" PRIu64 ", weights crc32c %08x, peak memory of rank 0 %.0f MiB", t->step, state_weights_crc(t),
+                (double)mem_peak_rss_bytes() / (1 << 20));
+    return comm_agree(t->world, metrics_end(t->metrics));
+}
+
+static status *say_run(struct trainer *t)
+{
+    char mesh[64];
+    mesh_text(&t->mesh, mesh, sizeof mesh);
+    uint64_t weights = params_unique_elems(&t->model->params);
+    metrics_say(t->metrics, "run %s: %s of %.2f M parameters, %s, ZeRO %d, %d thread%s a rank, steps %" PRIu64 " to %lld", t->cfg->run.name,
+                t->model->ops->name, (double)weights * 1e-6, mesh, (int)t->cfg->parallel.zero, workers_count(t->workers),
+                workers_count(t->workers) == 1 ? "" : "s", t->step, (long long)t->cfg->train.steps);
+    metrics_begin(t->metrics, "run", t->step);
+    metrics_text(t->metrics, "name", t->cfg->run.name);
+    metrics_text(t->metrics, "mesh", mesh);
+    metrics_integer(t->metrics, "parameters", weights);
+    return comm_agree(t->world, metrics_end(t->metrics));
+}
+
+status *trainer_run(struct trainer *t)
+{
+    TRY(say_run(t));
+    if (t->step >= (uint64_t)t->cfg->train.steps)
+        metrics_say(t->metrics, "nothing to do: step %" PRIu64 " of train.steps %lld is done", t->step, (long long)t->cfg->train.steps);
+    while (t->step < (uint64_t)t->cfg->train.steps)
+        TRY(one_step(t));
+    return finish(t);
+}
