@@ -1,13 +1,13 @@
 /* zero: see zero.h.
  *
  * Invariants:
- * (1) Everything that decides who sends what (lane of a micro-batch, owner of a run, which tree nodes are empty) is a
- * pure function of the options, dp, K and params.total, so ranks agree on it without a message. (2) While a lane is
- * open its sum is in params.grad, which was zero before the lane's first micro-batch. A closed lane is a node on
- * `stack`; closed sibling nodes are combined at once. Only the top of the stack may still lie in params.grad; it is
- * moved to a spare buffer if this rank has another micro-batch to run. (3) A node is a value or empty (NULL);
- * node(parent) = left + right if both have values, else the one that has. (4) After zero_reduce params.grad holds the
- * global sum in this rank's runs, and partial sums elsewhere.
+ * - Everything that decides who sends what (lane of a micro-batch, owner of a run, which tree nodes are empty) is
+ *   a pure function of the options, dp, K and params.total, so ranks agree on it without a message.
+ * - While a lane is open its sum is in params.grad, which was zero before the lane's first micro-batch. A closed
+ *   lane is a node on `stack`; closed sibling nodes are combined at once. One node at most still lies in
+ *   params.grad; it is moved to a spare buffer if this rank has another micro-batch to run.
+ * - A node is a value or empty (NULL); a parent is left + right if both have values, else the one that has.
+ * - After zero_reduce params.grad holds the global sum in this rank's runs, and partial sums elsewhere.
  *
  * Read lanes_close (a rank's own part of the tree), then reduce_bucket (the rest of it), then zero_update. */
 #include "trainer/parallel/zero.h"
@@ -338,14 +338,15 @@ static void lanes_close(struct zero *z)
         bool empty = first_of_lane(z, z->k, z->lane) == first_of_lane(z, z->k, z->lane + 1);
         push(z, &z->stack, (struct grad_node){ 0, z->lane, empty ? NULL : z->p->grad }, z->p->total);
     }
-    struct grad_node *top = z->stack.n ? &z->stack.node[z->stack.n - 1] : NULL;
-    if (!top || top->value != z->p->grad || z->next == z->end)
+    struct grad_node *held = NULL; /* not always the top: empty nodes may follow */
+    for (int i = 0; i < z->stack.n; i++)
+        if (z->stack.node[i].value == z->p->grad)
+            held = &z->stack.node[i];
+    if (!held || z->next == z->end)
         return;
-    top->value = NULL;
-    float *to = free_spare(z);
-    memcpy(to, z->p->grad, z->p->total * sizeof(float));
+    held->value = free_spare(z);
+    memcpy(held->value, z->p->grad, z->p->total * sizeof(float));
     memset(z->p->grad, 0, z->p->total * sizeof(float));
-    top->value = to;
 }
 
 void zero_begin(struct zero *z, uint32_t k)

@@ -1,0 +1,719 @@
+/* zero against a plain implementation of its definition: gradients, norms, weights and moments bit for bit, over dp
+ * sizes, stages, bucket sizes, lanes and numbers of micro-batches. Ranks are threads. Micro-batches' gradients are
+ * tables of wide range, so that another order of additions shows. Rank functions return errors; only the main thread
+ * asserts. */
+#include "trainer/parallel/zero.h"
+
+#include "comm/base/mem.h"
+#include "comm/base/rng.h"
+#include "tests/support/comm_threads.h"
+#include "trainer/ops/kernels.h"
+#include "trainer/parallel/treesum.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+#include <math.h>
+#include <string.h>
+
+enum { BLOCKS = 13, TOTAL = BLOCKS * PARAM_ALIGN, STEPS = 3, MICRO = 40, PARAMS = 6 };
+
+static const struct {
+    uint64_t rows, cols; /* cols 0: a vector */
+    bool decay;
+    int alias;
+} param_rows[PARAMS] = {
+    { 60, 50, true, -1 }, { 1024, 0, false, -1 }, { 2, 1025, true, -1 },
+    { 60, 50, false, 0 }, /* shares the first one's memory; were it updated, it would be updated twice */
+    { 1, 0, false, -1 },  { 70, 70, true, -1 },
+};
+
+#define EXPECT(cond, ...)                                                                                              \
+    do {                                                                                                               \
+        if (!(cond))                                                                                                   \
+            return ERR(INTERNAL, __VA_ARGS__);                                                                         \
+    } while (0)
+
+static void expect_ok(status *st)
+{
+    if (st)
+        fail_msg("rank %d: %s (%s:%d)", status_rank(st), status_message(st), status_file(st), status_line(st));
+}
+
+static void expect_code(status *st, enum status_code code)
+{
+    assert_int_equal(status_code(st), code);
+    status_free(st);
+}
+
+static bool same(const void *a, const void *b, size_t n)
+{
+    return memcmp(a, b, n) == 0;
+}
+
+/* ---- parameters and gradients ---- */
+
+/* Is element e of the flat block part of a parameter? */
+static bool in_param(const struct params *ps, uint64_t e)
+{
+    for (int i = 0; i < ps->count; i++)
+        if (e >= ps->p[i].offset &&
+            e < ps->p[i].offset + param_rows[i].rows * (param_rows[i].cols ? param_rows[i].cols : 1))
+            return true;
+    return false;
+}
+
+static float draw(uint32_t sample, uint32_t step, uint64_t e)
+{
+    struct rng_at at = { 5, sample, step, RNG_DATA };
+    double u = 2 * rng_uniform(at, 2 * e) - 1;
+    return (float)ldexp(u, (int)(rng_u32(at, 2 * e + 1) % 14) - 7);
+}
+
+/* Paddings hold 7: nothing may touch them. */
+static struct params *params_make(void)
+{
+    struct params *ps = mem_calloc(1, sizeof *ps);
+    ps->p = mem_calloc(PARAMS, sizeof *ps->p);
+    ps->count = ps->cap = PARAMS;
+    for (int i = 0; i < PARAMS; i++) {
+        struct param *p = &ps->p[i];
+        uint64_t rows = param_rows[i].rows, cols = param_rows[i].cols;
+        p->shape = (struct shape){ .ndim = cols ? 2 : 1, .dim = { rows, cols } };
+        p->decay = param_rows[i].decay;
+        p->alias = param_rows[i].alias;
+        p->offset = p->alias >= 0 ? ps->p[p->alias].offset : ps->total;
+        if (p->alias < 0)
+            ps->total += (rows * (cols ? cols : 1) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
+    }
+    assert_int_equal(ps->total, TOTAL);
+    ps->data = mem_alloc(TOTAL * sizeof(float));
+    ps->grad = mem_alloc(TOTAL * sizeof(float));
+    for (uint64_t e = 0; e < TOTAL; e++) {
+        ps->data[e] = in_param(ps, e) ? draw(1000, 0, e) : 7;
+        ps->grad[e] = 99; /* zero_begin clears it */
+    }
+    return ps;
+}
+
+static void params_drop(struct params *ps)
+{
+    mem_free(ps->grad);
+    mem_free(ps->data);
+    mem_free(ps->p);
+    mem_free(ps);
+}
+
+/* gradient[step][micro][e], 0 in paddings: a pure function of its indices. */
+static float (*gradient)[MICRO][TOTAL];
+
+static int make_gradients(void **state)
+{
+    (void)state;
+    gradient = mem_alloc(STEPS * sizeof *gradient);
+    struct params *ps = params_make();
+    for (uint32_t s = 0; s < STEPS; s++)
+        for (uint32_t i = 0; i < MICRO; i++)
+            for (uint64_t e = 0; e < TOTAL; e++)
+                gradient[s][i][e] = in_param(ps, e) ? draw(i, s, e) : 0;
+    params_drop(ps);
+    return 0;
+}
+
+static int drop_gradients(void **state)
+{
+    (void)state;
+    mem_free(gradient);
+    return 0;
+}
+
+/* ---- the definition, in one process ---- */
+
+/* Sum of element e over lanes [lo, hi) of `lanes`, halves first; false: no micro-batch lies in them. */
+static bool lane_tree(uint32_t step, uint32_t k, uint32_t lanes, uint32_t lo, uint32_t hi, uint64_t e, float *out)
+{
+    if (hi - lo == 1) {
+        uint32_t first = lo * k / lanes, end = hi * k / lanes;
+        float sum = 0;
+        for (uint32_t i = first; i < end; i++)
+            sum += gradient[step][i][e];
+        *out = sum;
+        return first < end;
+    }
+    float a = 0, b = 0;
+    bool left = lane_tree(step, k, lanes, lo, (lo + hi) / 2, e, &a);
+    bool right = lane_tree(step, k, lanes, (lo + hi) / 2, hi, e, &b);
+    *out = left && right ? a + b : left ? a : b;
+    return left || right;
+}
+
+/* deterministic off: a lane a rank, added in order. */
+static float lane_chain(uint32_t step, uint32_t k, uint32_t ranks, uint64_t e)
+{
+    float sum = 0;
+    bool any = false;
+    for (uint32_t r = 0; r < ranks; r++) {
+        float lane;
+        if (!lane_tree(step, k, ranks, r, r + 1, e, &lane))
+            continue;
+        sum = any ? sum + lane : lane;
+        any = true;
+    }
+    return sum;
+}
+
+/* Sum of leaves [lo, lo + size) of n, halves first; false: all lie past the end. */
+static bool brute_tree(const double *leaf, uint64_t n, uint64_t lo, uint64_t size, double *out)
+{
+    if (lo >= n)
+        return false;
+    if (size == 1) {
+        *out = leaf[lo];
+        return true;
+    }
+    double a = 0, b = 0;
+    brute_tree(leaf, n, lo, size / 2, &a);
+    *out = brute_tree(leaf, n, lo + size / 2, size / 2, &b) ? a + b : a;
+    return true;
+}
+
+static double brute_norm(const float *x)
+{
+    double block[BLOCKS], sum;
+    long double plain = 0;
+    for (int b = 0; b < BLOCKS; b++)
+        block_sums(NULL, x + b * PARAM_ALIGN, PARAM_ALIGN, true, &block[b]);
+    brute_tree(block, BLOCKS, 0, 16, &sum);
+    for (int e = 0; e < TOTAL; e++)
+        plain += (long double)x[e] * (long double)x[e];
+    assert_true(fabsl(plain - (long double)sum) <= 1e-13L * plain);
+    return sqrt(sum);
+}
+
+static struct adamw adamw_of(uint32_t step, double norm)
+{
+    return (struct adamw){ 1e-2 / (step + 1), 0.9, 0.95, 1e-8, 0.1, norm > 10 ? 10 / norm : 1, step + 1 };
+}
+
+struct expected {
+    struct zero_options o;
+    uint32_t k;
+    struct {
+        float grad[TOTAL], data[TOTAL], m[TOTAL], v[TOTAL]; /* after the step */
+        double norm;
+    } at[STEPS];
+};
+
+static void expect_step(struct expected *x, uint32_t s, const struct params *ps, uint32_t ranks)
+{
+    for (uint64_t e = 0; e < TOTAL; e++)
+        if (!x->o.deterministic)
+            x->at[s].grad[e] = lane_chain(s, x->k, ranks, e);
+        else
+            lane_tree(s, x->k, (uint32_t)x->o.lanes, 0, (uint32_t)x->o.lanes, e, &x->at[s].grad[e]);
+    x->at[s].norm = brute_norm(x->at[s].grad);
+    struct adamw a = adamw_of(s, x->at[s].norm);
+    memcpy(x->at[s].data, s ? x->at[s - 1].data : ps->data, sizeof x->at[s].data);
+    memcpy(x->at[s].m, s ? x->at[s - 1].m : x->at[s].m, sizeof x->at[s].m);
+    memcpy(x->at[s].v, s ? x->at[s - 1].v : x->at[s].v, sizeof x->at[s].v);
+    for (int i = 0; i < PARAMS; i++) {
+        uint64_t off = ps->p[i].offset, n = param_rows[i].rows * (param_rows[i].cols ? param_rows[i].cols : 1);
+        if (ps->p[i].alias < 0)
+            adamw_update(NULL, x->at[s].data + off, x->at[s].grad + off, x->at[s].m + off, x->at[s].v + off, n, a.lr,
+                         a.beta1, a.beta2, a.eps, ps->p[i].decay ? a.weight_decay : 0, a.step, a.grad_scale);
+    }
+}
+
+static struct expected *expect(struct zero_options o, uint32_t k, uint32_t ranks)
+{
+    struct expected *x = mem_calloc(1, sizeof *x);
+    x->o = o;
+    x->k = k;
+    struct params *ps = params_make();
+    for (uint32_t s = 0; s < STEPS; s++)
+        expect_step(x, s, ps, ranks);
+    params_drop(ps);
+    return x;
+}
+
+/* ---- one job ---- */
+
+/* What the fence sees: the bytes must not have been overwritten yet. */
+struct watch {
+    const struct params *ps;
+    struct zero_moments mom;
+    float data[TOTAL], m[TOTAL], v[TOTAL]; /* before the update */
+    uint8_t data_seen[BLOCKS], m_seen[BLOCKS], v_seen[BLOCKS];
+    bool bad;
+};
+
+static void watch_range(struct watch *w, const float *block, const float *old, uint8_t *seen, uint64_t elems,
+                        const float *addr, size_t bytes)
+{
+    if (addr < block || addr >= block + elems)
+        return;
+    size_t at = (size_t)(addr - block), n = bytes / sizeof(float);
+    w->bad = w->bad || at + n > elems || at % PARAM_ALIGN || n % PARAM_ALIGN || !same(addr, old + at, bytes);
+    for (size_t b = at / PARAM_ALIGN; !w->bad && b < (at + n) / PARAM_ALIGN; b++)
+        seen[b] = 1;
+}
+
+static status *watch_fence(void *arg, const void *addr, size_t bytes)
+{
+    struct watch *w = arg;
+    watch_range(w, w->ps->data, w->data, w->data_seen, TOTAL, addr, bytes);
+    watch_range(w, w->mom.m, w->m, w->m_seen, w->mom.elems, addr, bytes);
+    watch_range(w, w->mom.v, w->v, w->v_seen, w->mom.elems, addr, bytes);
+    return NULL;
+}
+
+static void watch_start(struct watch *w, const struct params *ps, struct zero_moments mom)
+{
+    *w = (struct watch){ .ps = ps, .mom = mom };
+    memcpy(w->data, ps->data, sizeof w->data);
+    memcpy(w->m, mom.m, mom.elems * sizeof(float));
+    memcpy(w->v, mom.v, mom.elems * sizeof(float));
+}
+
+static status *watch_check(const struct watch *w)
+{
+    EXPECT(!w->bad, "the fence was called for bytes that had changed, or for a wrong range");
+    for (uint64_t b = 0; b < BLOCKS; b++)
+        EXPECT(w->data_seen[b], "parameters of block %d were not announced", (int)b);
+    for (uint64_t b = 0; b < w->mom.elems / PARAM_ALIGN; b++)
+        EXPECT(w->m_seen[b] && w->v_seen[b], "moments of block %d were not announced", (int)b);
+    return NULL;
+}
+
+static void run_micro_batches(struct zero *z, struct params *ps, uint32_t step, uint32_t k)
+{
+    uint32_t first, end;
+    zero_micro_batches(z, k, &first, &end);
+    zero_begin(z, k);
+    for (uint32_t i = first; i < end; i++) {
+        for (uint64_t e = 0; e < TOTAL; e++)
+            ps->grad[e] += gradient[step][i][e];
+        zero_added(z, i);
+    }
+}
+
+/* Compare what the moments' runs hold, and the gradients there, with the whole blocks of the definition. */
+static status *check_runs(const struct zero_moments *mom, const float *grad, const struct expected *x, uint32_t s,
+                          bool moments)
+{
+    uint64_t at = 0;
+    for (uint64_t i = 0; i < mom->run_count; i++) {
+        uint64_t begin = mom->run[i].begin, n = mom->run[i].end - begin;
+        if (grad)
+            EXPECT(same(grad + begin, x->at[s].grad + begin, n * sizeof(float)), "step %u: gradients of run %d", s,
+                   (int)i);
+        if (moments)
+            EXPECT(same(mom->m + at, x->at[s].m + begin, n * sizeof(float)) &&
+                       same(mom->v + at, x->at[s].v + begin, n * sizeof(float)),
+                   "step %u: moments of run %d", s, (int)i);
+        at += n;
+    }
+    return NULL;
+}
+
+static status *job_step(struct zero *z, struct params *ps, struct watch *w, const struct expected *x, uint32_t s)
+{
+    double norm;
+    run_micro_batches(z, ps, s, x->k);
+    TRY(zero_reduce(z, &norm));
+    struct zero_moments mom = zero_moments(z);
+    EXPECT(same(&norm, &x->at[s].norm, sizeof norm), "step %u: norm %.17g, not %.17g", s, norm, x->at[s].norm);
+    if (x->o.stage == 1)
+        TRY(check_runs(&mom, ps->grad, x, s, false));
+    struct adamw a = adamw_of(s, norm);
+    watch_start(w, ps, mom);
+    TRY(zero_update(z, &a, s ? watch_fence : NULL, w));
+    if (s)
+        TRY(watch_check(w));
+    EXPECT(same(ps->data, x->at[s].data, sizeof x->at[s].data), "step %u: parameters", s);
+    if (x->o.stage == 0)
+        EXPECT(same(ps->grad, x->at[s].grad, sizeof x->at[s].grad), "step %u: gathered gradients", s);
+    return check_runs(&mom, NULL, x, s, true);
+}
+
+/* Stage 1: every block has one owner. Stage 0: everybody has all. Moments lie run after run and can be reset. */
+static status *check_tiling(struct comm *c, struct zero *z, int stage)
+{
+    struct zero_moments mom = zero_moments(z);
+    int32_t owners[BLOCKS] = { 0 };
+    uint64_t elems = 0, last = 0;
+    for (uint64_t i = 0; i < mom.run_count; i++) {
+        struct zero_run r = mom.run[i];
+        EXPECT(r.begin >= last && r.begin < r.end && r.begin % PARAM_ALIGN == 0 && r.end % PARAM_ALIGN == 0, "run %d",
+               (int)i);
+        for (uint64_t b = r.begin / PARAM_ALIGN; b < r.end / PARAM_ALIGN; b++)
+            owners[b]++;
+        elems += r.end - r.begin;
+        last = r.end;
+    }
+    EXPECT(elems == mom.elems, "the runs do not add up to the moments");
+    TRY(comm_allreduce(c, owners, BLOCKS, COMM_I32, COMM_SUM, NULL));
+    for (int b = 0; b < BLOCKS; b++)
+        EXPECT(owners[b] == (stage ? 1 : c->size), "block %d has %d owners", b, owners[b]);
+    zero_reset_moments(z);
+    for (uint64_t e = 0; e < elems; e++)
+        EXPECT(mom.m[e] == 0 && mom.v[e] == 0, "a moment outlived its reset");
+    return NULL;
+}
+
+static status *job(struct comm *c, void *arg)
+{
+    const struct expected *x = arg;
+    struct params *ps = params_make();
+    struct watch *w = mem_alloc(sizeof *w);
+    struct zero *z = NULL;
+    status *st = zero_open(&x->o, ps, c, &z);
+    for (uint32_t s = 0; !st && s < STEPS; s++)
+        st = job_step(z, ps, w, x, s);
+    if (!st)
+        st = check_tiling(c, z, x->o.stage);
+    zero_close(z);
+    mem_free(w);
+    params_drop(ps);
+    return st;
+}
+
+static const uint64_t bucket_sizes[] = { PARAM_ALIGN, 3 * PARAM_ALIGN, 1 << 30 };
+
+static void run_jobs(struct expected *x, int dp)
+{
+    for (x->o.stage = 0; x->o.stage <= 1; x->o.stage++)
+        for (size_t b = 0; b < 3; b++) {
+            x->o.bucket_elems = bucket_sizes[b];
+            status *st = comm_threads_run(dp, job, x);
+            expect_ok(status_wrap(st, "dp %d, stage %d, buckets of %llu, K = %u, %d lanes", dp, x->o.stage,
+                                  (unsigned long long)bucket_sizes[b], x->k, x->o.lanes));
+        }
+}
+
+static void test_eight_lanes(void **state)
+{
+    (void)state;
+    const uint32_t ks[] = { 0, 1, 2, 5, 8, 13, 16 };
+    for (size_t i = 0; i < sizeof ks / sizeof *ks; i++) {
+        struct expected *x = expect((struct zero_options){ .deterministic = true, .lanes = 8 }, ks[i], 0);
+        for (int dp = 1; dp <= 8; dp++)
+            run_jobs(x, dp);
+        mem_free(x);
+    }
+}
+
+static void test_other_lanes(void **state)
+{
+    (void)state;
+    const int lanes[] = { 1, 2, 4, 16, 64 };
+    const uint32_t ks[] = { 3, 19, 40 };
+    for (size_t l = 0; l < sizeof lanes / sizeof *lanes; l++)
+        for (size_t i = 0; i < sizeof ks / sizeof *ks; i++) {
+            struct expected *x = expect((struct zero_options){ .deterministic = true, .lanes = lanes[l] }, ks[i], 0);
+            for (int dp = 1; dp <= 5 && dp <= lanes[l]; dp += 2)
+                run_jobs(x, dp);
+            mem_free(x);
+        }
+}
+
+static void test_not_deterministic(void **state)
+{
+    (void)state;
+    const uint32_t ks[] = { 2, 7, 13 };
+    for (size_t i = 0; i < sizeof ks / sizeof *ks; i++)
+        for (int dp = 1; dp <= 6; dp += dp == 3 ? 3 : 1) {
+            struct expected *x = expect((struct zero_options){ .lanes = 3 }, ks[i], (uint32_t)dp);
+            run_jobs(x, dp);
+            mem_free(x);
+        }
+}
+
+/* ---- AdamW, written again in double ---- */
+
+static void test_adamw_in_double(void **state)
+{
+    (void)state;
+    struct expected *x = expect((struct zero_options){ .deterministic = true, .lanes = 8 }, 8, 0);
+    struct params *ps = params_make();
+    for (uint64_t e = 0; e < TOTAL; e++) {
+        double p = ps->data[e], m = 0, v = 0;
+        int owner = -1;
+        for (int i = 0; i < PARAMS; i++)
+            if (param_rows[i].alias < 0 && e >= ps->p[i].offset)
+                owner = i;
+        for (uint32_t s = 0; s < STEPS && in_param(ps, e); s++) {
+            struct adamw a = adamw_of(s, x->at[s].norm);
+            double g = a.grad_scale * (double)x->at[s].grad[e], t = s + 1;
+            m = 0.9 * m + 0.1 * g;
+            v = 0.95 * v + 0.05 * g * g;
+            double hat_m = m / (1 - pow(0.9, t)), hat_v = v / (1 - pow(0.95, t));
+            p -= a.lr * (hat_m / (sqrt(hat_v) + 1e-8) + (param_rows[owner].decay ? 0.1 * p : 0));
+        }
+        assert_true(fabs(p - (double)x->at[STEPS - 1].data[e]) <= 1e-6 * (1 + fabs(p)));
+    }
+    params_drop(ps);
+    mem_free(x);
+}
+
+/* ---- micro-batches and scalars ---- */
+
+static status *partition_job(struct comm *c, void *arg)
+{
+    struct zero_options o = *(struct zero_options *)arg;
+    struct params *ps = params_make();
+    struct zero *z = NULL;
+    status *st = zero_open(&o, ps, c, &z);
+    for (uint32_t k = 0; !st && k <= 70; k++) {
+        uint32_t mine[2], all[2 * 8], at = 0, lanes = (uint32_t)(o.deterministic ? o.lanes : c->size);
+        zero_micro_batches(z, k, &mine[0], &mine[1]);
+        st = comm_allgather(c, mine, all, sizeof mine, NULL);
+        for (uint32_t r = 0; !st && r < (uint32_t)c->size; r++) {
+            uint32_t lane = (r + 1) * lanes / (uint32_t)c->size;
+            if (all[2 * r] != at || all[2 * r + 1] != lane * k / lanes)
+                st = ERR(INTERNAL, "K = %u: rank %u has [%u, %u) after %u", k, r, all[2 * r], all[2 * r + 1], at);
+            at = all[2 * r + 1];
+        }
+        if (!st && at != k)
+            st = ERR(INTERNAL, "K = %u: only %u are run", k, at);
+    }
+    zero_close(z);
+    params_drop(ps);
+    return st;
+}
+
+static void test_micro_batches(void **state)
+{
+    (void)state;
+    for (int lanes = 1; lanes <= 64; lanes *= 2)
+        for (int dp = 1; dp <= 8; dp++) {
+            struct zero_options o = { .deterministic = dp <= lanes, .lanes = lanes };
+            expect_ok(comm_threads_run(dp, partition_job, &o));
+        }
+}
+
+static double scalar(uint32_t k, uint32_t j)
+{
+    return (double)draw(k, 77 + j, 3) * 1e10 + (double)draw(k, 99, j);
+}
+
+static status *scalar_job(struct comm *c, void *arg)
+{
+    (void)arg;
+    struct params *ps = params_make();
+    struct zero_options o = { .stage = 1, .deterministic = true, .lanes = 8 };
+    struct zero *z = NULL;
+    status *st = zero_open(&o, ps, c, &z);
+    for (uint32_t k = 0; !st && k <= 13; k++)
+        for (uint32_t width = 1; !st && width <= 4; width += 3) {
+            double value[13 * 4], out[4];
+            uint32_t first, end;
+            zero_micro_batches(z, k, &first, &end);
+            for (uint32_t i = 0; i < k * width; i++) /* what others ran is not ours to know */
+                value[i] = i / width >= first && i / width < end ? scalar(i / width, i % width) : NAN;
+            st = zero_sum_scalars(z, value, k, width, out);
+            for (uint32_t j = 0; !st && j < width; j++) {
+                double sum = 0;
+                for (uint32_t i = 0; i < k; i++)
+                    sum += scalar(i, j);
+                if (!same(&sum, &out[j], sizeof sum))
+                    st = ERR(INTERNAL, "K = %u, scalar %u: %.17g, not %.17g", k, j, out[j], sum);
+            }
+        }
+    zero_close(z);
+    params_drop(ps);
+    return st;
+}
+
+static void test_scalars(void **state)
+{
+    (void)state;
+    for (int dp = 1; dp <= 8; dp++)
+        expect_ok(comm_threads_run(dp, scalar_job, NULL));
+}
+
+/* ---- no allocation, failures, options ---- */
+
+static status *steady_step(struct zero *z, struct params *ps, uint32_t s)
+{
+    double norm, value[2 * 13] = { 0 }, out[2];
+    run_micro_batches(z, ps, s, 13);
+    TRY(zero_reduce(z, &norm));
+    struct adamw a = adamw_of(s, norm);
+    TRY(zero_update(z, &a, NULL, NULL));
+    return zero_sum_scalars(z, value, 13, 2, out);
+}
+
+static status *steady_job(struct comm *c, void *arg)
+{
+    struct zero_options o = *(struct zero_options *)arg;
+    struct params *ps = params_make();
+    struct zero *z = NULL;
+    status *st = zero_open(&o, ps, c, &z);
+    if (!st)
+        st = steady_step(z, ps, 0);
+    if (!st)
+        st = comm_barrier(c);
+    uint64_t before = mem_count();
+    if (!st)
+        st = comm_barrier(c); /* nobody has begun what is counted before all have read the count */
+    for (uint32_t s = 1; !st && s < STEPS; s++)
+        st = steady_step(z, ps, s);
+    if (!st)
+        st = comm_barrier(c);
+    uint64_t calls = mem_count() - before;
+    if (!st)
+        st = comm_barrier(c);
+    if (!st && calls)
+        st = ERR(INTERNAL, "%llu allocations in a steady step", (unsigned long long)calls);
+    zero_close(z);
+    params_drop(ps);
+    return st;
+}
+
+static void test_no_allocation(void **state)
+{
+    (void)state;
+    for (int dp = 1; dp <= 5; dp++)
+        for (int stage = 0; stage <= 1; stage++) {
+            struct zero_options o = { stage, true, 8, 3 * PARAM_ALIGN };
+            expect_ok(comm_threads_run(dp, steady_job, &o));
+        }
+}
+
+static status *failing_fence(void *arg, const void *addr, size_t bytes)
+{
+    (void)addr;
+    (void)bytes;
+    return ++*(int *)arg == 2 ? ERR(IO, "planted") : NULL;
+}
+
+/* A fence that fails on one rank is that rank's error, and nobody hangs. */
+static status *failing_job(struct comm *c, void *arg)
+{
+    struct zero_options o = { *(int *)arg, true, 8, PARAM_ALIGN };
+    struct params *ps = params_make();
+    struct zero *z = NULL;
+    double norm;
+    int calls = 0;
+    status *st = zero_open(&o, ps, c, &z);
+    if (!st) {
+        run_micro_batches(z, ps, 0, 5);
+        st = zero_reduce(z, &norm);
+    }
+    if (!st) {
+        struct adamw a = adamw_of(0, norm);
+        st = zero_update(z, &a, c->rank == 1 ? failing_fence : NULL, &calls);
+        bool right = c->rank == 1 ? status_code(st) == ST_IO && calls == 2 : !st;
+        status_free(st);
+        st = right ? comm_barrier(c) : ERR(INTERNAL, "the planted error went astray");
+    }
+    zero_close(z);
+    params_drop(ps);
+    return st;
+}
+
+static void test_failing_fence(void **state)
+{
+    (void)state;
+    for (int stage = 0; stage <= 1; stage++)
+        expect_ok(comm_threads_run(3, failing_job, &stage));
+}
+
+struct open_case {
+    struct zero_options o;
+    bool no_grad;
+};
+
+static status *open_job(struct comm *c, void *arg)
+{
+    const struct open_case *t = arg;
+    struct params *ps = params_make();
+    float *grad = ps->grad;
+    struct zero *z = NULL;
+    if (t->no_grad)
+        ps->grad = NULL;
+    status *st = zero_open(&t->o, ps, c, &z);
+    ps->grad = grad;
+    zero_close(z);
+    params_drop(ps);
+    return st;
+}
+
+static void test_options(void **state)
+{
+    (void)state;
+    struct open_case good = { .o = { 1, true, 4, 0 } };
+    expect_code(comm_threads_run(4, open_job, &good), ST_OK);
+    expect_code(comm_threads_run(5, open_job, &good), ST_INVALID);
+    const int lanes[] = { -8, 0, 3, 6, 128 };
+    for (size_t i = 0; i < sizeof lanes / sizeof *lanes; i++) {
+        struct open_case t = { .o = { 0, true, lanes[i], 0 } };
+        expect_code(comm_threads_run(1, open_job, &t), ST_INVALID);
+        t.o.deterministic = false; /* lanes are not used then */
+        expect_code(comm_threads_run(1, open_job, &t), ST_OK);
+    }
+    struct open_case stages[] = { { .o = { 2, true, 8, 0 } }, { .o = { 3, true, 8, 0 } }, { .o = { -1, true, 8, 0 } } };
+    for (size_t i = 0; i < 3; i++) {
+        status *st = comm_threads_run(2, open_job, &stages[i]);
+        assert_non_null(strstr(status_message(st), "stage"));
+        expect_code(st, ST_UNSUPPORTED);
+    }
+    struct open_case bucket = { .o = { 1, true, 8, PARAM_ALIGN + 1 } }, bare = { good.o, true };
+    expect_code(comm_threads_run(2, open_job, &bucket), ST_INVALID);
+    expect_code(comm_threads_run(2, open_job, &bare), ST_INVALID);
+}
+
+/* ---- the tree of scalars ---- */
+
+/* Every cut of n leaves into three runs, each cut into its nodes alone, finishes to the bits of one pass. */
+static void test_tree(void **state)
+{
+    (void)state;
+    double leaf[64], copy[64], whole = 0;
+    for (uint32_t i = 0; i < 64; i++)
+        leaf[i] = scalar(i, 1);
+    for (uint64_t n = 0; n <= 37; n++) {
+        brute_tree(leaf, n, 0, 64, &whole);
+        memcpy(copy, leaf, sizeof leaf);
+        double once = tree_sum(copy, (int64_t)n);
+        assert_true(n ? same(&once, &whole, sizeof whole) : once == 0);
+        for (uint64_t cut = 0; cut <= n * n; cut++) {
+            uint64_t a = n ? cut / n : 0, b = n ? a + cut % n : 0, ends[] = { 0, a, b < n ? b : n, n };
+            struct tree all = { 0 };
+            for (int run = 0; run < 3; run++) {
+                struct tree part = { 0 };
+                for (uint64_t i = ends[run]; i < ends[run + 1]; i++)
+                    tree_push(&part, 0, i, leaf[i]);
+                uint64_t at = ends[run];
+                assert_int_equal(part.n, tree_node_count(at, ends[run + 1]));
+                for (int i = 0; i < part.n; i++) {
+                    unsigned level = tree_level(at, ends[run + 1]);
+                    tree_push(&all, level, at >> level, part.node[i].value);
+                    at += (uint64_t)1 << level;
+                }
+            }
+            double sum = tree_total(&all);
+            assert_true(n ? same(&sum, &whole, sizeof sum) : sum == 0);
+        }
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_tree),
+        cmocka_unit_test(test_options),
+        cmocka_unit_test(test_eight_lanes),
+        cmocka_unit_test(test_other_lanes),
+        cmocka_unit_test(test_not_deterministic),
+        cmocka_unit_test(test_adamw_in_double),
+        cmocka_unit_test(test_micro_batches),
+        cmocka_unit_test(test_scalars),
+        cmocka_unit_test(test_no_allocation),
+        cmocka_unit_test(test_failing_fence),
+    };
+    return cmocka_run_group_tests(tests, make_gradients, drop_gradients);
+}
