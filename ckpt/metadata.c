@@ -8,6 +8,7 @@
  * (2) a struct that decode returns has passed every rule of `check`, so users index it without looking. */
 #include "ckpt/metadata.h"
 
+#include "ckpt/tiling.h"
 #include "comm/base/bytes.h"
 #include "comm/base/mem.h"
 #include "comm/base/status.h"
@@ -106,25 +107,43 @@ static status *check_alias(const struct metadata *m, const struct meta_tensor *t
     return NULL;
 }
 
+/* The pieces hold every element once. Each was checked alone before. */
+static status *check_tiles(const struct metadata *m, const struct meta_tensor *t, enum status_code code)
+{
+    const struct meta_piece *p = &m->piece[t->first_piece];
+    struct piece_box cut[LAYOUT_BOXES];
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < t->piece_count; i++)
+        n += (uint64_t)piece_boxes(t->shape.ndim, &p[i].piece, cut);
+    struct box *box = mem_array(NULL, n, sizeof *box);
+    if (!box)
+        return ERR(NO_MEMORY, "%llu pieces", (ull)t->piece_count);
+    n = 0;
+    for (uint64_t i = 0; i < t->piece_count; i++)
+        for (int k = 0, boxes = piece_boxes(t->shape.ndim, &p[i].piece, cut); k < boxes; k++)
+            box[n++] = cut[k].box;
+    status *st = tiling_check(&t->shape, box, n);
+    mem_free(box);
+    if (status_code(st) != ST_INVALID)
+        return st;
+    status *named = BAD(code, "%s", status_message(st));
+    status_free(st);
+    return named;
+}
+
 static status *check_tensor(const struct metadata *m, const struct meta_tensor *t, enum status_code code)
 {
     bool ok;
-    uint64_t volume = shape_volume(&t->shape, &ok), bytes, have = 0;
+    uint64_t volume = shape_volume(&t->shape, &ok), bytes;
     if (!dtype_bytes(t->dtype))
         return BAD(code, "its dtype is %d", (int)t->dtype);
     if (!ok || __builtin_mul_overflow(volume, dtype_bytes(t->dtype), &bytes) || bytes > INT64_MAX)
         return BAD(code, "its shape has more than 2^63 - 1 bytes");
     if (t->alias_of)
         return check_alias(m, t, code);
-    for (uint64_t i = t->first_piece; i < t->first_piece + t->piece_count; i++) {
+    for (uint64_t i = t->first_piece; i < t->first_piece + t->piece_count; i++)
         TRY(check_piece(m, t, &m->piece[i], code));
-        if (piece_elems(&m->piece[i].piece) > volume - have)
-            return BAD(code, "its pieces have more elements than its %llu", (ull)volume);
-        have += piece_elems(&m->piece[i].piece);
-    }
-    if (have != volume)
-        return BAD(code, "its pieces have %llu of its %llu elements", (ull)have, (ull)volume);
-    return NULL;
+    return check_tiles(m, t, code);
 }
 
 static int compare_names(const char *part_a, const char *name_a, const char *part_b, const char *name_b)

@@ -30,7 +30,7 @@ static status *hole_at(int ndim, const uint64_t *coord)
 {
     char text[LAYOUT_DIMS * 22 + 3];
     dims_text(ndim, coord, text, sizeof text);
-    return ERR(INVALID, "element %s is held by no rank", text);
+    return ERR(INVALID, "element %s is in no piece", text);
 }
 
 static status *overlap(int ndim, const struct box *a, const struct box *b)
@@ -40,7 +40,7 @@ static status *overlap(int ndim, const struct box *a, const struct box *b)
     for (int d = 0; d < ndim; d++)
         coord[d] = a->off[d] > b->off[d] ? a->off[d] : b->off[d];
     dims_text(ndim, coord, text, sizeof text);
-    return ERR(INVALID, "element %s lies in two pieces that are not equal", text);
+    return ERR(INVALID, "element %s is in two pieces", text);
 }
 
 static bool intersect(int ndim, const struct box *a, const struct box *b)

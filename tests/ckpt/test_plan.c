@@ -229,7 +229,7 @@ static void test_tiling_random(void **state)
                 g = g * s.dim[j] + c[j];
             }
             assert_true(mark[g] != 1);
-            assert_int_equal(mark[g] == 0, strstr(status_message(st), "no rank") != NULL);
+            assert_int_equal(mark[g] == 0, strstr(status_message(st), "no piece") != NULL);
         }
         status_free(st);
         right += exact;
