@@ -1,0 +1,386 @@
+/* commit: when a step counts, over any store. The invariants are those of commit.h; the lease is in lease.c, verify in
+ * verify.c.
+ *
+ *   step-N/                    no metadata.pb: nothing is there yet, or never was
+ *   step-N/ + metadata.pb      commit_put: committed
+ *   step-N/                    commit_retain: metadata.pb removed first, then the tree, so a crash between leaves no
+ * half step step-N.bad-ATTEMPT/        commit_retire: out of every list, kept for people
+ *
+ * What a step's directory holds besides its metadata.pb's files (orphans of dead attempts) belongs to nobody and is not
+ * read. */
+#include "ckpt/commit.h"
+#include "comm/base/bytes.h"
+#include "comm/base/mem.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PART_KEEP = 160, RETIRE_TRIES = 100 };
+static const char metadata_name[] = "metadata.pb", latest_key[] = "LATEST";
+
+/* ---- Names */
+
+void commit_step_dir(uint64_t step, char dir[STEP_DIR_BYTES])
+{
+    snprintf(dir, STEP_DIR_BYTES, "step-%012" PRIu64, step);
+}
+
+bool commit_parse_dir(const char *name, uint64_t *step)
+{
+    char again[STEP_DIR_BYTES];
+    if (strncmp(name, "step-", 5) != 0 || name[5] < '0' || name[5] > '9')
+        return false;
+    uint64_t n = strtoull(name + 5, NULL, 10);
+    commit_step_dir(n, again); /* one step has one name: "step-1", "step-000000000001x" and overflows are others */
+    if (strcmp(name, again) != 0)
+        return false;
+    *step = n;
+    return true;
+}
+
+void commit_shard_key(uint64_t step, const char *part, int writer, uint64_t attempt, char key[STORE_KEY_BYTES])
+{
+    char dir[STEP_DIR_BYTES], text[PART_KEEP + 20];
+    commit_step_dir(step, dir);
+    if (strlen(part) <= PART_KEEP)
+        snprintf(text, sizeof text, "%s", part);
+    else
+        snprintf(text, sizeof text, "%.*s-%016" PRIx64, PART_KEEP, part, hash64(part, strlen(part)));
+    for (char *p = text; *p; p++)
+        if (*p == '/')
+            *p = '.';
+    snprintf(key, STORE_KEY_BYTES, "%s/%s-%05d.%016" PRIx64 ".h5", dir, text, writer, attempt);
+}
+
+/* "step-000000000100/NAME"; CORRUPT if it is no key. */
+static status *step_key(uint64_t step, const char *name, char key[STORE_KEY_BYTES])
+{
+    char dir[STEP_DIR_BYTES];
+    commit_step_dir(step, dir);
+    int n = snprintf(key, STORE_KEY_BYTES, "%s/%s", dir, name);
+    if (n < 0 || n >= STORE_KEY_BYTES || strchr(name, '/'))
+        return ERR(CORRUPT, "step %" PRIu64 ": file name %.60s", step, name);
+    return NULL;
+}
+
+/* ---- Committed steps */
+
+static status *is_committed(struct store *s, uint64_t step, bool *yes)
+{
+    char key[STORE_KEY_BYTES];
+    struct store_info info;
+    TRY(step_key(step, metadata_name, key));
+    status *st = store_stat(s, key, &info);
+    *yes = !st && !info.is_dir;
+    if (status_code(st) != ST_NOT_FOUND)
+        return st;
+    status_free(st);
+    return NULL;
+}
+
+/* The step that LATEST names. A hint: unreadable is as good as missing. */
+static bool read_latest(struct store *s, uint64_t *step)
+{
+    void *text;
+    size_t n;
+    status *st = store_get_all(s, latest_key, STEP_DIR_BYTES, &text, &n);
+    if (st) {
+        status_free(st);
+        return false;
+    }
+    char *t = text;
+    t[strcspn(t, "\n")] = 0;
+    bool ok = commit_parse_dir(t, step);
+    mem_free(text);
+    return ok;
+}
+
+static int by_step(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+status *commit_list(struct store *s, struct step_list *out)
+{
+    struct store_list l;
+    TRY(store_list(s, "", &l));
+    uint64_t *step = mem_array(NULL, l.count + 1, sizeof *step);
+    status *st = step ? NULL : ERR(NO_MEMORY, "a list of %zu steps", l.count);
+    size_t named = 0, count = 0;
+    for (size_t i = 0; i < l.count && !st; i++)
+        if (l.entry[i].info.is_dir && commit_parse_dir(l.entry[i].name, &step[named]))
+            named++;
+    store_list_free(&l);
+    if (st)
+        return st;
+    if (read_latest(s, &step[named]))
+        named++;
+    qsort(step, named, sizeof *step, by_step);
+    for (size_t i = 0; i < named && !st; i++) {
+        bool yes = false;
+        if (count == 0 || step[count - 1] != step[i])
+            st = is_committed(s, step[i], &yes);
+        if (yes)
+            step[count++] = step[i];
+    }
+    if (st) {
+        mem_free(step);
+        return st;
+    }
+    *out = (struct step_list){ step, count };
+    return NULL;
+}
+
+void step_list_free(struct step_list *l)
+{
+    mem_free(l->step);
+    *l = (struct step_list){ 0 };
+}
+
+/* Decode one step's metadata.pb, without a look at its files. */
+static status *read_metadata(struct store *s, uint64_t step, struct metadata **out)
+{
+    char key[STORE_KEY_BYTES];
+    void *buf;
+    size_t n;
+    TRY(step_key(step, metadata_name, key));
+    TRY(store_get_all(s, key, MAX_METADATA_BYTES, &buf, &n));
+    struct metadata *m = NULL;
+    status *st = metadata_decode(buf, n, &m);
+    mem_free(buf);
+    if (st)
+        return status_wrap(st, "%s", key);
+    if (m->step != step) {
+        st = ERR(CORRUPT, "%s is of step %" PRIu64, key, m->step);
+        metadata_free(m);
+        return st;
+    }
+    *out = m;
+    return NULL;
+}
+
+static status *check_length(struct store *s, uint64_t step, const struct meta_file *f)
+{
+    char key[STORE_KEY_BYTES];
+    struct store_info info = { 0 };
+    TRY(step_key(step, f->name, key));
+    status *st = store_stat(s, key, &info);
+    if (status_code(st) == ST_NOT_FOUND || (!st && info.is_dir)) {
+        status_free(st);
+        return ERR(CORRUPT, "step %" PRIu64 ": file %s is missing", step, f->name);
+    }
+    if (st)
+        return st;
+    if (info.bytes != f->bytes)
+        return ERR(CORRUPT, "step %" PRIu64 ": file %s has %" PRIu64 " bytes, not %" PRIu64, step, f->name, info.bytes,
+                   f->bytes);
+    return NULL;
+}
+
+status *commit_read(struct store *s, uint64_t step, struct metadata **out)
+{
+    struct metadata *m;
+    status *st = read_metadata(s, step, &m);
+    if (status_code(st) == ST_NOT_FOUND) {
+        status_free(st);
+        return ERR(NOT_FOUND, "step %" PRIu64 " is not committed", step);
+    }
+    if (st)
+        return st;
+    for (uint64_t i = 0; i < m->file_count && !st; i++)
+        st = check_length(s, step, &m->file[i]);
+    if (st) {
+        metadata_free(m);
+        return st;
+    }
+    *out = m;
+    return NULL;
+}
+
+/* ---- Committing */
+
+/* Whose metadata.pb is there: NOT_FOUND, or its attempt (0 if it is damaged). */
+static status *committed_by(struct store *s, uint64_t step, uint64_t *attempt)
+{
+    struct metadata *m;
+    status *st = read_metadata(s, step, &m);
+    if (!st) {
+        *attempt = m->attempt;
+        metadata_free(m);
+    } else if (status_code(st) == ST_CORRUPT || status_code(st) == ST_UNSUPPORTED) {
+        status_free(st);
+        st = NULL;
+        *attempt = 0;
+    }
+    return st;
+}
+
+/* Move a zombie's metadata.pb to metadata.pb.ATTEMPT: a copy under that name first, so that nothing is lost in a crash
+ * between. */
+static status *set_aside(struct store *s, uint64_t step, const char *key, uint64_t attempt)
+{
+    char aside[STORE_KEY_BYTES], name[64];
+    void *buf;
+    size_t n;
+    snprintf(name, sizeof name, "%s.%016" PRIx64, metadata_name, attempt);
+    TRY(step_key(step, name, aside));
+    TRY(store_get_all(s, key, MAX_METADATA_BYTES, &buf, &n));
+    status *st = store_put(s, aside, buf, n, STORE_REPLACE);
+    mem_free(buf);
+    return st ? st : store_remove(s, key);
+}
+
+/* After a put that failed, but may have become visible: take it back if it is ours. */
+static status *take_back(struct store *s, const struct metadata *m, const char *key, status *st)
+{
+    uint64_t attempt;
+    status *look = committed_by(s, m->step, &attempt);
+    if (status_code(look) == ST_NOT_FOUND) {
+        status_free(look);
+        return st;
+    }
+    if (!look && attempt == m->attempt)
+        look = store_remove(s, key);
+    if (look)
+        st = status_wrap(st, "%s could not be removed (%s) and may count", key, status_message(look));
+    status_free(look);
+    return st;
+}
+
+static status *put_metadata(struct store *s, const struct metadata *m, const char *key, const void *buf, size_t n)
+{
+    for (int tries = 0;; tries++) {
+        status *st = store_put(s, key, buf, n, STORE_EXCLUSIVE);
+        if (!st)
+            return NULL;
+        if (status_code(st) != ST_EXISTS || tries == 2)
+            return status_code(st) == ST_EXISTS ? st : take_back(s, m, key, st);
+        uint64_t attempt;
+        status *look = committed_by(s, m->step, &attempt);
+        if (!look && attempt == m->attempt)
+            return status_wrap(st, "step %" PRIu64 " was committed by this attempt before", m->step);
+        if (!look)
+            look = set_aside(s, m->step, key, attempt);
+        if (look && status_code(look) != ST_NOT_FOUND) { /* NOT_FOUND: it went away by itself */
+            status_free(st);
+            return look;
+        }
+        status_free(look);
+        status_free(st);
+    }
+}
+
+status *commit_put(struct store *s, const struct metadata *m)
+{
+    char key[STORE_KEY_BYTES], latest[STEP_DIR_BYTES + 1];
+    void *buf;
+    size_t n;
+    TRY(step_key(m->step, metadata_name, key));
+    TRY(metadata_encode(m, &buf, &n));
+    status *st = n <= MAX_METADATA_BYTES ? put_metadata(s, m, key, buf, n)
+                                         : ERR(INVALID, "%s of %zu bytes: more than %d", key, n, MAX_METADATA_BYTES);
+    mem_free(buf);
+    if (st)
+        return st;
+    commit_step_dir(m->step, latest);
+    size_t len = strlen(latest);
+    latest[len] = '\n';
+    status_free(store_put(s, latest_key, latest, len + 1, STORE_REPLACE)); /* a hint; the step counts without it */
+    return NULL;
+}
+
+/* ---- Removing */
+
+static status *remove_step(struct store *s, uint64_t step)
+{
+    char key[STORE_KEY_BYTES], dir[STEP_DIR_BYTES];
+    TRY(step_key(step, metadata_name, key));
+    TRY(store_remove(s, key));
+    commit_step_dir(step, dir);
+    return store_remove_tree(s, dir);
+}
+
+status *commit_retain(struct store *s, uint64_t newest, int keep_last)
+{
+    if (keep_last <= 0)
+        return NULL;
+    struct step_list l;
+    TRY(commit_list(s, &l));
+    size_t at = 0; /* of newest */
+    while (at < l.count && l.step[at] != newest)
+        at++;
+    status *st = NULL;
+    if (at < l.count)
+        for (size_t i = 0; i + (size_t)keep_last <= at && !st; i++)
+            st = remove_step(s, l.step[i]);
+    step_list_free(&l);
+    return status_wrap(st, "removing steps before the last %d", keep_last);
+}
+
+status *commit_retire(struct store *s, uint64_t step, const char *why, uint64_t attempt)
+{
+    char dir[STEP_DIR_BYTES], to[STORE_KEY_BYTES], key[STORE_KEY_BYTES];
+    commit_step_dir(step, dir);
+    status *st = NULL;
+    for (int i = 1; i <= RETIRE_TRIES; i++) { /* the name is taken if one attempt retires a step twice */
+        int n = snprintf(to, sizeof to, "%s.%s-%016" PRIx64, dir, why, attempt);
+        if (n > 0 && (size_t)n < sizeof to && i > 1)
+            snprintf(to + n, sizeof to - (size_t)n, "-%d", i);
+        st = store_rename_tree(s, dir, to);
+        if (status_code(st) != ST_EXISTS)
+            break;
+        if (i < RETIRE_TRIES) {
+            status_free(st);
+            st = NULL;
+        }
+    }
+    if (status_code(st) == ST_NOT_FOUND || status_code(st) == ST_UNSUPPORTED) {
+        bool cannot = status_code(st) == ST_UNSUPPORTED;
+        status_free(st);
+        st = NULL;
+        if (cannot) {
+            TRY(step_key(step, metadata_name, key));
+            st = store_remove(s, key);
+        }
+    }
+    return st;
+}
+
+status *commit_discard(struct store *s, uint64_t step, uint64_t attempt)
+{
+    char dir[STEP_DIR_BYTES], mark[17];
+    uint64_t owner;
+    status *st = committed_by(s, step, &owner);
+    if (!st && owner == attempt)
+        return ERR(EXISTS, "step %" PRIu64 " is committed by attempt %016" PRIx64 "; it is not discarded", step,
+                   attempt);
+    if (st && status_code(st) != ST_NOT_FOUND)
+        return st;
+    status_free(st);
+    commit_step_dir(step, dir);
+    snprintf(mark, sizeof mark, "%016" PRIx64, attempt);
+    struct store_list l;
+    TRY(store_list(s, dir, &l));
+    st = NULL;
+    for (size_t i = 0; i < l.count && !st; i++) {
+        char key[STORE_KEY_BYTES];
+        if (!strstr(l.entry[i].name, mark))
+            continue;
+        st = step_key(step, l.entry[i].name, key);
+        if (!st)
+            st = store_remove(s, key);
+    }
+    store_list_free(&l);
+    if (!st)
+        st = store_sweep(s, dir, mark);
+    if (!st)
+        st = store_remove(s, dir);
+    if (status_code(st) == ST_EXISTS) { /* others' files are in it */
+        status_free(st);
+        st = NULL;
+    }
+    return st;
+}
