@@ -559,7 +559,7 @@ status *zero_update(struct zero *z, const struct adamw *a, fence_fn *fence, void
 
 static status *scalar_room(struct zero *z, size_t cap)
 {
-    if (cap <= z->scalar_cap)
+    if (z->scalar && cap <= z->scalar_cap)
         return NULL;
     double *p = mem_array(z->scalar, (size_t)z->dp->size * cap, sizeof *p);
     status *st = comm_agree(z->dp, p ? NULL : ERR(NO_MEMORY, "%zu scalars of %d ranks", cap, z->dp->size));
