@@ -49,7 +49,9 @@ struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position
 /* Causal attention inside each segment, grouped-query: query head h reads key/value head h / (H / G).
  *   o = softmax(q k^T / sqrt(D)) v over keys whose position is <= the query's.   q, o [N, H, D], k, v [N, G, D]
  * Tiled with running maximum and sum (Milakov, Gimelshein 2018; Dao et al. 2022); no [N, N] matrix is stored; keeps log-sum-exp [N, H].
- * cache (TAPE_FORWARD only, else INVALID): k, v are appended to it first and queries see everything in it. */
+ * Positions must ascend inside a segment (INVALID), so that their order is the tokens'. D is at most 256.
+ * cache (TAPE_FORWARD only, else INVALID; TAPE_DRY leaves it alone): k, v are appended to it first and queries see everything in it. A
+ * token decoded this way gets the bits of a full pass. */
 struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, struct tensor *v, const struct segments *seg,
                             struct kv_cache *cache);
 

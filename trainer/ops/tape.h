@@ -33,7 +33,7 @@ struct tensor {
 int64_t tensor_elems(const struct tensor *x);
 
 enum tape_mode {
-    TAPE_DRY,     /* check shapes and take memory; compute nothing */
+    TAPE_DRY,     /* check shapes and take memory; compute nothing; ids, targets, positions and offsets are not read */
     TAPE_FORWARD, /* compute, keep nothing for backward */
     TAPE_TRAIN,   /* compute and record */
 };
@@ -45,7 +45,14 @@ enum tape_backward {
 };
 
 struct kernels; /* trainer/ops/kernels.h: one table of raw kernels a device */
-struct tape_record;
+struct rope_table;
+struct tape;
+
+/* One op's part of backward. Ops put their own fields behind it, in the arena (ops.c). */
+struct tape_record {
+    struct tape_record *prev;
+    void (*backward)(struct tape *t, const struct tape_record *r, unsigned halves); /* adds into gradients */
+};
 
 struct tape {
     struct arena arena;
@@ -53,6 +60,7 @@ struct tape {
     const struct kernels *kernels; /* the device's table */
     enum tape_mode mode;
     struct tape_record *last; /* newest record; linked backwards */
+    struct rope_table *rope;  /* angles made since tape_begin, shared by all layers */
     status *error;            /* first error since tape_begin */
 };
 
@@ -61,10 +69,10 @@ status *tape_open(struct workers *w, const struct kernels *k, size_t cap_bytes, 
 void tape_close(struct tape *t); /* NULL is fine */
 /* Forget all records and tensors of before. */
 void tape_begin(struct tape *t, enum tape_mode mode);
-/* Take the tape's first error. */
+/* Take the tape's first error. After TAPE_DRY the tensors are gone, and the arena is one block that holds as much as was taken. */
 status *tape_end(struct tape *t) WARN_UNUSED;
-/* Seed `root` with droot (same shape, f32; NULL: what root->grad holds already) and replay. Only after TAPE_TRAIN without error.
- * May be called with INPUT first and WEIGHT later. */
+/* Seed `root` with droot (same shape, f32, overwrites root->grad; NULL: what root->grad holds already) and replay. Only after TAPE_TRAIN
+ * without error, once for each half: INPUT first and WEIGHT later, or both at once. INVALID if root has no gradient. */
 status *tape_backward(struct tape *t, struct tensor *root, const float *droot, unsigned halves) WARN_UNUSED;
 
 /* Set the first error; returns NULL, so that an op can `return tape_fail(...)`. Takes st. */

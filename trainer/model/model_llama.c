@@ -1,0 +1,268 @@
+/* llama: decoder-only transformers with RMSNorm, rotary embedding, SwiGLU and grouped-query attention. Llama, Qwen2
+ * (qkv_bias), Qwen3 (qk_norm) and SmolLM2 are configs of it; names and shapes are those of their Hugging Face
+ * checkpoints.
+ *
+ *   x = embed[token]
+ *   layer:  x += o_proj(attention(rope(norm(q)), rope(norm(k)), v)),  q, k, v = projections of rmsnorm(x)
+ *           x += down_proj(silu(gate) * up),                          gate, up = projections of rmsnorm(x)
+ *   hidden = rmsnorm(x);  the head (logits = hidden head^T) is op_logprob's business
+ *
+ * `declare` writes each tensor once; parameters of a layer are kept by index, since the list moves while it grows. */
+#include "trainer/model/model.h"
+
+#include "comm/base/mem.h"
+
+#include <math.h>
+#include <stdio.h>
+
+struct llama_config {
+    int kind;
+    int64_t layers, hidden, heads, kv_heads, head_dim, ffn, max_positions, vocab;
+    double rope_theta, norm_eps, init_std;
+    bool tied, qk_norm, qkv_bias;
+};
+
+#define AT(field) offsetof(struct llama_config, field)
+static const struct option llama_rows[] = {
+    { "kind", OPT_ENUM, "llama", 0, 0, "llama", "", "model family", AT(kind) },
+    { "layers", OPT_INT, NULL, 1, 1024, NULL, "", "transformer blocks (num_hidden_layers)", AT(layers) },
+    { "hidden", OPT_INT, NULL, 1, 1e6, NULL, "", "width of the residual stream (hidden_size)", AT(hidden) },
+    { "heads", OPT_INT, NULL, 1, 1024, NULL, "", "query heads (num_attention_heads)", AT(heads) },
+    { "kv_heads", OPT_INT, "0", 0, 1024, NULL, "", "key/value heads (num_key_value_heads); 0: as many as heads",
+      AT(kv_heads) },
+    { "head_dim", OPT_INT, "0", 0, 256, NULL, "", "size of a head, even; 0: hidden / heads", AT(head_dim) },
+    { "ffn", OPT_INT, NULL, 1, 1e7, NULL, "", "width of the feed-forward block (intermediate_size)", AT(ffn) },
+    { "rope_theta", OPT_FLOAT, "10000", 1, 1e9, NULL, "", "base of the rotary angles", AT(rope_theta) },
+    { "norm_eps", OPT_FLOAT, "1e-5", 1e-12, 1, NULL, "", "epsilon of RMSNorm (rms_norm_eps)", AT(norm_eps) },
+    { "tied", OPT_BOOL, "false", 0, 0, NULL, "", "output matrix is the embedding (tie_word_embeddings)", AT(tied) },
+    { "qk_norm", OPT_BOOL, "false", 0, 0, NULL, "", "RMSNorm on each query and key head, as in Qwen3", AT(qk_norm) },
+    { "qkv_bias", OPT_BOOL, "false", 0, 0, NULL, "", "biases on q, k, v, as in Qwen2 (attention_bias)", AT(qkv_bias) },
+    { "init_std", OPT_FLOAT, "0.02", 0, 10, NULL, "", "standard deviation of initial weights (initializer_range)",
+      AT(init_std) },
+    { "max_positions", OPT_INT, "2048", 1, 1e8, NULL, "tokens", "longest sequence (max_position_embeddings)",
+      AT(max_positions) },
+    { "vocab", OPT_INT, "0", 0, 1e8, NULL, "tokens", "rows of the embedding (vocab_size); 0: the tokenizer's",
+      AT(vocab) },
+};
+static const struct option_table llama_options = { "model", llama_rows, sizeof llama_rows / sizeof *llama_rows };
+
+/* Parameters by index into params.p; -1 where the config has none. */
+struct llama_layer {
+    int input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, o, post_norm, gate, up, down;
+};
+
+struct llama {
+    struct llama_config c; /* zeros replaced by what they stand for */
+    int embed, norm, head;
+    struct llama_layer layer[];
+};
+
+static struct llama_config resolved(const struct llama_config *config)
+{
+    struct llama_config c = *config;
+    c.kv_heads = c.kv_heads ? c.kv_heads : c.heads;
+    c.head_dim = c.head_dim ? c.head_dim : c.hidden / c.heads;
+    return c;
+}
+
+static status *llama_check(const void *config)
+{
+    const struct llama_config *given = config;
+    if (given->heads < 1 || given->layers < 1 || given->hidden < 1 || given->ffn < 1)
+        return ERR(INVALID, "model: layers, hidden, heads and ffn must be at least 1");
+    struct llama_config c = resolved(given);
+    if (c.heads % c.kv_heads)
+        return ERR(INVALID, "model.heads: %lld is not a multiple of model.kv_heads: %lld", (long long)c.heads,
+                   (long long)c.kv_heads);
+    if (!given->head_dim && c.hidden % c.heads)
+        return ERR(INVALID, "model.hidden: %lld is not a multiple of model.heads: %lld; set model.head_dim",
+                   (long long)c.hidden, (long long)c.heads);
+    if (c.head_dim < 2 || c.head_dim % 2 || c.head_dim > 256)
+        return ERR(INVALID, "model.head_dim: %lld is not an even number from 2 to 256", (long long)c.head_dim);
+    return NULL;
+}
+
+/* ---- declare ---- */
+
+/* A list being declared: the first failure sticks. */
+struct declaring {
+    struct params *ps;
+    bool failed;
+};
+
+enum cut { CUT_NONE = -1, CUT_ROWS = 0, CUT_COLS = 1 };
+
+static int add(struct declaring *d, const char *name, int64_t rows, int64_t cols, enum param_init init, double std,
+               enum cut cut)
+{
+    bool matrix = rows > 0;
+    struct param *p =
+        d->failed ? NULL : params_add(d->ps, name, (uint64_t)rows, (uint64_t)cols, init, (float)std, matrix);
+    if (!p) {
+        d->failed = true;
+        return -1;
+    }
+    if (cut != CUT_NONE)
+        p->cut[cut] = MESH_TP;
+    return d->ps->count - 1;
+}
+
+static int add_in_layer(struct declaring *d, int64_t layer, const char *name, int64_t rows, int64_t cols,
+                        enum param_init init, double std, enum cut cut)
+{
+    char full[PARAM_NAME_BYTES];
+    snprintf(full, sizeof full, "model.layers.%lld.%s", (long long)layer, name);
+    return add(d, full, rows, cols, init, std, cut);
+}
+
+/* Projections back into the residual stream start smaller, by the number of additions to it (Radford et al. 2019,
+ * GPT-2, section 2.3). */
+static void declare_layer(struct declaring *d, const struct llama_config *c, int64_t i, struct llama_layer *l)
+{
+    int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
+    double std = c->init_std, out_std = std / sqrt(2.0 * (double)c->layers);
+    bool bias = c->qkv_bias, norm = c->qk_norm;
+    l->input_norm = add_in_layer(d, i, "input_layernorm.weight", 0, c->hidden, INIT_ONE, 0, CUT_NONE);
+    l->q = add_in_layer(d, i, "self_attn.q_proj.weight", q, c->hidden, INIT_NORMAL, std, CUT_ROWS);
+    l->k = add_in_layer(d, i, "self_attn.k_proj.weight", kv, c->hidden, INIT_NORMAL, std, CUT_ROWS);
+    l->v = add_in_layer(d, i, "self_attn.v_proj.weight", kv, c->hidden, INIT_NORMAL, std, CUT_ROWS);
+    l->q_bias = bias ? add_in_layer(d, i, "self_attn.q_proj.bias", 0, q, INIT_ZERO, 0, CUT_ROWS) : -1;
+    l->k_bias = bias ? add_in_layer(d, i, "self_attn.k_proj.bias", 0, kv, INIT_ZERO, 0, CUT_ROWS) : -1;
+    l->v_bias = bias ? add_in_layer(d, i, "self_attn.v_proj.bias", 0, kv, INIT_ZERO, 0, CUT_ROWS) : -1;
+    l->q_norm = norm ? add_in_layer(d, i, "self_attn.q_norm.weight", 0, c->head_dim, INIT_ONE, 0, CUT_NONE) : -1;
+    l->k_norm = norm ? add_in_layer(d, i, "self_attn.k_norm.weight", 0, c->head_dim, INIT_ONE, 0, CUT_NONE) : -1;
+    l->o = add_in_layer(d, i, "self_attn.o_proj.weight", c->hidden, q, INIT_NORMAL, out_std, CUT_COLS);
+    l->post_norm = add_in_layer(d, i, "post_attention_layernorm.weight", 0, c->hidden, INIT_ONE, 0, CUT_NONE);
+    l->gate = add_in_layer(d, i, "mlp.gate_proj.weight", c->ffn, c->hidden, INIT_NORMAL, std, CUT_ROWS);
+    l->up = add_in_layer(d, i, "mlp.up_proj.weight", c->ffn, c->hidden, INIT_NORMAL, std, CUT_ROWS);
+    l->down = add_in_layer(d, i, "mlp.down_proj.weight", c->hidden, c->ffn, INIT_NORMAL, out_std, CUT_COLS);
+}
+
+static status *llama_declare(struct model *m)
+{
+    struct llama_config c = resolved(m->config);
+    if (!c.vocab)
+        c.vocab = m->vocab;
+    if (c.vocab < m->vocab || c.vocab < 1)
+        return ERR(INVALID, "model.vocab: %lld is smaller than the tokenizer's %lld", (long long)c.vocab,
+                   (long long)m->vocab);
+    struct llama *l = mem_calloc(1, sizeof *l + (size_t)c.layers * sizeof *l->layer);
+    if (!l)
+        return ERR(NO_MEMORY, "a model of %lld layers", (long long)c.layers);
+    m->impl = l;
+    m->vocab = c.vocab;
+    l->c = c;
+    struct declaring d = { &m->params, false };
+    l->embed = add(&d, "model.embed_tokens.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, CUT_ROWS);
+    for (int64_t i = 0; i < c.layers; i++)
+        declare_layer(&d, &c, i, &l->layer[i]);
+    l->norm = add(&d, "model.norm.weight", 0, c.hidden, INIT_ONE, 0, CUT_NONE);
+    if (!c.tied)
+        l->head = add(&d, "lm_head.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, CUT_ROWS);
+    else if (!d.failed && params_alias(d.ps, "lm_head.weight", &d.ps->p[l->embed]))
+        l->head = d.ps->count - 1;
+    else
+        d.failed = true;
+    return d.failed ? ERR(NO_MEMORY, "the parameter list of %lld layers", (long long)c.layers) : NULL;
+}
+
+/* ---- forward ---- */
+
+struct pass {
+    struct model *m;
+    struct tape *t;
+    const struct llama *l;
+    const struct model_input *in;
+};
+
+static struct tensor *param(const struct pass *p, int index)
+{
+    return index < 0 ? NULL : &p->m->params.p[index].value;
+}
+
+/* A projection of x seen as heads: [N, heads, D]. */
+static struct tensor *heads(const struct pass *p, struct tensor *x, int w, int b, int64_t count)
+{
+    return op_view(p->t, op_linear(p->t, x, param(p, w), param(p, b)), 3,
+                   (int64_t[]){ p->in->tokens, count, p->l->c.head_dim });
+}
+
+/* Queries and keys: normalised if the model does so, then turned. */
+static struct tensor *turned(const struct pass *p, struct tensor *x, int norm)
+{
+    if (norm >= 0)
+        x = op_rmsnorm(p->t, x, param(p, norm), (float)p->l->c.norm_eps);
+    return op_rope(p->t, x, p->in->seg.position, (float)p->l->c.rope_theta);
+}
+
+static struct tensor *attention_block(const struct pass *p, struct tensor *x, int64_t i)
+{
+    const struct llama_config *c = &p->l->c;
+    const struct llama_layer *l = &p->l->layer[i];
+    struct tensor *h = op_rmsnorm(p->t, x, param(p, l->input_norm), (float)c->norm_eps);
+    struct tensor *q = turned(p, heads(p, h, l->q, l->q_bias, c->heads), l->q_norm);
+    struct tensor *k = turned(p, heads(p, h, l->k, l->k_bias, c->kv_heads), l->k_norm);
+    struct tensor *v = heads(p, h, l->v, l->v_bias, c->kv_heads);
+    struct tensor *o = op_attention(p->t, q, k, v, &p->in->seg, p->in->cache ? &p->in->cache[i] : NULL);
+    o = op_view(p->t, o, 2, (int64_t[]){ p->in->tokens, c->heads * c->head_dim });
+    return op_add(p->t, x, op_linear(p->t, o, param(p, l->o), NULL));
+}
+
+static struct tensor *ffn_block(const struct pass *p, struct tensor *x, int64_t i)
+{
+    const struct llama_layer *l = &p->l->layer[i];
+    struct tensor *h = op_rmsnorm(p->t, x, param(p, l->post_norm), (float)p->l->c.norm_eps);
+    struct tensor *gate = op_linear(p->t, h, param(p, l->gate), NULL);
+    struct tensor *up = op_linear(p->t, h, param(p, l->up), NULL);
+    return op_add(p->t, x, op_linear(p->t, op_swiglu(p->t, gate, up), param(p, l->down), NULL));
+}
+
+static struct tensor *llama_forward(struct model *m, struct tape *t, const struct model_input *in)
+{
+    const struct llama *l = m->impl;
+    struct pass p = { m, t, l, in };
+    for (int64_t i = 0; t->mode != TAPE_DRY && i < in->tokens; i++)
+        if (in->seg.position[i] < 0 || in->seg.position[i] >= l->c.max_positions)
+            return tape_fail(t, ERR(INVALID, "token %lld is at position %d, model.max_positions is %lld", (long long)i,
+                                    in->seg.position[i], (long long)l->c.max_positions));
+    struct tensor *x = op_embedding(t, param(&p, l->embed), in->token, in->tokens);
+    for (int64_t i = 0; i < l->c.layers; i++)
+        x = ffn_block(&p, attention_block(&p, x, i), i);
+    return op_rmsnorm(t, x, param(&p, l->norm), (float)l->c.norm_eps);
+}
+
+static struct tensor *llama_head(struct model *m)
+{
+    return &m->params.p[((const struct llama *)m->impl)->head].value;
+}
+
+static double llama_flops(const struct model *m, double mean_context)
+{
+    const struct llama_config *c = &((const struct llama *)m->impl)->c;
+    double q = (double)(c->heads * c->head_dim), kv = (double)(c->kv_heads * c->head_dim), hidden = (double)c->hidden;
+    double layer = hidden * (2 * q + 2 * kv) + 3 * hidden * (double)c->ffn + 2 * q * mean_context;
+    return 2 * ((double)c->layers * layer + hidden * (double)c->vocab);
+}
+
+static int llama_layers(const struct model *m)
+{
+    return (int)((const struct llama *)m->impl)->c.layers;
+}
+
+static void llama_close(struct model *m)
+{
+    mem_free(m->impl);
+}
+
+const struct model_ops model_llama_ops = {
+    .name = "llama",
+    .options = &llama_options,
+    .config_bytes = sizeof(struct llama_config),
+    .check = llama_check,
+    .declare = llama_declare,
+    .forward = llama_forward,
+    .head = llama_head,
+    .flops_per_token = llama_flops,
+    .layers = llama_layers,
+    .close = llama_close,
+};

@@ -1,0 +1,249 @@
+/* attention: causal, per segment, grouped-query; tiles of 64 queries by 64 keys with a running maximum and sum, so that
+ * no [T, T] matrix exists (Milakov, Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+ *
+ * Tiles are counted from the segment's first token, products are the GEMM's chains, and row sums run over 16 lanes: a
+ * segment's bits depend neither on threads nor on what else is in the pack, and a token decoded alone against a cache
+ * gets those of a full pass. Forward: one task a (segment, head, query tile). Backward: one task a (segment, key/value
+ * head), which owns all gradients it adds to; it takes key tiles in order, and for each the heads of the group and
+ * their query tiles in order. Buffers are on the task's stack. */
+#include "trainer/ops/cpu/cpu.h"
+
+#include <math.h>
+
+enum { TILE = 64, TILE_PANELS = TILE / PANEL_N, DMAX = ATTENTION_HEAD_MAX };
+
+struct att_job {
+    const struct isa *isa;
+    const struct attention *a;
+    int d, wide; /* head size; padded to whole panels */
+    int64_t q_ld, kv_ld;
+    float scale;
+};
+
+static struct att_job att_job(const struct attention *a)
+{
+    struct att_job t = { .isa = isa_best(), .a = a, .d = a->head_dim };
+    t.wide = (t.d + PANEL_N - 1) / PANEL_N * PANEL_N;
+    t.q_ld = (int64_t)a->heads * t.d;
+    t.kv_ld = (int64_t)a->kv_heads * t.d;
+    t.scale = (float)(1 / sqrt((double)t.d));
+    return t;
+}
+
+/* Panels of PANEL_M rows: src is [count, k]. */
+static void pack_rows(const struct att_job *t, float *dst, const float *src, int64_t ld, int64_t count, int64_t k)
+{
+    for (int64_t i = 0; i < count; i += PANEL_M)
+        t->isa->transpose(dst + i * k, PANEL_M, src + i * ld, ld, min64(PANEL_M, count - i), k);
+}
+
+/* The same when the rows are src's columns: src is [k, count]. */
+static void pack_rows_across(float *dst, const float *src, int64_t ld, int64_t count, int64_t k)
+{
+    for (int64_t i = 0; i < count; i += PANEL_M)
+        copy_panel(dst + i * k, PANEL_M, src + i, ld, min64(PANEL_M, count - i), k);
+}
+
+/* Panels of PANEL_N columns, the columns being src's rows: src is [count, k]. */
+static void pack_columns(const struct att_job *t, float *dst, const float *src, int64_t ld, int64_t count, int64_t k)
+{
+    for (int64_t j = 0; j < count; j += PANEL_N)
+        t->isa->transpose(dst + j * k, PANEL_N, src + j * ld, ld, min64(PANEL_N, count - j), k);
+}
+
+/* Panels of PANEL_N columns: src is [k, count]. */
+static void pack_columns_across(float *dst, const float *src, int64_t ld, int64_t count, int64_t k)
+{
+    for (int64_t j = 0; j < count; j += PANEL_N)
+        copy_panel(dst + j * k, PANEL_N, src + j, ld, min64(PANEL_N, count - j), k);
+}
+
+/* c [m, n] = (or continues with, if load) a b over packed panels. */
+static void multiply(const struct att_job *t, float *c, int64_t ldc, const float *a, int64_t m, const float *b,
+                     int64_t n, int64_t k, bool load)
+{
+    for (int64_t i = 0; i < m; i += PANEL_M)
+        for (int64_t j = 0; j < n; j += PANEL_N)
+            t->isa->micro(k, (int)min64(PANEL_M, m - i), a + i * k, b + j * k, c + i * ldc + j, ldc, load);
+}
+
+/* Where a segment's keys and queries are. */
+struct span {
+    int64_t first, count, past; /* queries [first, first + count) of the pack; keys before them */
+    const float *k, *v;
+};
+
+static struct span span_of(const struct att_job *t, int64_t s)
+{
+    const struct attention *a = t->a;
+    int64_t first = a->seg->offset[s], from = a->past ? s * a->cap : first;
+    return (struct span){ first, a->seg->offset[s + 1] - first, a->past ? a->past[s] : 0, a->k + from * t->kv_ld,
+                          a->v + from * t->kv_ld };
+}
+
+/* One tile of scores becomes probabilities; the running maximum, sum and output of its rows are brought up to date. */
+static void softmax_tile(const struct att_job *t, float *score, float *out, float *top, float *sum, int64_t rows,
+                         int64_t keys, int64_t visible)
+{
+    for (int64_t i = 0; i < rows; i++) {
+        float *s = score + i * TILE;
+        int64_t n = visible + i < 0 ? 0 : min64(visible + i, keys);
+        memset(s + n, 0, (size_t)(TILE - n) * sizeof(float));
+        if (n == 0)
+            continue;
+        float most = t->isa->max(s, n) * t->scale;
+        if (most > top[i]) {
+            float shrink = top[i] - most;
+            t->isa->exp(&shrink, &shrink, 1); /* 0 from -inf */
+            sum[i] *= shrink;
+            t->isa->scale(out + i * t->wide, out + i * t->wide, shrink, t->wide);
+            top[i] = most;
+        }
+        sum[i] += t->isa->exp_sum(s, t->scale, top[i], n);
+    }
+}
+
+static void query_tile(const struct att_job *t, const struct span *p, int64_t head, int64_t q0)
+{
+    const struct attention *a = t->a;
+    int64_t d = t->d, rows = min64(TILE, p->count - q0), from = head / (a->heads / a->kv_heads) * d;
+    float qs[TILE * DMAX], keys[TILE * DMAX], values[TILE * DMAX], out[TILE * DMAX];
+    float score[TILE * TILE], weights[TILE * TILE], top[TILE], sum[TILE];
+    for (int64_t i = 0; i < rows; i++) {
+        top[i] = -INFINITY;
+        sum[i] = 0;
+        memset(out + i * t->wide, 0, (size_t)t->wide * sizeof(float));
+    }
+    pack_rows(t, qs, a->q + (p->first + q0) * t->q_ld + head * d, t->q_ld, rows, d);
+    for (int64_t k0 = 0; k0 < p->past + q0 + rows; k0 += TILE) {
+        int64_t n = min64(TILE, p->past + q0 + rows - k0);
+        pack_columns(t, keys, p->k + k0 * t->kv_ld + from, t->kv_ld, n, d);
+        multiply(t, score, TILE, qs, rows, keys, n, d, false);
+        softmax_tile(t, score, out, top, sum, rows, n, p->past + q0 - k0 + 1);
+        pack_rows(t, weights, score, TILE, rows, n);
+        pack_columns_across(values, p->v + k0 * t->kv_ld + from, t->kv_ld, d, n);
+        multiply(t, out, t->wide, weights, rows, values, d, n, true);
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t token = p->first + q0 + i;
+        t->isa->scale(a->o + token * t->q_ld + head * d, out + i * t->wide, 1.0f / sum[i], d);
+        if (a->lse)
+            a->lse[token * a->heads + head] = (float)((double)top[i] + log((double)sum[i]));
+    }
+}
+
+/* Task index -> (segment, head, query tile); tiles of a segment are neighbours. */
+static void forward_task(void *arg, size_t index)
+{
+    const struct att_job *t = arg;
+    int64_t at = (int64_t)index;
+    for (int64_t s = 0; s < t->a->seg->count; s++) {
+        struct span p = span_of(t, s);
+        int64_t tiles = (int64_t)task_count(p.count, TILE), here = tiles * t->a->heads;
+        if (at < here) {
+            query_tile(t, &p, at / tiles, at % tiles * TILE);
+            return;
+        }
+        at -= here;
+    }
+}
+
+void cpu_attention(struct workers *w, const struct attention *a)
+{
+    struct att_job t = att_job(a);
+    size_t tasks = 0;
+    for (int32_t s = 0; s < a->seg->count; s++)
+        tasks += task_count(a->seg->offset[s + 1] - a->seg->offset[s], TILE) * (size_t)a->heads;
+    workers_for(w, tasks, forward_task, &t);
+}
+
+/* ---- backward ---- */
+
+/* One key tile and what is gathered for it. */
+struct key_tile {
+    int64_t k0, n;
+    float keys[TILE * DMAX], values[TILE * DMAX]; /* as columns: for scores and for dP */
+    float keys_across[TILE * DMAX];               /* for dQ */
+    float dk[TILE * DMAX], dv[TILE * DMAX];
+};
+
+/* P and dS of a (query tile, key tile) from recomputed scores and dP = dO V^T; masked entries are 0. */
+static void score_gradients(const struct att_job *t, const struct key_tile *kt, float *score, float *dp, int64_t token,
+                            int64_t rows, int64_t visible, int64_t head)
+{
+    const struct attention *a = t->a;
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t row = (token + i) * t->q_ld + head * t->d, n = min64(visible + i, kt->n);
+        float *p = score + i * TILE, *ds = dp + i * TILE;
+        float delta = t->isa->dot(a->d_o + row, a->o + row, t->d);
+        t->isa->exp_scaled(p, t->scale, a->lse[(token + i) * a->heads + head], 1.0f, n);
+        t->isa->softmax_bwd(ds, p, delta, t->scale, n);
+        memset(p + n, 0, (size_t)(TILE - n) * sizeof(float));
+        memset(ds + n, 0, (size_t)(TILE - n) * sizeof(float));
+    }
+}
+
+static void tile_pair(const struct att_job *t, const struct span *p, struct key_tile *kt, int64_t head, int64_t q0)
+{
+    const struct attention *a = t->a;
+    int64_t d = t->d, rows = min64(TILE, p->count - q0), token = p->first + q0, at = token * t->q_ld + head * d;
+    float score[TILE * TILE], dp[TILE * TILE], left[TILE * DMAX], right[TILE * DMAX];
+    pack_rows(t, left, a->q + at, t->q_ld, rows, d);
+    multiply(t, score, TILE, left, rows, kt->keys, kt->n, d, false);
+    pack_rows(t, left, a->d_o + at, t->q_ld, rows, d);
+    multiply(t, dp, TILE, left, rows, kt->values, kt->n, d, false);
+    score_gradients(t, kt, score, dp, token, rows, q0 - kt->k0 + 1, head);
+    if (a->dv) { /* dV += P^T dO */
+        pack_rows_across(left, score, TILE, kt->n, rows);
+        pack_columns_across(right, a->d_o + at, t->q_ld, d, rows);
+        multiply(t, kt->dv, t->wide, left, kt->n, right, d, rows, true);
+    }
+    if (a->dk) { /* dK += dS^T Q */
+        pack_rows_across(left, dp, TILE, kt->n, rows);
+        pack_columns_across(right, a->q + at, t->q_ld, d, rows);
+        multiply(t, kt->dk, t->wide, left, kt->n, right, d, rows, true);
+    }
+    if (a->dq) { /* dQ += dS K */
+        float *dq = right;
+        pack_rows(t, left, dp, TILE, rows, kt->n);
+        multiply(t, dq, t->wide, left, rows, kt->keys_across, d, kt->n, false);
+        for (int64_t i = 0; i < rows; i++) {
+            float *to = a->dq + at + i * t->q_ld;
+            t->isa->add(to, to, dq + i * t->wide, d);
+        }
+    }
+}
+
+static void backward_task(void *arg, size_t index)
+{
+    const struct att_job *t = arg;
+    const struct attention *a = t->a;
+    int64_t g = (int64_t)index % a->kv_heads, from = g * t->d, group = a->heads / a->kv_heads;
+    struct span p = span_of(t, (int64_t)index / a->kv_heads);
+    struct key_tile kt;
+    for (kt.k0 = 0; kt.k0 < p.count; kt.k0 += TILE) {
+        kt.n = min64(TILE, p.count - kt.k0);
+        int64_t at = kt.k0 * t->kv_ld + from;
+        pack_columns(t, kt.keys, p.k + at, t->kv_ld, kt.n, t->d);
+        pack_columns(t, kt.values, p.v + at, t->kv_ld, kt.n, t->d);
+        pack_columns_across(kt.keys_across, p.k + at, t->kv_ld, t->d, kt.n);
+        memset(kt.dk, 0, (size_t)(kt.n * t->wide) * sizeof(float));
+        memset(kt.dv, 0, (size_t)(kt.n * t->wide) * sizeof(float));
+        for (int64_t head = g * group; head < (g + 1) * group; head++)
+            for (int64_t q0 = kt.k0; q0 < p.count; q0 += TILE)
+                tile_pair(t, &p, &kt, head, q0);
+        for (int64_t i = 0; i < kt.n; i++) {
+            int64_t row = (p.first + kt.k0 + i) * t->kv_ld + from;
+            if (a->dk)
+                t->isa->add(a->dk + row, a->dk + row, kt.dk + i * t->wide, t->d);
+            if (a->dv)
+                t->isa->add(a->dv + row, a->dv + row, kt.dv + i * t->wide, t->d);
+        }
+    }
+}
+
+void cpu_attention_bwd(struct workers *w, const struct attention *a)
+{
+    struct att_job t = att_job(a);
+    workers_for(w, (size_t)(a->seg->count * a->kv_heads), backward_task, &t);
+}

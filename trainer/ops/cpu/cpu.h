@@ -1,0 +1,69 @@
+/* What the files of ops/cpu share: cutting loops into tasks. The table itself is kernels.h. */
+#ifndef TESSERA_TRAINER_OPS_CPU_CPU_H
+#define TESSERA_TRAINER_OPS_CPU_CPU_H
+
+#include "trainer/ops/cpu/isa.h"
+#include "trainer/ops/kernels.h"
+
+#include <string.h>
+
+/* Elements that make a task worth handing out. */
+enum { TASK_ELEMS = 8192 };
+
+static inline int64_t min64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Rows of c elements that make a task. */
+static inline int64_t task_rows(int64_t c)
+{
+    return c >= TASK_ELEMS ? 1 : TASK_ELEMS / (c > 0 ? c : 1);
+}
+
+/* Tasks of `each` that cover n. */
+static inline size_t task_count(int64_t n, int64_t each)
+{
+    return (size_t)((n + each - 1) / each);
+}
+
+/* A panel whose source has k outermost: dst[p][r] = src[p][r], p < k, r < count; zeros up to width. */
+static inline void copy_panel(float *dst, int width, const float *src, int64_t ld, int64_t count, int64_t k)
+{
+    for (int64_t p = 0; p < k; p++) {
+        memcpy(dst + p * width, src + p * ld, (size_t)count * sizeof(float));
+        memset(dst + p * width + count, 0, (size_t)(width - count) * sizeof(float));
+    }
+}
+
+/* cpu/<family>.c, named into kernels_cpu by cpu/kernels_cpu.c */
+void cpu_gemm(struct workers *w, const struct gemm *g);
+void cpu_bias_bwd(struct workers *w, float *db, const float *dy, int64_t n, int64_t m);
+void cpu_embedding(struct workers *w, float *y, const void *table, enum dtype t, const int32_t *id, int64_t n,
+                   int64_t c);
+void cpu_embedding_bwd(struct workers *w, float *dtable, const float *dy, const int32_t *id, int64_t n, int64_t c);
+void cpu_rmsnorm(struct workers *w, float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c,
+                 float eps);
+void cpu_rmsnorm_bwd(struct workers *w, float *dx, const float *dy, const float *x, const float *weight,
+                     const float *rrms, int64_t rows, int64_t c);
+void cpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, const float *dy, const float *x, const float *rrms,
+                            int64_t rows, int64_t c);
+void cpu_rope_table(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d, float theta);
+void cpu_rope(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d);
+void cpu_rope_bwd(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h, int64_t d);
+void cpu_attention(struct workers *w, const struct attention *a);
+void cpu_attention_bwd(struct workers *w, const struct attention *a);
+void cpu_swiglu(struct workers *w, float *y, const float *gate, const float *up, int64_t n);
+void cpu_swiglu_bwd(struct workers *w, float *dgate, float *dup, const float *dy, const float *gate, const float *up,
+                    int64_t n);
+void cpu_add(struct workers *w, float *y, const float *a, const float *b, int64_t n);
+void cpu_scale(struct workers *w, float *y, const float *x, float s, int64_t n);
+void cpu_axpy(struct workers *w, float *y, const float *x, float s, int64_t n);
+void cpu_add_scalar(struct workers *w, float *y, const float *s, int64_t n);
+void cpu_zero(struct workers *w, float *y, int64_t n);
+void cpu_widen(struct workers *w, float *y, const uint16_t *x, int64_t n);
+void cpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial);
+void cpu_logprob(struct workers *w, const struct logprob *p);
+void cpu_logprob_bwd(struct workers *w, const struct logprob *p);
+
+#endif

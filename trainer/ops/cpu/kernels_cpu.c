@@ -1,0 +1,30 @@
+/* The CPU's table of kernels. */
+#include "trainer/ops/cpu/cpu.h"
+
+const struct kernels kernels_cpu = {
+    .name = "cpu",
+    .gemm = cpu_gemm,
+    .bias_bwd = cpu_bias_bwd,
+    .embedding = cpu_embedding,
+    .embedding_bwd = cpu_embedding_bwd,
+    .rmsnorm = cpu_rmsnorm,
+    .rmsnorm_bwd = cpu_rmsnorm_bwd,
+    .rmsnorm_bwd_weight = cpu_rmsnorm_bwd_weight,
+    .rope_table = cpu_rope_table,
+    .rope = cpu_rope,
+    .rope_bwd = cpu_rope_bwd,
+    .attention = cpu_attention,
+    .attention_bwd = cpu_attention_bwd,
+    .swiglu = cpu_swiglu,
+    .swiglu_bwd = cpu_swiglu_bwd,
+    .add = cpu_add,
+    .scale = cpu_scale,
+    .axpy = cpu_axpy,
+    .add_scalar = cpu_add_scalar,
+    .zero = cpu_zero,
+    .widen = cpu_widen,
+    .sum = cpu_sum,
+    .logprob = cpu_logprob,
+    .logprob_bwd = cpu_logprob_bwd,
+    .adamw = adamw_update,
+};

@@ -1,0 +1,140 @@
+/* kernels: one const table of raw kernels a device. Plain pointers and sizes; ops.c has checked shapes and taken
+ * memory.
+ *
+ * A kernel neither allocates, nor fails, nor keeps a pointer. Sizes may be 0. `_bwd` kernels add (+=) into gradients
+ * unless said otherwise. Activations and gradients are f32, row-major, contiguous; a `const void *` with a dtype is a
+ * weight, f32 or bf16. The CPU's give the same bits for any number of workers and on every instruction set; how is said
+ * in cpu/isa.h. Every fast kernel has a plain one beside it, <name>_ref, at the end of this header; tests compare them.
+ */
+#ifndef TESSERA_TRAINER_OPS_KERNELS_H
+#define TESSERA_TRAINER_OPS_KERNELS_H
+
+#include "comm/base/dtype.h"
+#include "comm/base/thread.h"
+#include "trainer/ops/ops.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* C[i, j] = sum_k A(i, k) B(k, j), i < m, j < n, k < K: one fused multiply-add chain over k ascending, from 0. */
+struct gemm {
+    int64_t m, n, k;
+    const float *a; /* A(i, k) = a[i * lda + k], or a[k * lda + i] if a_trans */
+    int64_t lda;
+    bool a_trans;
+    const void *b; /* B(k, j) = b[k * ldb + j], or b[j * ldb + k] if b_trans */
+    enum dtype b_dtype;
+    int64_t ldb;
+    bool b_trans;
+    float *c; /* c[i * ldc + j] */
+    int64_t ldc;
+    const float *bias; /* [n], added after the chain; or NULL */
+    bool add;          /* the finished chain is added to c, instead of overwriting it */
+};
+
+/* Causal attention over the pack's segments (op_attention). Keys of segment s are at k_base + s * k_segment when `past`
+ * is given (a cache: past[s] tokens were there before this pack's), else at the segment's tokens in k and v. */
+struct attention {
+    int64_t n;
+    int heads, kv_heads, head_dim; /* head_dim at most ATTENTION_HEAD_MAX */
+    const struct segments *seg;
+    const float *q;      /* [N, H, D] */
+    const float *k, *v;  /* [N, G, D]; with a cache [S, cap, G, D] */
+    const int32_t *past; /* [S], or NULL */
+    int64_t cap;
+    float *o;            /* [N, H, D] */
+    float *lse;          /* [N, H], or NULL */
+    const float *d_o;    /* backward: [N, H, D] */
+    float *dq, *dk, *dv; /* backward: any may be NULL */
+};
+enum { ATTENTION_HEAD_MAX = 256 };
+
+/* op_logprob: rows with target >= 0 are gathered `chunk` at a time. */
+struct logprob {
+    int64_t n, c, v, chunk;
+    const float *x; /* [N, C] */
+    const void *w;  /* [V, C] */
+    enum dtype w_dtype;
+    const int32_t *target; /* [N] */
+    float temperature;
+    float *logp, *lse;   /* [N] */
+    const float *dlogp;  /* backward: [N] */
+    float *dx, *dw;      /* backward: either may be NULL */
+    float *rows, *drows; /* scratch [chunk, C] each; drows only for dx */
+    float *logits;       /* scratch [chunk, V] */
+    int32_t *index;      /* scratch [chunk] */
+};
+
+struct kernels {
+    const char *name;
+    void (*gemm)(struct workers *w, const struct gemm *g);
+    /* db[j] += sum over rows of dy[n, j], rows ascending from 0, then added. */
+    void (*bias_bwd)(struct workers *w, float *db, const float *dy, int64_t n, int64_t m);
+    void (*embedding)(struct workers *w, float *y, const void *table, enum dtype t, const int32_t *id, int64_t n,
+                      int64_t c);
+    void (*embedding_bwd)(struct workers *w, float *dtable, const float *dy, const int32_t *id, int64_t n, int64_t c);
+    /* rrms [rows] = 1 / sqrt(mean(x^2) + eps). */
+    void (*rmsnorm)(struct workers *w, float *y, float *rrms, const float *x, const float *weight, int64_t rows,
+                    int64_t c, float eps);
+    void (*rmsnorm_bwd)(struct workers *w, float *dx, const float *dy, const float *x, const float *weight,
+                        const float *rrms, int64_t rows, int64_t c);
+    void (*rmsnorm_bwd_weight)(struct workers *w, float *dweight, const float *dy, const float *x, const float *rrms,
+                               int64_t rows, int64_t c);
+    /* table [N, D]: D/2 cosines, then D/2 sines, of position * theta^(-2i/D). */
+    void (*rope_table)(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d, float theta);
+    void (*rope)(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d);
+    void (*rope_bwd)(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h,
+                     int64_t d);
+    void (*attention)(struct workers *w, const struct attention *a);
+    void (*attention_bwd)(struct workers *w, const struct attention *a); /* reads o and lse of the forward */
+    void (*swiglu)(struct workers *w, float *y, const float *gate, const float *up, int64_t n);
+    /* Either gradient may be NULL. */
+    void (*swiglu_bwd)(struct workers *w, float *dgate, float *dup, const float *dy, const float *gate, const float *up,
+                       int64_t n);
+    void (*add)(struct workers *w, float *y, const float *a, const float *b, int64_t n); /* y = a + b */
+    void (*scale)(struct workers *w, float *y, const float *x, float s, int64_t n);      /* y = s x */
+    void (*axpy)(struct workers *w, float *y, const float *x, float s, int64_t n);       /* y += s x */
+    void (*add_scalar)(struct workers *w, float *y, const float *s, int64_t n);          /* y += *s */
+    void (*zero)(struct workers *w, float *y, int64_t n);
+    void (*widen)(struct workers *w, float *y, const uint16_t *x, int64_t n); /* bf16 to f32 */
+    /* *y = sum of x: block_sums, then tree_sum; partial [ceil(n / 1024)] is scratch. */
+    void (*sum)(struct workers *w, float *y, const float *x, int64_t n, double *partial);
+    void (*logprob)(struct workers *w, const struct logprob *p);
+    void (*logprob_bwd)(struct workers *w, const struct logprob *p);
+    /* AdamW with decoupled decay (Loshchilov, Hutter 2019, arXiv:1711.05101, algorithm 2 with schedule multiplier in
+     * lr), step >= 1: g' = grad_scale g,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2 p -= lr (m / (1 - b1^step)
+     * / (sqrt(v / (1 - b2^step)) + eps) + weight_decay p)     with the old p on the right Scalars become f32 after
+     * their powers were taken in f64. Elementwise: bits depend on no cut of the run. No aliasing. */
+    void (*adamw)(struct workers *w, float *p, const float *g, float *m, float *v, size_t n, double lr, double beta1,
+                  double beta2, double eps, double weight_decay, uint64_t step, double grad_scale);
+};
+
+extern const struct kernels kernels_cpu;
+
+enum { SUM_BLOCK = 1024 }; /* elements; what every sum that must not depend on cuts is made of */
+
+/* out[b] = f64 sum of x (or of x^2 if squared) over elements [1024 b, 1024 (b + 1)) of [0, n). Count the blocks from an
+ * aligned start. */
+void block_sums(struct workers *w, const float *x, int64_t n, bool squared, double *out);
+/* Sum of n values up the dyadic tree: neighbours pairwise, a last odd one moves up alone. Overwrites s. 0 for n = 0. */
+double tree_sum(double *s, int64_t n);
+
+/* kernels_cpu.adamw under its own name, for optimisers. */
+void adamw_update(struct workers *w, float *p, const float *g, float *m, float *v, size_t n, double lr, double beta1,
+                  double beta2, double eps, double weight_decay, uint64_t step, double grad_scale);
+
+/* ---- plain references, one thread, in the order of the formulas (cpu/reference.c) ---- */
+void gemm_ref(const struct gemm *g); /* the same bits as the fast one */
+void attention_ref(const struct attention *a);
+void attention_bwd_ref(const struct attention *a);
+void rmsnorm_ref(float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c, float eps);
+void rmsnorm_bwd_ref(float *dx, float *dweight, const float *dy, const float *x, const float *weight, int64_t rows,
+                     int64_t c, float eps);
+void swiglu_ref(float *y, const float *gate, const float *up, int64_t n);
+void swiglu_bwd_ref(float *dgate, float *dup, const float *dy, const float *gate, const float *up, int64_t n);
+void logprob_ref(const struct logprob *p);     /* scratch is not used */
+void logprob_bwd_ref(const struct logprob *p); /* reads no lse */
+void adamw_ref(float *p, const float *g, float *m, float *v, size_t n, double lr, double beta1, double beta2,
+               double eps, double weight_decay, uint64_t step, double grad_scale);
+
+#endif

@@ -1,0 +1,710 @@
+/* ops: shape checks, memory and records around the kernels. Each op reads: check, take memory, compute (not in a dry
+ * pass), record; its backward stands above it.
+ *
+ * Invariants: a dry pass takes exactly the memory of a training pass, so kernels and backward never allocate; an op
+ * records itself only if its output has a gradient; what backward reads lives in the arena, in parameters, or in what
+ * the caller keeps (ids, segments). */
+#include "trainer/ops/ops.h"
+
+#include "trainer/ops/kernels.h"
+
+#include <stdio.h>
+#include <string.h>
+
+enum {
+    LOGPROB_CHUNK = 128,
+    LOGPROB_ELEMS = 8 << 20
+}; /* tokens of a chunk at most; logits of a chunk at most (32 MiB) */
+
+#define WEIGHT_HALF(halves) ((halves) & (unsigned)TAPE_BACKWARD_WEIGHT)
+#define INPUT_HALF(halves)  ((halves) & (unsigned)TAPE_BACKWARD_INPUT)
+
+/* ---- what all ops share ---- */
+
+struct shape_text {
+    char s[96];
+};
+
+static struct shape_text text_of(const struct tensor *x)
+{
+    struct shape_text t;
+    size_t used = (size_t)snprintf(t.s, sizeof t.s, "[");
+    for (int i = 0; i < x->ndim; i++)
+        used += (size_t)snprintf(t.s + used, sizeof t.s - used, "%s%lld", i ? ", " : "", (long long)x->dim[i]);
+    snprintf(t.s + used, sizeof t.s - used, "]%s", x->dtype == DTYPE_F32 ? "" : dtype_name(x->dtype));
+    return t;
+}
+
+/* "op_linear: x [4, 8] and w [3, 7]: why". b may be NULL. */
+static struct tensor *misfit(struct tape *t, const char *op, const char *why, const struct tensor *a,
+                             const struct tensor *b)
+{
+    if (b)
+        return tape_fail(t, ERR(INVALID, "%s: %s and %s: %s", op, text_of(a).s, text_of(b).s, why));
+    return tape_fail(t, ERR(INVALID, "%s: %s: %s", op, text_of(a).s, why));
+}
+
+/* An input is missing: an earlier op failed, or the caller forgot it. */
+static struct tensor *missing(struct tape *t, const char *op)
+{
+    return t->error ? NULL : tape_fail(t, ERR(INVALID, "%s: an input is NULL", op));
+}
+
+static bool same_shape(const struct tensor *a, const struct tensor *b)
+{
+    return a->ndim == b->ndim && !memcmp(a->dim, b->dim, (size_t)a->ndim * sizeof *a->dim);
+}
+
+static bool is_f32(const struct tensor *x)
+{
+    return x->dtype == DTYPE_F32;
+}
+
+static bool is_weight(const struct tensor *x)
+{
+    return x->dtype == DTYPE_F32 || x->dtype == DTYPE_BF16;
+}
+
+static bool runs(const struct tape *t)
+{
+    return t->mode != TAPE_DRY;
+}
+
+/* Whether an output that depends on x gets a gradient. */
+static bool learns(const struct tape *t, const struct tensor *x)
+{
+    return t->mode != TAPE_FORWARD && x && x->grad;
+}
+
+static void *take(struct tape *t, size_t count, size_t bytes)
+{
+    void *p = t->error ? NULL : arena_alloc(&t->arena, count * bytes);
+    if (!p && !t->error)
+        tape_fail(t, ERR(NO_MEMORY, "%zu bytes of activations: %zu in use, cap %zu", count * bytes, t->arena.used_bytes,
+                         t->arena.cap_bytes));
+    return p;
+}
+
+static float *take_floats(struct tape *t, int64_t n)
+{
+    return take(t, (size_t)n, sizeof(float));
+}
+
+/* A tensor with a zeroed gradient, if any, and data not yet written. */
+static struct tensor *make(struct tape *t, int ndim, const int64_t *dim, bool with_grad)
+{
+    struct tensor *x = take(t, 1, sizeof *x);
+    if (!x)
+        return NULL;
+    *x = (struct tensor){ .dtype = DTYPE_F32, .ndim = ndim };
+    memcpy(x->dim, dim, (size_t)ndim * sizeof *dim);
+    int64_t n = tensor_elems(x);
+    x->data = take_floats(t, n);
+    if (with_grad && t->mode != TAPE_FORWARD)
+        x->grad = take_floats(t, n);
+    if (t->error)
+        return NULL;
+    if (x->grad && runs(t))
+        t->kernels->zero(t->workers, x->grad, n);
+    return x;
+}
+
+static struct tensor *make_like(struct tape *t, const struct tensor *x, bool with_grad)
+{
+    return make(t, x->ndim, x->dim, with_grad);
+}
+
+/* A record of `bytes` with its first fields set, put on the tape once its op has filled it. NULL: the tape has failed.
+ */
+static void *record(struct tape *t, size_t bytes, void (*backward)(struct tape *, const struct tape_record *, unsigned))
+{
+    struct tape_record *r = take(t, 1, bytes);
+    if (!r)
+        return NULL;
+    memset(r, 0, bytes);
+    r->prev = t->last;
+    r->backward = backward;
+    t->last = r;
+    return r;
+}
+
+/* A small weight as f32: its data, or a widened copy in the arena. */
+static const float *widened(struct tape *t, const struct tensor *x)
+{
+    if (is_f32(x))
+        return x->data;
+    float *y = take_floats(t, tensor_elems(x));
+    if (y && runs(t))
+        t->kernels->widen(t->workers, y, x->data, tensor_elems(x));
+    return y;
+}
+
+static const float *f32(const struct tensor *x)
+{
+    return x->data;
+}
+
+struct tensor *op_new(struct tape *t, int ndim, const int64_t *dim, bool with_grad)
+{
+    if (ndim < 1 || ndim > TENSOR_DIMS)
+        return tape_fail(t, ERR(INVALID, "op_new: %d dimensions", ndim));
+    struct tensor *x = make(t, ndim, dim, with_grad);
+    if (x && runs(t))
+        t->kernels->zero(t->workers, x->data, tensor_elems(x));
+    return x;
+}
+
+struct tensor *op_view(struct tape *t, struct tensor *x, int ndim, const int64_t *dim)
+{
+    if (!x)
+        return missing(t, "op_view");
+    struct tensor v = { .dtype = x->dtype, .ndim = ndim, .data = x->data, .grad = x->grad };
+    if (ndim < 1 || ndim > TENSOR_DIMS)
+        return tape_fail(t, ERR(INVALID, "op_view: %d dimensions", ndim));
+    memcpy(v.dim, dim, (size_t)ndim * sizeof *dim);
+    if (tensor_elems(&v) != tensor_elems(x))
+        return misfit(t, "op_view", "not the same volume", x, &v);
+    struct tensor *y = take(t, 1, sizeof *y);
+    if (y)
+        *y = v;
+    return y;
+}
+
+/* ---- embedding ---- */
+
+struct embedding_record {
+    struct tape_record base;
+    struct tensor *table, *y;
+    const int32_t *id;
+};
+
+static void embedding_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct embedding_record *r = (const void *)base;
+    if (WEIGHT_HALF(halves))
+        t->kernels->embedding_bwd(t->workers, r->table->grad, r->y->grad, r->id, r->y->dim[0], r->y->dim[1]);
+}
+
+struct tensor *op_embedding(struct tape *t, struct tensor *table, const int32_t *id, int64_t n)
+{
+    if (!table)
+        return missing(t, "op_embedding");
+    if (table->ndim != 2 || !is_weight(table))
+        return misfit(t, "op_embedding", "a table is [V, C]", table, NULL);
+    for (int64_t i = 0; runs(t) && i < n; i++)
+        if (id[i] < 0 || id[i] >= table->dim[0])
+            return tape_fail(t, ERR(INVALID, "op_embedding: token %lld has id %d, the table has %lld rows",
+                                    (long long)i, id[i], (long long)table->dim[0]));
+    struct tensor *y = make(t, 2, (int64_t[]){ n, table->dim[1] }, learns(t, table));
+    if (!y)
+        return NULL;
+    if (runs(t))
+        t->kernels->embedding(t->workers, y->data, table->data, table->dtype, id, n, table->dim[1]);
+    struct embedding_record *r = y->grad ? record(t, sizeof *r, embedding_backward) : NULL;
+    if (r) {
+        r->table = table;
+        r->y = y;
+        r->id = id;
+    }
+    return t->error ? NULL : y;
+}
+
+/* ---- linear ---- */
+
+struct linear_record {
+    struct tape_record base;
+    struct tensor *x, *w, *b, *y;
+};
+
+static void linear_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct linear_record *r = (const void *)base;
+    int64_t n = r->x->dim[0], k = r->x->dim[1], m = r->w->dim[0];
+    if (INPUT_HALF(halves) && r->x->grad)
+        t->kernels->gemm(t->workers, &(struct gemm){ .m = n,
+                                                     .n = k,
+                                                     .k = m,
+                                                     .a = r->y->grad,
+                                                     .lda = m,
+                                                     .b = r->w->data,
+                                                     .b_dtype = r->w->dtype,
+                                                     .ldb = k,
+                                                     .c = r->x->grad,
+                                                     .ldc = k,
+                                                     .add = true });
+    if (WEIGHT_HALF(halves) && r->w->grad)
+        t->kernels->gemm(t->workers, &(struct gemm){ .m = m,
+                                                     .n = k,
+                                                     .k = n,
+                                                     .a = r->y->grad,
+                                                     .lda = m,
+                                                     .a_trans = true,
+                                                     .b = r->x->data,
+                                                     .b_dtype = DTYPE_F32,
+                                                     .ldb = k,
+                                                     .c = r->w->grad,
+                                                     .ldc = k,
+                                                     .add = true });
+    if (WEIGHT_HALF(halves) && r->b && r->b->grad)
+        t->kernels->bias_bwd(t->workers, r->b->grad, r->y->grad, n, m);
+}
+
+struct tensor *op_linear(struct tape *t, struct tensor *x, struct tensor *w, struct tensor *b)
+{
+    if (!x || !w)
+        return missing(t, "op_linear");
+    if (x->ndim != 2 || w->ndim != 2 || x->dim[1] != w->dim[1] || !is_f32(x) || !is_weight(w))
+        return misfit(t, "op_linear", "x is f32 [N, K], w [M, K]", x, w);
+    if (b && (b->ndim != 1 || b->dim[0] != w->dim[0] || !is_weight(b)))
+        return misfit(t, "op_linear", "w is [M, K], b [M]", w, b);
+    int64_t n = x->dim[0], k = x->dim[1], m = w->dim[0];
+    struct tensor *y = make(t, 2, (int64_t[]){ n, m }, learns(t, x) || learns(t, w) || learns(t, b));
+    const float *bias = b ? widened(t, b) : NULL;
+    if (t->error)
+        return NULL;
+    if (runs(t))
+        t->kernels->gemm(t->workers, &(struct gemm){ .m = n,
+                                                     .n = m,
+                                                     .k = k,
+                                                     .a = x->data,
+                                                     .lda = k,
+                                                     .b = w->data,
+                                                     .b_dtype = w->dtype,
+                                                     .ldb = k,
+                                                     .b_trans = true,
+                                                     .c = y->data,
+                                                     .ldc = m,
+                                                     .bias = bias });
+    struct linear_record *r = y->grad ? record(t, sizeof *r, linear_backward) : NULL;
+    if (r) {
+        r->x = x;
+        r->w = w;
+        r->b = b;
+        r->y = y;
+    }
+    return t->error ? NULL : y;
+}
+
+/* ---- rmsnorm ---- */
+
+struct rmsnorm_record {
+    struct tape_record base;
+    struct tensor *x, *w, *y;
+    const float *weight; /* w as f32 */
+    float *rrms;         /* [rows] */
+    int64_t rows, c;
+};
+
+static void rmsnorm_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct rmsnorm_record *r = (const void *)base;
+    if (INPUT_HALF(halves) && r->x->grad)
+        t->kernels->rmsnorm_bwd(t->workers, r->x->grad, r->y->grad, r->x->data, r->weight, r->rrms, r->rows, r->c);
+    if (WEIGHT_HALF(halves) && r->w->grad)
+        t->kernels->rmsnorm_bwd_weight(t->workers, r->w->grad, r->y->grad, r->x->data, r->rrms, r->rows, r->c);
+}
+
+struct tensor *op_rmsnorm(struct tape *t, struct tensor *x, struct tensor *w, float eps)
+{
+    if (!x || !w)
+        return missing(t, "op_rmsnorm");
+    if (x->ndim < 1 || w->ndim != 1 || x->dim[x->ndim - 1] != w->dim[0] || w->dim[0] < 1 || !is_f32(x) || !is_weight(w))
+        return misfit(t, "op_rmsnorm", "x is f32 [..., C], w [C]", x, w);
+    int64_t c = w->dim[0], rows = tensor_elems(x) / c;
+    struct tensor *y = make_like(t, x, learns(t, x) || learns(t, w));
+    float *rrms = take_floats(t, rows);
+    const float *weight = widened(t, w);
+    if (t->error)
+        return NULL;
+    if (runs(t))
+        t->kernels->rmsnorm(t->workers, y->data, rrms, x->data, weight, rows, c, eps);
+    struct rmsnorm_record *r = y->grad ? record(t, sizeof *r, rmsnorm_backward) : NULL;
+    if (r) {
+        r->x = x;
+        r->w = w;
+        r->y = y;
+        r->weight = weight;
+        r->rrms = rrms;
+        r->rows = rows;
+        r->c = c;
+    }
+    return t->error ? NULL : y;
+}
+
+/* ---- rope ---- */
+
+struct rope_table {
+    struct rope_table *next;
+    const int32_t *position;
+    int64_t n, d;
+    float theta, *angles; /* [N, D] */
+};
+
+struct rope_record {
+    struct tape_record base;
+    struct tensor *x, *y;
+    const float *angles;
+};
+
+/* The angles for these positions: made by the first rope of a pass, shared by the rest. */
+static const float *rope_angles(struct tape *t, const int32_t *position, int64_t n, int64_t d, float theta)
+{
+    for (const struct rope_table *r = t->rope; r; r = r->next)
+        if (r->position == position && r->n == n && r->d == d && !memcmp(&r->theta, &theta, sizeof theta))
+            return r->angles;
+    struct rope_table *r = take(t, 1, sizeof *r);
+    float *angles = take_floats(t, n * d);
+    if (t->error)
+        return NULL;
+    if (runs(t))
+        t->kernels->rope_table(t->workers, angles, position, n, d, theta);
+    *r = (struct rope_table){ t->rope, position, n, d, theta, angles };
+    t->rope = r;
+    return angles;
+}
+
+static void rope_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct rope_record *r = (const void *)base;
+    if (INPUT_HALF(halves))
+        t->kernels->rope_bwd(t->workers, r->x->grad, r->y->grad, r->angles, r->x->dim[0], r->x->dim[1], r->x->dim[2]);
+}
+
+struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, float theta)
+{
+    if (!x)
+        return missing(t, "op_rope");
+    if (x->ndim != 3 || x->dim[2] % 2 || !is_f32(x))
+        return misfit(t, "op_rope", "x is f32 [N, H, D], D even", x, NULL);
+    struct tensor *y = make_like(t, x, learns(t, x));
+    const float *angles = y ? rope_angles(t, position, x->dim[0], x->dim[2], theta) : NULL;
+    if (!angles)
+        return NULL;
+    if (runs(t))
+        t->kernels->rope(t->workers, y->data, x->data, angles, x->dim[0], x->dim[1], x->dim[2]);
+    struct rope_record *r = y->grad ? record(t, sizeof *r, rope_backward) : NULL;
+    if (r) {
+        r->x = x;
+        r->y = y;
+        r->angles = angles;
+    }
+    return t->error ? NULL : y;
+}
+
+/* ---- attention ---- */
+
+struct attention_record {
+    struct tape_record base;
+    struct tensor *q, *k, *v, *o;
+    const struct segments *seg;
+    float *lse;
+};
+
+static struct attention attention_of(const struct tensor *q, const struct tensor *k, const struct tensor *v,
+                                     const struct segments *seg)
+{
+    return (struct attention){ .n = q->dim[0],
+                               .heads = (int)q->dim[1],
+                               .kv_heads = (int)k->dim[1],
+                               .head_dim = (int)q->dim[2],
+                               .seg = seg,
+                               .q = q->data,
+                               .k = k->data,
+                               .v = v->data };
+}
+
+static void attention_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct attention_record *r = (const void *)base;
+    if (!INPUT_HALF(halves))
+        return;
+    struct attention a = attention_of(r->q, r->k, r->v, r->seg);
+    a.o = r->o->data;
+    a.lse = r->lse;
+    a.d_o = r->o->grad;
+    a.dq = r->q->grad;
+    a.dk = r->k->grad;
+    a.dv = r->v->grad;
+    t->kernels->attention_bwd(t->workers, &a);
+}
+
+static status *check_segments(const struct segments *seg, int64_t n)
+{
+    if (seg->offset[0] != 0 || seg->offset[seg->count] != n)
+        return ERR(INVALID, "op_attention: %d segments run from %d to %d, the pack has %lld tokens", seg->count,
+                   seg->offset[0], seg->offset[seg->count], (long long)n);
+    for (int32_t s = 0; s < seg->count; s++) {
+        if (seg->offset[s + 1] < seg->offset[s])
+            return ERR(INVALID, "op_attention: segment %d ends before it starts", s);
+        for (int32_t i = seg->offset[s] + 1; seg->position && i < seg->offset[s + 1]; i++)
+            if (seg->position[i] <= seg->position[i - 1])
+                return ERR(INVALID, "op_attention: position %d of token %d in segment %d does not ascend",
+                           seg->position[i], i, s);
+    }
+    return NULL;
+}
+
+static status *check_cache(const struct tape *t, const struct kv_cache *c, const struct tensor *k,
+                           const struct segments *seg)
+{
+    if (t->mode == TAPE_TRAIN)
+        return ERR(INVALID, "op_attention: a cache in a training pass");
+    if (c->kv_heads != k->dim[1] || c->head_dim != k->dim[2])
+        return ERR(INVALID, "op_attention: the cache has [%d, %d], k %s", c->kv_heads, c->head_dim, text_of(k).s);
+    if (!runs(t))
+        return NULL;
+    if (c->segments != seg->count)
+        return ERR(INVALID, "op_attention: the cache has %d segments, the pack %d", c->segments, seg->count);
+    for (int32_t s = 0; s < seg->count; s++)
+        if (c->len[s] + (seg->offset[s + 1] - seg->offset[s]) > c->cap)
+            return ERR(INVALID, "op_attention: %d + %d tokens of segment %d do not fit in a cache of %d", c->len[s],
+                       seg->offset[s + 1] - seg->offset[s], s, c->cap);
+    return NULL;
+}
+
+/* k and v go behind what the cache holds; a->past says how much that was. */
+static void append(struct kv_cache *c, const struct segments *seg, int32_t *past, struct attention *a)
+{
+    int64_t row = (int64_t)c->kv_heads * c->head_dim;
+    for (int32_t s = 0; s < seg->count; s++) {
+        int64_t from = seg->offset[s], count = seg->offset[s + 1] - from, to = (int64_t)s * c->cap + c->len[s];
+        memcpy(c->k + to * row, a->k + from * row, (size_t)(count * row) * sizeof(float));
+        memcpy(c->v + to * row, a->v + from * row, (size_t)(count * row) * sizeof(float));
+        past[s] = c->len[s];
+        c->len[s] += (int32_t)count;
+    }
+    a->k = c->k;
+    a->v = c->v;
+    a->past = past;
+    a->cap = c->cap;
+}
+
+static const char *attention_misfit(const struct tensor *q, const struct tensor *k, const struct tensor *v)
+{
+    if (q->ndim != 3 || k->ndim != 3 || !same_shape(k, v) || !is_f32(q) || !is_f32(k) || !is_f32(v))
+        return "q is f32 [N, H, D], k and v f32 [N, G, D]";
+    if (q->dim[0] != k->dim[0] || q->dim[2] != k->dim[2] || k->dim[1] < 1 || q->dim[1] % k->dim[1])
+        return "equal N and D are needed, and H a multiple of G";
+    if (q->dim[2] < 1 || q->dim[2] > ATTENTION_HEAD_MAX)
+        return "heads have 1 to 256 elements";
+    return NULL;
+}
+
+struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, struct tensor *v,
+                            const struct segments *seg, struct kv_cache *cache)
+{
+    if (!q || !k || !v)
+        return missing(t, "op_attention");
+    const char *why = attention_misfit(q, k, v);
+    if (why)
+        return misfit(t, "op_attention", why, q, same_shape(k, v) ? k : v);
+    status *st = runs(t) ? check_segments(seg, q->dim[0]) : NULL;
+    if (!st && cache)
+        st = check_cache(t, cache, k, seg);
+    if (st)
+        return tape_fail(t, st);
+    struct tensor *o = make_like(t, q, learns(t, q) || learns(t, k) || learns(t, v));
+    float *lse = o && o->grad ? take_floats(t, q->dim[0] * q->dim[1]) : NULL;
+    int32_t *past = cache ? take(t, (size_t)cache->segments, sizeof *past) : NULL;
+    if (t->error)
+        return NULL;
+    struct attention a = attention_of(q, k, v, seg);
+    a.o = o->data;
+    a.lse = lse;
+    if (cache && runs(t))
+        append(cache, seg, past, &a);
+    if (runs(t))
+        t->kernels->attention(t->workers, &a);
+    struct attention_record *r = o->grad ? record(t, sizeof *r, attention_backward) : NULL;
+    if (r) {
+        r->q = q;
+        r->k = k;
+        r->v = v;
+        r->o = o;
+        r->seg = seg;
+        r->lse = lse;
+    }
+    return t->error ? NULL : o;
+}
+
+/* ---- elementwise and sums ---- */
+
+struct elementwise_record {
+    struct tape_record base;
+    struct tensor *a, *b, *y;
+    float s;
+};
+
+static void push(struct tape *t, struct tensor *a, struct tensor *b, struct tensor *y, float s,
+                 void (*backward)(struct tape *, const struct tape_record *, unsigned))
+{
+    struct elementwise_record *r = y->grad ? record(t, sizeof *r, backward) : NULL;
+    if (r) {
+        r->a = a;
+        r->b = b;
+        r->y = y;
+        r->s = s;
+    }
+}
+
+static void swiglu_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct elementwise_record *r = (const void *)base;
+    if (INPUT_HALF(halves))
+        t->kernels->swiglu_bwd(t->workers, r->a->grad, r->b->grad, r->y->grad, r->a->data, r->b->data,
+                               tensor_elems(r->y));
+}
+
+struct tensor *op_swiglu(struct tape *t, struct tensor *gate, struct tensor *up)
+{
+    if (!gate || !up)
+        return missing(t, "op_swiglu");
+    if (!same_shape(gate, up) || !is_f32(gate) || !is_f32(up))
+        return misfit(t, "op_swiglu", "two f32 tensors of one shape are needed", gate, up);
+    struct tensor *y = make_like(t, gate, learns(t, gate) || learns(t, up));
+    if (!y)
+        return NULL;
+    if (runs(t))
+        t->kernels->swiglu(t->workers, y->data, gate->data, up->data, tensor_elems(y));
+    push(t, gate, up, y, 0, swiglu_backward);
+    return t->error ? NULL : y;
+}
+
+static void add_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct elementwise_record *r = (const void *)base;
+    if (INPUT_HALF(halves) && r->a->grad)
+        t->kernels->axpy(t->workers, r->a->grad, r->y->grad, 1.0f, tensor_elems(r->y));
+    if (INPUT_HALF(halves) && r->b->grad)
+        t->kernels->axpy(t->workers, r->b->grad, r->y->grad, 1.0f, tensor_elems(r->y));
+}
+
+struct tensor *op_add(struct tape *t, struct tensor *a, struct tensor *b)
+{
+    if (!a || !b)
+        return missing(t, "op_add");
+    if (!same_shape(a, b) || !is_f32(a) || !is_f32(b))
+        return misfit(t, "op_add", "two f32 tensors of one shape are needed", a, b);
+    struct tensor *y = make_like(t, a, learns(t, a) || learns(t, b));
+    if (!y)
+        return NULL;
+    if (runs(t))
+        t->kernels->add(t->workers, y->data, a->data, b->data, tensor_elems(y));
+    push(t, a, b, y, 0, add_backward);
+    return t->error ? NULL : y;
+}
+
+static void scale_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct elementwise_record *r = (const void *)base;
+    if (INPUT_HALF(halves))
+        t->kernels->axpy(t->workers, r->a->grad, r->y->grad, r->s, tensor_elems(r->y));
+}
+
+struct tensor *op_scale(struct tape *t, struct tensor *x, float s)
+{
+    if (!x)
+        return missing(t, "op_scale");
+    if (!is_f32(x))
+        return misfit(t, "op_scale", "an f32 tensor is needed", x, NULL);
+    struct tensor *y = make_like(t, x, learns(t, x));
+    if (!y)
+        return NULL;
+    if (runs(t))
+        t->kernels->scale(t->workers, y->data, x->data, s, tensor_elems(y));
+    push(t, x, NULL, y, s, scale_backward);
+    return t->error ? NULL : y;
+}
+
+static void sum_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct elementwise_record *r = (const void *)base;
+    if (INPUT_HALF(halves))
+        t->kernels->add_scalar(t->workers, r->a->grad, r->y->grad, tensor_elems(r->a));
+}
+
+struct tensor *op_sum(struct tape *t, struct tensor *x)
+{
+    if (!x)
+        return missing(t, "op_sum");
+    if (!is_f32(x))
+        return misfit(t, "op_sum", "an f32 tensor is needed", x, NULL);
+    int64_t n = tensor_elems(x);
+    struct tensor *y = make(t, 1, (int64_t[]){ 1 }, learns(t, x));
+    double *partial = take(t, (size_t)((n + SUM_BLOCK - 1) / SUM_BLOCK), sizeof *partial);
+    if (t->error)
+        return NULL;
+    if (runs(t))
+        t->kernels->sum(t->workers, y->data, x->data, n, partial);
+    push(t, x, NULL, y, 0, sum_backward);
+    return t->error ? NULL : y;
+}
+
+/* ---- logprob ---- */
+
+struct logprob_record {
+    struct tape_record base;
+    struct tensor *x, *w, *y;
+    struct logprob p;
+};
+
+static void logprob_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct logprob_record *r = (const void *)base;
+    struct logprob p = r->p;
+    p.dlogp = r->y->grad;
+    p.dx = INPUT_HALF(halves) ? r->x->grad : NULL;
+    p.dw = WEIGHT_HALF(halves) ? r->w->grad : NULL;
+    if (p.dx || p.dw)
+        t->kernels->logprob_bwd(t->workers, &p);
+}
+
+static bool take_logprob_scratch(struct tape *t, struct logprob *p, bool train)
+{
+    int64_t chunk = LOGPROB_ELEMS / p->v;
+    chunk = chunk < 1 ? 1 : chunk > LOGPROB_CHUNK ? LOGPROB_CHUNK : chunk;
+    p->chunk = chunk < p->n ? chunk : p->n;
+    p->lse = take_floats(t, p->n);
+    p->rows = take_floats(t, p->chunk * p->c);
+    p->drows = train ? take_floats(t, p->chunk * p->c) : NULL;
+    p->logits = take_floats(t, p->chunk * p->v);
+    p->index = take(t, (size_t)p->chunk, sizeof *p->index);
+    return !t->error;
+}
+
+struct tensor *op_logprob(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target, float temperature)
+{
+    if (!x || !w)
+        return missing(t, "op_logprob");
+    if (x->ndim != 2 || w->ndim != 2 || x->dim[1] != w->dim[1] || w->dim[0] < 1 || !is_f32(x) || !is_weight(w))
+        return misfit(t, "op_logprob", "x is f32 [N, C], w [V, C]", x, w);
+    if (!(temperature > 0))
+        return tape_fail(t, ERR(INVALID, "op_logprob: temperature %g is not above 0", (double)temperature));
+    int64_t n = x->dim[0];
+    for (int64_t i = 0; runs(t) && i < n; i++)
+        if (target[i] >= w->dim[0])
+            return tape_fail(t, ERR(INVALID, "op_logprob: token %lld has target %d, the vocabulary has %lld",
+                                    (long long)i, target[i], (long long)w->dim[0]));
+    struct tensor *y = make(t, 1, &n, learns(t, x) || learns(t, w));
+    struct logprob p = { .n = n,
+                         .c = x->dim[1],
+                         .v = w->dim[0],
+                         .x = f32(x),
+                         .w = w->data,
+                         .w_dtype = w->dtype,
+                         .target = target,
+                         .temperature = temperature };
+    if (!y || !take_logprob_scratch(t, &p, y->grad != NULL))
+        return NULL;
+    p.logp = y->data;
+    if (runs(t))
+        t->kernels->logprob(t->workers, &p);
+    struct logprob_record *r = y->grad ? record(t, sizeof *r, logprob_backward) : NULL;
+    if (r) {
+        r->x = x;
+        r->w = w;
+        r->y = y;
+        r->p = p;
+    }
+    return t->error ? NULL : y;
+}

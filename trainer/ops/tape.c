@@ -1,0 +1,99 @@
+/* tape: begin, end, replay. What an op does and records is in ops.c. */
+#include "trainer/ops/tape.h"
+
+#include "comm/base/mem.h"
+#include "trainer/ops/kernels.h"
+
+enum { BLOCK_BYTES = 4 << 20 };
+
+int64_t tensor_elems(const struct tensor *x)
+{
+    int64_t n = 1;
+    for (int i = 0; i < x->ndim; i++)
+        n *= x->dim[i];
+    return n;
+}
+
+status *tape_open(struct workers *w, const struct kernels *k, size_t cap_bytes, struct tape **out)
+{
+    struct tape *t = mem_calloc(1, sizeof *t);
+    if (!t)
+        return ERR(NO_MEMORY, "a tape");
+    t->workers = w;
+    t->kernels = k ? k : &kernels_cpu;
+    t->mode = TAPE_FORWARD;
+    arena_init(&t->arena, cap_bytes && cap_bytes < BLOCK_BYTES ? cap_bytes : BLOCK_BYTES, cap_bytes);
+    *out = t;
+    return NULL;
+}
+
+void tape_close(struct tape *t)
+{
+    if (!t)
+        return;
+    status_free(t->error);
+    arena_fini(&t->arena);
+    mem_free(t);
+}
+
+void tape_begin(struct tape *t, enum tape_mode mode)
+{
+    status_free(t->error);
+    t->error = NULL;
+    t->last = NULL;
+    t->rope = NULL;
+    t->mode = mode;
+    arena_reset(&t->arena);
+}
+
+/* Replace the blocks a dry pass has grown by one of the same use: then any pass that takes no more fits, whatever its
+ * sizes. */
+static status *settle(struct tape *t)
+{
+    size_t peak = t->arena.peak_bytes, cap = t->arena.cap_bytes;
+    if (!t->arena.first || t->arena.held_bytes <= t->arena.block_bytes)
+        return NULL;
+    uint64_t grown = t->arena.grown;
+    arena_fini(&t->arena);
+    arena_init(&t->arena, peak, cap);
+    void *p = arena_alloc(&t->arena, peak);
+    t->arena.grown += grown;
+    arena_reset(&t->arena);
+    return p ? NULL : ERR(NO_MEMORY, "%zu bytes for activations", peak);
+}
+
+status *tape_end(struct tape *t)
+{
+    status *st = t->error;
+    t->error = NULL;
+    if (st) { /* nothing to replay */
+        t->last = NULL;
+        t->mode = TAPE_FORWARD;
+        return st;
+    }
+    return t->mode == TAPE_DRY ? settle(t) : NULL;
+}
+
+status *tape_backward(struct tape *t, struct tensor *root, const float *droot, unsigned halves)
+{
+    if (t->mode != TAPE_TRAIN || t->error)
+        return ERR(INVALID, "backward needs a TAPE_TRAIN pass without error");
+    if (!root || !root->grad)
+        return ERR(INVALID, "backward from a tensor without gradient");
+    if (halves == 0 || halves > TAPE_BACKWARD_ALL)
+        return ERR(INVALID, "backward halves %u are none", halves);
+    if (droot && droot != root->grad)
+        t->kernels->scale(t->workers, root->grad, droot, 1.0f, tensor_elems(root));
+    for (const struct tape_record *r = t->last; r; r = r->prev)
+        r->backward(t, r, halves);
+    return NULL;
+}
+
+struct tensor *tape_fail(struct tape *t, status *st)
+{
+    if (t->error)
+        status_free(st);
+    else
+        t->error = st;
+    return NULL;
+}
