@@ -54,15 +54,16 @@ void commit_shard_key(uint64_t step, const char *part, int writer, uint64_t atte
     snprintf(key, STORE_KEY_BYTES, "%s/%s-%05d.%016" PRIx64 ".h5", dir, text, writer, attempt);
 }
 
-/* "step-000000000100/NAME"; CORRUPT if it is no key. */
-static status *step_key(uint64_t step, const char *name, char key[STORE_KEY_BYTES])
+status *commit_file_key(uint64_t step, const char *name, char key[STORE_KEY_BYTES])
 {
     char dir[STEP_DIR_BYTES];
     commit_step_dir(step, dir);
     int n = snprintf(key, STORE_KEY_BYTES, "%s/%s", dir, name);
-    if (n < 0 || n >= STORE_KEY_BYTES || strchr(name, '/'))
-        return ERR(CORRUPT, "step %" PRIu64 ": file name %.60s", step, name);
-    return NULL;
+    status *st = n > 0 && n < STORE_KEY_BYTES && !strchr(name, '/') ? store_check_key(key) : ERR(INVALID, "no name");
+    if (!st)
+        return NULL;
+    status_free(st);
+    return ERR(CORRUPT, "step %" PRIu64 ": no file can have the name \"%.60s\"", step, name);
 }
 
 /* ---- Committed steps */
@@ -71,7 +72,7 @@ static status *is_committed(struct store *s, uint64_t step, bool *yes)
 {
     char key[STORE_KEY_BYTES];
     struct store_info info;
-    TRY(step_key(step, metadata_name, key));
+    TRY(commit_file_key(step, metadata_name, key));
     status *st = store_stat(s, key, &info);
     *yes = !st && !info.is_dir;
     if (status_code(st) != ST_NOT_FOUND)
@@ -146,7 +147,7 @@ static status *read_metadata(struct store *s, uint64_t step, struct metadata **o
     char key[STORE_KEY_BYTES];
     void *buf;
     size_t n;
-    TRY(step_key(step, metadata_name, key));
+    TRY(commit_file_key(step, metadata_name, key));
     TRY(store_get_all(s, key, MAX_METADATA_BYTES, &buf, &n));
     struct metadata *m = NULL;
     status *st = metadata_decode(buf, n, &m);
@@ -166,7 +167,7 @@ static status *check_length(struct store *s, uint64_t step, const struct meta_fi
 {
     char key[STORE_KEY_BYTES];
     struct store_info info = { 0 };
-    TRY(step_key(step, f->name, key));
+    TRY(commit_file_key(step, f->name, key));
     status *st = store_stat(s, key, &info);
     if (status_code(st) == ST_NOT_FOUND || (!st && info.is_dir)) {
         status_free(st);
@@ -226,7 +227,7 @@ static status *set_aside(struct store *s, uint64_t step, const char *key, uint64
     void *buf;
     size_t n;
     snprintf(name, sizeof name, "%s.%016" PRIx64, metadata_name, attempt);
-    TRY(step_key(step, name, aside));
+    TRY(commit_file_key(step, name, aside));
     TRY(store_get_all(s, key, MAX_METADATA_BYTES, &buf, &n));
     status *st = store_put(s, aside, buf, n, STORE_REPLACE);
     mem_free(buf);
@@ -278,7 +279,7 @@ status *commit_put(struct store *s, const struct metadata *m)
     char key[STORE_KEY_BYTES], latest[STEP_DIR_BYTES + 1];
     void *buf;
     size_t n;
-    TRY(step_key(m->step, metadata_name, key));
+    TRY(commit_file_key(m->step, metadata_name, key));
     TRY(metadata_encode(m, &buf, &n));
     status *st = n <= MAX_METADATA_BYTES ? put_metadata(s, m, key, buf, n)
                                          : ERR(INVALID, "%s of %zu bytes: more than %d", key, n, MAX_METADATA_BYTES);
@@ -297,7 +298,7 @@ status *commit_put(struct store *s, const struct metadata *m)
 static status *remove_step(struct store *s, uint64_t step)
 {
     char key[STORE_KEY_BYTES], dir[STEP_DIR_BYTES];
-    TRY(step_key(step, metadata_name, key));
+    TRY(commit_file_key(step, metadata_name, key));
     TRY(store_remove(s, key));
     commit_step_dir(step, dir);
     return store_remove_tree(s, dir);
@@ -342,7 +343,7 @@ status *commit_retire(struct store *s, uint64_t step, const char *why, uint64_t 
         status_free(st);
         st = NULL;
         if (cannot) {
-            TRY(step_key(step, metadata_name, key));
+            TRY(commit_file_key(step, metadata_name, key));
             st = store_remove(s, key);
         }
     }
@@ -369,7 +370,7 @@ status *commit_discard(struct store *s, uint64_t step, uint64_t attempt)
         char key[STORE_KEY_BYTES];
         if (!strstr(l.entry[i].name, mark))
             continue;
-        st = step_key(step, l.entry[i].name, key);
+        st = commit_file_key(step, l.entry[i].name, key);
         if (!st)
             st = store_remove(s, key);
     }

@@ -19,6 +19,9 @@ bool commit_parse_dir(const char *name, uint64_t *step);
 /* "step-000000000100/policy.model-00003.a1b2c3d4e5f60718.h5": '/' of the part becomes '.'; a part longer than 160 bytes is cut and its hash added */
 void commit_shard_key(uint64_t step, const char *part, int writer, uint64_t attempt, char key[STORE_KEY_BYTES]);
 
+/* "step-000000000100/NAME" of a file that a metadata file names. CORRUPT if that is no key inside the step's directory. */
+status *commit_file_key(uint64_t step, const char *name, char key[STORE_KEY_BYTES]) WARN_UNUSED;
+
 /* --- the lease
  *
  * Objects LEASE/0000000001, LEASE/0000000002, ...: the lease's epochs. The highest one is the lease; it names its attempt, host and

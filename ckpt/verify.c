@@ -189,12 +189,8 @@ static status *verify_length(struct walk *w, bool *there)
 static status *verify_file(struct verify *v, const struct meta_file *file, const struct region *r, uint64_t count)
 {
     struct walk w = { .v = v, .file = file };
-    char dir[STEP_DIR_BYTES];
     bool there;
-    commit_step_dir(v->m->step, dir);
-    int n = snprintf(w.key, sizeof w.key, "%s/%s", dir, file->name);
-    if (n < 0 || (size_t)n >= sizeof w.key || strchr(file->name, '/'))
-        return ERR(CORRUPT, "step %" PRIu64 ": file name %.60s", v->m->step, file->name);
+    TRY(commit_file_key(v->m->step, file->name, w.key));
     v->r.files++;
     TRY(verify_length(&w, &there));
     if (!there)
@@ -230,12 +226,11 @@ status *commit_verify(struct store *s, uint64_t step, void (*found)(void *arg, c
                       struct verify_result *out)
 {
     struct verify v = { .store = s, .found = found, .arg = arg };
-    char dir[STEP_DIR_BYTES], key[STORE_KEY_BYTES];
+    char key[STORE_KEY_BYTES];
     void *bytes;
     size_t n;
     struct metadata *m = NULL;
-    commit_step_dir(step, dir);
-    snprintf(key, sizeof key, "%s/metadata.pb", dir);
+    TRY(commit_file_key(step, "metadata.pb", key));
     status *st = store_get_all(s, key, MAX_METADATA_BYTES, &bytes, &n);
     if (status_code(st) == ST_NOT_FOUND) {
         status_free(st);

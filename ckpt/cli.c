@@ -1,0 +1,564 @@
+/* cli: `tessera ckpt ls|show|verify`: what a checkpoint root holds, for people (tables) and for programs (--json), on
+ * stdout.
+ *
+ * A verb is a row of `verbs`. Texts that come out of a checkpoint (names, build) are printed with control characters
+ * replaced, or escaped in JSON, for whoever made the file may be no friend. Everything is opened read-only. */
+#include "ckpt/ckpt.h"
+#include "ckpt/commit.h"
+#include "comm/base/clock.h"
+#include "comm/base/mem.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct request {
+    struct store *store;
+    bool json, has_step;
+    uint64_t step;
+};
+
+/* ---- Text */
+
+/* Length of the well-formed UTF-8 sequence at p, 0 if it is none (Unicode 15, table 3-7). */
+static size_t utf8_length(const unsigned char *p)
+{
+    unsigned char lo = 0x80, hi = 0xbf;
+    size_t n = p[0] < 0x80                    ? 1
+               : p[0] >= 0xc2 && p[0] <= 0xdf ? 2
+               : (p[0] & 0xf0) == 0xe0        ? 3
+               : p[0] >= 0xf0 && p[0] <= 0xf4 ? 4
+                                              : 0;
+    if (p[0] == 0xe0)
+        lo = 0xa0;
+    if (p[0] == 0xed)
+        hi = 0x9f;
+    if (p[0] == 0xf0)
+        lo = 0x90;
+    if (p[0] == 0xf4)
+        hi = 0x8f;
+    for (size_t i = 1; i < n; i++, lo = 0x80, hi = 0xbf)
+        if (p[i] < lo || p[i] > hi)
+            return 0;
+    return n;
+}
+
+/* A JSON string (RFC 8259); what is no UTF-8 becomes U+FFFD. */
+static void print_json(const char *text)
+{
+    putchar('"');
+    for (const unsigned char *p = (const unsigned char *)text; *p;) {
+        size_t n = utf8_length(p);
+        if (n == 0)
+            fputs("\\ufffd", stdout);
+        else if (*p == '"' || *p == '\\')
+            printf("\\%c", *p);
+        else if (*p < 0x20 || *p == 0x7f)
+            printf("\\u%04x", *p);
+        else
+            fwrite(p, 1, n, stdout);
+        p += n ? n : 1;
+    }
+    putchar('"');
+}
+
+static void print_plain(const char *text)
+{
+    for (const unsigned char *p = (const unsigned char *)text; *p;) {
+        size_t n = utf8_length(p);
+        if (n == 0 || *p < 0x20 || *p == 0x7f)
+            putchar('?');
+        else
+            fwrite(p, 1, n, stdout);
+        p += n ? n : 1;
+    }
+}
+
+/* 17 -> "17 B", 3 << 20 -> "3.0 MiB" */
+static void size_text(uint64_t bytes, char text[16])
+{
+    static const char *const unit[] = { "B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB" };
+    double v = (double)bytes;
+    size_t u = 0;
+    while (v >= 1023.95 && u + 1 < sizeof unit / sizeof *unit) {
+        v /= 1024;
+        u++;
+    }
+    snprintf(text, 16, u ? "%.1f %s" : "%.0f %s", v, unit[u]);
+}
+
+static void age_text(uint64_t time_ns, char text[24])
+{
+    uint64_t now = clock_wall_ns(), s = now > time_ns ? (now - time_ns) / 1000000000u : 0;
+    if (time_ns == 0)
+        snprintf(text, 24, "?");
+    else if (s < 120)
+        snprintf(text, 24, "%" PRIu64 " s", s);
+    else if (s < 7200)
+        snprintf(text, 24, "%" PRIu64 " min", s / 60);
+    else if (s < 172800)
+        snprintf(text, 24, "%" PRIu64 " h", s / 3600);
+    else
+        snprintf(text, 24, "%" PRIu64 " d", s / 86400);
+}
+
+static void print_shape(const char *name, int ndim, const uint64_t dim[LAYOUT_DIMS])
+{
+    printf("%s[", name);
+    for (int d = 0; d < ndim; d++)
+        printf("%s%" PRIu64, d ? "," : "", dim[d]);
+    putchar(']');
+}
+
+/* ---- What a step sums up to */
+
+static uint64_t file_bytes(const struct metadata *m)
+{
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < m->file_count; i++)
+        n += m->file[i].bytes;
+    return n;
+}
+
+static int by_text(const void *a, const void *b)
+{
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+/* The distinct parts of tensors and blobs, in order; they point into m. */
+static status *parts_of(const struct metadata *m, const char ***out, size_t *count)
+{
+    size_t all = (size_t)(m->tensor_count + m->blob_count), n = 0;
+    const char **part = mem_array(NULL, all + 1, sizeof *part);
+    if (!part)
+        return ERR(NO_MEMORY, "a list of %zu parts", all);
+    for (uint64_t i = 0; i < m->tensor_count; i++)
+        part[n++] = m->tensor[i].part;
+    for (uint64_t i = 0; i < m->blob_count; i++)
+        part[n++] = m->blob[i].part;
+    qsort(part, n, sizeof *part, by_text);
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++)
+        if (kept == 0 || strcmp(part[kept - 1], part[i]) != 0)
+            part[kept++] = part[i];
+    *out = part;
+    *count = kept;
+    return NULL;
+}
+
+static void print_ids_json(const struct metadata *m)
+{
+    printf("\"run\":\"%016" PRIx64 "\",\"attempt\":\"%016" PRIx64 "\",\"parent\":\"%016" PRIx64
+           "\",\"time_ns\":%" PRIu64,
+           m->run_id, m->attempt, m->parent_attempt, m->time_ns);
+}
+
+/* ---- ls */
+
+static status *ls_row(const struct metadata *m, bool json)
+{
+    const char **part = NULL;
+    size_t parts = 0;
+    TRY(parts_of(m, &part, &parts));
+    char size[16], age[24];
+    size_text(file_bytes(m), size);
+    age_text(m->time_ns, age);
+    if (json)
+        printf("{\"step\":%" PRIu64 ",\"bytes\":%" PRIu64 ",\"files\":%" PRIu64 ",\"tensors\":%" PRIu64
+               ",\"blobs\":%" PRIu64 ",\"parts\":[",
+               m->step, file_bytes(m), m->file_count, m->tensor_count, m->blob_count);
+    else
+        printf("%12" PRIu64 "  %10s  %7" PRIu64 "  %016" PRIx64 "  %7s  ", m->step, size, m->tensor_count, m->attempt,
+               age);
+    for (size_t i = 0; i < parts; i++) {
+        if (i)
+            putchar(',');
+        if (json)
+            print_json(part[i]);
+        else
+            print_plain(part[i]);
+    }
+    mem_free(part);
+    if (json) {
+        fputs("],", stdout);
+        print_ids_json(m);
+        fputs(",\"damage\":null}", stdout);
+    } else {
+        putchar('\n');
+    }
+    return NULL;
+}
+
+static void ls_damaged(uint64_t step, const char *why, bool json)
+{
+    if (json)
+        printf("{\"step\":%" PRIu64 ",\"damage\":", step);
+    else
+        printf("%12" PRIu64 "  DAMAGED: ", step);
+    (json ? print_json : print_plain)(why);
+    putchar(json ? '}' : '\n');
+}
+
+static status *ls_steps(const struct request *r, const struct step_list *l)
+{
+    if (r->json)
+        putchar('[');
+    else if (l->count)
+        printf("%12s  %10s  %7s  %-16s  %7s  %s\n", "STEP", "BYTES", "TENSORS", "ATTEMPT", "AGE", "PARTS");
+    else
+        puts("no committed step");
+    for (size_t i = 0; i < l->count; i++) {
+        struct metadata *m = NULL;
+        if (r->json && i)
+            fputs(",\n", stdout);
+        status *st = commit_read(r->store, l->step[i], &m);
+        if (status_code(st) == ST_CORRUPT || status_code(st) == ST_UNSUPPORTED) {
+            ls_damaged(l->step[i], status_message(st), r->json);
+            status_free(st);
+            continue;
+        }
+        if (!st)
+            st = ls_row(m, r->json);
+        metadata_free(m);
+        if (st)
+            return st;
+    }
+    if (r->json)
+        puts("]");
+    return NULL;
+}
+
+/* Just the step that the URL names, or all. */
+static status *chosen_steps(const struct request *r, struct step_list *out)
+{
+    struct step_list l;
+    TRY(commit_list(r->store, &l));
+    if (!r->has_step) {
+        *out = l;
+        return NULL;
+    }
+    for (size_t i = 0; i < l.count; i++)
+        if (l.step[i] == r->step) {
+            l.step[0] = r->step;
+            l.count = 1;
+            *out = l;
+            return NULL;
+        }
+    status *st = l.count
+                     ? ERR(NOT_FOUND, "step %" PRIu64 " is not committed; there are %zu from %" PRIu64 " to %" PRIu64,
+                           r->step, l.count, l.step[0], l.step[l.count - 1])
+                     : ERR(NOT_FOUND, "step %" PRIu64 " is not committed; no step is", r->step);
+    step_list_free(&l);
+    return st;
+}
+
+static status *do_ls(const struct request *r)
+{
+    struct step_list l;
+    TRY(chosen_steps(r, &l));
+    status *st = ls_steps(r, &l);
+    step_list_free(&l);
+    return st;
+}
+
+/* ---- show */
+
+static uint64_t tensor_bytes(const struct metadata *m, const struct meta_tensor *t)
+{
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < t->piece_count; i++)
+        n += m->piece[t->first_piece + i].bytes;
+    return n;
+}
+
+static void show_tensor_json(const struct metadata *m, const struct meta_tensor *t)
+{
+    fputs("{\"part\":", stdout);
+    print_json(t->part);
+    fputs(",\"name\":", stdout);
+    print_json(t->name);
+    printf(",\"dtype\":\"%s\"", dtype_name(t->dtype));
+    print_shape(",\"shape\":", t->shape.ndim, t->shape.dim);
+    printf(",\"trainable\":%s,\"alias_of\":", t->trainable ? "true" : "false");
+    if (t->alias_of)
+        print_json(t->alias_of);
+    else
+        fputs("null", stdout);
+    printf(",\"bytes\":%" PRIu64 ",\"pieces\":[", tensor_bytes(m, t));
+    for (uint64_t i = 0; i < t->piece_count; i++) {
+        const struct meta_piece *p = &m->piece[t->first_piece + i];
+        printf("%s{\"file\":%u,\"offset\":%" PRIu64 ",\"bytes\":%" PRIu64, i ? "," : "", p->file, p->offset, p->bytes);
+        print_shape(",\"box_offset\":", t->shape.ndim, p->piece.box.off);
+        print_shape(",\"box_length\":", t->shape.ndim, p->piece.box.len);
+        printf(",\"run\":[%" PRIu64 ",%" PRIu64 "]}", p->piece.begin, p->piece.end);
+    }
+    fputs("]}", stdout);
+}
+
+static void show_json(const struct metadata *m)
+{
+    printf("{\"step\":%" PRIu64 ",", m->step);
+    print_ids_json(m);
+    printf(",\"bytes\":%" PRIu64 ",\"world\":%u,\"mesh\":{", file_bytes(m), m->world);
+    for (int a = 0; a < MESH_AXES; a++)
+        printf("%s\"%s\":%d", a ? "," : "", mesh_axis_names[a], m->mesh.size[a]);
+    fputs("},\"build\":", stdout);
+    print_json(m->build ? m->build : "");
+    fputs(",\n\"files\":[", stdout);
+    for (uint64_t i = 0; i < m->file_count; i++) {
+        fputs(i ? ",\n{\"name\":" : "\n{\"name\":", stdout);
+        print_json(m->file[i].name);
+        printf(",\"bytes\":%" PRIu64 ",\"header_bytes\":%" PRIu64 "}", m->file[i].bytes, m->file[i].header_bytes);
+    }
+    fputs("],\n\"tensors\":[", stdout);
+    for (uint64_t i = 0; i < m->tensor_count; i++) {
+        fputs(i ? ",\n" : "\n", stdout);
+        show_tensor_json(m, &m->tensor[i]);
+    }
+    fputs("],\n\"blobs\":[", stdout);
+    for (uint64_t i = 0; i < m->blob_count; i++) {
+        fputs(i ? ",\n{\"part\":" : "\n{\"part\":", stdout);
+        print_json(m->blob[i].part);
+        fputs(",\"name\":", stdout);
+        print_json(m->blob[i].name);
+        printf(",\"rank\":%d,\"bytes\":%" PRIu64 "}", m->blob[i].rank, m->blob[i].bytes);
+    }
+    puts("]}");
+}
+
+static void show_tensor(const struct metadata *m, const struct meta_tensor *t)
+{
+    fputs("  ", stdout);
+    print_plain(t->part);
+    putchar(' ');
+    print_plain(t->name);
+    printf("  %s", dtype_name(t->dtype));
+    print_shape("", t->shape.ndim, t->shape.dim);
+    if (t->alias_of) {
+        fputs("  alias of ", stdout);
+        print_plain(t->alias_of);
+    } else {
+        printf("  %" PRIu64 " bytes in %" PRIu64 " piece%s", tensor_bytes(m, t), t->piece_count,
+               t->piece_count == 1 ? "" : "s");
+    }
+    puts(t->trainable ? "" : "  frozen");
+}
+
+static void show_plain(const struct metadata *m)
+{
+    char size[16], age[24], mesh[128];
+    size_text(file_bytes(m), size);
+    age_text(m->time_ns, age);
+    mesh_text(&m->mesh, mesh, sizeof mesh);
+    printf("step %" PRIu64 "  %s in %" PRIu64 " files  %s old\nrun %016" PRIx64 "  attempt %016" PRIx64
+           "  parent %016" PRIx64 "\nranks %u  %s  build ",
+           m->step, size, m->file_count, age, m->run_id, m->attempt, m->parent_attempt, m->world, mesh);
+    print_plain(m->build ? m->build : "");
+    printf("\nfiles (%" PRIu64 ")\n", m->file_count);
+    for (uint64_t i = 0; i < m->file_count; i++) {
+        fputs("  ", stdout);
+        print_plain(m->file[i].name);
+        printf("  %" PRIu64 " bytes\n", m->file[i].bytes);
+    }
+    printf("tensors (%" PRIu64 ")\n", m->tensor_count);
+    for (uint64_t i = 0; i < m->tensor_count; i++)
+        show_tensor(m, &m->tensor[i]);
+    printf("blobs (%" PRIu64 ")\n", m->blob_count);
+    for (uint64_t i = 0; i < m->blob_count; i++) {
+        fputs("  ", stdout);
+        print_plain(m->blob[i].part);
+        putchar(' ');
+        print_plain(m->blob[i].name);
+        if (m->blob[i].rank >= 0)
+            printf("  of rank %d", m->blob[i].rank);
+        printf("  %" PRIu64 " bytes\n", m->blob[i].bytes);
+    }
+}
+
+static status *do_show(const struct request *r)
+{
+    struct step_list l;
+    struct metadata *m;
+    TRY(chosen_steps(r, &l));
+    uint64_t step = l.count ? l.step[l.count - 1] : 0;
+    bool none = l.count == 0;
+    step_list_free(&l);
+    if (none)
+        return ERR(NOT_FOUND, "%s: no committed step", r->store->uri);
+    TRY(commit_read(r->store, step, &m));
+    if (r->json)
+        show_json(m);
+    else
+        show_plain(m);
+    metadata_free(m);
+    return NULL;
+}
+
+/* ---- verify */
+
+static void print_damage(void *arg, const char *line)
+{
+    (void)arg;
+    print_plain(line);
+    putchar('\n');
+}
+
+static status *do_verify(const struct request *r)
+{
+    struct step_list l;
+    struct verify_result sum = { 0 };
+    uint64_t bad = 0;
+    status *st = NULL;
+    TRY(chosen_steps(r, &l));
+    for (size_t i = 0; i < l.count && !st; i++) {
+        struct verify_result one = { 0 };
+        st = commit_verify(r->store, l.step[i], print_damage, NULL, &one);
+        sum.files += one.files;
+        sum.tensors += one.tensors;
+        sum.bytes += one.bytes;
+        sum.damages += one.damages;
+        bad += one.damages != 0;
+    }
+    size_t steps = l.count;
+    step_list_free(&l);
+    if (st)
+        return st;
+    if (steps == 0)
+        return ERR(NOT_FOUND, "%s: no committed step", r->store->uri);
+    printf("verified %zu step%s, %" PRIu64 " files, %" PRIu64 " tensors, %" PRIu64 " bytes: ", steps,
+           steps == 1 ? "" : "s", sum.files, sum.tensors, sum.bytes);
+    if (!sum.damages) {
+        puts("no damage");
+        return NULL;
+    }
+    printf("%" PRIu64 " damage%s in %" PRIu64 " step%s\n", sum.damages, sum.damages == 1 ? "" : "s", bad,
+           bad == 1 ? "" : "s");
+    return ERR(CORRUPT, "%s: %" PRIu64 " damage%s in %" PRIu64 " step%s, listed on standard output", r->store->uri,
+               sum.damages, sum.damages == 1 ? "" : "s", bad, bad == 1 ? "" : "s");
+}
+
+/* ---- Verbs and arguments */
+
+static const struct verb {
+    const char *name, *arguments, *help;
+    status *(*run)(const struct request *r);
+    bool has_json;
+} verbs[] = {
+    { "ls", "URL [STEP] [--json]", "the committed steps: bytes, tensors, attempt, age, parts; which is damaged and why",
+      do_ls, true },
+    { "show", "URL [STEP] [--json]", "one step (the newest): files, tensors with type, shape and pieces, blobs",
+      do_show, true },
+    { "verify", "URL [STEP]",
+      "read every byte of one or all steps; one line a damage, and exit code 71 if there is any", do_verify, false },
+};
+enum { VERBS = sizeof verbs / sizeof *verbs };
+
+static void print_help(void)
+{
+    for (size_t i = 0; i < VERBS; i++)
+        printf("%s tessera ckpt %-7s%-21s %s\n", i ? "      " : "usage:", verbs[i].name, verbs[i].arguments,
+               verbs[i].help);
+    puts("URL is a checkpoint root (file:PATH or PATH) or one step in it (PATH/step-000000000100).");
+}
+
+static status *unknown_verb(const char *verb)
+{
+    char legal[128] = "";
+    size_t n = 0;
+    for (size_t i = 0; i < VERBS; i++)
+        n += (size_t)snprintf(legal + n, sizeof legal - n, "%s%s", i ? ", " : "", verbs[i].name);
+    return verb ? ERR(INVALID, "ckpt: no verb \"%s\"; there are %s", verb, legal)
+                : ERR(INVALID, "ckpt: which verb? There are %s", legal);
+}
+
+static status *parse_step(const char *text, uint64_t *step)
+{
+    char *end;
+    errno = 0;
+    unsigned long long v = strtoull(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || errno)
+        return ERR(INVALID, "ckpt: step \"%s\" is no number", text);
+    *step = v;
+    return NULL;
+}
+
+/* Cut "/step-N" off url; its step then. */
+static bool cut_step(char *url, uint64_t *step)
+{
+    size_t n = strlen(url);
+    while (n > 1 && url[n - 1] == '/')
+        url[--n] = 0;
+    char *slash = strrchr(url, '/'), *colon = strchr(url, ':');
+    char *last = slash ? slash + 1 : colon ? colon + 1 : url;
+    if (!commit_parse_dir(last, step))
+        return false;
+    if (slash && slash > url && slash[-1] != ':')
+        *slash = 0;
+    else
+        snprintf(last, 2, "%s", slash ? "" : "."); /* "/step-N" -> "/", "step-N" -> "." */
+    return true;
+}
+
+static status *run_verb(const struct verb *v, struct request *r, char *url)
+{
+    uint64_t step;
+    if (cut_step(url, &step)) {
+        if (r->has_step && r->step != step)
+            return ERR(INVALID, "ckpt %s: the URL names step %" PRIu64 " and the argument step %" PRIu64, v->name, step,
+                       r->step);
+        r->has_step = true;
+        r->step = step;
+    }
+    TRY(store_open(url, false, &r->store));
+    status *st = v->run(r);
+    store_close(r->store);
+    if (fflush(stdout) != 0 || ferror(stdout))
+        st = status_first(st, ERR_SYS(errno, "write to standard output"));
+    return st;
+}
+
+status *ckpt_cli(int argc, char **argv)
+{
+    const struct verb *v = NULL;
+    if (argc < 1)
+        return unknown_verb(NULL);
+    if (strcmp(argv[0], "--help") == 0 || strcmp(argv[0], "-h") == 0 || strcmp(argv[0], "help") == 0) {
+        print_help();
+        return NULL;
+    }
+    for (size_t i = 0; i < VERBS && !v; i++)
+        v = strcmp(argv[0], verbs[i].name) == 0 ? &verbs[i] : NULL;
+    if (!v)
+        return unknown_verb(argv[0]);
+    struct request r = { 0 };
+    const char *url = NULL;
+    for (int i = 1; i < argc; i++) {
+        const char *a = argv[i];
+        if (strcmp(a, "--help") == 0 || strcmp(a, "-h") == 0) {
+            print_help();
+            return NULL;
+        }
+        if (strcmp(a, "--json") == 0 && v->has_json) {
+            r.json = true;
+        } else if (a[0] == '-') {
+            return ERR(INVALID, "ckpt %s: no option \"%s\"; it takes %s", v->name, a, v->arguments);
+        } else if (!url) {
+            url = a;
+        } else if (!r.has_step) {
+            TRY(parse_step(a, &r.step));
+            r.has_step = true;
+        } else {
+            return ERR(INVALID, "ckpt %s: one argument too many: \"%s\"; it takes %s", v->name, a, v->arguments);
+        }
+    }
+    if (!url)
+        return ERR(INVALID, "ckpt %s: which URL? It takes %s", v->name, v->arguments);
+    char *copy = mem_strdup(url);
+    if (!copy)
+        return ERR(NO_MEMORY, "ckpt %s", v->name);
+    status *st = run_verb(v, &r, copy);
+    mem_free(copy);
+    return st;
+}
