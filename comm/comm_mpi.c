@@ -352,7 +352,7 @@ static status *wait_here(struct mpi_req *q)
 static status *mpi_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, struct comm_req *req)
 {
     size_t need = 0;
-    struct mpi_req *q;
+    struct mpi_req *q = NULL;
     for (size_t i = 0; i < n; i++)
         need += parts(x[i].bytes);
     TRY(take_req(c, need, &q));
@@ -421,7 +421,7 @@ static status *mpi_iallreduce(struct comm *c, const void *in, void *out, size_t 
                               enum comm_op op, struct comm_req *req)
 {
     size_t size = comm_type_bytes(t), piece = CHUNK_BYTES / size;
-    struct mpi_req *q;
+    struct mpi_req *q = NULL;
     TRY(take_req(c, parts(count * size), &q));
     for (size_t done = 0; done < count; done += piece) {
         size_t part = count - done < piece ? count - done : piece;
@@ -454,7 +454,7 @@ static status *mpi_allgather(struct comm *c, const void *in, void *out, size_t b
 static status *root_side(struct comm *c, bool send, char *packed, const size_t *counts, void *own, int tag)
 {
     size_t need = 0, at = 0;
-    struct mpi_req *q;
+    struct mpi_req *q = NULL;
     for (int r = 0; r < c->size; r++)
         need += r == c->rank ? 0 : parts(counts[r]);
     TRY(take_req(c, need, &q));
@@ -469,7 +469,7 @@ static status *root_side(struct comm *c, bool send, char *packed, const size_t *
 
 static status *leaf_side(struct comm *c, bool send, void *buf, size_t bytes, int root, int tag)
 {
-    struct mpi_req *q;
+    struct mpi_req *q = NULL;
     TRY(take_req(c, parts(bytes), &q));
     TRY(post(q, send, buf, bytes, root, tag));
     return wait_here(q);
