@@ -50,6 +50,18 @@ static void number_text(double v, char *text, size_t bytes)
     snprintf(text, bytes, "%s", full);
 }
 
+/* The largest unit that leaves a whole number: 65536 -> 64KiB. */
+static void size_text(uint64_t v, char *text, size_t bytes)
+{
+    static const char *const units[] = { "", "KiB", "MiB", "GiB", "TiB" };
+    size_t u = 0;
+    while (v && v % 1024 == 0 && u + 1 < sizeof units / sizeof *units) {
+        v /= 1024;
+        u++;
+    }
+    snprintf(text, bytes, "%" PRIu64 "%s", v, units[u]);
+}
+
 static bool has_range(const struct option *o)
 {
     return o->min != 0 || o->max != 0;
@@ -207,10 +219,13 @@ static void legal_text(const struct option *o, char *text, size_t bytes)
         break;
     }
     case OPT_SIZE:
-        if (has_range(o))
-            snprintf(text, bytes, "%s to %s bytes, written like 4096, 64K, 16MiB, 2GiB", low, high);
-        else
+        if (has_range(o)) {
+            size_text((uint64_t)o->min, low, sizeof low);
+            size_text((uint64_t)o->max, high, sizeof high);
+            snprintf(text, bytes, "%s to %s, written like 4096, 64K, 16MiB", low, high);
+        } else {
             snprintf(text, bytes, "bytes, written like 4096, 64K, 16MiB, 2GiB");
+        }
         break;
     }
 }
@@ -337,17 +352,6 @@ void options_fini(const struct option_table *t, void *base)
         mem_free(*field);
         *field = NULL;
     }
-}
-
-static void size_text(uint64_t v, char *text, size_t bytes)
-{
-    static const char *const units[] = { "", "KiB", "MiB", "GiB", "TiB" };
-    size_t u = 0;
-    while (v && v % 1024 == 0 && u + 1 < sizeof units / sizeof *units) {
-        v /= 1024;
-        u++;
-    }
-    snprintf(text, bytes, "%" PRIu64 "%s", v, units[u]);
 }
 
 void options_get(const struct option_table *t, const char *key, const void *base, char *text, size_t bytes)
