@@ -1,0 +1,39 @@
+/* outfile: the three JSONL files that `data prepare` makes, all or none.
+ *
+ * Rows go to temporary files in the folder; outset_commit flushes and syncs all three before it renames the first, so a
+ * full disk leaves what was there before. */
+#ifndef TESSERA_TRAINER_DATA_OUTFILE_H
+#define TESSERA_TRAINER_DATA_OUTFILE_H
+
+#include "comm/base/status.h"
+#include "trainer/data/rows.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+enum outset_file { OUT_SFT, OUT_TRAIN, OUT_HELDOUT, OUT_FILES };
+
+struct outfile {
+    char *path, *temp;
+    FILE *file;
+    uint64_t rows, bytes;
+    uint64_t problems; /* of the preference files: how many were begun */
+    int64_t last_problem;
+};
+struct outset {
+    struct outfile file[OUT_FILES];
+};
+
+/* Make `dir` (and what is missing above it) and the temporary files. Errors name the path. */
+status *outset_open(struct outset *o, const char *dir) WARN_UNUSED;
+status *outset_sft(struct outset *o, struct text prompt, struct text completion) WARN_UNUSED;
+/* A preference row. All pairs of one problem are to be put one after the other. */
+status *outset_pair(struct outset *o, bool heldout, struct text prompt, struct text chosen, struct text rejected,
+                    int64_t problem) WARN_UNUSED;
+status *outset_commit(struct outset *o) WARN_UNUSED;
+/* A line a file on stdout: path, rows, problems, bytes. */
+void outset_summary(const struct outset *o);
+void outset_close(struct outset *o); /* removes what was not committed; also after a failed open */
+
+#endif
