@@ -1,0 +1,398 @@
+/* algo: losses against known numbers, their gradients against differences, packs against one another, and the table of
+ * reference values. The DPO numbers come from a calculation in decimal arithmetic. */
+#include "trainer/algo/algo.h"
+
+#include "comm/base/mem.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+#include <math.h>
+#include <string.h>
+
+enum { ROWS = 3, PROMPT = 2, TOKENS_MAX = 128, SEGMENTS = 2 * ROWS };
+
+static void near(double a, double b, double tolerance)
+{
+    if (!(fabs(a - b) <= tolerance))
+        fail_msg("%.17g, not %.17g", a, b);
+}
+
+/* ---- data: sequences of PROMPT unscored tokens and as many scored ones as `scored` says ---- */
+
+struct fixture {
+    struct dataset d;
+    struct sequence seq[SEGMENTS];
+    uint64_t hash[ROWS];
+    int32_t token[TOKENS_MAX];
+    uint8_t score[TOKENS_MAX];
+    struct pack p;
+    float logp[TOKENS_MAX], dlogp[TOKENS_MAX];
+};
+
+static struct fixture *fixture_make(int sequences, const uint32_t *scored)
+{
+    struct fixture *f = mem_calloc(1, sizeof *f);
+    f->d =
+        (struct dataset){ .kind = sequences == 2 ? DATASET_PREFS : DATASET_SFT, .sequences = sequences, .rows = ROWS };
+    f->d.seq = f->seq;
+    f->d.hash = f->hash;
+    f->d.token = f->token;
+    f->d.score = f->score;
+    for (int s = 0; s < ROWS * sequences; s++) {
+        f->seq[s] = (struct sequence){ f->d.tokens, PROMPT + scored[s], scored[s] };
+        for (uint32_t i = 0; i < f->seq[s].length; i++) {
+            f->token[f->d.tokens] = (int32_t)(7 * f->d.tokens % 11);
+            f->score[f->d.tokens++] = i >= PROMPT;
+        }
+    }
+    for (uint64_t r = 0; r < ROWS; r++)
+        f->hash[r] = 1000 + r;
+    assert_true(f->d.tokens <= TOKENS_MAX);
+    assert_null(pack_init(&f->p, &f->d, ROWS));
+    return f;
+}
+
+static void fixture_drop(struct fixture *f)
+{
+    pack_fini(&f->p);
+    mem_free(f);
+}
+
+/* Token log-probabilities whose sums are total[dataset sequence], exact in f32: all but the last token have -1/4.
+ * Tokens without a target hold a number that would spoil every sum. */
+static void lay_out(struct fixture *f, const uint64_t *row, uint32_t rows, const double *total)
+{
+    uint32_t n = (uint32_t)f->d.sequences;
+    pack_build(&f->p, row, rows);
+    for (int64_t i = 0; i < f->p.in.tokens; i++)
+        f->logp[i] = f->p.target[i] >= 0 ? -0.25f : 123;
+    for (uint32_t s = 0; s < rows * n; s++) {
+        uint64_t of = row[s / n] * n + s % n;
+        int32_t last = f->p.offset[s + 1] - 2; /* the row before the last token predicts it */
+        f->logp[last] = (float)(total[of] + 0.25 * (f->seq[of].scored - 1));
+    }
+    for (int i = 0; i < TOKENS_MAX; i++)
+        f->dlogp[i] = 99;
+}
+
+static const struct algo_ops *algo(const char *name)
+{
+    const struct algo_ops *ops = NULL;
+    assert_null(algo_lookup(name, &ops));
+    assert_string_equal(ops->name, name);
+    return ops;
+}
+
+/* The algorithm's config with its defaults, then beta. */
+static void *dpo_config(const char *beta)
+{
+    const struct algo_ops *ops = algo("dpo");
+    void *config = mem_calloc(1, ops->config_bytes);
+    assert_null(options_defaults(ops->options, config));
+    if (beta)
+        assert_null(options_set(ops->options, "beta", beta, config, "here"));
+    return config;
+}
+
+static double metric_of(const struct algo_ops *ops, const double *metric, const char *name)
+{
+    for (int i = 0; i < ops->metric_count; i++)
+        if (!strcmp(ops->metrics[i].name, name))
+            return metric[i];
+    fail_msg("no metric is called %s", name);
+    return 0;
+}
+
+/* ---- DPO ---- */
+
+static const uint32_t lengths[SEGMENTS] = { 5, 6, 8, 7, 3, 4 }; /* chosen, rejected, chosen, ... */
+static const double policy[SEGMENTS] = { -12.5, -14.0, -20.0, -18.5, -7.25, -9.75 };
+static const double reference[SEGMENTS] = { -13.0, -13.5, -19.0, -19.25, -8.0, -9.0 };
+static const uint64_t all_rows[ROWS] = { 0, 1, 2 };
+
+static void check_dlogp(const struct fixture *f, const double *of_segment)
+{
+    for (int32_t s = 0; s < f->p.in.seg.count; s++)
+        for (int32_t i = f->p.offset[s]; i < f->p.offset[s + 1]; i++)
+            if (f->p.target[i] < 0)
+                assert_true(f->dlogp[i] == 0);
+            else
+                near((double)f->dlogp[i], of_segment[s], 1e-7 * fabs(of_segment[s])); /* f32 */
+}
+
+static void test_dpo_known(void **state)
+{
+    (void)state;
+    const struct algo_ops *ops = algo("dpo");
+    void *config = dpo_config(NULL); /* beta 0.1 is the default */
+    struct fixture *f = fixture_make(2, lengths);
+    struct batch_counts counts = { .rows = ROWS, .sequences = SEGMENTS, .scored_tokens = 33 };
+    double scratch[4 * SEGMENTS], metric[ALGO_METRICS];
+    assert_true(ops->needs_reference && ops->data == DATASET_PREFS && ops->metric_count <= ALGO_METRICS);
+    lay_out(f, all_rows, ROWS, policy);
+    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, f->dlogp, metric);
+    assert_string_equal(ops->metrics[0].name, "loss");
+    near(metric[0], 0.683274712842, 1e-12);
+    const struct {
+        const char *name;
+        double mean;
+    } want[] = { { "rewards/chosen", 0.00833333333333 },
+                 { "rewards/rejected", -0.0166666666667 },
+                 { "rewards/margins", 0.025 },
+                 { "rewards/accuracies", 0.666666666667 },
+                 { "logps/chosen", -13.25 },
+                 { "logps/rejected", -14.0833333333 } };
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++)
+        near(metric_of(ops, metric, want[i].name) / ROWS, want[i].mean, 1e-10);
+    for (int i = 1; i < ops->metric_count; i++)
+        assert_int_equal(ops->metrics[i].per, PER_ROW);
+    const double gradient[SEGMENTS] = { -0.015834027084, 0.015834027084,   -0.0181212895746,
+                                        0.0181212895746, -0.0154190051552, 0.0154190051552 };
+    check_dlogp(f, gradient);
+    double again[ALGO_METRICS];
+    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, NULL, again);
+    assert_memory_equal(again, metric, sizeof *metric * (size_t)ops->metric_count);
+    fixture_drop(f);
+    mem_free(config);
+}
+
+/* Where policy and reference agree: ln 2, no reward, accuracy 0, half of beta as the gradient. */
+static void test_dpo_at_reference(void **state)
+{
+    (void)state;
+    const struct algo_ops *ops = algo("dpo");
+    void *config = dpo_config("0.1");
+    struct fixture *f = fixture_make(2, lengths);
+    double total[SEGMENTS] = { -5, -6, -0.75, -123456.5, -7, -7 }, scratch[4 * SEGMENTS], metric[ALGO_METRICS];
+    for (uint64_t r = 0; r < ROWS; r++) {
+        struct batch_counts counts = { .rows = 1, .sequences = 2 };
+        lay_out(f, &r, 1, total);
+        ops->loss(config, &f->p, f->logp, total + 2 * r, &counts, scratch, f->dlogp, metric);
+        near(metric[0], 0.69314718055994530942, 1e-15);
+        assert_true(metric_of(ops, metric, "rewards/accuracies") == 0);
+        assert_true(metric_of(ops, metric, "rewards/margins") == 0);
+        assert_true(metric_of(ops, metric, "rewards/chosen") == 0 && metric_of(ops, metric, "rewards/rejected") == 0);
+        const double gradient[2] = { -0.05, 0.05 };
+        check_dlogp(f, gradient);
+    }
+    fixture_drop(f);
+    mem_free(config);
+}
+
+/* Losses and gradients of packs add up to those of all rows in one pack; row numbers are the dataset's. */
+static void test_dpo_packs(void **state)
+{
+    (void)state;
+    const struct algo_ops *ops = algo("dpo");
+    void *config = dpo_config("0.7");
+    struct fixture *f = fixture_make(2, lengths);
+    struct batch_counts counts = { .rows = ROWS };
+    double scratch[4 * SEGMENTS], one[ALGO_METRICS], part[ALGO_METRICS], sum[ALGO_METRICS] = { 0 };
+    float dlogp[TOKENS_MAX];
+    lay_out(f, all_rows, ROWS, policy);
+    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, f->dlogp, one);
+    memcpy(dlogp, f->dlogp, sizeof dlogp);
+    int64_t first_of_row[ROWS];
+    for (int r = 0; r < ROWS; r++)
+        first_of_row[r] = f->p.offset[2 * r];
+    const uint64_t packs[2][2] = { { 2, 0 }, { 1 } };
+    for (int k = 0; k < 2; k++) {
+        uint32_t n = k ? 1 : 2;
+        double ref[4];
+        for (uint32_t r = 0; r < n; r++)
+            memcpy(ref + 2 * r, reference + 2 * packs[k][r], 2 * sizeof *ref);
+        lay_out(f, packs[k], n, policy);
+        ops->loss(config, &f->p, f->logp, ref, &counts, scratch, f->dlogp, part);
+        for (int j = 0; j < ops->metric_count; j++)
+            sum[j] += part[j];
+        for (uint32_t r = 0; r < n; r++)
+            assert_memory_equal(f->dlogp + f->p.offset[2 * r], dlogp + first_of_row[packs[k][r]],
+                                sizeof *dlogp * (size_t)(f->p.offset[2 * r + 2] - f->p.offset[2 * r]));
+    }
+    for (int j = 0; j < ops->metric_count; j++)
+        near(sum[j], one[j], 1e-12);
+    lay_out(f, all_rows, 0, policy); /* an empty pack, also in an empty step */
+    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, f->dlogp, part);
+    assert_true(part[0] == 0);
+    counts.rows = 0;
+    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, f->dlogp, part);
+    assert_true(part[0] == 0);
+    fixture_drop(f);
+    mem_free(config);
+}
+
+/* ---- gradients against central differences; loss values are f64 and steps exact in f32 ---- */
+
+static void check_differences(const struct algo_ops *ops, const void *config, struct fixture *f, const double *ref,
+                              const struct batch_counts *counts)
+{
+    const float h = 0x1p-12f;
+    double scratch[4 * SEGMENTS], metric[ALGO_METRICS], up[ALGO_METRICS], down[ALGO_METRICS];
+    ops->loss(config, &f->p, f->logp, ref, counts, scratch, f->dlogp, metric);
+    for (int64_t i = 0; i < f->p.in.tokens; i++) {
+        float keep = f->logp[i];
+        f->logp[i] = keep + h;
+        ops->loss(config, &f->p, f->logp, ref, counts, scratch, NULL, up);
+        f->logp[i] = keep - h;
+        ops->loss(config, &f->p, f->logp, ref, counts, scratch, NULL, down);
+        f->logp[i] = keep;
+        double slope = (up[0] - down[0]) / (2 * (double)h);
+        near((double)f->dlogp[i], slope, 1e-9 + 1e-6 * fabs(slope));
+        assert_true((f->dlogp[i] != 0) == (f->p.target[i] >= 0));
+    }
+}
+
+static void test_differences(void **state)
+{
+    (void)state;
+    const char *const betas[] = { "0.01", "0.1", "1", "2.5" };
+    struct batch_counts counts = { .rows = 5, .sequences = 10, .scored_tokens = 77 }; /* more than this pack has */
+    struct fixture *f = fixture_make(2, lengths);
+    lay_out(f, all_rows, ROWS, policy);
+    for (size_t i = 0; i < sizeof betas / sizeof *betas; i++) {
+        void *config = dpo_config(betas[i]);
+        check_differences(algo("dpo"), config, f, reference, &counts);
+        mem_free(config);
+    }
+    fixture_drop(f);
+    struct fixture *g = fixture_make(1, lengths);
+    lay_out(g, all_rows, ROWS, policy);
+    check_differences(algo("sft"), NULL, g, NULL, &counts);
+    fixture_drop(g);
+}
+
+/* ---- SFT ---- */
+
+static void test_sft_known(void **state)
+{
+    (void)state;
+    const struct algo_ops *ops = algo("sft");
+    const uint32_t scored[ROWS] = { 4, 1, 5 };
+    const double total[ROWS] = { -3, -0.5, -9.25 };
+    struct fixture *f = fixture_make(1, scored);
+    struct batch_counts counts = { .rows = ROWS, .sequences = ROWS, .scored_tokens = 10 };
+    double scratch[4 * SEGMENTS], metric[ALGO_METRICS], part[ALGO_METRICS];
+    assert_true(!ops->needs_reference && ops->data == DATASET_SFT);
+    lay_out(f, all_rows, ROWS, total);
+    ops->loss(NULL, &f->p, f->logp, NULL, &counts, scratch, f->dlogp, metric);
+    assert_string_equal(ops->metrics[0].name, "loss");
+    near(metric[0], 1.275, 1e-15);
+    near(metric_of(ops, metric, "mean_logp"), -12.75, 1e-15);
+    assert_int_equal(ops->metrics[1].per, PER_TOKEN);
+    const double gradient[ROWS] = { -0.1, -0.1, -0.1 };
+    check_dlogp(f, gradient);
+    /* the same rows in two packs of the same step */
+    double sum = 0;
+    for (uint64_t r = 0; r < ROWS; r += 2) {
+        lay_out(f, all_rows + r, r ? 1 : 2, total);
+        ops->loss(NULL, &f->p, f->logp, NULL, &counts, scratch, f->dlogp, part);
+        sum += part[0];
+        check_dlogp(f, gradient);
+    }
+    near(sum, 1.275, 1e-15);
+    counts.scored_tokens = 0;
+    lay_out(f, all_rows, 0, total);
+    ops->loss(NULL, &f->p, f->logp, NULL, &counts, scratch, f->dlogp, part);
+    assert_true(part[0] == 0);
+    fixture_drop(f);
+}
+
+/* ---- the rest ---- */
+
+static void test_logistic(void **state)
+{
+    (void)state;
+    near(algo_neg_log_sigmoid(0), 0.69314718055994530942, 1e-16);
+    near(algo_neg_log_sigmoid(2), 0.12692801104297249644, 1e-16);
+    near(algo_neg_log_sigmoid(-2), 2.12692801104297249644, 1e-15);
+    near(algo_neg_log_sigmoid(40), 4.24835425529158899533e-18, 1e-32);
+    near(algo_neg_log_sigmoid(-1000), 1000, 0);
+    near(algo_neg_log_sigmoid(1000), 0, 0);
+    near(algo_sigmoid(0), 0.5, 0);
+    near(algo_sigmoid(1), 0.73105857863000487926, 1e-15);
+    near(algo_sigmoid(-1), 0.26894142136999512075, 1e-15);
+    near(algo_sigmoid(-40), 4.24835425529158899533e-18, 1e-32);
+    near(algo_sigmoid(1000), 1, 0);
+    near(algo_sigmoid(-1000), 0, 0);
+}
+
+static void test_lookup_and_options(void **state)
+{
+    (void)state;
+    const struct algo_ops *ops = NULL;
+    status *st = algo_lookup("dop", &ops);
+    assert_int_equal(status_code(st), ST_INVALID);
+    assert_null(ops);
+    assert_non_null(strstr(status_message(st), "\"dop\""));
+    for (size_t i = 0; algo_registry[i]; i++)
+        assert_non_null(strstr(status_message(st), algo_registry[i]->name));
+    status_free(st);
+    const struct algo_ops *dpo = algo("dpo");
+    assert_string_equal(dpo->options->section, "algo");
+    const char *const bad[] = { "0", "-0.1", "x", "inf", "nan" };
+    void *config = dpo_config(NULL);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        st = options_set(dpo->options, "beta", bad[i], config, "here");
+        assert_int_equal(status_code(st), ST_INVALID);
+        status_free(st);
+    }
+    mem_free(config);
+}
+
+static void expect_stale(const struct ref_logps *r, const struct dataset *d, const char *words)
+{
+    status *st = ref_logps_check(r, d);
+    assert_int_equal(status_code(st), ST_INVALID);
+    if (!strstr(status_message(st), words))
+        fail_msg("\"%s\" does not say \"%s\"", status_message(st), words);
+    status_free(st);
+}
+
+static void test_ref_logps(void **state)
+{
+    (void)state;
+    struct fixture *f = fixture_make(2, lengths);
+    struct ref_logps r;
+    assert_null(ref_logps_init(&r, &f->d));
+    assert_int_equal(r.rows, ROWS);
+    assert_int_equal(r.sequences, 2);
+    for (uint64_t i = 0; i < ROWS; i++)
+        assert_true(r.row[i] == i && r.hash[i] == 1000 + i && r.logp[2 * i] == 0 && r.logp[2 * i + 1] == 0);
+    assert_null(ref_logps_check(&r, &f->d));
+    f->hash[ROWS - 1] ^= 1;
+    expect_stale(&r, &f->d, "row 2");
+    f->hash[1] ^= (uint64_t)1 << 63;
+    expect_stale(&r, &f->d, "row 1");
+    f->hash[1] = 1001;
+    f->hash[ROWS - 1] = 1000 + ROWS - 1;
+    r.row[1] = 2;
+    expect_stale(&r, &f->d, "row 2 stands where row 1");
+    r.row[1] = 1;
+    f->d.rows = ROWS - 1;
+    expect_stale(&r, &f->d, "3 rows");
+    f->d.rows = ROWS;
+    f->d.sequences = 1;
+    expect_stale(&r, &f->d, "2 sequences");
+    ref_logps_fini(&r);
+    assert_null(r.logp);
+    ref_logps_fini(&r);
+    f->d.rows = 0;
+    f->d.sequences = 2;
+    assert_null(ref_logps_init(&r, &f->d));
+    assert_null(ref_logps_check(&r, &f->d));
+    ref_logps_fini(&r);
+    fixture_drop(f);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_dpo_known),   cmocka_unit_test(test_dpo_at_reference),   cmocka_unit_test(test_dpo_packs),
+        cmocka_unit_test(test_differences), cmocka_unit_test(test_sft_known),          cmocka_unit_test(test_logistic),
+        cmocka_unit_test(test_ref_logps),   cmocka_unit_test(test_lookup_and_options),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

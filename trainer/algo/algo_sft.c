@@ -1,0 +1,36 @@
+/* sft: supervised fine-tuning: the mean negative log-probability of the step's scored tokens.
+ *
+ *   loss = -sum logp / scored_tokens,   d loss / d logp = -1 / scored_tokens
+ *
+ * Every token of the step weighs the same, in whatever sequence, pack or rank it is. */
+#include "trainer/algo/algo.h"
+
+static const struct algo_metric metrics[] = { { "loss", PER_TOKEN }, { "mean_logp", PER_TOKEN } };
+enum { LOSS, MEAN_LOGP, COUNT };
+_Static_assert(sizeof metrics / sizeof metrics[0] == COUNT, "a name a metric");
+
+static void sft_loss(const void *config, const struct pack *p, const float *logp, const double *ref,
+                     const struct batch_counts *counts, double *scratch, float *dlogp, double *metric)
+{
+    (void)config;
+    (void)ref;
+    (void)scratch;
+    double weight = counts->scored_tokens ? 1 / (double)counts->scored_tokens : 0, sum = 0;
+    for (int64_t i = 0; i < p->in.tokens; i++) {
+        bool scored = p->target[i] >= 0;
+        if (scored)
+            sum += (double)logp[i];
+        if (dlogp)
+            dlogp[i] = scored ? (float)-weight : 0;
+    }
+    metric[LOSS] = -sum * weight;
+    metric[MEAN_LOGP] = sum;
+}
+
+const struct algo_ops algo_sft_ops = {
+    .name = "sft",
+    .data = DATASET_SFT,
+    .metrics = metrics,
+    .metric_count = COUNT,
+    .loss = sft_loss,
+};
