@@ -22,7 +22,7 @@ struct comm;
 
 enum comm_type { COMM_U8, COMM_I32, COMM_I64, COMM_U64, COMM_F32, COMM_F64 };
 enum comm_op { COMM_SUM, COMM_MIN, COMM_MAX };
-size_t comm_type_bytes(enum comm_type t);
+size_t comm_type_bytes(enum comm_type t); /* of one element; 0 for what is no type */
 
 /* A request in flight. Filled by comm_i*; lives in the caller until it is done. */
 struct comm_req {

@@ -13,6 +13,7 @@ struct mesh {
 
 extern const char *const mesh_axis_names[MESH_AXES]; /* "pp", "dp", "ep", "cp", "tp" */
 
+/* The number of ranks; a rank's place on each axis; the rank at a place. */
 int mesh_world(const struct mesh *m);
 void mesh_coords(const struct mesh *m, int rank, int coord[MESH_AXES]);
 int mesh_rank(const struct mesh *m, const int coord[MESH_AXES]);

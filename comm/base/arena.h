@@ -24,6 +24,7 @@ struct arena_mark {
     size_t used, used_bytes;
 };
 
+/* block_bytes 0: 1 MiB. Neither allocates; arena_fini may be called twice. */
 void arena_init(struct arena *a, size_t block_bytes, size_t cap_bytes);
 void arena_fini(struct arena *a);
 /* 64-byte aligned, not zeroed. NULL when over the cap or out of memory. */

@@ -19,6 +19,7 @@ struct queue {
     } synced;
 };
 
+/* Room for cap items, at least 1. queue_fini frees the slots, not the items; also after a failed queue_init. */
 status *queue_init(struct queue *q, size_t cap) WARN_UNUSED;
 void queue_fini(struct queue *q);
 bool queue_put(struct queue *q, void *item);     /* waits for room; false: closed, item not taken */
