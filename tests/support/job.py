@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -226,14 +227,16 @@ def run(ranks, config, *overrides, status=0):
 
 
 def tool(*arguments, status=0):
-    """The program alone, without mpirun. Returns (stdout, stderr)."""
+    """The program alone, without mpirun. Returns (stdout, stderr); the exit status stays in tool.status."""
     r = subprocess.run([TESSERA, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S)
+    tool.status = r.returncode
     check(status is None or r.returncode == status, f"tessera {' '.join(map(str, arguments))}: exit status {r.returncode}, not {status}:\n{r.stdout}{r.stderr}")
     return r.stdout, r.stderr
 
 
 def error_lines(output):
-    return [line for line in output.splitlines() if line.startswith("tessera") and ": error: " in line.split(" ", 2)[0] + " " + line.partition(" ")[2]]
+    """The lines by which the program reports errors (mpirun adds a block of its own)."""
+    return [line for line in output.splitlines() if re.match(r"tessera(\[\d+\])?:? error: ", line)]
 
 
 # ---- what a run left
