@@ -607,6 +607,9 @@ static status *failing_job(struct comm *c, void *arg)
         struct adamw a = adamw_of(0, norm);
         st = zero_update(z, &a, c->rank == 1 ? failing_fence : NULL, &calls);
         bool right = c->rank == 1 ? status_code(st) == ST_IO && calls == 2 : !st;
+        struct zero_moments mom = zero_moments(z);
+        for (uint64_t e = 0; c->rank == 1 && e < mom.elems; e++) /* what it guards was not overwritten */
+            right = right && mom.m[e] == 0 && mom.v[e] == 0;
         status_free(st);
         st = right ? comm_barrier(c) : ERR(INTERNAL, "the planted error went astray");
     }

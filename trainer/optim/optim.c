@@ -30,7 +30,7 @@ double schedule_lr(const struct optim_config *c, double peak_lr, uint64_t s, uin
         return peak_lr * ((double)(s + 1) / (double)warmup);
     if (c->schedule == SCHEDULE_CONSTANT)
         return peak_lr;
-    double done = s + 1 >= total ? 1 : (double)(s - (warmup - 1)) / (double)(total - warmup);
+    double done = s >= total ? 1 : (double)(s - (warmup - 1)) / (double)(total - warmup);
     double left = c->schedule == SCHEDULE_LINEAR ? 1 - done : 0.5 * (1 + cos(pi * done));
     return c->min_lr + (peak_lr - c->min_lr) * left;
 }
