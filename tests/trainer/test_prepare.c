@@ -348,23 +348,30 @@ static void make_source(struct work *w)
                "{\"question\": \"Q3\", \"answer\": \"1 < 2 << 3\\nA<B>>C\\n#### no ####\"}\n"
                "{\"question\": \"Q4\", \"answer\": \"x\\n#### 1\\nnot last\"}\n"
                "{\"question\": \"Q5\", \"answer\": \"<<<1>>><<\"}\n");
-    write_file(w, "src/example_model_solutions.jsonl",
-               /* 0: two right, two wrong; a copy of a right one that only its annotation tells apart */
-               "{\"question\": \"P0\", \"ground_truth\": \"g\", \"note\": {\"solution\": \"n\"}, \"other\": "
-               "{\"is_correct\": 1},"
-               "\"m1\": {\"is_correct\": true, \"solution\": \"r1 <<1>>\\nA: 1\"}, \"m2\": {\"is_correct\": false, "
-               "\"solution\": \"w1\"},"
-               "\"m3\": {\"is_correct\": true, \"solution\": \"r2\"}, \"m4\": {\"is_correct\": false, \"solution\": "
-               "\"w2 <<3=\"},"
-               "\"m5\": {\"is_correct\": true, \"solution\": \"r1 \\nA: 1\\n\"}}\n"
-               /* 1: nothing wrong; 2: the only wrong one is also called right */
-               "{\"question\": \"P1\", \"m\": {\"is_correct\": true, \"solution\": \"r\"}}\n"
-               "{\"question\": \"P2\", \"a\": {\"is_correct\": true, \"solution\": \"t\"}, \"b\": {\"is_correct\": "
-               "false, \"solution\": \"t\"},"
-               " \"c\": {\"is_correct\": true, \"solution\": \"u\"}}\n"
-               /* 3: one pair */
-               "{\"question\": \"P3\", \"a\": {\"is_correct\": true, \"solution\": \"yes\"}, \"b\": {\"solution\": "
-               "\"no\", \"is_correct\": false}}\n");
+    write_file(
+        w, "src/example_model_solutions.jsonl",
+        /* 0: two right, two wrong; a copy of a right one that only its annotation tells apart */
+        "{\"question\": \"P0\", \"ground_truth\": \"g\", \"note\": {\"solution\": \"n\"}, \"other\": "
+        "{\"is_correct\": 1},"
+        "\"m1\": {\"is_correct\": true, \"solution\": \"r1 <<1>>\\nA: 1\"}, \"m2\": {\"is_correct\": false, "
+        "\"solution\": \"w1\"},"
+        "\"m3\": {\"is_correct\": true, \"solution\": \"r2\"}, \"m4\": {\"is_correct\": false, \"solution\": "
+        "\"w2 <<3=\"},"
+        "\"m5\": {\"is_correct\": true, \"solution\": \"r1 \\nA: 1\\n\"}}\n"
+        /* 1: nothing wrong; 2: the only wrong one is also called right */
+        "{\"question\": \"P1\", \"m\": {\"is_correct\": true, \"solution\": \"r\"}}\n"
+        "{\"question\": \"P2\", \"a\": {\"is_correct\": true, \"solution\": \"t\"}, \"b\": {\"is_correct\": "
+        "false, \"solution\": \"t\"},"
+        " \"c\": {\"is_correct\": true, \"solution\": \"u\"}}\n"
+        /* 3: one pair */
+        "{\"question\": \"P3\", \"a\": {\"is_correct\": true, \"solution\": \"yes\"}, \"b\": {\"solution\": "
+        "\"no\", \"is_correct\": false}}\n"
+        /* 4: t and w are called right and wrong, so one pair is left */
+        "{\"question\": \"P4\", \"a\": {\"is_correct\": true, \"solution\": \"t\"}, \"b\": {\"is_correct\": false, "
+        "\"solution\": \"t\"},"
+        "\"c\": {\"is_correct\": true, \"solution\": \"t\"}, \"d\": {\"is_correct\": true, \"solution\": \"u\"},"
+        "\"e\": {\"is_correct\": false, \"solution\": \"v\"}, \"f\": {\"is_correct\": false, \"solution\": \"w\"},"
+        "\"g\": {\"is_correct\": true, \"solution\": \"w\"}}\n");
 }
 
 static void test_gsm8k_texts(void **state)
@@ -373,7 +380,7 @@ static void test_gsm8k_texts(void **state)
     make_source(w);
     good(w, "prepare gsm8k @/src @/deep/er/out heldout=0");
     assert_non_null(strstr(w->out, "sft.jsonl: 5 solutions"));
-    assert_non_null(strstr(w->out, "prefs_train.jsonl: 5 pairs of 2 problems"));
+    assert_non_null(strstr(w->out, "prefs_train.jsonl: 6 pairs of 3 problems"));
     assert_non_null(strstr(w->out, "prefs_heldout.jsonl: 0 pairs of 0 problems"));
     assert_non_null(strstr(w->out, "no GSM8K score may be reported"));
     json_t *sft = rows_of(w, "deep/er/out/sft.jsonl");
@@ -388,7 +395,7 @@ static void test_gsm8k_texts(void **state)
     sft = rows_of(w, "keep/sft.jsonl");
     assert_string_equal(get(sft, 0, "completion"), "a = <<1+1=2>>2 and <<x>>y\nso\nA: 1,080");
     json_decref(sft);
-    assert_non_null(strstr(w->out, "prefs_train.jsonl: 7 pairs of 2 problems"));
+    assert_non_null(strstr(w->out, "prefs_train.jsonl: 8 pairs of 3 problems"));
 }
 
 static void test_gsm8k_pairs(void **state)
@@ -397,7 +404,7 @@ static void test_gsm8k_pairs(void **state)
     make_source(w);
     good(w, "prepare gsm8k @/src @/out heldout=0");
     json_t *rows = rows_of(w, "out/prefs_train.jsonl");
-    assert_int_equal(json_array_size(rows), 5);
+    assert_int_equal(json_array_size(rows), 6);
     int seen[2][2] = { { 0 } };
     for (size_t i = 0; i < 4; i++) {
         const char *c = get(rows, i, "chosen"), *r = get(rows, i, "rejected");
@@ -412,13 +419,16 @@ static void test_gsm8k_pairs(void **state)
     assert_string_equal(get(rows, 4, "chosen"), "yes");
     assert_string_equal(get(rows, 4, "rejected"), "no");
     assert_int_equal(json_integer_value(json_object_get(json_array_get(rows, 4), "problem")), 3);
+    assert_string_equal(get(rows, 5, "chosen"), "u");
+    assert_string_equal(get(rows, 5, "rejected"), "v");
+    assert_int_equal(json_integer_value(json_object_get(json_array_get(rows, 5), "problem")), 4);
     json_t *few;
     for (int most = 1; most <= 5; most++) { /* fewer pairs are the first of the more */
         char line[96];
         snprintf(line, sizeof line, "prepare gsm8k @/src @/few heldout=0 pairs=%d", most);
         good(w, line);
         few = rows_of(w, "few/prefs_train.jsonl");
-        assert_int_equal(json_array_size(few), (most < 4 ? most : 4) + 1);
+        assert_int_equal(json_array_size(few), (most < 4 ? most : 4) + 2);
         for (int i = 0; i < most && i < 4; i++)
             assert_true(json_equal(json_array_get(few, (size_t)i), json_array_get(rows, (size_t)i)));
         json_decref(few);
@@ -426,16 +436,20 @@ static void test_gsm8k_pairs(void **state)
     json_decref(rows);
 }
 
-/* n problems with a pair each, the last two with the same question. */
+/* n problems with a pair each, the last two with the same question, and as many without, which must not count. */
 static void make_problems(struct work *w, int n)
 {
-    char *text = test_calloc((size_t)n, 160);
+    char *text = test_calloc((size_t)n, 240);
     size_t used = 0;
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
+        used += (size_t)snprintf(text + used, 80,
+                                 "{\"question\": \"N%d\", \"a\": {\"is_correct\": %s, \"solution\": \"y\"}}\n", i,
+                                 i % 2 ? "true" : "false");
         used += (size_t)snprintf(text + used, 160,
                                  "{\"question\": \"P%d\", \"a\": {\"is_correct\": true, \"solution\": \"y\"}, "
                                  "\"b\": {\"is_correct\": false, \"solution\": \"n\"}}\n",
                                  i == n - 1 ? n - 2 : i);
+    }
     write_file(w, "src/example_model_solutions.jsonl", text);
     test_free(text);
 }

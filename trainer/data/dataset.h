@@ -1,15 +1,16 @@
 /* dataset: JSONL rows, read once, tokenised and kept in memory.
  *
  * Row forms, told apart by their keys, one form a file (rl.md; the field's standard ones):
- *   {"prompt": text, "chosen": text, "rejected": text}                    preferences: 2 sequences a row, chosen first
- *   {"chosen": text, "rejected": text}                                    implicit prompt: the longest common prefix is split off
- *   {"prompt": text, "completion": text}                                  SFT: 1 sequence a row
- *   {"messages": [{"role": text, "content": text}, ...]}                  SFT: assistant turns are scored
- * Other keys are ignored. A sequence is BOS prompt completion EOS; completion tokens and EOS are scored (loss, log-probability), BOS and the
- * prompt are not. Messages are laid out as "role: content\n" each, EOS after an assistant turn; an assistant's content, newline and EOS are
- * scored. A sequence longer than max_length is cut at the end of its completion (then without EOS); a row whose prompt alone reaches
- * max_length - 1 is dropped and counted, and so is a row whose chosen and rejected are the same tokens after the cut. Byte order mark, CR LF
- * and blank lines are passed over. */
+ *   {"prompt": text, "chosen": text, "rejected": text}     preferences: 2 sequences a row, chosen first
+ *   {"chosen": text, "rejected": text}                     implicit prompt: the longest common prefix is split off
+ *   {"prompt": text, "completion": text}                   SFT: 1 sequence a row
+ *   {"messages": [{"role": text, "content": text}, ...]}   SFT: assistant turns are scored
+ * Other keys are ignored. A sequence is BOS prompt completion EOS; completion tokens and EOS are scored (loss,
+ * log-probability), BOS and the prompt are not. Messages are laid out as "role: content\n" each, EOS after an assistant
+ * turn; an assistant's content, newline and EOS are scored. A sequence longer than max_length is cut at the end of its
+ * completion (then without EOS); a row whose prompt alone reaches max_length - 1 is dropped and counted, and so is a
+ * row whose chosen and rejected are the same tokens after the cut. Byte order mark, CR LF and blank lines are passed
+ * over. */
 #ifndef TESSERA_TRAINER_DATA_DATASET_H
 #define TESSERA_TRAINER_DATA_DATASET_H
 
@@ -29,19 +30,20 @@ struct sequence {
 
 struct dataset {
     enum dataset_kind kind;
-    int sequences;         /* a row: 1 (SFT) or 2 (preferences: chosen, rejected) */
+    int sequences; /* a row: 1 (SFT) or 2 (preferences: chosen, rejected) */
     uint64_t rows, dropped;
-    struct sequence *seq;  /* [rows * sequences] */
-    uint64_t *hash;        /* [rows] of token ids and score masks: tells a stale reference value */
-    uint64_t *group;       /* [rows] hash of the tokens before the first scored one: rows of one problem share it */
+    struct sequence *seq; /* [rows * sequences] */
+    uint64_t *hash;       /* [rows] of token ids and score masks: tells a stale reference value */
+    uint64_t *group;      /* [rows] hash of the tokens before the first scored one: rows of one problem share it */
     int32_t *token;
-    uint8_t *score;        /* 1: this token is scored */
+    uint8_t *score; /* 1: this token is scored */
     uint64_t tokens;
-    uint32_t longest;      /* tokens of the longest sequence */
+    uint32_t longest; /* tokens of the longest sequence */
 };
 
-/* Read a file. Errors: NOT_FOUND with the path; INVALID as "data/x.jsonl:17: ..." for a line that is no JSON object, a missing or wrongly typed
- * key (naming key and legal forms), mixed forms, invalid UTF-8, or a file of the other kind; an empty file. Identical on every rank. */
+/* Read a file. Errors: NOT_FOUND with the path; INVALID as "data/x.jsonl:17: ..." for a line that is no JSON object, a
+ * missing or wrongly typed key (naming key and legal forms), mixed forms, invalid UTF-8, or a file of the other kind;
+ * an empty file. Identical on every rank. */
 status *dataset_open(const char *path, enum dataset_kind kind, uint32_t max_length, struct dataset **out) WARN_UNUSED;
 void dataset_close(struct dataset *d); /* NULL is fine */
 

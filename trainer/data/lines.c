@@ -71,8 +71,6 @@ status *lines_next(struct lines *l, bool *more)
             l->n -= sizeof mark;
             memmove(l->text, l->text + sizeof mark, l->n);
         }
-        if (l->n && l->text[l->n - 1] == '\r')
-            l->n--;
     } while (*more && is_blank(l->text, l->n));
     return NULL;
 }

@@ -1,7 +1,7 @@
 /* lines: a text file read line by line, with a bound on the length of a line.
  *
- * Kind to what editors leave behind: a byte order mark at the start, CR LF ends and lines of blanks are passed over;
- * line numbers count every line, as an editor does. */
+ * Kind to what editors leave behind: a byte order mark at the start, CR LF ends (JSON takes the CR for a blank) and
+ * blank lines are no error; line numbers count every line, as an editor does. */
 #ifndef TESSERA_TRAINER_DATA_LINES_H
 #define TESSERA_TRAINER_DATA_LINES_H
 

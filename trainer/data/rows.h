@@ -24,6 +24,7 @@ struct row {
     const json_t *messages;    /* ROW_MESSAGES: checked, see row_message */
 };
 
+/* The kind of file that rows of this form make, and the form in words. */
 enum dataset_kind row_kind(enum row_form form);
 const char *row_form_text(enum row_form form); /* {"prompt": text, ...} */
 
