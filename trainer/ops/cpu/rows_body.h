@@ -18,6 +18,7 @@
 
 typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float H __attribute__((vector_size(32), aligned(4), may_alias));  /* half a V */
 typedef double D __attribute__((vector_size(64), aligned(8), may_alias)); /* 8 lanes */
 
 INLINE V load(const float *p)
@@ -266,14 +267,9 @@ static double row_sum(const float *x, bool squared, int64_t n)
     D low = { 0 };
     D high = { 0 };
     EACH_VECTOR(i, n, {
-        float t[LANES];
-        store(t, LOAD(x + i));
-        D a;
-        D b;
-        for (int l = 0; l < 8; l++) {
-            a[l] = (double)t[l];
-            b[l] = (double)t[l + 8];
-        }
+        V y = LOAD(x + i);
+        D a = __builtin_convertvector(*(const H *)&y, D);
+        D b = __builtin_convertvector(*((const H *)&y + 1), D);
         if (squared) {
             a *= a;
             b *= b;
@@ -282,8 +278,7 @@ static double row_sum(const float *x, bool squared, int64_t n)
         high += b;
     });
     double t[8];
-    for (int l = 0; l < 8; l++)
-        t[l] = low[l] + high[l];
+    *(D *)t = low + high;
     for (int step = 4; step; step /= 2)
         for (int l = 0; l < step; l++)
             t[l] += t[l + step];
