@@ -59,12 +59,12 @@ struct tessera_options {
     int read_only;           /* 1: no lease, nothing is ever written */
     int keep_last;           /* committed steps that stay; 0: all */
     int rewind;              /* 1: loading a step below the newest retires the later ones; 0: that is INVALID */
-    uint64_t staging_bytes;  /* cap of the staging pools of this rank; 0: the bytes this rank writes in a save, plus one chunk */
-    uint64_t chunk_bytes;    /* unit of capture and writing; 0: 16 MiB; a multiple of 4 KiB */
+    uint64_t staging_bytes;  /* cap of the staging pool of this rank, at least 2 MiB; 0: the bytes this rank writes in a save */
+    uint64_t chunk_bytes;    /* unit of capture and writing; 0: 16 MiB; a multiple of 4 KiB. Used in whole MiB, at least 1, at most half of staging_bytes */
     int writers;             /* writer threads of this rank; 0: 1 */
     uint32_t lease_seconds;  /* a job that has not renewed its lease for this long is taken for dead; 0: 30 */
     const char *build;       /* text stored as the writer's identity; may be NULL */
-    int mesh[5];             /* sizes of pp, dp, ep, cp, tp stored for information; zeros: 1 */
+    int mesh[5];             /* sizes of pp, dp, ep, cp, tp stored for information; all zeros: dp = all ranks, else 0 is 1 */
     void (*warn)(void *arg, const char *line); /* what people should know (a taken-over lease, a step found damaged); NULL: dropped. Rank 0 */
     void *warn_arg;
 };

@@ -1,0 +1,125 @@
+/* handle: what a tessera is made of; shared by ckpt.c (the state machine), save.c (a save's steps), load.c and nothing
+ * else. */
+#ifndef TESSERA_CKPT_HANDLE_H
+#define TESSERA_CKPT_HANDLE_H
+
+#include "ckpt/ckpt.h"
+#include "ckpt/keeper.h"
+#include "ckpt/pipeline.h"
+#include "ckpt/vote.h"
+
+/* The reduction of a tick: maxima over ranks. */
+enum tick_slot {
+    TICK_NOT_CAPTURED,
+    TICK_NOT_DRAINED,
+    TICK_FAILED, /* size - rank of the lowest rank that failed; 0: none */
+    TICK_COMMIT, /* rank 0: enum commit_state */
+    TICK_FLAG,   /* four of the caller's */
+    TICK_SLOTS = TICK_FLAG + 4
+};
+enum commit_state { COMMIT_NONE, COMMIT_RUNNING, COMMIT_DONE };
+
+/* The reduction of a save: maxima over ranks. */
+enum settle_slot {
+    SETTLE_CHANGED, /* a rank's state is not the one of the cached plan */
+    SETTLE_STEP,
+    SETTLE_STEP_NOT, /* ~step: its maximum is the complement of the smallest */
+    SETTLE_BLOBS,    /* longest blobs of a rank other than 0 */
+    SETTLE_SLOTS
+};
+
+/* One save. Agreed: the same on every rank at the same call. Local: this rank's alone, and nobody acts on it. */
+struct saving {
+    /* agreed */
+    int phase;      /* enum tessera_phase */
+    uint64_t epoch; /* counts saves and what ends them; tells a reduction that was started for another one */
+    uint64_t step;
+    bool unsettled;     /* the reduction of tessera_save is in flight */
+    status *verdict;    /* this save has failed, for this reason, everywhere; reported by the next tick */
+    uint64_t committed; /* found committed, not yet reported; UINT64_MAX: none */
+    /* local */
+    const tessera_state *state; /* until settled */
+    status *error;
+    enum commit_state commit;
+    struct metadata *metadata; /* rank 0, while the keeper writes it */
+    uint64_t reduce_in[SETTLE_SLOTS], reduce_out[SETTLE_SLOTS];
+    struct comm_req reduce;
+    uint64_t start_ns;
+};
+
+/* The plan that the last save used; agreed to be there or not. */
+struct cached_plan {
+    struct plan *plan;
+    struct roster roster;
+    struct share *share;
+    struct hash128 fingerprint; /* of this rank's state */
+    uint64_t made;              /* plans made so far */
+};
+
+struct ticking {
+    bool started;
+    uint64_t epoch;
+    int64_t in[TICK_SLOTS], out[TICK_SLOTS];
+    struct comm_req req;
+    bool held; /* flags that a tick inside wait or close received, for the caller's next tick */
+    int64_t flag[4];
+};
+
+struct step_set {
+    uint64_t *step;
+    size_t count, cap;
+};
+
+struct tessera {
+    struct tessera_options o; /* url and build are owned */
+    struct mesh mesh;
+    struct comm *ticks; /* only the ticks' reductions */
+    struct comm *x;     /* all else */
+    struct device *dev;
+    struct store *store;
+    bool own_dev, own_store;
+    uint64_t attempt, run_id, parent; /* agreed */
+    struct keeper *keeper;            /* rank 0 of a writing handle */
+    struct pipeline *pipe;            /* writing handles */
+
+    struct saving save;
+    struct cached_plan cache;
+    struct ticking tick;
+    struct vote vote;
+    struct state_bytes blobs; /* of the save in flight */
+    bool has_newest, newest_is_ours;
+    uint64_t newest; /* newest committed step; agreed */
+    struct tessera_progress progress;
+
+    struct metadata *meta; /* what find or load settled on; agreed */
+    bool meta_stale;       /* that step was saved again since: its blobs may still be looked at, a load reads it anew */
+    struct step_set bad;   /* rank 0: steps found damaged */
+    struct tessera_load_report report;
+};
+
+/* A line for people, on rank 0. Takes st. */
+void handle_warn(tessera *t, status *st);
+
+/* ---- save.c: steps of a save. "Local" ones keep their error in t->save.error. */
+
+/* Local: describe the state, pack blobs, tell whether the cached plan serves; if so start capturing. */
+bool save_begin(tessera *t, tessera_state *s);
+/* Complete the reduction of tessera_save: plan again if a rank's state changed. Collective; nothing when it is settled.
+ * Fails only with the transport; what a plan finds wrong becomes the save's verdict. */
+status *save_settle(tessera *t) WARN_UNUSED;
+/* Move votes and the commit on as far as they are without waiting. */
+status *save_poll(tessera *t) WARN_UNUSED;
+/* What this rank knows of the save in flight, for the tick's reduction. */
+void save_report(tessera *t, int64_t in[TICK_SLOTS]);
+/* All ranks: the save is over; forget it. keep: its files count. */
+void save_forget(tessera *t, bool keep);
+/* All ranks: stop, agree on the reason, remove what was written. *outcome: the reason, the same everywhere; NULL:
+ * nobody has one (the save was cancelled). Fails only with the transport. */
+status *save_undo(tessera *t, status **outcome) WARN_UNUSED;
+void save_drop_plan(tessera *t);
+
+/* ---- load.c */
+status *load_set_newest(tessera *t) WARN_UNUSED; /* Collective: what rank 0's listing shows */
+void step_set_remove(struct step_set *s, uint64_t step);
+
+#endif

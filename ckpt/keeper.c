@@ -1,0 +1,182 @@
+/* keeper: keeper_main sleeps on a condition until there is a commit to write or the lease is due. */
+#include "ckpt/keeper.h"
+
+#include "comm/base/clock.h"
+#include "comm/base/mem.h"
+#include "comm/base/thread.h"
+
+#include <time.h>
+
+enum job { JOB_NONE, JOB_QUEUED, JOB_DONE };
+
+struct keeper {
+    struct store *store;
+    struct lease lease; /* the thread's alone while it runs */
+    int keep_last;
+    struct thread thread;
+    struct {
+        pthread_mutex_t lock;
+        pthread_cond_t changed;
+        enum job job;
+        const struct metadata *m;
+        status *outcome, *lost, *note;
+        bool quit;
+    } synced;
+};
+
+static void add_note(struct keeper *k, status *st)
+{
+    pthread_mutex_lock(&k->synced.lock);
+    k->synced.note = status_first(k->synced.note, st);
+    pthread_mutex_unlock(&k->synced.lock);
+}
+
+/* CANCELLED means that another attempt holds the lease: no save of ours may count any more. Anything else may pass. */
+static void renew(struct keeper *k)
+{
+    status *st = lease_renew(&k->lease);
+    if (!st)
+        return;
+    if (status_code(st) != ST_CANCELLED) {
+        add_note(k, status_wrap(st, "the lease could not be renewed"));
+        return;
+    }
+    pthread_mutex_lock(&k->synced.lock);
+    k->synced.lost = status_first(k->synced.lost, st);
+    pthread_mutex_unlock(&k->synced.lock);
+}
+
+static status *commit(struct keeper *k, const struct metadata *m)
+{
+    TRY(lease_check(&k->lease));
+    TRY(commit_put(k->store, m));
+    if (k->keep_last > 0) { /* the step counts already: what fails from here is only worth a note */
+        status *st = commit_retain(k->store, m->step, k->keep_last);
+        if (st)
+            add_note(k, status_wrap(st, "old steps could not be removed"));
+    }
+    return NULL;
+}
+
+static void wait_until(struct keeper *k, uint64_t ns)
+{
+    struct timespec t = { (time_t)(ns / 1000000000u), (long)(ns % 1000000000u) };
+    pthread_cond_timedwait(&k->synced.changed, &k->synced.lock, &t);
+}
+
+static status *keeper_main(void *arg)
+{
+    struct keeper *k = arg;
+    const uint64_t period = (uint64_t)k->lease.seconds * 1000000000u / 6; /* half of what lease_renew acts on */
+    pthread_mutex_lock(&k->synced.lock);
+    for (uint64_t next = clock_ns() + period; !k->synced.quit || k->synced.job == JOB_QUEUED;) {
+        if (k->synced.job == JOB_QUEUED) {
+            const struct metadata *m = k->synced.m;
+            pthread_mutex_unlock(&k->synced.lock);
+            status *st = commit(k, m);
+            pthread_mutex_lock(&k->synced.lock);
+            k->synced.outcome = st;
+            k->synced.job = JOB_DONE;
+            pthread_cond_broadcast(&k->synced.changed);
+        } else if (clock_ns() >= next) {
+            pthread_mutex_unlock(&k->synced.lock);
+            renew(k);
+            pthread_mutex_lock(&k->synced.lock);
+            next = clock_ns() + period;
+        } else {
+            wait_until(k, next);
+        }
+    }
+    pthread_mutex_unlock(&k->synced.lock);
+    return NULL;
+}
+
+static void free_keeper(struct keeper *k)
+{
+    status_free(k->synced.outcome);
+    status_free(k->synced.lost);
+    status_free(k->synced.note);
+    pthread_cond_destroy(&k->synced.changed);
+    pthread_mutex_destroy(&k->synced.lock);
+    mem_free(k);
+}
+
+status *keeper_open(struct store *s, const struct lease *l, int keep_last, struct keeper **out)
+{
+    struct keeper *k = mem_calloc(1, sizeof *k);
+    if (!k)
+        return ERR(NO_MEMORY, "a keeper");
+    k->store = s;
+    k->lease = *l;
+    k->keep_last = keep_last;
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&k->synced.changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    pthread_mutex_init(&k->synced.lock, NULL);
+    status *st = thread_start(&k->thread, "tsr-keeper", keeper_main, k);
+    if (st) {
+        free_keeper(k);
+        return st;
+    }
+    *out = k;
+    return NULL;
+}
+
+status *keeper_close(struct keeper *k)
+{
+    if (!k)
+        return NULL;
+    pthread_mutex_lock(&k->synced.lock);
+    k->synced.quit = true;
+    pthread_cond_broadcast(&k->synced.changed);
+    pthread_mutex_unlock(&k->synced.lock);
+    status *st = thread_join(&k->thread);
+    if (!k->synced.lost)
+        st = status_first(st, lease_give_back(&k->lease));
+    free_keeper(k);
+    return st;
+}
+
+status *keeper_lost(struct keeper *k)
+{
+    pthread_mutex_lock(&k->synced.lock);
+    status *st = k->synced.lost ? status_copy(k->synced.lost) : NULL;
+    pthread_mutex_unlock(&k->synced.lock);
+    return st;
+}
+
+void keeper_commit(struct keeper *k, const struct metadata *m)
+{
+    pthread_mutex_lock(&k->synced.lock);
+    CHECK(k->synced.job == JOB_NONE, "one commit at a time");
+    k->synced.m = m;
+    k->synced.job = JOB_QUEUED;
+    pthread_cond_broadcast(&k->synced.changed);
+    pthread_mutex_unlock(&k->synced.lock);
+}
+
+bool keeper_outcome(struct keeper *k, bool wait, status **outcome)
+{
+    pthread_mutex_lock(&k->synced.lock);
+    while (wait && k->synced.job == JOB_QUEUED)
+        pthread_cond_wait(&k->synced.changed, &k->synced.lock);
+    bool done = k->synced.job == JOB_DONE;
+    if (done) {
+        *outcome = k->synced.outcome;
+        k->synced.outcome = NULL;
+        k->synced.job = JOB_NONE;
+    }
+    pthread_mutex_unlock(&k->synced.lock);
+    return done;
+}
+
+status *keeper_note(struct keeper *k)
+{
+    pthread_mutex_lock(&k->synced.lock);
+    status *st = k->synced.note;
+    k->synced.note = NULL;
+    pthread_mutex_unlock(&k->synced.lock);
+    return st;
+}

@@ -1,0 +1,25 @@
+/* keeper: rank 0's housekeeper thread. It keeps the root's lease alive and writes commits, so that the training thread
+ * never waits for either. Nothing here calls MPI. */
+#ifndef TESSERA_CKPT_KEEPER_H
+#define TESSERA_CKPT_KEEPER_H
+
+#include "ckpt/commit.h"
+
+struct keeper;
+
+/* Take over the lease and start the thread. On error the lease stays the caller's. */
+status *keeper_open(struct store *s, const struct lease *l, int keep_last, struct keeper **out) WARN_UNUSED;
+/* Finish the commit in hand, stop, give the lease back. NULL is fine. */
+status *keeper_close(struct keeper *k) WARN_UNUSED;
+
+/* NULL while the lease is ours; else a copy of the reason, once it is lost for good. */
+status *keeper_lost(struct keeper *k) WARN_UNUSED;
+/* Commit m: check the lease, put metadata.pb and LATEST, remove what retention no longer keeps. m is borrowed until the
+ * outcome was taken. One at a time. */
+void keeper_commit(struct keeper *k, const struct metadata *m);
+/* Whether the commit's outcome is there; takes it then. wait: wait for it. False too when none was handed over. */
+bool keeper_outcome(struct keeper *k, bool wait, status **outcome);
+/* A line for people since the last call (retention failed, the lease could not be renewed yet), or NULL. */
+status *keeper_note(struct keeper *k) WARN_UNUSED;
+
+#endif

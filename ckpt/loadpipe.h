@@ -1,0 +1,33 @@
+/* loadpipe: from stored pieces to wanted pieces, across ranks. Every rank computes the same schedule from the metadata
+ * and everybody's wants; after that nobody asks anybody anything.
+ *
+ * The unit of reading is a checksum block of a stored piece (META_BLOCK_BYTES). Each wanted block has one reader in the
+ * job, which reads and verifies it whole and sends every rank its part. Work goes in rounds of bounded memory: read
+ * round n + 1 while round n travels. */
+#ifndef TESSERA_CKPT_LOADPIPE_H
+#define TESSERA_CKPT_LOADPIPE_H
+
+#include "ckpt/metadata.h"
+#include "comm/comm.h"
+#include "storage/store.h"
+
+/* A piece this rank wants, and where it goes. Travels as bytes, but for `dst`. */
+struct load_want {
+    uint32_t tensor; /* of the metadata; not an alias */
+    int32_t rank;
+    struct piece piece;
+    void *dst; /* contiguous: the run's first element first */
+};
+
+struct load_totals {
+    uint64_t storage_bytes; /* read, over all ranks */
+    uint64_t unique_bytes;  /* wanted, each stored byte once; pieces that overlap without being equal count up to a
+                               block's bytes */
+};
+
+/* Fill every rank's wants from step m->step in s. `want` is sorted in place. Collective; the error is agreed.
+ * CORRUPT names step, file, tensor and offset. After an error the contents of the destinations are undefined. */
+status *loadpipe_run(struct comm *c, struct store *s, const struct metadata *m, struct load_want *want, uint64_t count,
+                     struct load_totals *out) WARN_UNUSED;
+
+#endif

@@ -1,0 +1,51 @@
+/* loadplan: who reads which block for whom, in which round. Pure: the metadata and all ranks' wants in, one schedule
+ * out, the same on every rank. */
+#ifndef TESSERA_CKPT_LOADPLAN_H
+#define TESSERA_CKPT_LOADPLAN_H
+
+#include "ckpt/loadpipe.h"
+#include "ckpt/reshard.h"
+
+enum {
+    ROUND_READ_BYTES = 32 << 20, /* a reader's blocks in a round */
+    LEAST_READ_BYTES = 4096,     /* what a small block counts as there */
+    ROUND_SEND_BYTES = 64 << 20, /* what it sends then, and what a rank receives, unless one block alone is more */
+    READ_AHEAD_BYTES = 32 << 20  /* how far a reader may be ahead of the least loaded rank before that one helps out */
+};
+
+/* One block's elements that one copy takes. */
+struct load_use {
+    uint32_t copy; /* into list */
+    uint64_t elems;
+};
+
+struct load_block {
+    uint32_t piece; /* of the metadata */
+    uint32_t block; /* of that piece's payload */
+    int32_t reader;
+    uint32_t round;
+    uint64_t first_use, uses;
+};
+
+struct load_plan {
+    struct reshard_list list; /* stored: index of the metadata's piece; wanted: index into the wants */
+    struct load_use *use;
+    struct load_block *block; /* by (round, reader, place in the files) */
+    uint64_t *round;          /* [rounds + 1] first block of a round */
+    uint64_t uses, blocks, rounds;
+    struct load_totals totals;
+};
+
+/* want: sorted by (tensor, rank, piece). */
+status *load_plan_make(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
+                       struct load_plan *out) WARN_UNUSED;
+void load_plan_free(struct load_plan *p);
+
+/* A block's place in its piece's payload. */
+static inline uint64_t block_bytes(const struct meta_piece *p, uint32_t block)
+{
+    uint64_t lo = (uint64_t)block * META_BLOCK_BYTES;
+    return p->bytes - lo < META_BLOCK_BYTES ? p->bytes - lo : META_BLOCK_BYTES;
+}
+
+#endif

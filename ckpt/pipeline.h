@@ -1,0 +1,54 @@
+/* pipeline: one rank's save, from tensors to finished files, on threads of its own that live as long as the handle.
+ *
+ *   pipeline_start -> stage (copy-out) -> queue -> writer threads: checksum, store_write -> [last chunk of a file]
+ * finish (fsync)
+ *                                                                                       -> [all files] drained
+ *
+ * Invariants: (1) the first error sticks; after it nothing more is copied or written, but every chunk still passes, so
+ * the end is always reached and every block comes back; (2) when a save that failed is over, no writer is open:
+ * unfinished files were aborted; (3) staging memory is bounded by what pipeline_prepare set; (4) nothing here calls
+ * MPI. */
+#ifndef TESSERA_CKPT_PIPELINE_H
+#define TESSERA_CKPT_PIPELINE_H
+
+#include "ckpt/share.h"
+#include "comm/device/device.h"
+#include "storage/store.h"
+
+struct pipeline;
+struct pipeline_options {
+    struct device *dev;
+    struct store *store;
+    int writers, rank;
+    uint64_t attempt;
+};
+status *pipeline_open(const struct pipeline_options *o, struct pipeline **out) WARN_UNUSED;
+/* NULL is fine. Stops a save in flight; files it has finished stay, since they may count by now. */
+void pipeline_close(struct pipeline *p);
+
+/* Size staging and books for saves of this share: as many blocks as staging_bytes holds, at least two, at most one a
+ * chunk. Only while no save is in flight. */
+status *pipeline_prepare(struct pipeline *p, const struct share *s, uint64_t staging_bytes) WARN_UNUSED;
+/* Start saving s (prepared, its sources filled) as `step`. s is the pipeline's until pipeline_end. */
+void pipeline_start(struct pipeline *p, struct share *s, uint64_t step);
+
+/* Wait until what overlaps [addr, addr + bytes) was copied out; addr NULL: everything. Returns the nanoseconds waited.
+ */
+uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes);
+
+struct pipeline_view {
+    bool captured, drained, failed;
+    uint64_t captured_bytes, written_bytes, staging_cap_bytes, staging_peak_bytes;
+};
+void pipeline_look(struct pipeline *p, struct pipeline_view *out);
+/* The error that stopped the save, once; NULL if there is none. */
+status *pipeline_take_error(struct pipeline *p) WARN_UNUSED;
+enum pipeline_end {
+    PIPELINE_KEEP,  /* it is drained and counts */
+    PIPELINE_STOP,  /* give it up: waits until the threads are done with it; finished files stay */
+    PIPELINE_REMOVE /* give it up, and remove the files this rank had finished */
+};
+/* End a save: afterwards the share is the caller's again. At once when there is none. */
+void pipeline_end(struct pipeline *p, enum pipeline_end how);
+
+#endif

@@ -1,0 +1,352 @@
+/* save: the steps of one save on one rank. ckpt.c decides when each is taken.
+ *
+ * save_begin (optimistic capture) -> save_settle (the cached plan stands, or replan) -> pipeline -> save_poll (vote,
+ * commit)
+ *                                                                                   \-> save_undo (any failure)
+ *
+ * Errors that one rank alone has seen stay in t->save.error or in the pipeline until the tick's reduction has told all.
+ */
+#include "ckpt/handle.h"
+
+#include "comm/agree.h"
+#include "comm/base/clock.h"
+#include "comm/base/mem.h"
+
+static void local_error(tessera *t, status *st)
+{
+    t->save.error = status_first(t->save.error, st);
+}
+
+/* ---- capture */
+
+/* The addresses that `elems` elements from `first` of a piece's run are read from. Strided: those of the whole box. */
+static void set_extent(struct share_source *src, int ndim, size_t elem_bytes, uint64_t first, uint64_t elems)
+{
+    uintptr_t base = (uintptr_t)src->base;
+    if (!elems) {
+        src->begin = src->end = base;
+        return;
+    }
+    if (!src->strided) {
+        src->begin = base + first * elem_bytes;
+        src->end = src->begin + elems * elem_bytes;
+        return;
+    }
+    int64_t lo = 0, hi = 0;
+    for (int d = 0; d < ndim; d++) {
+        int64_t reach = src->stride[d] * (int64_t)(src->piece.box.len[d] - 1);
+        lo += reach < 0 ? reach : 0;
+        hi += reach > 0 ? reach : 0;
+    }
+    src->begin = base + (uintptr_t)(lo * (int64_t)elem_bytes);
+    src->end = base + (uintptr_t)((hi + 1) * (int64_t)elem_bytes);
+}
+
+static void set_sources(struct share *sh, const tessera_state *s)
+{
+    for (uint64_t i = 0; i < sh->pieces; i++) {
+        const struct share_piece *p = &sh->piece[i];
+        const struct state_piece *from = &s->piece[p->local];
+        struct share_source *src = &sh->source[i];
+        *src = (struct share_source){ .piece = from->piece, .strided = from->strided, .base = from->data };
+        memcpy(src->stride, from->stride, sizeof src->stride);
+        set_extent(src, p->ndim, p->elem_bytes, p->local_offset, p->bytes / p->elem_bytes);
+    }
+}
+
+static void start_capture(tessera *t, const tessera_state *s)
+{
+    set_sources(t->cache.share, s);
+    pipeline_start(t->pipe, t->cache.share, t->save.step);
+}
+
+bool save_begin(tessera *t, tessera_state *s)
+{
+    status *st = t->keeper ? keeper_lost(t->keeper) : NULL;
+    if (!st)
+        st = state_describe(s);
+    if (!st)
+        st = state_pack_blobs(s, t->x->rank, &t->blobs);
+    local_error(t, st);
+    const struct hash128 *a = &s->fingerprint, *b = &t->cache.fingerprint;
+    bool same = t->cache.plan && s->described && a->a == b->a && a->b == b->b;
+    if (same && !t->save.error)
+        start_capture(t, s);
+    return same;
+}
+
+/* ---- planning */
+
+void save_drop_plan(tessera *t)
+{
+    share_free(t->cache.share);
+    roster_free(&t->cache.roster);
+    plan_free(t->cache.plan);
+    t->cache = (struct cached_plan){ .made = t->cache.made };
+}
+
+/* This rank's descriptors as bytes: u64 count, u64 text bytes, descriptors, text. */
+static status *pack_descriptors(const tessera_state *s, void **buf, size_t *bytes)
+{
+    size_t descs = s->count * sizeof *s->desc, n = 16 + descs + s->text_bytes;
+    unsigned char *p = mem_alloc(n);
+    if (!p)
+        return ERR(NO_MEMORY, "descriptors of %zu bytes", n);
+    put_u64(p, s->count);
+    put_u64(p + 8, s->text_bytes);
+    if (descs)
+        memcpy(p + 16, s->desc, descs);
+    if (s->text_bytes)
+        memcpy(p + 16 + descs, s->text, s->text_bytes);
+    *buf = p;
+    *bytes = n;
+    return NULL;
+}
+
+/* All ranks' descriptors joined: texts one behind another, offsets moved, ranks set. */
+static status *join_descriptors(const unsigned char *all, const size_t *counts, int ranks, struct plan_desc **desc,
+                                uint64_t *count, char **text, size_t *text_bytes)
+{
+    uint64_t n = 0;
+    size_t bytes = 0;
+    const unsigned char *at = all;
+    for (int r = 0; r < ranks; at += counts[r++]) {
+        n += get_u64(at);
+        bytes += get_u64(at + 8);
+    }
+    struct plan_desc *d = mem_calloc(n ? n : 1, sizeof *d);
+    char *t = mem_alloc(bytes + 1);
+    if (!d || !t) {
+        mem_free(d);
+        mem_free(t);
+        return ERR(NO_MEMORY, "descriptors of %llu pieces", (unsigned long long)n);
+    }
+    n = 0;
+    bytes = 0;
+    at = all;
+    for (int r = 0; r < ranks; at += counts[r++]) {
+        uint64_t mine = get_u64(at);
+        size_t mine_text = get_u64(at + 8);
+        if (mine)
+            memcpy(d + n, at + 16, mine * sizeof *d);
+        if (mine_text)
+            memcpy(t + bytes, at + 16 + mine * sizeof *d, mine_text);
+        for (uint64_t i = 0; i < mine; i++, n++) {
+            d[n].part += bytes;
+            d[n].name += bytes;
+            d[n].alias += d[n].alias == UINT64_MAX ? 0 : bytes;
+            d[n].rank = r;
+        }
+        bytes += mine_text;
+    }
+    t[bytes] = 0;
+    *desc = d;
+    *count = n;
+    *text = t;
+    *text_bytes = bytes;
+    return NULL;
+}
+
+static status *plan_joined(const unsigned char *all, const size_t *counts, int ranks, void **buf, size_t *bytes)
+{
+    struct plan_desc *desc = NULL;
+    char *text = NULL;
+    uint64_t count;
+    size_t text_bytes;
+    struct plan *plan = NULL;
+    TRY(join_descriptors(all, counts, ranks, &desc, &count, &text, &text_bytes));
+    status *st = plan_make(desc, count, text, text_bytes, ranks, NULL, &plan);
+    if (!st)
+        st = plan_pack(plan, buf, bytes);
+    plan_free(plan);
+    mem_free(desc);
+    mem_free(text);
+    return st;
+}
+
+/* Gather at rank 0, plan there, broadcast. Collective; an error is agreed. */
+static status *plan_together(tessera *t, const tessera_state *s, struct plan **out)
+{
+    void *mine = NULL, *all = NULL, *packed = NULL;
+    size_t *counts = NULL, mine_bytes = 0, bytes = 0;
+    status *st = t->save.error ? status_copy(t->save.error) : pack_descriptors(s, &mine, &mine_bytes);
+    st = comm_agree(t->x, st);
+    if (!st)
+        st = comm_gather_bytes(t->x, mine, mine_bytes, 0, &all, &counts);
+    if (!st) {
+        if (t->x->rank == 0)
+            st = plan_joined(all, counts, t->x->size, &packed, &bytes);
+        st = comm_agree(t->x, st);
+    }
+    if (!st)
+        st = comm_bcast_bytes(t->x, &packed, &bytes, 0);
+    if (!st)
+        st = comm_agree(t->x, plan_unpack(packed, bytes, out));
+    mem_free(mine);
+    mem_free(all);
+    mem_free(counts);
+    mem_free(packed);
+    return st;
+}
+
+/* The largest chunk that leaves room for two in the staging cap. */
+static uint64_t chunk_bytes_for(const struct tessera_options *o)
+{
+    uint64_t chunk = o->chunk_bytes;
+    if (o->staging_bytes && o->staging_bytes / 2 < chunk)
+        chunk = o->staging_bytes / 2;
+    chunk = chunk / META_BLOCK_BYTES * META_BLOCK_BYTES;
+    return chunk ? chunk : META_BLOCK_BYTES;
+}
+
+/* This rank's part of a new plan, into the cache. Local. */
+static status *adopt(tessera *t, const tessera_state *s)
+{
+    struct cached_plan *c = &t->cache;
+    uint64_t chunk = chunk_bytes_for(&t->o);
+    TRY(roster_make(c->plan, &c->roster));
+    TRY(share_make(c->plan, &c->roster, t->x->rank, chunk, &c->share));
+    uint64_t cap = t->o.staging_bytes ? t->o.staging_bytes : c->share->data_chunks * c->share->block_bytes;
+    TRY(pipeline_prepare(t->pipe, c->share, cap));
+    c->fingerprint = s->fingerprint;
+    return NULL;
+}
+
+/* The cached plan does not serve every rank: drop it, and what was captured by it, and make another. */
+static status *replan(tessera *t)
+{
+    pipeline_end(t->pipe, PIPELINE_REMOVE);
+    save_drop_plan(t);
+    t->cache.made++;
+    struct plan *plan = NULL;
+    TRY(plan_together(t, t->save.state, &plan));
+    t->cache.plan = plan;
+    status *st = comm_agree(t->x, adopt(t, t->save.state));
+    if (st)
+        save_drop_plan(t);
+    return st;
+}
+
+static status *different_steps(uint64_t low, uint64_t high)
+{
+    return ERR(INVALID, "ranks save different steps: %llu to %llu", (unsigned long long)low, (unsigned long long)high);
+}
+
+status *save_settle(tessera *t)
+{
+    struct saving *v = &t->save;
+    if (!v->unsettled)
+        return NULL;
+    TRY(comm_wait(&v->reduce));
+    v->unsettled = false;
+    uint64_t high = v->reduce_out[SETTLE_STEP], low = ~v->reduce_out[SETTLE_STEP_NOT];
+    status *st = NULL;
+    if (low != high) {
+        st = different_steps(low, high);
+    } else if (v->reduce_out[SETTLE_CHANGED]) {
+        st = replan(t);
+        if (!st)
+            start_capture(t, v->state);
+    }
+    v->state = NULL;
+    if (!st)
+        local_error(t, vote_prepare(&t->vote, t->x, t->cache.plan, &t->cache.roster, v->reduce_out[SETTLE_BLOBS]));
+    /* A transport failure shows again at the next collective; for the save it is a reason like any other. */
+    v->verdict = st;
+    return NULL;
+}
+
+/* ---- vote and commit */
+
+void save_report(tessera *t, int64_t in[TICK_SLOTS])
+{
+    struct saving *v = &t->save;
+    struct pipeline_view view;
+    pipeline_look(t->pipe, &view);
+    if (t->keeper && v->commit == COMMIT_NONE && !v->error)
+        local_error(t, keeper_lost(t->keeper)); /* once the commit is handed over, its outcome alone counts */
+    in[TICK_NOT_CAPTURED] = !view.captured;
+    in[TICK_NOT_DRAINED] = !view.drained;
+    in[TICK_FAILED] = view.failed || v->error ? t->x->size - t->x->rank : 0;
+    in[TICK_COMMIT] = v->commit;
+}
+
+static status *hand_over(tessera *t)
+{
+    struct vote_facts f = { .run_id = t->run_id,
+                            .attempt = t->attempt,
+                            .parent_attempt = t->parent,
+                            .step = t->save.step,
+                            .mesh = t->mesh,
+                            .build = t->o.build ? t->o.build : "" };
+    TRY(vote_metadata(&t->vote, t->x, &f, &t->blobs, &t->save.metadata));
+    keeper_commit(t->keeper, t->save.metadata);
+    t->save.commit = COMMIT_RUNNING;
+    return NULL;
+}
+
+status *save_poll(tessera *t)
+{
+    struct saving *v = &t->save;
+    bool done = false;
+    if (v->phase != TESSERA_VOTE && v->phase != TESSERA_COMMIT)
+        return NULL;
+    TRY(comm_test(&t->vote.req, &done));
+    if (!t->keeper || !done || v->error)
+        return NULL;
+    if (v->commit == COMMIT_NONE)
+        local_error(t, hand_over(t));
+    status *outcome = NULL;
+    if (v->commit == COMMIT_RUNNING && keeper_outcome(t->keeper, false, &outcome)) {
+        local_error(t, outcome);
+        v->commit = outcome ? COMMIT_RUNNING : COMMIT_DONE;
+    }
+    return NULL;
+}
+
+/* ---- the end */
+
+void save_forget(tessera *t, bool keep)
+{
+    struct saving *v = &t->save;
+    pipeline_end(t->pipe, keep ? PIPELINE_KEEP : PIPELINE_STOP);
+    vote_metadata_free(v->metadata);
+    status_free(v->error);
+    status_free(v->verdict);
+    uint64_t epoch = v->epoch + 1, committed = v->committed;
+    *v = (struct saving){ .phase = TESSERA_IDLE, .epoch = epoch, .committed = committed };
+}
+
+/* Nobody writes any more, so rank 0 removes for all: metadata.pb first, should it have got there, then the files. */
+static status *discard(tessera *t, uint64_t step)
+{
+    TRY(comm_barrier(t->x));
+    if (t->keeper)
+        status_free(commit_discard(t->store, step, t->attempt)); /* leftovers never count */
+    return comm_barrier(t->x);
+}
+
+status *save_undo(tessera *t, status **outcome)
+{
+    struct saving *v = &t->save;
+    status *late = NULL;
+    if (t->keeper && keeper_outcome(t->keeper, true, &late))
+        status_free(late);
+    pipeline_end(t->pipe, PIPELINE_STOP);
+    status *st = v->verdict;
+    if (!st) {
+        status *mine = status_first(v->error, pipeline_take_error(t->pipe)); /* stopped, so the first error is final */
+        v->error = NULL;
+        st = comm_agree(t->x, mine);
+    }
+    v->verdict = NULL;
+    uint64_t step = v->step;
+    status *transport = comm_wait(&t->vote.req);
+    save_forget(t, false);
+    if (!transport)
+        transport = discard(t, step);
+    if (transport)
+        return status_first(transport, st);
+    *outcome = st;
+    return NULL;
+}

@@ -1,0 +1,249 @@
+/* share: read roster_make (who writes what, in order), then share_make: pieces, files with their HDF5 headers, chunks.
+ */
+#include "ckpt/share.h"
+
+#include "comm/base/mem.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { GAP_BYTES = 64 << 10 }; /* zeros worth writing to keep a chunk going */
+
+static int by_capture(const void *a, const void *b, void *plan)
+{
+    const struct plan *p = plan;
+    uint32_t i = *(const uint32_t *)a, j = *(const uint32_t *)b;
+    const struct plan_piece *x = &p->piece[i], *y = &p->piece[j];
+    if (x->writer != y->writer)
+        return x->writer < y->writer ? -1 : 1;
+    if (x->local != y->local)
+        return x->local < y->local ? -1 : 1;
+    if (x->local_offset != y->local_offset)
+        return x->local_offset < y->local_offset ? -1 : 1;
+    return i < j ? -1 : i > j;
+}
+
+void roster_free(struct roster *r)
+{
+    mem_free(r->piece);
+    mem_free(r->file);
+    mem_free(r->first);
+    mem_free(r->files);
+    mem_free(r->crcs);
+    *r = (struct roster){ 0 };
+}
+
+static uint64_t payload_bytes(const struct plan *p, uint32_t i)
+{
+    return piece_elems(&p->piece[i].piece) * dtype_bytes(p->tensor[p->piece[i].tensor].dtype);
+}
+
+/* One file a part of this writer, numbered by first appearance. first_of[f]: the plan piece that opened file f; parts
+ * are few. */
+static void assign_files(const struct plan *p, struct roster *r, int writer, uint32_t *first_of)
+{
+    for (uint64_t i = r->first[writer]; i < r->first[writer + 1]; i++) {
+        const char *part = p->tensor[p->piece[r->piece[i]].tensor].part;
+        uint32_t f = 0;
+        while (f < r->files[writer] && strcmp(part, p->tensor[p->piece[first_of[f]].tensor].part) != 0)
+            f++;
+        if (f == r->files[writer])
+            first_of[r->files[writer]++] = r->piece[i];
+        r->file[i] = f;
+        r->crcs[writer] += meta_blocks(payload_bytes(p, r->piece[i]));
+    }
+}
+
+status *roster_make(const struct plan *p, struct roster *out)
+{
+    size_t ranks = (size_t)p->ranks, n = p->piece_count ? p->piece_count : 1;
+    struct roster r = { .piece = mem_calloc(n, sizeof *r.piece),
+                        .file = mem_calloc(n, sizeof *r.file),
+                        .first = mem_calloc(ranks + 1, sizeof *r.first),
+                        .files = mem_calloc(ranks, sizeof *r.files),
+                        .crcs = mem_calloc(ranks, sizeof *r.crcs) };
+    uint32_t *first_of = mem_calloc(n, sizeof *first_of);
+    if (!r.piece || !r.file || !r.first || !r.files || !r.crcs || !first_of) {
+        mem_free(first_of);
+        roster_free(&r);
+        return ERR(NO_MEMORY, "roster of %llu pieces", (unsigned long long)p->piece_count);
+    }
+    for (uint64_t i = 0; i < p->piece_count; i++) {
+        r.piece[i] = (uint32_t)i;
+        r.first[p->piece[i].writer + 1]++;
+    }
+    for (size_t i = 0; i < ranks; i++)
+        r.first[i + 1] += r.first[i];
+    qsort_r(r.piece, p->piece_count, sizeof *r.piece, by_capture, (void *)(uintptr_t)p);
+    for (int w = 0; w < p->ranks; w++)
+        assign_files(p, &r, w, first_of);
+    mem_free(first_of);
+    *out = r;
+    return NULL;
+}
+
+void share_free(struct share *s)
+{
+    if (!s)
+        return;
+    for (uint64_t i = 0; s->file && i < s->files; i++)
+        h5shard_image_free(&s->file[i].image);
+    mem_free(s->piece);
+    mem_free(s->source);
+    mem_free(s->file);
+    mem_free(s->segment);
+    mem_free(s->chunk);
+    mem_free(s->crc);
+    mem_free(s);
+}
+
+static void fill_pieces(const struct plan *p, const struct roster *r, int rank, struct share *s)
+{
+    for (uint64_t i = 0; i < s->pieces; i++) {
+        uint64_t e = r->first[rank] + i;
+        const struct plan_piece *q = &p->piece[r->piece[e]];
+        const struct plan_tensor *t = &p->tensor[q->tensor];
+        s->piece[i] = (struct share_piece){ .plan_piece = r->piece[e],
+                                            .file = r->file[e],
+                                            .local = q->local,
+                                            .local_offset = q->local_offset,
+                                            .ndim = t->shape.ndim,
+                                            .elem_bytes = dtype_bytes(t->dtype),
+                                            .bytes = payload_bytes(p, r->piece[e]),
+                                            .first_crc = s->crcs };
+        s->crcs += meta_blocks(s->piece[i].bytes);
+        s->payload_bytes += s->piece[i].bytes;
+        s->file[r->file[e]].part = t->part;
+    }
+}
+
+/* The HDF5 image of file f, and with it the offsets of its pieces. */
+static status *make_image(const struct plan *p, struct share *s, uint32_t f, struct h5shard_item *item,
+                          char (*name)[16])
+{
+    size_t n = 0;
+    for (uint64_t i = 0; i < s->pieces; i++) {
+        if (s->piece[i].file != f)
+            continue;
+        const struct plan_piece *q = &p->piece[s->piece[i].plan_piece];
+        const struct plan_tensor *t = &p->tensor[q->tensor];
+        snprintf(name[n], sizeof name[n], "p%llu", (unsigned long long)(s->piece[i].plan_piece - t->first_piece));
+        item[n] = (struct h5shard_item){
+            .tensor = t->name, .name = name[n], .dtype = t->dtype, .shape = t->shape, .piece = q->piece
+        };
+        n++;
+    }
+    struct h5shard_image *image = &s->file[f].image;
+    TRY(status_wrap(h5shard_image(item, n, image), "part %s", s->file[f].part));
+    s->file[f].header_crc = crc32c(0, image->header, image->header_bytes);
+    n = 0;
+    for (uint64_t i = 0; i < s->pieces; i++)
+        if (s->piece[i].file == f)
+            s->piece[i].offset = image->offset[n++];
+    return NULL;
+}
+
+static status *make_images(const struct plan *p, struct share *s)
+{
+    size_t n = s->pieces ? s->pieces : 1;
+    struct h5shard_item *item = mem_calloc(n, sizeof *item);
+    char(*name)[16] = mem_calloc(n, sizeof *name);
+    status *st = item && name ? NULL : ERR(NO_MEMORY, "headers of %zu datasets", n);
+    for (uint32_t f = 0; !st && f < s->files; f++)
+        st = make_image(p, s, f, item, name);
+    mem_free(item);
+    mem_free(name);
+    return st;
+}
+
+/* Close the chunk: its padding up to 4 KiB is written too, so that all but a file's last write is whole pages. */
+static void close_chunk(struct share *s, struct share_chunk *c)
+{
+    if (!c || !c->segments)
+        return;
+    uint64_t end = c->offset + c->bytes, file_bytes = s->file[c->file].image.file_bytes;
+    end = (end + H5SHARD_ALIGN - 1) / H5SHARD_ALIGN * H5SHARD_ALIGN;
+    c->bytes = (end < file_bytes ? end : file_bytes) - c->offset;
+    uint64_t block = (c->bytes + H5SHARD_ALIGN - 1) / H5SHARD_ALIGN * H5SHARD_ALIGN;
+    s->block_bytes = block > s->block_bytes ? block : s->block_bytes;
+    s->data_chunks++;
+}
+
+static struct share_chunk *new_chunk(struct share *s, uint32_t file, uint64_t offset)
+{
+    s->chunk[s->chunks] = (struct share_chunk){ .file = file, .offset = offset, .first_segment = s->segments };
+    s->file[file].chunks++;
+    return &s->chunk[s->chunks++];
+}
+
+/* How many bytes of [lo, bytes) of piece q fit behind what chunk c holds; 0: start another. */
+static uint64_t fits(const struct share_chunk *c, const struct share_piece *q, uint64_t lo, uint64_t chunk_bytes)
+{
+    uint64_t at = q->offset + lo;
+    if (!c || !c->segments || c->file != q->file || at < c->offset + c->bytes ||
+        at - c->offset - c->bytes > GAP_BYTES || at - c->offset >= chunk_bytes)
+        return 0;
+    uint64_t room = chunk_bytes - (at - c->offset), left = q->bytes - lo;
+    return left <= room ? left : room / META_BLOCK_BYTES * META_BLOCK_BYTES;
+}
+
+static void cut_chunks(struct share *s, uint64_t chunk_bytes)
+{
+    struct share_chunk *c = NULL;
+    for (uint64_t i = 0; i < s->pieces; i++) {
+        const struct share_piece *q = &s->piece[i];
+        struct share_file *f = &s->file[q->file];
+        if (!f->chunks) {
+            close_chunk(s, c);
+            c = new_chunk(s, q->file, 0);
+            c->bytes = f->image.header_bytes;
+        }
+        for (uint64_t lo = 0; lo < q->bytes;) {
+            uint64_t n = fits(c, q, lo, chunk_bytes);
+            if (!n) {
+                close_chunk(s, c);
+                c = new_chunk(s, q->file, q->offset + lo);
+                n = q->bytes - lo < chunk_bytes ? q->bytes - lo : chunk_bytes;
+            }
+            uint64_t at = q->offset + lo - c->offset;
+            s->segment[s->segments++] =
+                (struct share_segment){ .piece = (uint32_t)i, .lo = lo, .hi = lo + n, .at = at };
+            c->segments++;
+            c->bytes = at + n;
+            lo += n;
+        }
+    }
+    close_chunk(s, c);
+}
+
+status *share_make(const struct plan *p, const struct roster *r, int rank, uint64_t chunk_bytes, struct share **out)
+{
+    struct share *s = mem_calloc(1, sizeof *s);
+    if (!s)
+        return ERR(NO_MEMORY, "a share");
+    s->pieces = r->first[rank + 1] - r->first[rank];
+    s->files = r->files[rank];
+    size_t n = s->pieces ? s->pieces : 1, blocks = r->crcs[rank];
+    s->piece = mem_calloc(n, sizeof *s->piece);
+    s->source = mem_calloc(n, sizeof *s->source);
+    s->file = mem_calloc(s->files ? s->files : 1, sizeof *s->file);
+    s->crc = mem_calloc(blocks ? blocks : 1, sizeof *s->crc);
+    /* a segment ends its piece or holds at least one checksum block */
+    s->segment = mem_calloc(n + blocks, sizeof *s->segment);
+    s->chunk = mem_calloc(n + blocks + s->files, sizeof *s->chunk);
+    status *st = NULL;
+    if (!s->piece || !s->source || !s->file || !s->crc || !s->segment || !s->chunk)
+        st = ERR(NO_MEMORY, "share of %zu pieces", n);
+    if (!st) {
+        fill_pieces(p, r, rank, s);
+        st = make_images(p, s);
+    }
+    if (st) {
+        share_free(s);
+        return st;
+    }
+    cut_chunks(s, chunk_bytes);
+    *out = s;
+    return NULL;
+}

@@ -1,0 +1,83 @@
+/* share: from the job's plan to one rank's work: which files it writes, where each piece lies in them, and in which
+ * chunks they are captured and written. Pure, made once a plan and cached with it, so that a steady save plans nothing,
+ * calls no HDF5 and allocates nothing.
+ *
+ * A chunk is a stretch of one file, filled in memory exactly as it will lie there (pieces at their offsets, zeros
+ * between), so that many small tensors leave in one write. Invariants: chunks follow the order of the state; a checksum
+ * block (META_BLOCK_BYTES of a piece's payload) lies whole in one chunk; chunks start at multiples of 4 KiB and do not
+ * overlap. */
+#ifndef TESSERA_CKPT_SHARE_H
+#define TESSERA_CKPT_SHARE_H
+
+#include "ckpt/h5shard.h"
+#include "ckpt/metadata.h"
+#include "ckpt/plan.h"
+
+/* Which pieces each rank writes, in capture order, and into which of its files: the same on every rank. */
+struct roster {
+    uint32_t *piece; /* [piece_count] plan pieces by (writer, local, local_offset) */
+    uint32_t *file;  /* [piece_count] file of that entry, counted within its writer: one a part, by first appearance */
+    uint64_t *first; /* [ranks + 1] a writer's entries */
+    uint32_t *files; /* [ranks] */
+    uint64_t *crcs;  /* [ranks] checksum blocks */
+};
+status *roster_make(const struct plan *p, struct roster *out) WARN_UNUSED;
+void roster_free(struct roster *r);
+
+struct share_piece {
+    uint32_t plan_piece, file;
+    uint32_t local;        /* the piece of the state it is (part of) */
+    uint64_t local_offset; /* elements into that piece's run */
+    int ndim;
+    size_t elem_bytes;
+    uint64_t bytes, offset; /* of the payload, in its file */
+    uint64_t first_crc;
+};
+
+/* Where the bytes of a share's piece are now; filled at each save. */
+struct share_source {
+    struct piece piece; /* of the state */
+    bool strided;
+    int64_t stride[LAYOUT_DIMS];
+    const void *base;
+    uintptr_t begin, end; /* the addresses this piece reads lie in [begin, end) */
+};
+
+struct share_segment {
+    uint32_t piece;
+    uint64_t lo, hi; /* bytes of its payload; lo is a multiple of META_BLOCK_BYTES */
+    uint64_t at;     /* byte in the chunk */
+};
+
+struct share_chunk {
+    uint32_t file;
+    uint64_t offset, bytes;
+    uint64_t first_segment, segments; /* no segments: the file's header */
+};
+
+struct share_file {
+    const char *part; /* the plan's text */
+    struct h5shard_image image;
+    uint32_t header_crc;
+    uint64_t chunks;
+};
+
+struct share {
+    struct share_piece *piece; /* [pieces] in capture order */
+    struct share_source *source;
+    struct share_file *file;
+    struct share_segment *segment;
+    struct share_chunk *chunk;
+    uint32_t *crc; /* [crcs] of the save in flight */
+    uint64_t pieces, files, segments, chunks, crcs;
+    uint64_t payload_bytes;
+    uint64_t block_bytes; /* largest chunk with segments, up to 4 KiB; 0: none */
+    uint64_t data_chunks; /* chunks with segments */
+};
+
+/* chunk_bytes: a multiple of META_BLOCK_BYTES. The plan must outlive the share. */
+status *share_make(const struct plan *p, const struct roster *r, int rank, uint64_t chunk_bytes,
+                   struct share **out) WARN_UNUSED;
+void share_free(struct share *s);
+
+#endif
