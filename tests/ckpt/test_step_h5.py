@@ -86,8 +86,9 @@ three = step("three", 3, 2, optim_lr=LR, **SHORT)
 same(three, step("one", 1, 2, optim_lr=LR, parallel_zero=0, **SHORT), "three ranks with ZeRO 1 against one rank with ZeRO 0")
 
 # Step 1 by formula, from the weights of a run whose learning rate is 0.
-first = read_step(job.step_dir(tmp / "three" / "ckpt", 1))
-init = step("still", 2, 1, optim_lr=0, train_steps=2, algo_warmup_sft_steps=1)
+LONG = dict(train_steps=3, algo_warmup_sft_steps=2)
+first = step("first", 3, 1, optim_lr=LR, **LONG)
+init = step("still", 2, 1, optim_lr=0, **LONG)
 weights = sorted(t for p, t in init if p == "model")
 job.check("model.embed_tokens.weight" in weights and len(weights) == 2 + 2 * 9, f"the model's tensors: {weights}")
 for name in weights:

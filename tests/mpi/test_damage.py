@@ -41,6 +41,12 @@ def flip(file, at):
         f.write(bytes([byte ^ 0x10]))
 
 
+def payload_byte(file):
+    """The place of a byte of a tensor: headers come first and padding is zero, so the last byte that is not zero."""
+    content = file.read_bytes()
+    return next(i for i in range(len(content) - 1, 0, -1) if content[i])
+
+
 def falls_back(name, path, ckpt, words, ranks):
     """A job resumes from the step before, says `words`, writes the newest step again, and ends as the undisturbed run did."""
     damaged = sorted(p.name for p in job.step_dir(ckpt, STEPS).iterdir())
@@ -59,18 +65,16 @@ def falls_back(name, path, ckpt, words, ranks):
     job.say(f"passed: {name}: {said[0]}")
 
 
-# A byte of a tensor. The metadata knows every payload's place; here it is looked up by its bytes: the first non-zero one behind the header.
+# A byte of a tensor.
 for part, ranks in (("model", 2), ("optim", 3), ("ref.logps", 1)):
     name = f"flip-{part}"
     path, ckpt, newest = copy(name)
     file = max(newest.glob(f"{part}-*.h5"), key=lambda p: p.stat().st_size)
-    content = file.read_bytes()
-    at = next(i for i in range(len(content) - 1, 0, -1) if content[i])
-    flip(file, at)
+    flip(file, payload_byte(file))
     out, err = job.tool("ckpt", "verify", f"file:{ckpt}", STEPS, status=64 + 7)
     told = [line for line in (out + err).splitlines() if file.name in line and str(STEPS) in line]
     job.check(told, f"{name}: verify does not name step and file:\n{out}{err}")
-    falls_back(name, path, ckpt, ["damaged", f"step {STEPS}", file.name, "offset"], ranks)
+    falls_back(name, path, ckpt, ["damaged", f"step {STEPS}", file.name, "tensor", "offset"], ranks)
 
 # A shard cut short, a shard gone, metadata cut short.
 path, ckpt, newest = copy("short")
@@ -95,7 +99,7 @@ falls_back("metadata", path, ckpt, [str(STEPS), "metadata.pb"], 2)
 path, ckpt, newest = copy("all")
 for step in job.committed(ckpt):
     file = max(job.step_dir(ckpt, step).glob("model-*.h5"), key=lambda p: p.stat().st_size)
-    flip(file, file.stat().st_size // 2)
+    flip(file, payload_byte(file))
 j = job.start(2, path)
 job.check(j.wait() != 0, f"all steps are damaged and the job starts over:\n{j.output}")
 job.check(len(job.error_lines(j.output)) == 1, f"not one clear line:\n{j.output}")
