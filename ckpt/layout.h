@@ -1,9 +1,9 @@
 /* layout: which elements of a global tensor a rank holds. Pure functions, no I/O, no MPI.
  *
- * A tensor has a global shape. A piece of it is a box (offset and length per dimension) and a run [begin, end) of that box's
- * row-major order; a box alone is the run [0, volume). TP cuts give boxes, ZeRO gives runs of the local box. Scalars have
- * ndim 0 and volume 1; empty tensors and empty pieces are ordinary. The same values drive training, saving, loading and the
- * in-memory reshard. */
+ * A tensor has a global shape. A piece of it is a box (offset and length per dimension) and a run [begin, end) of that
+ * box's row-major order; a box alone is the run [0, volume). TP cuts give boxes, ZeRO gives runs of the local box.
+ * Scalars have ndim 0 and volume 1; empty tensors and empty pieces are ordinary. The same values drive training,
+ * saving, loading and the in-memory reshard. */
 #ifndef TESSERA_CKPT_LAYOUT_H
 #define TESSERA_CKPT_LAYOUT_H
 
@@ -49,8 +49,8 @@ void dims_text(int ndim, const uint64_t *v, char *text, size_t bytes);
 /* INVALID if the box leaves the shape, the run leaves the box, or a number overflows. */
 status *piece_check(const struct shape *s, const struct piece *p) WARN_UNUSED;
 
-/* Cut a run into boxes, in run order: at most 2 ndim - 1 of them (ByteCheckpoint's decomposition); 0 for an empty run, 1 for a
- * scalar. Their volumes add up to the run. */
+/* Cut a run into boxes, in run order: at most 2 ndim - 1 of them (ByteCheckpoint's decomposition); 0 for an empty run,
+ * 1 for a scalar. Their volumes add up to the run. */
 int piece_boxes(int ndim, const struct piece *p, struct piece_box out[LAYOUT_BOXES]);
 
 /* Part i of n of [0, total), as equal as can be: [i total / n, (i + 1) total / n). */
@@ -63,13 +63,14 @@ struct layout {
     struct shape shape;
     int cut[LAYOUT_DIMS]; /* mesh axis that cuts this dimension (layout_cut), or -1 */
     int stage;            /* pipeline stage that holds it, or -1: all */
-    unsigned run_axes;    /* mask (1 << MESH_DP) of the axes whose ranks share the local box as flat runs; 0: replicated */
-    /* Runs cut a flattened bucket, not the tensor: the local box's elements are [bucket_begin, + volume) of bucket_total, which is
-     * cut over the ranks of run_axes at multiples of run_align. A lone tensor: 0, its volume, 1. */
+    unsigned run_axes; /* mask (1 << MESH_DP) of the axes whose ranks share the local box as flat runs; 0: replicated */
+    /* Runs cut a flattened bucket, not the tensor: the local box's elements are [bucket_begin, + volume) of
+     * bucket_total, which is cut over the ranks of run_axes at multiples of run_align. A lone tensor: 0, its volume, 1;
+     * a total of 0 means the local volume, an align of 0 means 1. */
     uint64_t bucket_begin, bucket_total, run_align;
 };
 
-/* The piece rank holds (possibly empty). Two ranks with equal pieces are replicas. */
+/* The piece rank holds (possibly empty; an empty run is always [0, 0)). Two ranks with equal pieces are replicas. */
 struct piece layout_piece(const struct layout *l, const struct mesh *m, int rank);
 
 #endif

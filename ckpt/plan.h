@@ -1,9 +1,11 @@
-/* plan: who writes what. Pure: the descriptors of all ranks in, one list of stored pieces out. No MPI inside, so any model and
- * mesh can be planned in one process.
+/* plan: who writes what. Pure: the descriptors of all ranks in, one list of stored pieces out. No MPI inside, so any
+ * model and mesh can be planned in one process.
  *
- * Replicas are found by equality of (tensor, piece). Each tensor's distinct pieces must tile it exactly once (sort and sweep, never pairwise).
- * Pieces larger than `split_bytes` with several holders are split among them as runs at multiples of 4 KiB. Then, largest first, each piece
- * goes to the holder with the fewest bytes so far, nodes before ranks. The result depends only on the input, not on its order. */
+ * Replicas are found by equality of (tensor, piece). Each tensor's distinct pieces must tile it exactly once (sort and
+ * sweep, never pairwise). Pieces larger than `split_bytes` with several holders are split among them as runs at
+ * multiples of 4 KiB. Pieces with one holder are its own; then, largest first, each other piece goes to the holder
+ * with the fewest bytes so far, among equals on the node with the fewest, then to the lowest rank. Empty pieces are not
+ * stored: an empty tensor, like an alias, has no pieces. The result depends only on the input, not on its order. */
 #ifndef TESSERA_CKPT_PLAN_H
 #define TESSERA_CKPT_PLAN_H
 
@@ -13,7 +15,8 @@
 
 #include <stddef.h>
 
-/* What a rank holds: one record a piece. Names live in one text block, so that descriptors are plain memory and travel as bytes. */
+/* What a rank holds: one record a piece. Names live in one text block, so that descriptors are plain memory and travel
+ * as bytes. */
 struct plan_desc {
     uint64_t part, name; /* offsets of NUL-ended strings in the text block */
     uint64_t alias;      /* offset of the name of the tensor (same part) that holds the bytes; UINT64_MAX: none */
@@ -56,8 +59,8 @@ struct plan_options {
     uint64_t split_bytes;   /* 0: 4 MiB */
 };
 
-/* desc is sorted in place. Errors name the tensor: INVALID when ranks disagree on shape, dtype or alias, when pieces overlap or leave a
- * hole (with coordinates), or an alias names no tensor of its part. */
+/* desc is sorted in place. Errors name the tensor: INVALID when ranks disagree on shape, dtype, trainable or alias,
+ * when pieces overlap or leave a hole (with coordinates), or an alias names no tensor of its part. */
 status *plan_make(struct plan_desc *desc, uint64_t count, const char *text, size_t text_bytes, int ranks,
                   const struct plan_options *o, struct plan **out) WARN_UNUSED;
 void plan_free(struct plan *p);

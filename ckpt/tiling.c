@@ -186,7 +186,9 @@ status *tiling_check(const struct shape *s, struct box *box, size_t count)
     struct box region = piece_whole(s).box;
     if (!box_volume(s->ndim, &region))
         return NULL;
+    if (!count)
+        return hole_at(s->ndim, region.off);
     if (!s->ndim) /* one element: no dimension to divide */
-        return count == 1 ? NULL : count ? overlap(0, box, box) : hole_at(0, NULL);
+        return count == 1 ? NULL : overlap(0, box, box);
     return cover(s->ndim, &region, box, count, 0);
 }

@@ -247,6 +247,8 @@ static void check_layout(const struct layout *l, const struct mesh *m, unsigned 
     for (int r = 0; r < world; r++) {
         struct piece p = layout_piece(l, m, r);
         expect_code(piece_check(&l->shape, &p), ST_OK);
+        if (!piece_elems(&p))
+            assert_int_equal(p.begin, 0); /* so that empty pieces of a box are equal */
         int coord[MESH_AXES];
         mesh_coords(m, r, coord);
         if (l->stage >= 0 && coord[MESH_PP] != l->stage) {
@@ -334,6 +336,13 @@ static void test_layout_known(void **state)
     struct piece p = layout_piece(&l, &m, 2);
     assert_int_equal(p.begin, 2);
     assert_int_equal(p.end, 10);
+    /* over several axes, runs follow the order of ranks: dp, then ep */
+    m = (struct mesh){ .size = { 1, 2, 3, 1, 1 } };
+    l = (struct layout){
+        .shape = { .ndim = 1, .dim = { 60 } }, .cut = { -1 }, .stage = -1, .run_axes = 1u << MESH_DP | 1u << MESH_EP
+    };
+    for (int r = 0; r < 6; r++)
+        assert_int_equal(layout_piece(&l, &m, r).begin, 10 * r);
 }
 
 int main(void)

@@ -320,37 +320,56 @@ static void test_fuzz(void **state)
     assert_true(taken > 100 && refused > 1000);
 }
 
-/* A decoded message of a fixed, small metadata: tensors model/a (two pieces, the second a run), model/b (alias of a),
- * model/c. */
+/* A fixed, small metadata: tensors model/a (two pieces, both runs), model/b (alias of a), model/c. */
+struct small {
+    struct metadata m;
+    char text[8][8];
+    struct meta_file file[2];
+    struct meta_tensor tensor[3];
+    struct meta_piece piece[4];
+    uint32_t crc[4];
+    struct meta_blob blob[2];
+};
+
+static void small_init(struct small *s)
+{
+    *s = (struct small){
+        .m = { .step = 5,
+               .world = 2,
+               .mesh = { { 1, 2, 1, 1, 1 } },
+               .file_count = 2,
+               .tensor_count = 3,
+               .piece_count = 3,
+               .crc_count = 3,
+               .blob_count = 2 },
+        .text = { "x.h5", "y.h5", "model", "a", "b", "c", "seed", "abc" },
+        .piece = { { { { { 0 }, { 3, 5 } }, 0, 7 }, 0, 4096, 28, 0 },
+                   { { { { 0 }, { 3, 5 } }, 7, 15 }, 0, 8192, 32, 1 },
+                   { { { { 0 }, { 4096 } }, 0, 4096 }, 1, 4096, 4096, 2 } },
+        .crc = { 10, 11, 12, 13 },
+    };
+    char *model = s->text[2], *a = s->text[3];
+    s->file[0] = (struct meta_file){ s->text[0], 4096 * 5, 4096, 1 };
+    s->file[1] = (struct meta_file){ s->text[1], 8192, 4096, 2 };
+    s->tensor[0] = (struct meta_tensor){ model, a, DTYPE_F32, { 2, { 3, 5 } }, true, NULL, 0, 2 };
+    s->tensor[1] = (struct meta_tensor){ model, s->text[4], DTYPE_F32, { 2, { 3, 5 } }, true, a, 2, 0 };
+    s->tensor[2] = (struct meta_tensor){ model, s->text[5], DTYPE_U8, { 1, { 4096 } }, false, NULL, 2, 1 };
+    s->blob[0] = (struct meta_blob){ model, s->text[6], -1, s->text[7], 3 };
+    s->blob[1] = (struct meta_blob){ model, s->text[6], 1, s->text[7], 2 };
+    s->m.file = s->file;
+    s->m.tensor = s->tensor;
+    s->m.piece = s->piece;
+    s->m.crc = s->crc;
+    s->m.blob = s->blob;
+}
+
 static Tessera__Metadata *open_message(void)
 {
-    struct metadata m = { .step = 5, .world = 2, .mesh = { { 1, 2, 1, 1, 1 } } };
-    char n0[] = "x.h5", n1[] = "y.h5", model[] = "model", a[] = "a", b[] = "b", c[] = "c", blob[] = "seed",
-         data[] = "abc";
-    struct meta_file files[] = { { n0, 4096 * 5, 4096, 1 }, { n1, 8192, 4096, 2 } };
-    struct meta_tensor tensors[] = {
-        { model, a, DTYPE_F32, { 2, { 3, 5 } }, true, NULL, 0, 2 },
-        { model, b, DTYPE_F32, { 2, { 3, 5 } }, true, a, 2, 0 },
-        { model, c, DTYPE_U8, { 1, { 4096 } }, false, NULL, 2, 1 },
-    };
-    struct meta_piece pieces[] = {
-        { { { { 0 }, { 3, 5 } }, 0, 7 }, 0, 4096, 28, 0 },
-        { { { { 0 }, { 3, 5 } }, 7, 15 }, 0, 8192, 32, 1 },
-        { { { { 0 }, { 4096 } }, 0, 4096 }, 1, 4096, 4096, 2 },
-    };
-    uint32_t crcs[] = { 10, 11, 12 };
-    struct meta_blob blobs[] = { { model, blob, -1, data, 3 }, { model, blob, 1, data, 2 } };
-    m.file = files;
-    m.tensor = tensors;
-    m.piece = pieces;
-    m.crc = crcs;
-    m.blob = blobs;
-    m.file_count = 2;
-    m.tensor_count = m.piece_count = m.crc_count = 3;
-    m.blob_count = 2;
+    struct small s;
     void *buf;
     size_t n;
-    expect_code(metadata_encode(&m, &buf, &n), ST_OK);
+    small_init(&s);
+    expect_code(metadata_encode(&s.m, &buf, &n), ST_OK);
     Tessera__Metadata *msg = tessera__metadata__unpack(NULL, n - HEADER, (unsigned char *)buf + HEADER);
     mem_free(buf);
     assert_non_null(msg);
@@ -409,6 +428,7 @@ static void test_forged_names(void **state)
     FORGE(ST_CORRUPT, rename_to(&msg->file[0]->name, longest));
     FORGE(ST_CORRUPT, rename_to(&msg->tensor[0]->name, "b"));
     FORGE(ST_CORRUPT, rename_to(&msg->tensor[0]->name, "d"));
+    FORGE(ST_CORRUPT, rename_to(&msg->tensor[2]->name, "b")); /* twice */
     FORGE(ST_CORRUPT, rename_to(&msg->tensor[0]->name, ""));
     FORGE(ST_CORRUPT, rename_to(&msg->part[0], ""));
     FORGE(ST_CORRUPT, rename_to(&msg->tensor[1]->alias_of, "b"));
@@ -527,7 +547,7 @@ static void test_encode_checks(void **state)
     (void)state;
     void *buf = NULL;
     size_t n;
-    for (int spoil = 0; spoil < 12; spoil++) {
+    for (int spoil = 0; spoil < 13; spoil++) {
         struct metadata *m = make(36, 7, 12, false);
         uint64_t k = 0;
         while (!m->piece[k].bytes)
@@ -569,6 +589,9 @@ static void test_encode_checks(void **state)
         case 11:
             m->piece[k].first_crc = UINT64_MAX;
             break;
+        case 12:
+            m->crc_count++;
+            break;
         }
         expect_code(metadata_encode(m, &buf, &n), ST_INTERNAL);
         assert_null(buf);
@@ -576,6 +599,36 @@ static void test_encode_checks(void **state)
             m->tensor[0].first_piece--;
         metadata_free(m);
     }
+}
+
+/* Payloads may touch at a page; one byte more is an overlap. An alias has no pieces of its own, even right ones. */
+static void test_edges(void **state)
+{
+    (void)state;
+    struct small s;
+    void *buf;
+    size_t n;
+    for (uint64_t bytes = 4095; bytes <= 4097; bytes++) {
+        small_init(&s); /* c moves between the header of x.h5 and the second piece of a */
+        s.piece[0].file = 1;
+        s.piece[2].file = 0;
+        s.tensor[2].shape.dim[0] = s.piece[2].piece.box.len[0] = s.piece[2].piece.end = s.piece[2].bytes = bytes;
+        status *st = metadata_encode(&s.m, &buf, &n);
+        assert_int_equal(status_code(st), bytes <= 4096 ? ST_OK : ST_INTERNAL);
+        if (!st)
+            mem_free(buf);
+        status_free(st);
+    }
+    small_init(&s);
+    s.piece[3] = s.piece[2]; /* b gets a sound piece that holds it whole */
+    s.piece[2] = (struct meta_piece){ { { { 0 }, { 3, 5 } }, 0, 15 }, 0, 12288, 60, 3 };
+    s.tensor[1].piece_count = 1;
+    s.tensor[2].first_piece = 3;
+    s.m.piece_count = s.m.crc_count = 4;
+    expect_code(metadata_encode(&s.m, &buf, &n), ST_INTERNAL);
+    s.tensor[1].alias_of = NULL;
+    expect_code(metadata_encode(&s.m, &buf, &n), ST_OK);
+    mem_free(buf);
 }
 
 /* 200,000 pieces of a large model: 2-D boxes and ZeRO runs. */
@@ -632,7 +685,7 @@ int main(void)
         cmocka_unit_test(test_fuzz),           cmocka_unit_test(test_forged_names),
         cmocka_unit_test(test_forged_numbers), cmocka_unit_test(test_forged_counts),
         cmocka_unit_test(test_unknown_fields), cmocka_unit_test(test_encode_checks),
-        cmocka_unit_test(test_size),
+        cmocka_unit_test(test_edges),          cmocka_unit_test(test_size),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

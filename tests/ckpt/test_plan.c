@@ -21,6 +21,7 @@ struct list {
     uint64_t count;
     char *text;
     size_t text_bytes;
+    uint32_t local[1024]; /* each rank's next index */
 };
 
 static void list_open(struct list *l, uint64_t descs)
@@ -43,7 +44,9 @@ static uint64_t text(struct list *l, const char *s)
 
 static struct plan_desc *add(struct list *l, int rank, uint64_t name, enum dtype dtype, struct shape s, struct piece p)
 {
-    struct plan_desc *d = &l->desc[l->count];
+    if (!l->count)
+        memset(l->local, 0, sizeof l->local);
+    struct plan_desc *d = &l->desc[l->count++];
     *d = (struct plan_desc){ .part = 0,
                              .name = name,
                              .alias = UINT64_MAX,
@@ -52,7 +55,7 @@ static struct plan_desc *add(struct list *l, int rank, uint64_t name, enum dtype
                              .shape = s,
                              .piece = p,
                              .rank = rank,
-                             .local = (uint32_t)l->count++ };
+                             .local = l->local[rank]++ };
     return d;
 }
 
