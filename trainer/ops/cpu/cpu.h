@@ -27,12 +27,21 @@ static inline size_t task_count(int64_t n, int64_t each)
     return (size_t)((n + each - 1) / each);
 }
 
-/* A panel whose source has k outermost: dst[p][r] = src[p][r], p < k, r < count; zeros up to width. */
+/* A panel whose source has k outermost: dst[p][r] = src[p][r], p < k, r < count; zeros up to width (PANEL_M or
+ * PANEL_N). Whole panels copy a constant size, which the compiler turns into a few moves. */
 static inline void copy_panel(float *dst, int width, const float *src, int64_t ld, int64_t count, int64_t k)
 {
-    for (int64_t p = 0; p < k; p++) {
-        memcpy(dst + p * width, src + p * ld, (size_t)count * sizeof(float));
-        memset(dst + p * width + count, 0, (size_t)(width - count) * sizeof(float));
+    if (count == PANEL_M && width == PANEL_M) {
+        for (int64_t p = 0; p < k; p++)
+            memcpy(dst + p * PANEL_M, src + p * ld, PANEL_M * sizeof(float));
+    } else if (count == PANEL_N && width == PANEL_N) {
+        for (int64_t p = 0; p < k; p++)
+            memcpy(dst + p * PANEL_N, src + p * ld, PANEL_N * sizeof(float));
+    } else {
+        for (int64_t p = 0; p < k; p++) {
+            memcpy(dst + p * width, src + p * ld, (size_t)count * sizeof(float));
+            memset(dst + p * width + count, 0, (size_t)(width - count) * sizeof(float));
+        }
     }
 }
 
