@@ -283,6 +283,8 @@ static void check_keys(struct store *s)
     longest[STORE_KEY_BYTES] = 0; /* one too long, then the longest */
     FAILS(ST_INVALID, store_check_key(longest));
     longest[STORE_KEY_BYTES - 1] = 0;
+    segment[256] = 0; /* one too long, then the longest that every file system takes */
+    FAILS(ST_INVALID, store_check_key(segment));
     segment[255] = 0;
     const char *const good[] = { "a", "...", ".hidden", "a.b", "-", "_", "AZaz09._-", "x/.y/z", segment, longest };
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
