@@ -3,13 +3,13 @@
  *   file:PATH, file:///PATH or a bare PATH  a directory (made if it is missing)        store_posix.c
  *   mem:                                     this handle's own memory, for tests        store_mem.c
  *
- * Keys are relative paths ("step-000000000100/model-00000.a1b2.h5"): segments of 1 to 255 of [A-Za-z0-9._-], none "." or "..",
- * none beginning with ".tmp-" (names of unfinished objects, which lists leave out); store.c refuses others, so nothing outside
- * the root can be named. All functions may be called from any thread.
+ * Keys are relative paths ("step-000000000100/model-00000.a1b2.h5"): segments of 1 to 255 of [A-Za-z0-9._-], none "."
+ * or "..", none beginning with ".tmp-" (names of unfinished objects, which lists leave out); store.c refuses others, so
+ * nothing outside the root can be named. All functions may be called from any thread.
  *
- * Durability: what store_put and store_writer_finish have returned NULL for survives a crash of the machine. Nothing of a
- * writer is visible under its key before finish. An implementation must not print, must not keep buffers after return, and
- * reports short transfers as errors (store.c loops on partial ones). */
+ * Durability: what store_put and store_writer_finish have returned NULL for survives a crash of the machine. Nothing of
+ * a writer is visible under its key before finish. An implementation must not print, must not keep buffers after
+ * return, and reports short transfers as errors (store.c loops on partial ones). */
 #ifndef TESSERA_STORAGE_STORE_H
 #define TESSERA_STORAGE_STORE_H
 
@@ -49,25 +49,28 @@ enum { STORE_KEY_BYTES = 512 }; /* longest key, with its NUL */
 
 struct store_ops {
     const char *name;
-    const char *scheme; /* "file" */
+    const char *scheme;                                              /* "file" */
     status *(*open)(struct store *s, const char *path, bool create); /* path: what follows "scheme:" */
     void (*close)(struct store *s);
     status *(*put)(struct store *s, const char *key, const void *buf, size_t n, enum store_put_mode mode);
     /* up to n bytes from offset; *got = 0 at the end */
     status *(*get)(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got);
     status *(*stat)(struct store *s, const char *key, struct store_info *out);
-    /* children of dir ("" = root), not sorted; a missing dir has none. out is empty at the start; freed by store.c on error */
+    /* children of dir ("" = root), not sorted; a missing dir has none. out is empty at the start; freed by store.c on
+     * error */
     status *(*list)(struct store *s, const char *dir, struct store_list *out);
     /* one object or empty directory; missing is fine, EXISTS: a directory that is not empty */
     status *(*remove)(struct store *s, const char *key);
-    status *(*remove_tree)(struct store *s, const char *dir);  /* everything below; missing is fine */
+    status *(*remove_tree)(struct store *s, const char *dir); /* everything below; missing is fine */
     /* NULL: this store cannot. NOT_FOUND: no such dir; EXISTS: something is at `to` */
     status *(*rename_tree)(struct store *s, const char *from, const char *to);
-    /* remove what dead writers and puts left in dir, if their key has `mark` in its last segment. NULL: they leave nothing */
+    /* remove what dead writers and puts left in dir, if their key has `mark` in its last segment. NULL: they leave
+     * nothing */
     status *(*sweep)(struct store *s, const char *dir, const char *mark);
-    status *(*now)(struct store *s, uint64_t *ns);             /* the storage's clock */
+    status *(*now)(struct store *s, uint64_t *ns); /* the storage's clock */
     status *(*writer_open)(struct store_writer *w);
-    status *(*write)(struct store_writer *w, uint64_t offset, const void *buf, size_t n, size_t *put); /* may be partial */
+    status *(*write)(struct store_writer *w, uint64_t offset, const void *buf, size_t n,
+                     size_t *put);             /* may be partial */
     status *(*finish)(struct store_writer *w); /* durable and visible; frees impl, also on error */
     void (*abort)(struct store_writer *w);     /* nothing stays; frees impl */
     bool sequential;                           /* wants writes in file order */
@@ -84,6 +87,8 @@ status *store_open(const char *uri, bool create, struct store **out) WARN_UNUSED
 void store_close(struct store *s); /* NULL is fine */
 status *store_check_key(const char *key) WARN_UNUSED;
 
+/* The functions of the table, with keys checked, transfers looped until whole, and UNAVAILABLE retried with a bounded
+ * backoff. put: durable when it returns; at any time a reader sees the old object, the new one, or none. */
 status *store_put(struct store *s, const char *key, const void *buf, size_t n, enum store_put_mode mode) WARN_UNUSED;
 /* Exactly n bytes from offset; CORRUPT names key, offset and the length found when the object ends before. */
 status *store_get(struct store *s, const char *key, uint64_t offset, void *buf, size_t n) WARN_UNUSED;
@@ -94,15 +99,16 @@ status *store_list(struct store *s, const char *dir, struct store_list *out) WAR
 void store_list_free(struct store_list *l);
 status *store_remove(struct store *s, const char *key) WARN_UNUSED;
 status *store_remove_tree(struct store *s, const char *dir) WARN_UNUSED;
-status *store_rename_tree(struct store *s, const char *from, const char *to) WARN_UNUSED; /* UNSUPPORTED where it cannot */
+status *store_rename_tree(struct store *s, const char *from,
+                          const char *to) WARN_UNUSED; /* UNSUPPORTED where it cannot */
 status *store_sweep(struct store *s, const char *dir, const char *mark) WARN_UNUSED;
 status *store_now(struct store *s, uint64_t *ns) WARN_UNUSED;
 
 /* For backends: append a copy of name. */
 status *store_list_add(struct store_list *l, const char *name, const struct store_info *info) WARN_UNUSED;
 
-/* One writer an object; write from any thread at any offset below `bytes`, each byte at most once; then finish or abort, which
- * free w. Gaps that nobody wrote read back as zero (padding between datasets). */
+/* One writer an object; write from any thread at any offset below `bytes`, each byte at most once; then finish or
+ * abort, which free w. Gaps that nobody wrote read back as zero (padding between datasets). */
 status *store_writer_open(struct store *s, const char *key, uint64_t bytes, struct store_writer **out) WARN_UNUSED;
 status *store_write(struct store_writer *w, uint64_t offset, const void *buf, size_t n) WARN_UNUSED;
 status *store_writer_finish(struct store_writer *w) WARN_UNUSED;

@@ -8,69 +8,103 @@
 #include <yaml.h>
 
 #define ROW(type_, struct_, field_, key_, def_, min_, max_, choices_, unit_, help_)                                    \
-    { key_, type_, def_, min_, max_, choices_, unit_, help_, offsetof(struct struct_, field_) }
-#define TABLE(section_, rows_) { section_, rows_, sizeof(rows_) / sizeof((rows_)[0]) }
+    {                                                                                                                  \
+        key_, type_, def_, min_, max_, choices_, unit_, help_, offsetof(struct struct_, field_)                        \
+    }
+#define TABLE(section_, rows_)                                                                                         \
+    {                                                                                                                  \
+        section_, rows_, sizeof(rows_) / sizeof((rows_)[0])                                                            \
+    }
 
 static const struct option top_rows[] = {
     ROW(OPT_ENUM, top_config, device, "device", "cpu", 0, 0, "cpu|cuda", "", "where tensors live"),
-    ROW(OPT_ENUM, top_config, comm, "comm", "mpi", 0, 0, "mpi|self", "", "how ranks talk; self: one process without MPI"),
-    ROW(OPT_INT, top_config, threads, "threads", "0", 0, 1024, NULL, "", "compute threads of a rank; 0: cores / ranks on the host"),
+    ROW(OPT_ENUM, top_config, comm, "comm", "mpi", 0, 0, "mpi|self", "",
+        "how ranks talk; self: one process without MPI"),
+    ROW(OPT_INT, top_config, threads, "threads", "0", 0, 1024, NULL, "",
+        "compute threads of a rank; 0: cores / ranks on the host"),
 };
 static const struct option run_rows[] = {
     ROW(OPT_STRING, run_config, name, "name", NULL, 0, 0, NULL, "", "name of the run, in logs and metrics"),
     ROW(OPT_STRING, run_config, dir, "dir", "", 0, 0, NULL, "", "folder for metrics.jsonl; empty: runs/NAME"),
-    ROW(OPT_INT, run_config, seed, "seed", "0", 0, 9e15, NULL, "", "seed of initialisation, shuffling and every other draw"),
+    ROW(OPT_INT, run_config, seed, "seed", "0", 0, 9e15, NULL, "",
+        "seed of initialisation, shuffling and every other draw"),
 };
 static const struct option data_rows[] = {
-    ROW(OPT_STRING, data_config, sft, "sft", "", 0, 0, NULL, "", "JSONL of prompt/completion or messages rows, for SFT"),
+    ROW(OPT_STRING, data_config, sft, "sft", "", 0, 0, NULL, "",
+        "JSONL of prompt/completion or messages rows, for SFT"),
     ROW(OPT_STRING, data_config, prefs, "prefs", "", 0, 0, NULL, "", "JSONL of prompt/chosen/rejected rows, for DPO"),
-    ROW(OPT_STRING, data_config, heldout, "heldout", "", 0, 0, NULL, "", "JSONL of preference rows for evaluation; empty: none"),
-    ROW(OPT_INT, data_config, max_length, "max_length", "1024", 8, 1 << 20, NULL, "tokens", "longer sequences are cut at their end"),
+    ROW(OPT_STRING, data_config, heldout, "heldout", "", 0, 0, NULL, "",
+        "JSONL of preference rows for evaluation; empty: none"),
+    ROW(OPT_INT, data_config, max_length, "max_length", "1024", 8, 1 << 20, NULL, "tokens",
+        "longer sequences are cut at their end"),
 };
 static const struct option algo_rows[] = {
     ROW(OPT_STRING, algo_choice, kind, "kind", NULL, 0, 0, NULL, "", "the algorithm: sft, dpo"),
-    ROW(OPT_INT, algo_choice, warmup_sft_steps, "warmup_sft_steps", "0", 0, 1e9, NULL, "steps", "SFT steps before the algorithm starts, part of train.steps"),
-    ROW(OPT_FLOAT, algo_choice, warmup_sft_lr, "warmup_sft_lr", "0", 0, 1, NULL, "", "peak learning rate of those steps; 0: optim.lr"),
+    ROW(OPT_INT, algo_choice, warmup_sft_steps, "warmup_sft_steps", "0", 0, 1e9, NULL, "steps",
+        "SFT steps before the algorithm starts, part of train.steps"),
+    ROW(OPT_FLOAT, algo_choice, warmup_sft_lr, "warmup_sft_lr", "0", 0, 1, NULL, "",
+        "peak learning rate of those steps; 0: optim.lr"),
 };
 static const struct option train_rows[] = {
-    ROW(OPT_INT, train_config, steps, "steps", NULL, 1, 1e12, NULL, "steps", "optimiser steps in all, SFT warm-up included"),
-    ROW(OPT_INT, train_config, global_batch, "global_batch", NULL, 1, 1 << 20, NULL, "rows", "rows (sequences or pairs) an optimiser step"),
-    ROW(OPT_INT, train_config, micro_batch, "micro_batch", "1", 1, 1 << 20, NULL, "rows", "rows of one forward pass; divides global_batch"),
-    ROW(OPT_INT, train_config, lanes, "lanes", "8", 1, 64, NULL, "", "summation lanes of deterministic mode: a power of two, at least dp"),
-    ROW(OPT_INT, train_config, eval_every, "eval_every", "0", 0, 1e12, NULL, "steps", "evaluate on data.heldout; 0: only at the end"),
+    ROW(OPT_INT, train_config, steps, "steps", NULL, 1, 1e12, NULL, "steps",
+        "optimiser steps in all, SFT warm-up included"),
+    ROW(OPT_INT, train_config, global_batch, "global_batch", NULL, 1, 1 << 20, NULL, "rows",
+        "rows (sequences or pairs) an optimiser step"),
+    ROW(OPT_INT, train_config, micro_batch, "micro_batch", "1", 1, 1 << 20, NULL, "rows",
+        "rows of one forward pass; divides global_batch"),
+    ROW(OPT_INT, train_config, lanes, "lanes", "8", 1, 64, NULL, "",
+        "summation lanes of deterministic mode: a power of two, at least dp"),
+    ROW(OPT_INT, train_config, eval_every, "eval_every", "0", 0, 1e12, NULL, "steps",
+        "evaluate on data.heldout; 0: only at the end"),
     ROW(OPT_INT, train_config, log_every, "log_every", "10", 1, 1e12, NULL, "steps", "steps between progress lines"),
-    ROW(OPT_BOOL, train_config, deterministic, "deterministic", "true", 0, 0, NULL, "", "the same bits for any number of ranks up to lanes"),
+    ROW(OPT_BOOL, train_config, deterministic, "deterministic", "true", 0, 0, NULL, "",
+        "the same bits for any number of ranks up to lanes"),
 };
 static const struct option parallel_rows[] = {
     ROW(OPT_INT, parallel_config, pp, "pp", "1", 1, 1, NULL, "ranks", "pipeline stages"),
-    ROW(OPT_INT, parallel_config, dp, "dp", "0", 0, 1 << 20, NULL, "ranks", "data-parallel ranks; 0: all that mpirun started"),
+    ROW(OPT_INT, parallel_config, dp, "dp", "0", 0, 1 << 20, NULL, "ranks",
+        "data-parallel ranks; 0: all that mpirun started"),
     ROW(OPT_INT, parallel_config, ep, "ep", "1", 1, 1, NULL, "ranks", "expert-parallel ranks"),
     ROW(OPT_INT, parallel_config, cp, "cp", "1", 1, 1, NULL, "ranks", "context-parallel ranks"),
     ROW(OPT_INT, parallel_config, tp, "tp", "1", 1, 1, NULL, "ranks", "tensor-parallel ranks"),
-    ROW(OPT_INT, parallel_config, zero, "zero", "1", 0, 1, NULL, "", "ZeRO stage: 0 replicates optimiser state, 1 shards it"),
-    ROW(OPT_SIZE, parallel_config, bucket, "bucket", "16MiB", 4096, 4e9, NULL, "bytes", "gradient bytes reduced at a time"),
+    ROW(OPT_INT, parallel_config, zero, "zero", "1", 0, 1, NULL, "",
+        "ZeRO stage: 0 replicates optimiser state, 1 shards it"),
+    ROW(OPT_SIZE, parallel_config, bucket, "bucket", "16MiB", 4096, 4e9, NULL, "bytes",
+        "gradient bytes reduced at a time"),
 };
 static const struct option memory_rows[] = {
-    ROW(OPT_SIZE, memory_config, activations, "activations", "0", 0, 0, NULL, "bytes", "cap on a rank's activations; 0: none"),
+    ROW(OPT_SIZE, memory_config, activations, "activations", "0", 0, 0, NULL, "bytes",
+        "cap on a rank's activations; 0: none"),
 };
 static const struct option checkpoint_rows[] = {
-    ROW(OPT_STRING, checkpoint_config, url, "url", "", 0, 0, NULL, "", "where steps are saved: file:PATH; empty: no checkpoints"),
-    ROW(OPT_STRING, checkpoint_config, resume, "resume", "newest-valid", 0, 0, NULL, "", "newest-valid, never, or a step number"),
-    ROW(OPT_INT, checkpoint_config, every, "every", "100", 0, 1e12, NULL, "steps", "steps between saves; 0: only at the end"),
-    ROW(OPT_INT, checkpoint_config, keep_last, "keep_last", "3", 0, 1e6, NULL, "steps", "committed steps that stay; 0: all"),
+    ROW(OPT_STRING, checkpoint_config, url, "url", "", 0, 0, NULL, "",
+        "where steps are saved: file:PATH; empty: no checkpoints"),
+    ROW(OPT_STRING, checkpoint_config, resume, "resume", "newest-valid", 0, 0, NULL, "",
+        "newest-valid, never, or a step number"),
+    ROW(OPT_INT, checkpoint_config, every, "every", "100", 0, 1e12, NULL, "steps",
+        "steps between saves; 0: only at the end"),
+    ROW(OPT_INT, checkpoint_config, keep_last, "keep_last", "3", 0, 1e6, NULL, "steps",
+        "committed steps that stay; 0: all"),
     ROW(OPT_INT, checkpoint_config, writers, "writers", "1", 1, 64, NULL, "", "writer threads of a rank"),
-    ROW(OPT_INT, checkpoint_config, lease_seconds, "lease_seconds", "30", 1, 86400, NULL, "s", "a job silent for this long is taken for dead"),
-    ROW(OPT_SIZE, checkpoint_config, staging_bytes, "staging_bytes", "0", 0, 0, NULL, "bytes", "cap on a rank's staging memory; 0: what it writes in a save"),
-    ROW(OPT_SIZE, checkpoint_config, chunk_bytes, "chunk_bytes", "16MiB", 1 << 20, 1 << 30, NULL, "bytes", "unit of capture and writing"),
+    ROW(OPT_INT, checkpoint_config, lease_seconds, "lease_seconds", "30", 1, 86400, NULL, "s",
+        "a job silent for this long is taken for dead"),
+    ROW(OPT_SIZE, checkpoint_config, staging_bytes, "staging_bytes", "0", 0, 0, NULL, "bytes",
+        "cap on a rank's staging memory; 0: what it writes in a save"),
+    ROW(OPT_SIZE, checkpoint_config, chunk_bytes, "chunk_bytes", "16MiB", 1 << 20, 1 << 30, NULL, "bytes",
+        "unit of capture and writing"),
     ROW(OPT_BOOL, checkpoint_config, async, "async", "true", 0, 0, NULL, "", "save while training goes on"),
-    ROW(OPT_BOOL, checkpoint_config, rewind, "rewind", "false", 0, 0, NULL, "", "allow starting below the newest step; later ones are retired"),
-    ROW(OPT_BOOL, checkpoint_config, state_hash, "state_hash", "false", 0, 0, NULL, "", "log a hash of the whole state at every save and resume"),
-    ROW(OPT_ENUM, checkpoint_config, on_error, "on_error", "warn", 0, 0, "warn|stop", "", "what a failed save does to training"),
+    ROW(OPT_BOOL, checkpoint_config, rewind, "rewind", "false", 0, 0, NULL, "",
+        "allow starting below the newest step; later ones are retired"),
+    ROW(OPT_BOOL, checkpoint_config, state_hash, "state_hash", "false", 0, 0, NULL, "",
+        "log a hash of the whole state at every save and resume"),
+    ROW(OPT_ENUM, checkpoint_config, on_error, "on_error", "warn", 0, 0, "warn|stop", "",
+        "what a failed save does to training"),
 };
 
 static const struct option_table top_table = TABLE("", top_rows), run_table = TABLE("run", run_rows),
                                  data_table = TABLE("data", data_rows), algo_table = TABLE("algo", algo_rows),
-                                 train_table = TABLE("train", train_rows), parallel_table = TABLE("parallel", parallel_rows),
+                                 train_table = TABLE("train", train_rows),
+                                 parallel_table = TABLE("parallel", parallel_rows),
                                  memory_table = TABLE("memory", memory_rows),
                                  checkpoint_table = TABLE("checkpoint", checkpoint_rows);
 
@@ -121,7 +155,8 @@ struct assignments {
     size_t count, cap;
 };
 
-static status *assign(struct assignments *l, const char *section, const char *key, const char *value, const char *where, bool replace)
+static status *assign(struct assignments *l, const char *section, const char *key, const char *value, const char *where,
+                      bool replace)
 {
     struct assignment n = { .value = value };
     if (snprintf(n.section, sizeof n.section, "%s", section) >= (int)sizeof n.section ||
@@ -133,7 +168,8 @@ static status *assign(struct assignments *l, const char *section, const char *ke
         if (strcmp(old->section, section) || strcmp(old->key, key))
             continue;
         if (!replace)
-            return ERR(INVALID, "%s: key %s%s%s was set before, at %s", where, section, *section ? "." : "", key, old->where);
+            return ERR(INVALID, "%s: key %s%s%s was set before, at %s", where, section, *section ? "." : "", key,
+                       old->where);
         *old = n;
         return NULL;
     }
@@ -157,7 +193,8 @@ static const char *scalar_text(const yaml_node_t *n)
     return plain && (!strcmp(s, "~") || !strcmp(s, "null")) ? "" : s;
 }
 
-static status *walk_section(yaml_document_t *doc, const yaml_node_t *map, const char *section, const char *name, struct assignments *out)
+static status *walk_section(yaml_document_t *doc, const yaml_node_t *map, const char *section, const char *name,
+                            struct assignments *out)
 {
     for (const yaml_node_pair_t *p = map->data.mapping.pairs.start; p < map->data.mapping.pairs.top; p++) {
         const yaml_node_t *k = yaml_document_get_node(doc, p->key), *v = yaml_document_get_node(doc, p->value);
@@ -171,8 +208,8 @@ static status *walk_section(yaml_document_t *doc, const yaml_node_t *map, const 
         else if (v->type == YAML_MAPPING_NODE && !*section)
             TRY(walk_section(doc, v, key, name, out));
         else
-            return ERR(INVALID, "%s: %s%s%s must have a single value, not a %s", where, section, *section ? "." : "", key,
-                       v->type == YAML_SEQUENCE_NODE ? "list" : "section");
+            return ERR(INVALID, "%s: %s%s%s must have a single value, not a %s", where, section, *section ? "." : "",
+                       key, v->type == YAML_SEQUENCE_NODE ? "list" : "section");
     }
     return NULL;
 }
@@ -185,7 +222,8 @@ static status *read_yaml(const char *text, size_t bytes, const char *name, yaml_
     yaml_parser_set_input_string(&parser, (const unsigned char *)text, bytes);
     status *st = NULL;
     if (!yaml_parser_load(&parser, doc))
-        st = ERR(INVALID, "%s:%zu: not YAML: %s", name, parser.problem_mark.line + 1, parser.problem ? parser.problem : "unreadable");
+        st = ERR(INVALID, "%s:%zu: not YAML: %s", name, parser.problem_mark.line + 1,
+                 parser.problem ? parser.problem : "unreadable");
     yaml_parser_delete(&parser);
     return st;
 }
@@ -246,8 +284,8 @@ static status *check_required(const struct sections *all, const struct assignmen
         for (size_t r = 0; r < t->count; r++) {
             const char *where;
             if (!t->rows[r].def && !value_of(l, t->section, t->rows[r].key, &where))
-                return ERR(INVALID, "%s: key %s%s%s is required: %s", name, t->section, *t->section ? "." : "", t->rows[r].key,
-                           t->rows[r].help);
+                return ERR(INVALID, "%s: key %s%s%s is required: %s", name, t->section, *t->section ? "." : "",
+                           t->rows[r].key, t->rows[r].help);
         }
     }
     return NULL;
@@ -258,10 +296,11 @@ static status *check_together(const struct config *c, const char *name)
 {
     const struct train_config *t = &c->train;
     if (t->global_batch % t->micro_batch)
-        return ERR(INVALID, "%s: train.micro_batch %lld does not divide train.global_batch %lld", name, (long long)t->micro_batch,
-                   (long long)t->global_batch);
+        return ERR(INVALID, "%s: train.micro_batch %lld does not divide train.global_batch %lld", name,
+                   (long long)t->micro_batch, (long long)t->global_batch);
     if (t->lanes & (t->lanes - 1))
-        return ERR(INVALID, "%s: train.lanes must be a power of two (1, 2, 4, ... 64), not %lld", name, (long long)t->lanes);
+        return ERR(INVALID, "%s: train.lanes must be a power of two (1, 2, 4, ... 64), not %lld", name,
+                   (long long)t->lanes);
     bool sft = c->algo_ops->data == DATASET_SFT;
     if (sft && c->algo.warmup_sft_steps)
         return ERR(INVALID, "%s: algo.warmup_sft_steps is for algorithms other than sft", name);
@@ -274,7 +313,8 @@ static status *check_together(const struct config *c, const char *name)
         return ERR(INVALID, "%s: data.prefs is required: a JSONL file of prompt/chosen/rejected rows", name);
     const char *resume = c->checkpoint.resume;
     if (strcmp(resume, "newest-valid") && strcmp(resume, "never") && (!*resume || resume[strspn(resume, "0123456789")]))
-        return ERR(INVALID, "%s: checkpoint.resume: \"%s\" is not one of newest-valid, never, or a step number", name, resume);
+        return ERR(INVALID, "%s: checkpoint.resume: \"%s\" is not one of newest-valid, never, or a step number", name,
+                   resume);
     status *st = c->model_ops->check ? c->model_ops->check(c->model) : NULL;
     return st ? status_wrap(st, "%s", name) : NULL;
 }
@@ -318,7 +358,8 @@ static status *fill(struct config *c, const struct assignments *l, const char *n
     return check_together(c, name);
 }
 
-status *config_parse(const char *text, size_t bytes, const char *name, int overrides, char **override, struct config **out)
+status *config_parse(const char *text, size_t bytes, const char *name, int overrides, char **override,
+                     struct config **out)
 {
     yaml_document_t doc;
     TRY(read_yaml(text, bytes, name, &doc));
@@ -356,7 +397,8 @@ static status *read_file(const char *path, char **text, size_t *bytes)
         return NULL;
     }
     mem_free(buf);
-    return buf ? ERR(INVALID, "config %s: %s", path, bad ? "cannot be read (a folder?)" : "larger than 1 MiB") : ERR(NO_MEMORY, "config %s", path);
+    return buf ? ERR(INVALID, "config %s: %s", path, bad ? "cannot be read (a folder?)" : "larger than 1 MiB")
+               : ERR(NO_MEMORY, "config %s", path);
 }
 
 status *config_load(struct comm *world, const char *path, int overrides, char **override, struct config **out)
@@ -396,7 +438,8 @@ status *config_text(const struct config *c, char **out)
             const struct option_table *t = all.s[i].table;
             char value[4096];
             options_get(t, t->rows[r].key, all.s[i].base, value, sizeof value);
-            n += (size_t)snprintf(text + n, cap - n, "%s%s%s=%s\n", t->section, *t->section ? "." : "", t->rows[r].key, value);
+            n += (size_t)snprintf(text + n, cap - n, "%s%s%s=%s\n", t->section, *t->section ? "." : "", t->rows[r].key,
+                                  value);
         }
     if (n >= cap) {
         mem_free(text);
@@ -409,7 +452,8 @@ status *config_text(const struct config *c, char **out)
 /* Keys that define numeric state: another value would go on with another run. */
 static bool defines_state(const char *key)
 {
-    static const char *const exact[] = { "run.seed", "data.sft", "data.prefs", "data.max_length", "algo.kind", "algo.warmup_sft_steps",
+    static const char *const exact[] = { "run.seed",          "data.sft",  "data.prefs",
+                                         "data.max_length",   "algo.kind", "algo.warmup_sft_steps",
                                          "train.global_batch" };
     for (size_t i = 0; i < sizeof exact / sizeof exact[0]; i++)
         if (!strcmp(key, exact[i]))
@@ -448,7 +492,8 @@ status *config_compare(const struct config *c, const char *stored, char *note, s
         if (differs && (defines_state(key) || !is_place(key))) {
             char *to = defines_state(key) ? refused : note;
             size_t size = defines_state(key) ? sizeof refused : note_bytes, n = strlen(to);
-            snprintf(to + n, size - n, "%s%s: %.*s -> %.*s", n ? "; " : "", key, (int)old_len, old, (int)new_len, p + key_len + 1);
+            snprintf(to + n, size - n, "%s%s: %.*s -> %.*s", n ? "; " : "", key, (int)old_len, old, (int)new_len,
+                     p + key_len + 1);
         }
         p += line + (p[line] == '\n');
     }
@@ -458,8 +503,9 @@ status *config_compare(const struct config *c, const char *stored, char *note, s
 
 void config_help(FILE *to)
 {
-    static const struct option_table *const common[] = { &top_table,   &run_table,      &data_table,   &algo_table,      &train_table,
-                                                         &optim_options, &parallel_table, &memory_table, &checkpoint_table };
+    static const struct option_table *const common[] = { &top_table,      &run_table,    &data_table,
+                                                         &algo_table,     &train_table,  &optim_options,
+                                                         &parallel_table, &memory_table, &checkpoint_table };
     for (size_t i = 0; i < sizeof common / sizeof common[0]; i++)
         options_help(common[i], to);
     for (int i = 0; model_registry[i]; i++) {

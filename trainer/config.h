@@ -1,7 +1,8 @@
 /* config: a YAML recipe and key=value overrides -> one checked struct. The only user of libyaml.
  *
- * Every key is a row of the component that owns it (comm/base/options.h). Rank 0 reads the file; every rank parses the same text. Unknown keys,
- * wrong types, out-of-range values, duplicates and missing required keys are INVALID with file, line and the legal values. */
+ * Every key is a row of the component that owns it (comm/base/options.h). Rank 0 reads the file; every rank parses the
+ * same text. Unknown keys, wrong types, out-of-range values, duplicates and missing required keys are INVALID with
+ * file, line and the legal values. */
 #ifndef TESSERA_TRAINER_CONFIG_H
 #define TESSERA_TRAINER_CONFIG_H
 
@@ -70,16 +71,21 @@ struct config {
     void *model, *algo_own; /* the model's and the algorithm's structs */
 };
 
-/* Read `path` on rank 0, give its text to all, parse, apply overrides ("train.steps=10"), check what single rows cannot. Collective. */
-status *config_load(struct comm *world, const char *path, int overrides, char **override, struct config **out) WARN_UNUSED;
+/* Read `path` on rank 0, give its text to all, parse, apply overrides ("train.steps=10"), check what single rows
+ * cannot. Collective. */
+status *config_load(struct comm *world, const char *path, int overrides, char **override,
+                    struct config **out) WARN_UNUSED;
 /* The same from text; `name` stands for the file in messages. Not collective. */
-status *config_parse(const char *text, size_t bytes, const char *name, int overrides, char **override, struct config **out) WARN_UNUSED;
+status *config_parse(const char *text, size_t bytes, const char *name, int overrides, char **override,
+                     struct config **out) WARN_UNUSED;
 void config_free(struct config *c); /* NULL is fine */
 
-/* Every key with its value, one "key=value" a line, sorted by section: what a checkpoint stores. The caller frees it (mem_free). */
+/* Every key with its value, one "key=value" a line, sorted by section: what a checkpoint stores. The caller frees it
+ * (mem_free). */
 status *config_text(const struct config *c, char **out) WARN_UNUSED;
-/* Compare with a stored text. Keys that define numeric state (model, seed, data files, batch, algorithm, lanes) and differ: INVALID with all of them.
- * Other differences are written to `note`, "key: old -> new" separated by "; " (cut to fit). */
+/* Compare with a stored text. Keys that define numeric state (model, seed, data files, batch, algorithm, lanes) and
+ * differ: INVALID with all of them. Other differences are written to `note`, "key: old -> new" separated by "; " (cut
+ * to fit). */
 status *config_compare(const struct config *c, const char *stored, char *note, size_t note_bytes) WARN_UNUSED;
 
 /* All options of all components, for people. */

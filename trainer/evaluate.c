@@ -8,7 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Rows of chunk k: the data set in file order, micro_batch rows at a time. A sequence's bits do not depend on its pack. */
+/* Rows of chunk k: the data set in file order, micro_batch rows at a time. A sequence's bits do not depend on its pack.
+ */
 static uint32_t chunk_rows(const struct trainer *t, const struct dataset *d, uint64_t k, uint64_t *row)
 {
     uint64_t mb = (uint64_t)t->cfg->train.micro_batch, first = k * mb, n = d->rows - first < mb ? d->rows - first : mb;
@@ -79,7 +80,8 @@ status *bootstrap_by_group(const uint8_t *right, const uint64_t *group, uint64_t
     uint64_t(*key)[2] = mem_array(NULL, n, sizeof *key);
     uint32_t *count = mem_array(NULL, n, sizeof *count), *hits = mem_array(NULL, n, sizeof *hits);
     double *mean = mem_array(NULL, RESAMPLES, sizeof *mean);
-    status *st = key && count && hits && mean ? NULL : ERR(NO_MEMORY, "bootstrap over %llu rows", (unsigned long long)n);
+    status *st =
+        key && count && hits && mean ? NULL : ERR(NO_MEMORY, "bootstrap over %llu rows", (unsigned long long)n);
     if (!st) {
         uint64_t total = 0;
         for (uint64_t i = 0; i < n; i++) {
@@ -98,7 +100,8 @@ status *bootstrap_by_group(const uint8_t *right, const uint64_t *group, uint64_t
             mean[r] = (double)right_rows / (double)rows;
         }
         qsort(mean, RESAMPLES, sizeof *mean, by_value);
-        *out = (struct interval){ (double)total / (double)n, mean[RESAMPLES * 25 / 1000], mean[RESAMPLES * 975 / 1000 - 1] };
+        *out = (struct interval){ (double)total / (double)n, mean[RESAMPLES * 25 / 1000],
+                                  mean[RESAMPLES * 975 / 1000 - 1] };
     }
     mem_free(key);
     mem_free(count);
@@ -114,8 +117,7 @@ status *evaluate_heldout(struct trainer *t)
         return NULL;
     TRY(evaluate_logps(t, d, &t->heldout_pack, t->heldout_sums));
     uint8_t *right = mem_calloc(d->rows, 1);
-    if (!right)
-        return ERR(NO_MEMORY, "evaluation of %llu rows", (unsigned long long)d->rows);
+    TRY(comm_agree(t->world, right ? NULL : ERR(NO_MEMORY, "evaluation of %llu rows", (unsigned long long)d->rows)));
     const double *now = t->heldout_sums, *ref = t->ref_heldout.logp;
     double margin = 0, preferred = 0;
     for (uint64_t i = 0; i < d->rows; i++) {
@@ -130,7 +132,7 @@ status *evaluate_heldout(struct trainer *t)
     struct interval ci;
     status *st = bootstrap_by_group(right, d->group, d->rows, (uint64_t)t->cfg->run.seed, &ci);
     mem_free(right);
-    TRY(st);
+    TRY(comm_agree(t->world, st));
     double n = (double)d->rows;
     metrics_begin(t->metrics, "eval", t->step);
     metrics_integer(t->metrics, "rows", d->rows);
@@ -140,11 +142,14 @@ status *evaluate_heldout(struct trainer *t)
         metrics_number(t->metrics, "rewards/accuracy_lo", ci.lo);
         metrics_number(t->metrics, "rewards/accuracy_hi", ci.hi);
         metrics_number(t->metrics, "logps/margin", margin / n);
-        metrics_say(t->metrics, "step %llu: held-out reward accuracy %.4f (95 %% interval by problem %.4f to %.4f, %llu pairs); chosen more likely than rejected: %.4f",
+        metrics_say(t->metrics,
+                    "step %llu: held-out reward accuracy %.4f (95 %% interval by problem %.4f to %.4f, %llu pairs); "
+                    "chosen more likely than rejected: %.4f",
                     (unsigned long long)t->step, ci.mean, ci.lo, ci.hi, (unsigned long long)d->rows, preferred / n);
     } else {
-        metrics_say(t->metrics, "step %llu: held-out pairs whose chosen solution is the more likely one: %.4f of %llu", (unsigned long long)t->step,
-                    preferred / n, (unsigned long long)d->rows);
+        metrics_say(t->metrics, "step %llu: held-out pairs whose chosen solution is the more likely one: %.4f of %llu",
+                    (unsigned long long)t->step, preferred / n, (unsigned long long)d->rows);
     }
-    return metrics_end(t->metrics);
+    metrics_end(t->metrics);
+    return NULL;
 }

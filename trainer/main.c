@@ -1,4 +1,5 @@
-/* tessera: the program. `tessera train CONFIG [key=value ...]`, `tessera ckpt ...`, `tessera data ...`. Errors are printed here, once. */
+/* tessera: the program. `tessera train CONFIG [key=value ...]`, `tessera ckpt ...`, `tessera data ...`. Errors are
+ * printed here, once. */
 #include "ckpt/ckpt.h"
 #include "comm/agree.h"
 #include "trainer/config.h"
@@ -8,7 +9,8 @@
 #include <stdio.h>
 #include <string.h>
 
-static const char usage[] = "usage: tessera train CONFIG [key=value ...]     train, under mpirun or srun; resumes from the newest valid checkpoint\n"
+static const char usage[] = "usage: tessera train CONFIG [key=value ...]     train, under mpirun or srun; resumes from "
+                            "the newest valid checkpoint\n"
                             "       tessera train --help-config              every key of a config\n"
                             "       tessera ckpt ls|show|verify URL ...      look at checkpoints\n"
                             "       tessera data prepare|show ...            make and look at training data\n";

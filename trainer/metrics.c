@@ -174,10 +174,10 @@ void metrics_text(struct metrics *m, const char *key, const char *v)
     add(m, ", \"%s\": \"%s\"", key, escaped);
 }
 
-status *metrics_end(struct metrics *m)
+void metrics_end(struct metrics *m)
 {
     if (!m)
-        return NULL;
+        return;
     memcpy(m->line + m->used, "}\n", 3);
     size_t n = m->used + 2;
     for (size_t done = 0; done < n;) {
@@ -185,14 +185,13 @@ status *metrics_end(struct metrics *m)
         if (w < 0 && errno == EINTR)
             continue;
         if (w <= 0) {
-            int e = errno;
-            bool first = !m->failed;
+            if (!m->failed)
+                metrics_say(m, "warning: %s cannot be written: %s", m->path, strerror(errno));
             m->failed = true;
-            return first ? ERR_SYS(e, "write %s", m->path) : NULL;
+            return;
         }
         done += (size_t)w;
     }
-    return NULL;
 }
 
 static int time_text(double seconds, char *text, size_t bytes)
@@ -218,8 +217,9 @@ void metrics_progress(struct metrics *m, const struct progress_line *p, bool due
     if (p->save_percent >= 0)
         snprintf(save, sizeof save, "  save %" PRIu64 ": %s %d%%", p->save_step, p->save_phase, p->save_percent);
     time_text(p->eta_s, eta, sizeof eta);
-    fprintf(stderr, "%s%s%s%s %" PRIu64 "/%" PRIu64 "  loss %.5f%s  %.0f tok/s  eta %s%s%s", m->terminal ? "\r\033[K[" : "", bar,
-            m->terminal ? "] " : "", p->phase, p->step, p->steps, p->loss, accuracy, p->tokens_per_s, eta, save, m->terminal ? "" : "\n");
+    fprintf(stderr, "%s%s%s%s %" PRIu64 "/%" PRIu64 "  loss %.5f%s  %.0f tok/s  eta %s%s%s",
+            m->terminal ? "\r\033[K[" : "", bar, m->terminal ? "] " : "", p->phase, p->step, p->steps, p->loss,
+            accuracy, p->tokens_per_s, eta, save, m->terminal ? "" : "\n");
     m->bar_shown = m->terminal;
 }
 

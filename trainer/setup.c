@@ -1,4 +1,5 @@
-/* setup: opens what a run needs, in order, and closes it in reverse. Every step that can fail on one rank alone ends in comm_agree. */
+/* setup: opens what a run needs, in order, and closes it in reverse. Every step that can fail on one rank alone ends in
+ * comm_agree. */
 #include "trainer/trainer.h"
 
 #include "comm/agree.h"
@@ -28,14 +29,18 @@ static status *open_data(struct trainer *t)
     return *c->heldout ? dataset_open(c->heldout, DATASET_PREFS, max, &t->heldout) : NULL;
 }
 
-static status *add_phase(struct trainer *t, const struct algo_ops *algo, const void *config, struct dataset *d, double lr, uint64_t steps)
+static status *add_phase(struct trainer *t, const struct algo_ops *algo, const void *config, struct dataset *d,
+                         double lr, uint64_t steps)
 {
     const struct train_config *c = &t->cfg->train;
     struct phase *p = &t->phase[t->phases];
-    *p = (struct phase){ .name = algo->name, .algo = algo, .algo_config = config, .data = d, .peak_lr = lr, .steps = steps };
+    *p = (struct phase){
+        .name = algo->name, .algo = algo, .algo_config = config, .data = d, .peak_lr = lr, .steps = steps
+    };
     p->first_step = t->phases ? p[-1].first_step + p[-1].steps : 0;
     t->phases++;
-    TRY(stream_init(&p->stream, d, (uint64_t)t->cfg->run.seed, (uint32_t)c->global_batch, (uint32_t)c->micro_batch, true));
+    TRY(stream_init(&p->stream, d, (uint64_t)t->cfg->run.seed, (uint32_t)c->global_batch, (uint32_t)c->micro_batch,
+                    true));
     return pack_init(&p->pack, d, (uint32_t)c->micro_batch);
 }
 
@@ -55,7 +60,8 @@ static status *open_phases(struct trainer *t)
 
 static status *open_scratch(struct trainer *t)
 {
-    int64_t tokens = 1, segments = 2 * t->cfg->train.micro_batch, k = t->cfg->train.global_batch / t->cfg->train.micro_batch;
+    int64_t tokens = 1, segments = 2 * t->cfg->train.micro_batch,
+            k = t->cfg->train.global_batch / t->cfg->train.micro_batch;
     for (int i = 0; i < t->phases; i++)
         if (t->phase[i].pack.cap_tokens > tokens)
             tokens = t->phase[i].pack.cap_tokens;
@@ -63,7 +69,9 @@ static status *open_scratch(struct trainer *t)
     t->scratch = mem_array(NULL, (size_t)segments * 5, sizeof *t->scratch);
     t->scalar = mem_calloc((size_t)k * ALGO_METRICS, sizeof *t->scalar);
     t->heldout_sums = t->heldout ? mem_array(NULL, t->heldout->rows * 2, sizeof *t->heldout_sums) : NULL;
-    return t->dlogp && t->scratch && t->scalar && (!t->heldout || t->heldout_sums) ? NULL : ERR(NO_MEMORY, "work space of a step");
+    return t->dlogp && t->scratch && t->scalar && (!t->heldout || t->heldout_sums)
+               ? NULL
+               : ERR(NO_MEMORY, "work space of a step");
 }
 
 /* --- numbers */
@@ -98,7 +106,9 @@ static status *open_model(struct trainer *t, int ranks_here)
     static const char *const devices[] = { "cpu", "cuda" };
     TRY(device_open(devices[t->cfg->top.device], 0, &t->device));
     if (!t->device->host)
-        return ERR(UNSUPPORTED, "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only", t->device->ops->name);
+        return ERR(UNSUPPORTED,
+                   "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only",
+                   t->device->ops->name);
     TRY(workers_open(threads_of(t, ranks_here), &t->workers));
     TRY(model_open(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &t->model));
     TRY(params_alloc(&t->model->params, true));
@@ -125,7 +135,8 @@ static status *dry_run(struct trainer *t, struct pack *p)
     tape_begin(t->tape, TAPE_DRY);
     struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->in);
     (void)op_logprob(t->tape, h, t->model->ops->head(t->model), p->target, 1.0f);
-    return status_wrap(tape_end(t->tape), "a micro-batch of %u rows, the longest has %" PRIu64 " tokens", p->cap_rows, best);
+    return status_wrap(tape_end(t->tape), "a micro-batch of %u rows, the longest has %" PRIu64 " tokens", p->cap_rows,
+                       best);
 }
 
 static status *dry_runs(struct trainer *t)
@@ -141,10 +152,13 @@ static status *dry_runs(struct trainer *t)
 static status *open_zero(struct trainer *t)
 {
     const struct config *c = t->cfg;
-    t->mesh = (struct mesh){ { (int)c->parallel.pp, (int)c->parallel.dp, (int)c->parallel.ep, (int)c->parallel.cp, (int)c->parallel.tp } };
+    t->mesh = (struct mesh){ { (int)c->parallel.pp, (int)c->parallel.dp, (int)c->parallel.ep, (int)c->parallel.cp,
+                               (int)c->parallel.tp } };
     TRY(mesh_init(&t->mesh, t->world->size));
     TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->dp));
-    struct zero_options o = { .stage = (int)c->parallel.zero, .deterministic = c->train.deterministic, .lanes = (int)c->train.lanes,
+    struct zero_options o = { .stage = (int)c->parallel.zero,
+                              .deterministic = c->train.deterministic,
+                              .lanes = (int)c->train.lanes,
                               .bucket_elems = c->parallel.bucket / sizeof(float) / PARAM_ALIGN * PARAM_ALIGN };
     return zero_open(&o, &t->model->params, t->dp, &t->zero);
 }
@@ -194,19 +208,20 @@ static status *open_all(struct trainer *t)
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
     TRY(open_zero(t));
     TRY(open_checkpoint(t));
-    TRY(state_resume(t));
-    if (t->resumed_from != UINT64_MAX)
-        return NULL;
-    t->current = trainer_phase_at(t, 0);
-    return trainer_enter_phase(t, t->current);
+    return state_resume(t);
 }
 
 status *trainer_open(struct config *cfg, struct comm *world, const struct log *log, struct trainer **out)
 {
     struct trainer *t = mem_calloc(1, sizeof *t);
     TRY(comm_agree(world, t ? NULL : ERR(NO_MEMORY, "trainer")));
-    *t = (struct trainer){ .cfg = cfg, .world = world, .log = log, .save_started = UINT64_MAX, .saved_step = UINT64_MAX,
-                           .resumed_from = UINT64_MAX, .tick = TESSERA_TICK };
+    *t = (struct trainer){ .cfg = cfg,
+                           .world = world,
+                           .log = log,
+                           .save_started = UINT64_MAX,
+                           .saved_step = UINT64_MAX,
+                           .resumed_from = UINT64_MAX,
+                           .tick = TESSERA_TICK };
     *out = t; /* also on error: trainer_close accepts what is there */
     return open_all(t);
 }

@@ -7,7 +7,8 @@
  *   rng        blob "seed"
  *   extra      blobs "progress" (step, phase, optimiser step) and "config"
  *
- * Tensors are added in the order in which the optimiser overwrites them, parameter by parameter, so that a fence waits as little as can be. */
+ * Tensors are added in the order in which the optimiser overwrites them, parameter by parameter, so that a fence waits
+ * as little as can be. */
 #include "trainer/trainer.h"
 
 #include "comm/agree.h"
@@ -76,7 +77,9 @@ static status *add_ref(struct trainer *t, const char *prefix, struct ref_logps *
         const char *name;
         int dtype, ndim;
         void *data;
-    } column[] = { { "row", TESSERA_U64, 1, r->row }, { "hash", TESSERA_U64, 1, r->hash }, { "logp", TESSERA_F64, 2, r->logp } };
+    } column[] = { { "row", TESSERA_U64, 1, r->row },
+                   { "hash", TESSERA_U64, 1, r->hash },
+                   { "logp", TESSERA_F64, 2, r->logp } };
     for (size_t i = 0; r->rows && i < sizeof column / sizeof column[0]; i++) {
         char name[64];
         snprintf(name, sizeof name, "%s%s", prefix, column[i].name);
@@ -141,7 +144,8 @@ uint32_t state_weights_crc(const struct trainer *t)
     return crc32c(0, t->model->params.data, t->model->params.total * sizeof(float));
 }
 
-/* A hash of the moments that does not depend on how they are cut: the sum over aligned blocks of hash(block number, content). Collective. */
+/* A hash of the moments that does not depend on how they are cut: the sum over aligned blocks of hash(block number,
+ * content). Collective. */
 static status *moments_hash(struct trainer *t, uint64_t *out)
 {
     struct zero_moments z = zero_moments(t->zero);
@@ -168,7 +172,8 @@ static status *log_hashes(struct trainer *t)
     metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
     metrics_integer(t->metrics, "moments_hash", moments);
     if (t->ref.rows)
-        metrics_integer(t->metrics, "ref_hash", hash64(t->ref.logp, t->ref.rows * (size_t)t->ref.sequences * sizeof(double)));
+        metrics_integer(t->metrics, "ref_hash",
+                        hash64(t->ref.logp, t->ref.rows * (size_t)t->ref.sequences * sizeof(double)));
     return NULL;
 }
 
@@ -179,14 +184,12 @@ static status *save_failed(struct trainer *t, status *st)
     t->save_started = UINT64_MAX;
     metrics_begin(t->metrics, "save_failed", t->step);
     metrics_text(t->metrics, "error", status_message(st));
-    status *written = metrics_end(t->metrics);
-    if (t->cfg->checkpoint.on_error == ON_ERROR_STOP) {
-        status_free(written);
+    metrics_end(t->metrics);
+    if (t->cfg->checkpoint.on_error == ON_ERROR_STOP)
         return status_wrap(st, "save failed");
-    }
     metrics_say(t->metrics, "warning: save failed, training goes on: %s", status_message(st));
     status_free(st);
-    return written;
+    return NULL;
 }
 
 static status *save_committed(struct trainer *t, uint64_t step)
@@ -204,7 +207,8 @@ static status *save_committed(struct trainer *t, uint64_t step)
     metrics_number(t->metrics, "call_ms", ns_to_s(p.call_ns) * 1e3);
     metrics_number(t->metrics, "fence_ms", ns_to_s(p.fence_wait_ns) * 1e3);
     metrics_integer(t->metrics, "staging_peak_bytes", p.staging_peak_bytes);
-    return metrics_end(t->metrics);
+    metrics_end(t->metrics);
+    return NULL;
 }
 
 status *state_tick(struct trainer *t)
@@ -232,7 +236,7 @@ status *state_save(struct trainer *t)
         TRY(state_finish(t));
     metrics_begin(t->metrics, "save_start", t->step);
     TRY(log_hashes(t));
-    TRY(metrics_end(t->metrics));
+    metrics_end(t->metrics);
     TRY(comm_agree(t->world, put_blobs(t)));
     status *st = tessera_save(t->ckpt, t->state, t->step);
     if (st)
@@ -315,7 +319,7 @@ static status *load_step(struct trainer *t, uint64_t step)
 static status *say_resumed(struct trainer *t)
 {
     t->resumed_from = t->saved_step = t->step;
-    TRY(metrics_rewind(t->metrics, t->step));
+    TRY(comm_agree(t->world, metrics_rewind(t->metrics, t->step)));
     struct tessera_load_report r = TESSERA_LOAD_REPORT;
     tessera_get_load_report(t->ckpt, &r);
     metrics_begin(t->metrics, "resume", t->step);
@@ -323,9 +327,10 @@ static status *say_resumed(struct trainer *t)
     metrics_number(t->metrics, "seconds", ns_to_s(r.ns));
     metrics_integer(t->metrics, "storage_bytes", r.storage_bytes);
     TRY(log_hashes(t));
-    metrics_say(t->metrics, "resumed from step %" PRIu64 " (%s) on %d ranks in %.2f s", t->step, t->phase[t->current].name, t->world->size,
-                ns_to_s(r.ns));
-    return metrics_end(t->metrics);
+    metrics_say(t->metrics, "resumed from step %" PRIu64 " (%s) on %d ranks in %.2f s", t->step,
+                t->phase[t->current].name, t->world->size, ns_to_s(r.ns));
+    metrics_end(t->metrics);
+    return NULL;
 }
 
 /* Start anew under a root that may hold steps. */
@@ -335,21 +340,24 @@ static status *start_anew(struct trainer *t)
     status *st = tessera_find(t->ckpt, TESSERA_NEWEST, &newest);
     if (status_code(st) == ST_NOT_FOUND) {
         status_free(st);
-        return metrics_rewind(t->metrics, 0);
+        return comm_agree(t->world, metrics_rewind(t->metrics, 0));
     }
     TRY(st);
     if (!t->cfg->checkpoint.rewind)
-        return ERR(EXISTS, "%s holds step %" PRIu64 "; checkpoint.resume=never would start over: set checkpoint.rewind=true to retire its steps, "
-                           "or choose another checkpoint.url", t->cfg->checkpoint.url, newest);
+        return ERR(EXISTS,
+                   "%s holds step %" PRIu64
+                   "; checkpoint.resume=never would start over: set checkpoint.rewind=true to retire its steps, "
+                   "or choose another checkpoint.url",
+                   t->cfg->checkpoint.url, newest);
     TRY(tessera_rewind(t->ckpt, TESSERA_NEWEST));
-    return metrics_rewind(t->metrics, 0);
+    return comm_agree(t->world, metrics_rewind(t->metrics, 0));
 }
 
 status *state_resume(struct trainer *t)
 {
     const char *resume = t->cfg->checkpoint.resume;
     if (!t->ckpt)
-        return metrics_rewind(t->metrics, 0);
+        return comm_agree(t->world, metrics_rewind(t->metrics, 0));
     if (!strcmp(resume, "never"))
         return start_anew(t);
     bool exact = strcmp(resume, "newest-valid") != 0;
@@ -359,11 +367,12 @@ status *state_resume(struct trainer *t)
         status *st = tessera_find(t->ckpt, at_most, &step);
         if (status_code(st) == ST_NOT_FOUND && !exact && !damaged) {
             status_free(st);
-            return metrics_rewind(t->metrics, 0); /* a first start */
+            return comm_agree(t->world, metrics_rewind(t->metrics, 0)); /* a first start */
         }
         TRY(st);
         if (exact && step != at_most)
-            return ERR(NOT_FOUND, "%s holds no valid step %" PRIu64 " (checkpoint.resume); the newest below it is %" PRIu64,
+            return ERR(NOT_FOUND,
+                       "%s holds no valid step %" PRIu64 " (checkpoint.resume); the newest below it is %" PRIu64,
                        t->cfg->checkpoint.url, at_most, step);
         st = load_step(t, step);
         if (!st)

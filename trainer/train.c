@@ -1,7 +1,8 @@
 /* train: the loop and the step.
  *
- * A step: deal the global batch into micro-batches; run this rank's (forward, loss, backward, into the lane's gradients); sum gradients over ranks;
- * wait until the save in flight has copied what will be overwritten; update; move the save on. Nothing of a step depends on the mesh but who does what. */
+ * A step: deal the global batch into micro-batches; run this rank's (forward, loss, backward, into the lane's
+ * gradients); sum gradients over ranks; wait until the save in flight has copied what will be overwritten; update; move
+ * the save on. Nothing of a step depends on the mesh but who does what. */
 #include "trainer/trainer.h"
 
 #include "comm/agree.h"
@@ -53,7 +54,7 @@ status *trainer_enter_phase(struct trainer *t, int phase)
     }
     metrics_begin(t->metrics, "phase", t->step);
     metrics_text(t->metrics, "name", t->phase[phase].name);
-    TRY(metrics_end(t->metrics));
+    metrics_end(t->metrics);
     return state_build(t);
 }
 
@@ -117,18 +118,17 @@ static status *before_overwrite(void *arg, const void *addr, size_t bytes)
 struct step_result {
     double metric[ALGO_METRICS]; /* divided by their counts */
     double norm, lr, seconds;
-    uint64_t tokens;
+    uint64_t tokens, allocations;
 };
 
 static status *optimise(struct trainer *t, const struct phase *p, struct step_result *r)
 {
     const struct optim_config *o = &t->cfg->optim;
     TRY(zero_reduce(t->zero, &r->norm));
-    /* every rank settles the save's plan here, also one that owns nothing to overwrite */
-    if (t->ckpt)
-        TRY(tessera_fence(t->ckpt, t, 0, NULL));
     r->lr = schedule_lr(o, p->peak_lr, t->step - p->first_step, p->steps);
-    struct adamw a = { r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, clip_scale(o->clip, r->norm), t->optimiser_step + 1 };
+    struct adamw a = {
+        r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, clip_scale(o->clip, r->norm), t->optimiser_step + 1
+    };
     return zero_update(t->zero, &a, before_overwrite, t);
 }
 
@@ -144,14 +144,18 @@ static status *train_step(struct trainer *t, struct step_result *r)
     for (uint32_t i = first; i < end; i++) {
         status *st = micro_batch(t, p, i, &counts);
         if (st)
-            trainer_abort(t, st); /* shapes were checked before: a bug or a broken machine, and the others wait in a collective */
+            trainer_abort(
+                t, st); /* shapes were checked before: a bug or a broken machine, and the others wait in a collective */
     }
     double sums[ALGO_METRICS];
     TRY(zero_sum_scalars(t->zero, t->scalar, k, (uint32_t)p->algo->metric_count, sums));
     for (int m = 0; m < p->algo->metric_count; m++)
-        r->metric[m] = m == 0 ? sums[m] : sums[m] / (double)(p->algo->metrics[m].per == PER_ROW ? counts.rows : counts.scored_tokens);
+        r->metric[m] =
+            m == 0 ? sums[m]
+                   : sums[m] / (double)(p->algo->metrics[m].per == PER_ROW ? counts.rows : counts.scored_tokens);
     if (!isfinite(r->metric[0]))
-        return ERR(INVALID, "the loss is not finite at step %" PRIu64 ": try a smaller optim.lr or optim.clip", t->step + 1);
+        return ERR(INVALID, "the loss is not finite at step %" PRIu64 ": try a smaller optim.lr or optim.clip",
+                   t->step + 1);
     TRY(optimise(t, p, r));
     t->samples[t->current] += counts.rows;
     t->step++;
@@ -183,11 +187,24 @@ static double accuracy_of(const struct phase *p, const struct step_result *r)
     return -1;
 }
 
-static status *report(struct trainer *t, const struct step_result *r, uint64_t allocations)
+/* Calls of our allocator since the last step's end, on all threads; the most of any rank. */
+static status *count_allocations(struct trainer *t, struct step_result *r)
+{
+    uint64_t now = mem_count();
+    r->allocations = now - t->allocations;
+    t->allocations = now;
+    return comm_allreduce(t->world, &r->allocations, 1, COMM_U64, COMM_MAX, NULL);
+}
+
+static void report(struct trainer *t, const struct step_result *r)
 {
     const struct phase *p = &t->phase[trainer_phase_at(t, t->step - 1)];
-    struct progress_line line = { .step = t->step, .steps = (uint64_t)t->cfg->train.steps, .phase = p->name, .loss = r->metric[0],
-                                  .accuracy = accuracy_of(p, r), .tokens_per_s = (double)r->tokens / r->seconds };
+    struct progress_line line = { .step = t->step,
+                                  .steps = (uint64_t)t->cfg->train.steps,
+                                  .phase = p->name,
+                                  .loss = r->metric[0],
+                                  .accuracy = accuracy_of(p, r),
+                                  .tokens_per_s = (double)r->tokens / r->seconds };
     line.eta_s = (double)(line.steps - line.step) * r->seconds;
     save_in_flight(t, &line);
     metrics_progress(t->metrics, &line, t->step % (uint64_t)t->cfg->train.log_every == 0 || t->step == line.steps);
@@ -200,12 +217,12 @@ static status *report(struct trainer *t, const struct step_result *r, uint64_t a
     metrics_integer(t->metrics, "num_tokens", r->tokens);
     metrics_number(t->metrics, "seconds", r->seconds);
     metrics_integer(t->metrics, "samples", t->samples[trainer_phase_at(t, t->step - 1)]);
-    metrics_integer(t->metrics, "allocations", allocations);
+    metrics_integer(t->metrics, "allocations", r->allocations);
     if (line.save_percent >= 0) {
         metrics_integer(t->metrics, "saving", line.save_step);
         metrics_text(t->metrics, "save_phase", line.save_phase);
     }
-    return metrics_end(t->metrics);
+    metrics_end(t->metrics);
 }
 
 /* --- the loop */
@@ -226,18 +243,17 @@ static bool evaluation_due(const struct trainer *t)
 
 static status *one_step(struct trainer *t)
 {
-    uint64_t began = clock_ns(), allocated = mem_count();
+    uint64_t began = clock_ns();
     struct step_result r = { .norm = 0 };
     TRY(train_step(t, &r));
-    /* calls of this rank's allocator, all threads, from the step's start to here: saves have their own threads, so a save in flight shows */
-    uint64_t allocations = mem_count() - allocated;
     r.seconds = ns_to_s(clock_ns() - began);
-    TRY(comm_agree(t->world, report(t, &r, allocations)));
+    TRY(count_allocations(t, &r));
+    report(t, &r);
     if (evaluation_due(t))
         TRY(evaluate_heldout(t));
     int next = trainer_phase_at(t, t->step);
     if (next != t->current && t->step < (uint64_t)t->cfg->train.steps)
-        TRY(trainer_enter_phase(t, next)); /* before the save: a checkpoint at the switch already holds the references */
+        TRY(trainer_enter_phase(t, next)); /* before the save, so that it holds the references */
     if (save_due(t))
         TRY(state_save(t));
     return state_tick(t);
@@ -249,31 +265,36 @@ static status *finish(struct trainer *t)
     metrics_begin(t->metrics, "end", t->step);
     metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
     metrics_integer(t->metrics, "peak_rss_bytes", mem_peak_rss_bytes());
-    metrics_say(t->metrics, "done: step %" PRIu64 ", weights crc32c %08x, peak memory of rank 0 %.0f MiB", t->step, state_weights_crc(t),
-                (double)mem_peak_rss_bytes() / (1 << 20));
-    return comm_agree(t->world, metrics_end(t->metrics));
+    metrics_say(t->metrics, "done: step %" PRIu64 ", weights crc32c %08x, peak memory of rank 0 %.0f MiB", t->step,
+                state_weights_crc(t), (double)mem_peak_rss_bytes() / (1 << 20));
+    metrics_end(t->metrics);
+    return NULL;
 }
 
-static status *say_run(struct trainer *t)
+static void say_run(struct trainer *t)
 {
     char mesh[64];
     mesh_text(&t->mesh, mesh, sizeof mesh);
     uint64_t weights = params_unique_elems(&t->model->params);
-    metrics_say(t->metrics, "run %s: %s of %.2f M parameters, %s, ZeRO %d, %d thread%s a rank, steps %" PRIu64 " to %lld", t->cfg->run.name,
-                t->model->ops->name, (double)weights * 1e-6, mesh, (int)t->cfg->parallel.zero, workers_count(t->workers),
-                workers_count(t->workers) == 1 ? "" : "s", t->step, (long long)t->cfg->train.steps);
+    metrics_say(
+        t->metrics, "run %s: %s of %.2f M parameters, %s, ZeRO %d, %d thread%s a rank, steps %" PRIu64 " to %lld",
+        t->cfg->run.name, t->model->ops->name, (double)weights * 1e-6, mesh, (int)t->cfg->parallel.zero,
+        workers_count(t->workers), workers_count(t->workers) == 1 ? "" : "s", t->step, (long long)t->cfg->train.steps);
     metrics_begin(t->metrics, "run", t->step);
     metrics_text(t->metrics, "name", t->cfg->run.name);
     metrics_text(t->metrics, "mesh", mesh);
     metrics_integer(t->metrics, "parameters", weights);
-    return comm_agree(t->world, metrics_end(t->metrics));
+    metrics_end(t->metrics);
 }
 
 status *trainer_run(struct trainer *t)
 {
-    TRY(say_run(t));
+    say_run(t);
+    if (t->resumed_from == UINT64_MAX)
+        TRY(trainer_enter_phase(t, trainer_phase_at(t, 0)));
     if (t->step >= (uint64_t)t->cfg->train.steps)
-        metrics_say(t->metrics, "nothing to do: step %" PRIu64 " of train.steps %lld is done", t->step, (long long)t->cfg->train.steps);
+        metrics_say(t->metrics, "nothing to do: step %" PRIu64 " of train.steps %lld is done", t->step,
+                    (long long)t->cfg->train.steps);
     while (t->step < (uint64_t)t->cfg->train.steps)
         TRY(one_step(t));
     return finish(t);

@@ -1,8 +1,9 @@
 /* trainer: one run: everything train.c, evaluate.c and state.c share. Opened by trainer_open, driven by trainer_run.
  *
- * A run is one or two phases (SFT warm-up, then the algorithm). A phase has its own data, loss and sample counter; at the switch the optimiser restarts
- * and, if the algorithm wants them, reference log-probabilities are computed once. What a run has done is (step, samples of each phase, optimiser
- * step): the loader, the schedule and every draw follow from these. */
+ * A run is one or two phases (SFT warm-up, then the algorithm). A phase has its own data, loss and sample counter; at
+ * the switch the optimiser restarts and, if the algorithm wants them, reference log-probabilities are computed once.
+ * What a run has done is (step, samples of each phase, optimiser step): the loader, the schedule and every draw follow
+ * from these. */
 #ifndef TESSERA_TRAINER_TRAINER_H
 #define TESSERA_TRAINER_TRAINER_H
 
@@ -44,10 +45,10 @@ struct trainer {
     struct zero *zero;
 
     struct ref_logps ref, ref_heldout; /* rows 0 until the main phase of an algorithm that needs them */
-    double *scratch;       /* sums, gradients and reference values of one pack's sequences */
-    float *dlogp;          /* [tokens of the largest pack] */
-    double *scalar;        /* [K * ALGO_METRICS] metrics of own micro-batches */
-    double *heldout_sums;  /* [heldout rows * 2] */
+    double *scratch;                   /* sums, gradients and reference values of one pack's sequences */
+    float *dlogp;                      /* [tokens of the largest pack] */
+    double *scalar;                    /* [K * ALGO_METRICS] metrics of own micro-batches */
+    double *heldout_sums;              /* [heldout rows * 2] */
 
     tessera *ckpt; /* NULL: no checkpoints */
     tessera_state *state;
@@ -56,9 +57,9 @@ struct trainer {
 
     /* what a checkpoint remembers */
     uint64_t step, samples[PHASES], optimiser_step;
-    int current; /* phase */
+    int current;           /* phase */
     uint64_t resumed_from; /* UINT64_MAX: from the start */
-    uint64_t last_event_ns;
+    uint64_t allocations;  /* mem_count() at the end of the last step */
 };
 
 /* Everything but the first step: data, model, optimiser, checkpoint root, resume. Collective. */
@@ -69,23 +70,28 @@ status *trainer_run(struct trainer *t) WARN_UNUSED;
 status *trainer_close(struct trainer *t) WARN_UNUSED;
 
 /* evaluate.c */
-/* Sums of scored log-probabilities of every sequence of d under the present weights: sums[rows * sequences], the same on all ranks. Collective. */
+/* Sums of scored log-probabilities of every sequence of d under the present weights: sums[rows * sequences], the same
+ * on all ranks. Collective. */
 status *evaluate_logps(struct trainer *t, const struct dataset *d, struct pack *p, double *sums) WARN_UNUSED;
 /* Reward accuracy on data.heldout, logged as event "eval". Without held-out data nothing happens. Collective. */
 status *evaluate_heldout(struct trainer *t) WARN_UNUSED;
-/* Fraction of right[i] over n rows with a 95 % percentile bootstrap over groups (2,000 resamples, Philox stream RNG_BOOTSTRAP). */
+/* Fraction of right[i] over n rows with a 95 % percentile bootstrap over groups (2,000 resamples, Philox stream
+ * RNG_BOOTSTRAP). */
 struct interval {
     double mean, lo, hi;
 };
-status *bootstrap_by_group(const uint8_t *right, const uint64_t *group, uint64_t n, uint64_t seed, struct interval *out) WARN_UNUSED;
+status *bootstrap_by_group(const uint8_t *right, const uint64_t *group, uint64_t n, uint64_t seed,
+                           struct interval *out) WARN_UNUSED;
 
 /* state.c: the one list of what is saved */
-status *state_build(struct trainer *t) WARN_UNUSED;              /* t->state for the current phase; waits for a save of the old one. Collective */
-status *state_save(struct trainer *t) WARN_UNUSED;               /* start saving t->step. Collective */
-status *state_resume(struct trainer *t) WARN_UNUSED;             /* from the newest valid step, or start anew. Collective */
-status *state_tick(struct trainer *t) WARN_UNUSED;               /* move the save on; handles its outcome as on_error says. Collective */
-status *state_finish(struct trainer *t) WARN_UNUSED;             /* wait for the save in flight. Collective */
-uint32_t state_weights_crc(const struct trainer *t);             /* of the block of parameters */
+status *state_build(struct trainer *t)
+    WARN_UNUSED; /* t->state for the current phase; waits for a save of the old one. Collective */
+status *state_save(struct trainer *t) WARN_UNUSED;   /* start saving t->step. Collective */
+status *state_resume(struct trainer *t) WARN_UNUSED; /* from the newest valid step, or start anew. Collective */
+status *state_tick(struct trainer *t)
+    WARN_UNUSED; /* move the save on; handles its outcome as on_error says. Collective */
+status *state_finish(struct trainer *t) WARN_UNUSED; /* wait for the save in flight. Collective */
+uint32_t state_weights_crc(const struct trainer *t); /* of the block of parameters */
 
 /* Enter the phase of t->step: at the switch from SFT the optimiser restarts and references are computed. Collective. */
 status *trainer_enter_phase(struct trainer *t, int phase) WARN_UNUSED;

@@ -1,7 +1,8 @@
-/* model: parameters declared once, a forward pass over ops, nothing else. One file a family: model_<name>.c defines model_<name>_ops.
+/* model: parameters declared once, a forward pass over ops, nothing else. One file a family: model_<name>.c defines
+ * model_<name>_ops.
  *
- * A tensor's name, shape, initialisation and placement are written once, in `declare`; the checkpoint list, weight-decay mask, sharding
- * and export all come from that list. Names are the Hugging Face ones. */
+ * A tensor's name, shape, initialisation and placement are written once, in `declare`; the checkpoint list,
+ * weight-decay mask, sharding and export all come from that list. Names are the Hugging Face ones. */
 #ifndef TESSERA_TRAINER_MODEL_MODEL_H
 #define TESSERA_TRAINER_MODEL_MODEL_H
 
@@ -34,12 +35,14 @@ struct params {
 };
 
 /* For `declare`: append a parameter of 1 or 2 dimensions (rows 0: one dimension). NULL when out of memory. */
-struct param *params_add(struct params *ps, const char *name, uint64_t rows, uint64_t cols, enum param_init init, float std, bool decay);
+struct param *params_add(struct params *ps, const char *name, uint64_t rows, uint64_t cols, enum param_init init,
+                         float std, bool decay);
 /* Append a name that shares the memory of parameter `of`. */
 struct param *params_alias(struct params *ps, const char *name, const struct param *of);
 /* Give the blocks memory; with_grad false: values only. */
 status *params_alloc(struct params *ps, bool with_grad) WARN_UNUSED;
-/* Fill with initial values: element e of a tensor is std * N(0,1) drawn at (seed, hash of name, e): the same on every mesh. */
+/* Fill with initial values: element e of a tensor is std * N(0,1) drawn at (seed, hash of name, e): the same on every
+ * mesh. */
 void params_init(struct params *ps, uint64_t seed);
 void params_free(struct params *ps);
 struct param *params_find(const struct params *ps, const char *name);
@@ -60,8 +63,9 @@ struct model_ops {
     size_t config_bytes;
     status *(*check)(const void *config); /* what single option rows cannot: heads divide, head size even, ... */
     status *(*declare)(struct model *m);  /* fill m->params; keep what forward needs in m->impl */
-    struct tensor *(*forward)(struct model *m, struct tape *t, const struct model_input *in); /* final hidden states [N, C], normalised */
-    struct tensor *(*head)(struct model *m); /* output matrix [V, C] */
+    struct tensor *(*forward)(struct model *m, struct tape *t,
+                              const struct model_input *in);               /* final hidden states [N, C], normalised */
+    struct tensor *(*head)(struct model *m);                               /* output matrix [V, C] */
     double (*flops_per_token)(const struct model *m, double mean_context); /* forward; multiply-adds count 2 */
     int (*layers)(const struct model *m);
     void (*close)(struct model *m); /* frees impl */

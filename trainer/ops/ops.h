@@ -1,10 +1,11 @@
 /* ops: what models are made of. Each checks shapes, computes through the device's kernels, records itself on the tape.
  *
- * Letters: N tokens of a pack, C channels, V vocabulary, H query heads, G key/value heads (H a multiple of G), D head size, S segments.
- * Activations are f32; weights f32 or bf16 (storage only: widened on use; a bf16 tensor has no gradient). Outputs live in the tape's
- * arena. An output has a gradient if an input has one and the tape trains. Errors stick to the tape (INVALID with both shapes); NULL in,
- * NULL out. All CPU kernels give the same bits for any thread count and any packing of the same segments.
- * Sums over channels and tokens of one row are f32 unless said otherwise. */
+ * Letters: N tokens of a pack, C channels, V vocabulary, H query heads, G key/value heads (H a multiple of G), D head
+ * size, S segments. Activations are f32; weights f32 or bf16 (storage only: widened on use; a bf16 tensor has no
+ * gradient). Outputs live in the tape's arena. An output has a gradient if an input has one and the tape trains. Errors
+ * stick to the tape (INVALID with both shapes); NULL in, NULL out. All CPU kernels give the same bits for any thread
+ * count and any packing of the same segments. Sums over channels and tokens of one row are f32 unless said otherwise.
+ */
 #ifndef TESSERA_TRAINER_OPS_OPS_H
 #define TESSERA_TRAINER_OPS_OPS_H
 
@@ -17,7 +18,8 @@ struct segments {
     const int32_t *position; /* [N] position of each token in its sequence: rope angles and the causal order */
 };
 
-/* Keys and values of earlier tokens, one cache a layer; k, v are [S, cap, G, D] f32, the first len[s] tokens of segment s filled. */
+/* Keys and values of earlier tokens, one cache a layer; k, v are [S, cap, G, D] f32, the first len[s] tokens of segment
+ * s filled. */
 struct kv_cache {
     int32_t segments, cap, kv_heads, head_dim;
     float *k, *v;
@@ -33,39 +35,39 @@ struct tensor *op_view(struct tape *t, struct tensor *x, int ndim, const int64_t
  * Backward: dtable[id[n], :] += dy[n, :] in token order. */
 struct tensor *op_embedding(struct tape *t, struct tensor *table, const int32_t *id, int64_t n);
 
-/* y = x w^T + b.  x [N, K], w [M, K], b [M] or NULL, y [N, M].  Each y is one fused multiply-add chain over k ascending from 0, then b.
- * dx += dy w (one chain over m), dw += dy^T x (one chain over n from 0, then added), db += sum_n dy. */
+/* y = x w^T + b.  x [N, K], w [M, K], b [M] or NULL, y [N, M].  Each y is one fused multiply-add chain over k ascending
+ * from 0, then b. dx += dy w (one chain over m), dw += dy^T x (one chain over n from 0, then added), db += sum_n dy. */
 struct tensor *op_linear(struct tape *t, struct tensor *x, struct tensor *w, struct tensor *b);
 
-/* y = x * rsqrt(mean(x^2) + eps) * w over the last dimension (Zhang, Sennrich 2019, arXiv:1910.07467).  x, y [..., C], w [C]. Keeps the
- * reciprocal root [rows]. Works on [N, H, D] with w [D] too (q/k norm). */
+/* y = x * rsqrt(mean(x^2) + eps) * w over the last dimension (Zhang, Sennrich 2019, arXiv:1910.07467).  x, y [..., C],
+ * w [C]. Keeps the reciprocal root [rows]. Works on [N, H, D] with w [D] too (q/k norm). */
 struct tensor *op_rmsnorm(struct tape *t, struct tensor *x, struct tensor *w, float eps);
 
 /* Rotary embedding in the half-split form of Llama's Hugging Face weights (Su et al. 2021, arXiv:2104.09864):
- *   y[i] = x[i] cos a - x[i + D/2] sin a,  y[i + D/2] = x[i + D/2] cos a + x[i] sin a,  a = position * theta^(-2 i / D), i < D/2.
- * x, y [N, H, D], D even. Angles are computed in f64. */
+ *   y[i] = x[i] cos a - x[i + D/2] sin a,  y[i + D/2] = x[i + D/2] cos a + x[i] sin a,  a = position * theta^(-2 i /
+ * D), i < D/2. x, y [N, H, D], D even. Angles are computed in f64. */
 struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, float theta);
 
 /* Causal attention inside each segment, grouped-query: query head h reads key/value head h / (H / G).
  *   o = softmax(q k^T / sqrt(D)) v over keys whose position is <= the query's.   q, o [N, H, D], k, v [N, G, D]
- * Tiled with running maximum and sum (Milakov, Gimelshein 2018; Dao et al. 2022); no [N, N] matrix is stored; keeps log-sum-exp [N, H].
- * Positions must ascend inside a segment (INVALID), so that their order is the tokens'. D is at most 256.
- * cache (TAPE_FORWARD only, else INVALID; TAPE_DRY leaves it alone): k, v are appended to it first and queries see everything in it. A
- * token decoded this way gets the bits of a full pass. */
-struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, struct tensor *v, const struct segments *seg,
-                            struct kv_cache *cache);
+ * Tiled with running maximum and sum (Milakov, Gimelshein 2018; Dao et al. 2022); no [N, N] matrix is stored; keeps
+ * log-sum-exp [N, H]. Positions must ascend inside a segment (INVALID), so that their order is the tokens'. D is at
+ * most 256. cache (TAPE_FORWARD only, else INVALID; TAPE_DRY leaves it alone): k, v are appended to it first and
+ * queries see everything in it. A token decoded this way gets the bits of a full pass. */
+struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, struct tensor *v,
+                            const struct segments *seg, struct kv_cache *cache);
 
 /* y = silu(gate) * up, silu(x) = x / (1 + e^-x) (Shazeer 2020, arXiv:2002.05202).  All the same shape. */
 struct tensor *op_swiglu(struct tape *t, struct tensor *gate, struct tensor *up);
 
-struct tensor *op_add(struct tape *t, struct tensor *a, struct tensor *b);  /* same shape */
-struct tensor *op_scale(struct tape *t, struct tensor *x, float s);         /* y = s x */
-struct tensor *op_sum(struct tape *t, struct tensor *x);                    /* y [1] = sum of all elements; f64 accumulation, fixed tree */
+struct tensor *op_add(struct tape *t, struct tensor *a, struct tensor *b); /* same shape */
+struct tensor *op_scale(struct tape *t, struct tensor *x, float s);        /* y = s x */
+struct tensor *op_sum(struct tape *t, struct tensor *x); /* y [1] = sum of all elements; f64 accumulation, fixed tree */
 
-/* logp[n] = log softmax(x[n] w^T / temperature)[target[n]], 0 where target[n] < 0.  x [N, C], w [V, C], target [N], logp [N].
- * Logits exist for one chunk of tokens at a time; keeps log-sum-exp [N]; backward recomputes the chunk's logits:
- *   dlogit[n, v] = dlogp[n] (1{v = target[n]} - softmax[n, v]) / temperature. Tokens with target < 0 cost nothing.
- * Log-sum-exp is computed in f32 with f64 for the final log; tokens' bits do not depend on the chunking. */
+/* logp[n] = log softmax(x[n] w^T / temperature)[target[n]], 0 where target[n] < 0.  x [N, C], w [V, C], target [N],
+ * logp [N]. Logits exist for one chunk of tokens at a time; keeps log-sum-exp [N]; backward recomputes the chunk's
+ * logits: dlogit[n, v] = dlogp[n] (1{v = target[n]} - softmax[n, v]) / temperature. Tokens with target < 0 cost
+ * nothing. Log-sum-exp is computed in f32 with f64 for the final log; tokens' bits do not depend on the chunking. */
 struct tensor *op_logprob(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target, float temperature);
 
 #endif

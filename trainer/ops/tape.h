@@ -6,9 +6,10 @@
  *     status *st = tape_end(t);                             // the first error, or NULL
  *     tape_backward(t, logp, dlogp, TAPE_BACKWARD_ALL);     // adds into the .grad of every tensor that has one
  *
- * A tape owns its arena and holds one micro-batch: outputs, what forward keeps for backward, and gradients of activations live there
- * until the next tape_begin. After shapes have been seen once (a TAPE_DRY pass with the largest shapes) nothing is allocated.
- * Backward accumulates (+=) into gradients. One thread drives a tape; kernels share the rank's workers. Results depend on no thread count. */
+ * A tape owns its arena and holds one micro-batch: outputs, what forward keeps for backward, and gradients of
+ * activations live there until the next tape_begin. After shapes have been seen once (a TAPE_DRY pass with the largest
+ * shapes) nothing is allocated. Backward accumulates (+=) into gradients. One thread drives a tape; kernels share the
+ * rank's workers. Results depend on no thread count. */
 #ifndef TESSERA_TRAINER_OPS_TAPE_H
 #define TESSERA_TRAINER_OPS_TAPE_H
 
@@ -30,6 +31,7 @@ struct tensor {
     float *grad; /* f32, same shape; NULL: no gradient is wanted */
 };
 
+/* Product of the dimensions. */
 int64_t tensor_elems(const struct tensor *x);
 
 enum tape_mode {
@@ -69,10 +71,12 @@ status *tape_open(struct workers *w, const struct kernels *k, size_t cap_bytes, 
 void tape_close(struct tape *t); /* NULL is fine */
 /* Forget all records and tensors of before. */
 void tape_begin(struct tape *t, enum tape_mode mode);
-/* Take the tape's first error. After TAPE_DRY the tensors are gone, and the arena is one block that holds as much as was taken. */
+/* Take the tape's first error. After TAPE_DRY the tensors are gone, and the arena is one block that holds as much as
+ * was taken. */
 status *tape_end(struct tape *t) WARN_UNUSED;
-/* Seed `root` with droot (same shape, f32, overwrites root->grad; NULL: what root->grad holds already) and replay. Only after TAPE_TRAIN
- * without error, once for each half: INPUT first and WEIGHT later, or both at once. INVALID if root has no gradient. */
+/* Seed `root` with droot (same shape, f32, overwrites root->grad; NULL: what root->grad holds already) and replay. Only
+ * after TAPE_TRAIN without error, once for each half: INPUT first and WEIGHT later, or both at once. INVALID if root
+ * has no gradient. */
 status *tape_backward(struct tape *t, struct tensor *root, const float *droot, unsigned halves) WARN_UNUSED;
 
 /* Set the first error; returns NULL, so that an op can `return tape_fail(...)`. Takes st. */

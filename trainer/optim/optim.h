@@ -13,11 +13,13 @@ struct optim_config { /* section "optim" */
 };
 extern const struct option_table optim_options;
 
-/* Learning rate of step s (0-based) of `total`: linear from lr / W to lr over the first W = warmup_steps steps, then constant, or linear or
- * cosine down to min_lr at step total - 1 and after it. W = 0: step 0 has lr, also when it is the only one. */
+/* Learning rate of step s (0-based) of `total`: linear from lr / W to lr over the first W = warmup_steps steps, then
+ * constant, or linear or cosine down to min_lr at step total - 1 and after it. W = 0: step 0 has lr, also when it is
+ * the only one. */
 double schedule_lr(const struct optim_config *c, double peak_lr, uint64_t s, uint64_t total);
 
-/* Factor for gradients of global norm `norm`: min(1, clip / (norm + 1e-6)) (torch.nn.utils.clip_grad_norm_); 1 when clip is 0. */
+/* Factor for gradients of global norm `norm`: min(1, clip / (norm + 1e-6)) (torch.nn.utils.clip_grad_norm_); 1 when
+ * clip is 0. */
 double clip_scale(double clip, double norm);
 
 #endif
