@@ -127,8 +127,11 @@ static void run_problem(struct problem *p)
     pass(p, t, TAPE_DRY, NULL, 0, 0);
     for (int e = 0; e < ELEMS; e++)
         assert_true(p->grad[0][e] == 0.25f * (float)(e % 5) - 0.5f);
+    size_t dry_bytes = t->arena.used_bytes; /* so small that tape_end had no blocks to join */
     uint64_t allocations = mem_count();
     const float *got = pass(p, t, TAPE_TRAIN, proj, TAPE_BACKWARD_ALL, 0);
+    assert_true(dry_bytes > 0);
+    assert_int_equal(t->arena.used_bytes, dry_bytes);
     assert_int_equal(mem_count(), allocations);
 
     tape_begin(wide, TAPE_DRY);
@@ -939,6 +942,39 @@ static void dry_holds_for_smaller(void **state)
     tape_close(t);
 }
 
+/* Angles are shared inside a pass, but only by ropes of the same positions, size and base. */
+static void rope_tables_are_told_apart(void **state)
+{
+    (void)state;
+    fill_big();
+    static const int32_t other[] = { 3, 4, 5, 6, 7, 8, 9 };
+    const struct {
+        int64_t n, d;
+        const int32_t *position;
+        float theta;
+    } use[] = { { 7, 4, positions, 10 }, { 7, 8, positions, 10 }, { 7, 4, other, 10 },
+                { 7, 4, positions, 20 }, { 6, 4, positions, 10 }, { 7, 4, positions, 10 } };
+    enum { USES = sizeof use / sizeof *use };
+    struct tape *t;
+    struct tensor *y[USES];
+    float want[USES][7 * 8];
+    assert_null(tape_open(NULL, NULL, 0, &t));
+    for (int together = 0; together < 2; together++) {
+        for (int i = 0; i < USES; i++) {
+            struct tensor x = of(3, use[i].n, 1, use[i].d);
+            if (!together || i == 0)
+                tape_begin(t, TAPE_FORWARD);
+            y[i] = op_rope(t, &x, use[i].position, use[i].theta);
+            assert_non_null(y[i]);
+            if (!together)
+                memcpy(want[i], y[i]->data, (size_t)tensor_elems(y[i]) * sizeof(float));
+        }
+    }
+    for (int i = 0; i < USES; i++)
+        assert_memory_equal(want[i], y[i]->data, (size_t)tensor_elems(y[i]) * sizeof(float));
+    tape_close(t);
+}
+
 static void empty_packs(void **state)
 {
     (void)state;
@@ -979,6 +1015,7 @@ int main(void)
         cmocka_unit_test(shape_errors),
         cmocka_unit_test(tape_rules),
         cmocka_unit_test(dry_holds_for_smaller),
+        cmocka_unit_test(rope_tables_are_told_apart),
         cmocka_unit_test(empty_packs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

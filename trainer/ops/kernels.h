@@ -3,9 +3,9 @@
  *
  * A kernel neither allocates, nor fails, nor keeps a pointer. Sizes may be 0. `_bwd` kernels add (+=) into gradients
  * unless said otherwise. Activations and gradients are f32, row-major, contiguous; a `const void *` with a dtype is a
- * weight, f32 or bf16. The CPU's give the same bits for any number of workers and on every instruction set; how is said
- * in cpu/isa.h. Every fast kernel has a plain one beside it, <name>_ref, at the end of this header; tests compare them.
- */
+ * weight, f32 or bf16. The CPU's give the same bits for any number of workers and on every instruction set (cpu/isa.h
+ * says how; the f64 sines, powers and logarithms are the C library's). Tiled and fused kernels have plain ones beside
+ * them, <name>_ref, at the end of this header; tests compare them. */
 #ifndef TESSERA_TRAINER_OPS_KERNELS_H
 #define TESSERA_TRAINER_OPS_KERNELS_H
 
