@@ -29,7 +29,7 @@ struct root {
 
 static struct root root_open(bool posix)
 {
-    struct root r = { .path = "/tmp/tessera-engine-XXXXXX" };
+    struct root r = { .path = "engine-XXXXXX" };
     char uri[80] = "mem:";
     if (posix) {
         assert_non_null(mkdtemp(r.path));

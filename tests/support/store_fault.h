@@ -1,0 +1,19 @@
+/* store_fault: a store around another one whose n-th operation fails, once. What it does otherwise is the inner
+ * store's. */
+#ifndef TESSERA_TESTS_SUPPORT_STORE_FAULT_H
+#define TESSERA_TESTS_SUPPORT_STORE_FAULT_H
+
+#include "storage/store.h"
+
+/* How the operation fails: it is not done, or it is done and reported as failed. */
+enum fault_mode { FAULT_BEFORE, FAULT_AFTER };
+
+/* `inner` is borrowed; close the wrapper with store_fault_close, after its last user. */
+status *store_fault_open(struct store *inner, struct store **out) WARN_UNUSED;
+void store_fault_close(struct store *s);
+/* Let the n-th operation from now on fail (0: the next one). */
+void store_fault_arm(struct store *s, uint64_t n, enum fault_mode mode);
+/* Disarm; whether the fault has happened, and in which operation. */
+const char *store_fault_disarm(struct store *s);
+
+#endif
