@@ -3,6 +3,7 @@
 #include "comm/base/mem.h"
 #include "tests/support/comm_threads.h"
 #include "tests/support/fake_state.h"
+#include "tests/support/test_root.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -11,47 +12,6 @@
 #include <unistd.h>
 
 #include <cmocka.h>
-
-static void ok(status *st)
-{
-    if (st)
-        print_error("%s: %s\n", status_code_name(status_code(st)), status_message(st));
-    bool good = st == NULL;
-    status_free(st);
-    assert_true(good);
-}
-
-/* One root for a test: memory, or a directory that is removed after it. */
-struct root {
-    struct store *store;
-    char path[64];
-};
-
-static struct root root_open(bool posix)
-{
-    struct root r = { .path = "engine-XXXXXX" };
-    char uri[80] = "mem:";
-    if (posix) {
-        assert_non_null(mkdtemp(r.path));
-        snprintf(uri, sizeof uri, "file:%s", r.path);
-    }
-    ok(store_open(uri, true, &r.store));
-    return r;
-}
-
-static void root_close(struct root *r, bool posix)
-{
-    struct store_list l;
-    ok(store_list(r->store, "", &l));
-    for (size_t i = 0; i < l.count; i++) {
-        const char *name = l.entry[i].name;
-        ok(l.entry[i].info.is_dir ? store_remove_tree(r->store, name) : store_remove(r->store, name));
-    }
-    store_list_free(&l);
-    store_close(r->store);
-    if (posix)
-        assert_int_equal(rmdir(r->path), 0);
-}
 
 struct job {
     struct store *store;
@@ -160,12 +120,12 @@ static void reshard_case(int from, int to, bool posix, uint64_t staging, uint64_
     struct job j = { .store = r.store, .cut = cuts[from], .step = 7, .version = 3, .staging = staging, .chunk = chunk };
     j.writers = 1 + from % 3;
     j.cut.shrink = (from + to) % 3 ? 8 : 1;
-    ok(comm_threads_run(j.cut.size, save_job, &j));
+    assert_ok(comm_threads_run(j.cut.size, save_job, &j));
     struct load_job l = { .j = j, .saved_ranks = j.cut.size, .read_only = to % 2 };
     l.j.cut = cuts[to];
     l.j.cut.shrink = j.cut.shrink;
-    ok(comm_threads_run(l.j.cut.size, load_job, &l));
-    root_close(&r, posix);
+    assert_ok(comm_threads_run(l.j.cut.size, load_job, &l));
+    root_close(&r);
 }
 
 static void test_reshard_grid(void **state)
@@ -222,15 +182,15 @@ static void test_steady(void **state)
     for (int size = 1; size <= 4; size += 3) {
         struct root r = root_open(false);
         struct job j = { .store = r.store, .cut = { size, 1, true, false, 8 }, .keep_last = 2 };
-        ok(comm_threads_run(size, steady_job, &j));
+        assert_ok(comm_threads_run(size, steady_job, &j));
         struct store_list l;
         size_t steps = 0;
-        ok(store_list(r.store, "", &l));
+        assert_ok(store_list(r.store, "", &l));
         for (size_t i = 0; i < l.count; i++)
             steps += !strncmp(l.entry[i].name, "step-", 5);
         store_list_free(&l);
         assert_int_equal(steps, 2);
-        root_close(&r, false);
+        root_close(&r);
     }
 }
 
@@ -287,8 +247,8 @@ static void test_changing_state(void **state)
     for (int size = 1; size <= 5; size += 2) {
         struct root r = root_open(true);
         struct job j = { .store = r.store, .cut = { size, 1, true, false, 8 } };
-        ok(comm_threads_run(size, changing_job, &j));
-        root_close(&r, true);
+        assert_ok(comm_threads_run(size, changing_job, &j));
+        root_close(&r);
     }
 }
 
@@ -319,9 +279,10 @@ static status *ticking_job(struct comm *world, void *arg)
         fake_fill(&f, 9);
         TRY(tessera_save(t, f.state, 21));
         EXPECT_ERROR(tessera_save(t, f.state, 22), UNAVAILABLE, "step 21");
-        for (size_t i = f.count; i-- > 0;) { /* from the last to the first, each overwritten at once */
-            TRY(tessera_fence(t, f.piece[i].memory, f.piece[i].memory_bytes + 1, NULL));
-            memset(f.piece[i].memory, 0xa5, f.piece[i].memory_bytes);
+        for (size_t i = 0; i < f.count; i++) { /* in both directions, each overwritten at once */
+            const struct fake_piece *p = &f.piece[world->size % 2 ? f.count - 1 - i : i];
+            TRY(tessera_fence(t, p->memory, p->memory_bytes + 1, NULL));
+            memset(p->memory, 0xa5, p->memory_bytes);
         }
     }
     EXPECT(committed == 21 && last == TESSERA_IDLE);
@@ -337,8 +298,8 @@ static void test_ticking(void **state)
     for (int size = 1; size <= 4; size++) {
         struct root r = root_open(size == 2);
         struct job j = { .store = r.store, .cut = { size, 1, false, size == 3, 4 }, .staging = 2 << 20 };
-        ok(comm_threads_run(size, ticking_job, &j));
-        root_close(&r, size == 2);
+        assert_ok(comm_threads_run(size, ticking_job, &j));
+        root_close(&r);
     }
 }
 
@@ -408,8 +369,8 @@ static void test_refusals(void **state)
     for (int size = 1; size <= 3; size += 2) {
         struct root r = root_open(false);
         struct job j = { .store = r.store, .cut = { size, 1, false, false, 8 } };
-        ok(comm_threads_run(size, refusing_job, &j));
-        root_close(&r, false);
+        assert_ok(comm_threads_run(size, refusing_job, &j));
+        root_close(&r);
     }
 }
 
@@ -462,8 +423,8 @@ static void test_aliases_and_blobs(void **state)
     for (int size = 1; size <= 2; size++) {
         struct root r = root_open(false);
         struct job j = { .store = r.store, .cut = { size, size, false, false, 8 } };
-        ok(comm_threads_run(size, alias_job, &j));
-        root_close(&r, false);
+        assert_ok(comm_threads_run(size, alias_job, &j));
+        root_close(&r);
     }
 }
 
@@ -500,8 +461,8 @@ static void test_reader(void **state)
     (void)state;
     struct root r = root_open(true);
     struct job j = { .store = r.store, .cut = { 2, 1, true, false, 4 }, .keep_last = 1 };
-    ok(comm_threads_run(2, reader_job, &j));
-    root_close(&r, true);
+    assert_ok(comm_threads_run(2, reader_job, &j));
+    root_close(&r);
 }
 
 int main(void)

@@ -7,6 +7,7 @@
 #include "tests/support/comm_threads.h"
 #include "tests/support/fake_state.h"
 #include "tests/support/store_fault.h"
+#include "tests/support/test_root.h"
 
 #include <setjmp.h>
 #include <signal.h>
@@ -17,47 +18,6 @@
 #include <unistd.h>
 
 #include <cmocka.h>
-
-static void ok(status *st)
-{
-    if (st)
-        print_error("%s: %s\n", status_code_name(status_code(st)), status_message(st));
-    bool good = st == NULL;
-    status_free(st);
-    assert_true(good);
-}
-
-struct root {
-    struct store *store;
-    char path[64];
-    bool posix;
-};
-
-static struct root root_open(bool posix)
-{
-    struct root r = { .path = "protocol-XXXXXX", .posix = posix };
-    char uri[80] = "mem:";
-    if (posix) {
-        assert_non_null(mkdtemp(r.path));
-        snprintf(uri, sizeof uri, "file:%s", r.path);
-    }
-    ok(store_open(uri, true, &r.store));
-    return r;
-}
-
-static void root_close(struct root *r)
-{
-    struct store_list l;
-    ok(store_list(r->store, "", &l));
-    for (size_t i = 0; i < l.count; i++) {
-        const char *name = l.entry[i].name;
-        ok(l.entry[i].info.is_dir ? store_remove_tree(r->store, name) : store_remove(r->store, name));
-    }
-    store_list_free(&l);
-    store_close(r->store);
-    if (r->posix)
-        assert_int_equal(rmdir(r->path), 0);
-}
 
 /* Names in the root that begin with `prefix`. */
 static size_t count_names(struct store *s, const char *prefix)
@@ -212,7 +172,7 @@ static void test_every_fault(void **state)
         struct job j = { .store = r.store, .cut = { size, 1, true, false, 8 }, .keep_last = 2 };
         j.fault_rank = size - 1;
         j.mode = c & 2 ? FAULT_AFTER : FAULT_BEFORE;
-        ok(comm_threads_run(size, fault_job, &j));
+        assert_ok(comm_threads_run(size, fault_job, &j));
         /* a writer of three files does at least an open, a write of the header, one of the data and a finish for each
          */
         assert_true(j.faults >= 12);
@@ -220,7 +180,7 @@ static void test_every_fault(void **state)
     }
     struct root r = root_open(false); /* the rank that commits, in a job of several */
     struct job j = { .store = r.store, .cut = { 3, 1, true, false, 8 }, .keep_last = 1, .fault_rank = 0 };
-    ok(comm_threads_run(3, fault_job, &j));
+    assert_ok(comm_threads_run(3, fault_job, &j));
     assert_true(j.faults >= 12);
     root_close(&r);
 }
@@ -330,7 +290,7 @@ static void test_damage(void **state)
             struct job j = {
                 .store = r.store, .cut = { size, 1, true, false, 1 }, .warned = &warned, .fault_rank = how
             };
-            ok(comm_threads_run(size, damage_job, &j));
+            assert_ok(comm_threads_run(size, damage_job, &j));
             root_close(&r);
         }
 }
@@ -399,7 +359,7 @@ static void test_zombie(void **state)
     for (int size = 1; size <= 3; size += 2) {
         struct root r = root_open(size == 3);
         struct job j = { .store = r.store, .cut = { size, 1, true, false, 8 } };
-        ok(comm_threads_run(size, zombie_job, &j));
+        assert_ok(comm_threads_run(size, zombie_job, &j));
         root_close(&r);
     }
 }
@@ -448,7 +408,7 @@ static void test_cancel(void **state)
     for (int size = 1; size <= 3; size += 2) {
         struct root r = root_open(size == 3);
         struct job j = { .store = r.store, .cut = { size, 1, true, false, 4 } };
-        ok(comm_threads_run(size, cancel_job, &j));
+        assert_ok(comm_threads_run(size, cancel_job, &j));
         root_close(&r);
     }
 }
@@ -501,7 +461,7 @@ static void test_rewind(void **state)
     for (int size = 1; size <= 3; size++) {
         struct root r = root_open(size == 2);
         struct job j = { .store = r.store, .cut = { size, 1, true, false, 8 } };
-        ok(comm_threads_run(size, rewind_job, &j));
+        assert_ok(comm_threads_run(size, rewind_job, &j));
         root_close(&r);
     }
 }
@@ -564,7 +524,7 @@ static void test_kill(void **state)
         assert_true(WIFSIGNALED(how));
         struct job k = j;
         k.cut = (struct fake_cut){ 3, 3, false, false, 4 };
-        ok(comm_threads_run(3, after_kill, &k));
+        assert_ok(comm_threads_run(3, after_kill, &k));
         assert_true(k.faults >= last); /* what was committed stays */
         last = k.faults;
     }

@@ -1,0 +1,262 @@
+/* The schedule of a load, against what it must be: every wanted element is brought once, every block has one reader,
+ * rounds keep their bounds, and nobody is left with all the reading. */
+#include "ckpt/loadplan.h"
+#include "comm/base/mem.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+enum { RANKS = 5, MAX_WANTS = 64 };
+
+/* A step of tensors [rows, columns] f32, cut into `cuts` row boxes each, all in one file. */
+struct fixture {
+    struct metadata m;
+    struct meta_file file;
+    struct meta_tensor tensor[8];
+    struct meta_piece piece[64];
+    struct load_want want[MAX_WANTS];
+    uint64_t wants;
+};
+
+static void add_tensor(struct fixture *f, uint64_t rows, uint64_t columns, uint64_t cuts)
+{
+    struct metadata *m = &f->m;
+    struct meta_tensor *t = &f->tensor[m->tensor_count++];
+    *t = (struct meta_tensor){ .part = "model", .name = "t", .dtype = DTYPE_F32, .first_piece = m->piece_count };
+    t->shape = (struct shape){ .ndim = 2, .dim = { rows, columns } };
+    t->piece_count = cuts;
+    for (uint64_t i = 0; i < cuts; i++) {
+        uint64_t begin, end;
+        layout_cut(rows, cuts, i, &begin, &end);
+        struct box b = { .off = { begin, 0 }, .len = { end - begin, columns } };
+        struct meta_piece *p = &f->piece[m->piece_count++];
+        *p = (struct meta_piece){ .piece = piece_of_box(2, &b), .bytes = (end - begin) * columns * 4 };
+        p->offset = f->file.bytes;
+        f->file.bytes = (f->file.bytes + p->bytes + 4095) / 4096 * 4096;
+    }
+}
+
+static void init(struct fixture *f)
+{
+    memset(f, 0, sizeof *f);
+    f->file = (struct meta_file){ .name = "model-00000.h5", .bytes = 4096 };
+    f->m = (struct metadata){ .file = &f->file, .file_count = 1, .tensor = f->tensor, .piece = f->piece };
+}
+
+/* Wants come sorted by (tensor, rank, piece). */
+static void add_want(struct fixture *f, uint32_t tensor, int rank, uint64_t row, uint64_t rows, uint64_t column,
+                     uint64_t columns)
+{
+    struct box b = { .off = { row, column }, .len = { rows, columns } };
+    f->want[f->wants++] = (struct load_want){ .tensor = tensor, .rank = rank, .piece = piece_of_box(2, &b) };
+}
+
+static uint64_t bytes_of(const struct fixture *f, const struct load_block *b)
+{
+    return block_bytes(&f->piece[b->piece], b->block);
+}
+
+/* Elements of a want that copies bring, by the plan's uses. */
+static void check_complete(const struct fixture *f, const struct load_plan *p)
+{
+    uint64_t have[MAX_WANTS] = { 0 };
+    for (uint64_t i = 0; i < p->uses; i++)
+        have[p->list.copy[p->use[i].copy].wanted] += p->use[i].elems;
+    for (uint64_t i = 0; i < f->wants; i++)
+        assert_int_equal(have[i], piece_elems(&f->want[i].piece));
+}
+
+static void check_blocks(const struct fixture *f, const struct load_plan *p)
+{
+    uint64_t uses = 0, bytes = 0;
+    for (uint64_t i = 0; i < p->blocks; i++) {
+        const struct load_block *b = &p->block[i];
+        assert_in_range(b->reader, 0, RANKS - 1);
+        assert_true((uint64_t)b->block * META_BLOCK_BYTES < f->piece[b->piece].bytes);
+        for (uint64_t k = i + 1; k < p->blocks; k++)
+            assert_false(p->block[k].piece == b->piece && p->block[k].block == b->block);
+        for (uint64_t k = 0; k < b->uses; k++) {
+            const struct load_use *u = &p->use[b->first_use + k];
+            const struct reshard_copy *c = &p->list.copy[u->copy];
+            uint64_t per = META_BLOCK_BYTES / 4, lo = b->block * per;
+            assert_int_equal(c->stored, b->piece);
+            assert_int_equal(u->elems, reshard_count(c, lo, lo + per));
+            assert_true(u->elems > 0);
+        }
+        uses += b->uses;
+        bytes += bytes_of(f, b);
+    }
+    assert_int_equal(uses, p->uses);
+    assert_int_equal(bytes, p->totals.storage_bytes);
+    assert_true(p->totals.unique_bytes <= bytes);
+}
+
+/* A round may pass a bound only by one block, or by what one block alone brings. */
+static void check_rounds(const struct fixture *f, const struct load_plan *p)
+{
+    assert_int_equal(p->round[p->rounds], p->blocks);
+    for (uint64_t r = 0; r < p->rounds; r++) {
+        uint64_t read[RANKS] = { 0 }, sent[RANKS] = { 0 }, got[RANKS] = { 0 }, largest = META_BLOCK_BYTES * MAX_WANTS;
+        int reader = 0;
+        assert_true(p->round[r] < p->round[r + 1]);
+        for (uint64_t i = p->round[r]; i < p->round[r + 1]; i++) {
+            const struct load_block *b = &p->block[i];
+            assert_int_equal(b->round, r);
+            assert_true(b->reader >= reader);
+            reader = b->reader;
+            read[reader] += bytes_of(f, b);
+            for (uint64_t k = 0; k < b->uses; k++) {
+                uint64_t n = p->use[b->first_use + k].elems * 4;
+                sent[reader] += n;
+                got[f->want[p->list.copy[p->use[b->first_use + k].copy].wanted].rank] += n;
+            }
+        }
+        for (int k = 0; k < RANKS; k++) {
+            assert_true(read[k] <= ROUND_READ_BYTES);
+            assert_true(sent[k] <= ROUND_SEND_BYTES);
+            assert_true(got[k] <= ROUND_SEND_BYTES + largest);
+        }
+    }
+}
+
+static void make(struct fixture *f, struct load_plan *p)
+{
+    status *st = load_plan_make(&f->m, f->want, f->wants, RANKS, p);
+    assert_null(st);
+    check_complete(f, p);
+    check_blocks(f, p);
+    check_rounds(f, p);
+}
+
+static void load_of(const struct fixture *f, const struct load_plan *p, uint64_t read[RANKS])
+{
+    memset(read, 0, RANKS * sizeof *read);
+    for (uint64_t i = 0; i < p->blocks; i++)
+        read[p->block[i].reader] += bytes_of(f, &p->block[i]);
+}
+
+/* Everybody wants all of it: each byte is read once, everyone reads a fifth. */
+static void test_replicas_share(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct load_plan p;
+    uint64_t read[RANKS], total = (uint64_t)5000 * 1024 * 4;
+    init(&f);
+    add_tensor(&f, 5000, 1024, 3);
+    for (int r = 0; r < RANKS; r++)
+        add_want(&f, 0, r, 0, 5000, 0, 1024);
+    make(&f, &p);
+    assert_int_equal(p.totals.storage_bytes, total);
+    assert_int_equal(p.totals.unique_bytes, total);
+    load_of(&f, &p, read);
+    for (int r = 0; r < RANKS; r++)
+        assert_in_range(read[r], total / RANKS - 2 * META_BLOCK_BYTES, total / RANKS + 2 * META_BLOCK_BYTES);
+    load_plan_free(&p);
+}
+
+/* One rank wants 240 MiB and the others nothing: they help, and stay within the agreed distance. */
+static void test_others_help(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct load_plan p;
+    uint64_t read[RANKS], most = 0, least = UINT64_MAX;
+    init(&f);
+    add_tensor(&f, 60 * 1024, 1024, 7);
+    add_want(&f, 0, 2, 0, 60 * 1024, 0, 1024);
+    make(&f, &p);
+    load_of(&f, &p, read);
+    for (int r = 0; r < RANKS; r++) {
+        most = read[r] > most ? read[r] : most;
+        least = read[r] < least ? read[r] : least;
+    }
+    assert_int_equal(read[2], most);
+    assert_true(least > 0 && most - least <= (uint64_t)READ_AHEAD_BYTES + META_BLOCK_BYTES);
+    assert_true(p.rounds >= 2);
+    load_plan_free(&p);
+}
+
+/* A little of one rank's own: nobody else reads it. Half of a block wanted: the block counts, the half is unique. */
+static void test_own_reads(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct load_plan p;
+    init(&f);
+    add_tensor(&f, 1024, 512, 2);
+    add_tensor(&f, 0, 512, 1);
+    for (int r = 0; r < 4; r++)
+        add_want(&f, 0, r, 256 * (uint64_t)r, 256, 0, 256);
+    make(&f, &p);
+    assert_int_equal(p.blocks, 2);
+    assert_int_equal(p.rounds, 1);
+    assert_int_equal(p.totals.storage_bytes, 2 << 20);
+    assert_int_equal(p.totals.unique_bytes, 1 << 20);
+    for (uint64_t i = 0; i < p.blocks; i++)
+        assert_true(p.block[i].reader / 2 == (int)i);
+    load_plan_free(&p);
+    f.wants = 0;
+    make(&f, &p);
+    assert_int_equal(p.blocks + p.rounds + p.totals.storage_bytes, 0);
+    load_plan_free(&p);
+}
+
+static void test_random(void **state)
+{
+    (void)state;
+    static struct fixture f;
+    for (uint32_t seed = 0; seed < 60; seed++) {
+        struct load_plan p;
+        struct {
+            uint64_t rows, columns;
+        } dim[6];
+        uint64_t x = seed * 0x9e3779b97f4a7c15u + 1;
+#define DRAW(n) ((x = x * 6364136223846793005u + 1442695040888963407u), (x >> 33) % (n))
+        init(&f);
+        for (int t = 0; t < 6; t++) {
+            dim[t].rows = DRAW(3000);
+            dim[t].columns = 1 + DRAW(700);
+            add_tensor(&f, dim[t].rows, dim[t].columns, 1 + DRAW(6));
+        }
+        for (uint32_t t = 0; t < 6; t++)
+            for (int r = 0; r < RANKS; r++) {
+                uint64_t row = DRAW(dim[t].rows + 1), column = DRAW(dim[t].columns);
+                uint64_t rows = DRAW(dim[t].rows - row + 1), columns = DRAW(dim[t].columns - column + 1);
+                if (DRAW(4))
+                    add_want(&f, t, r, row, rows, column, columns);
+            }
+        make(&f, &p);
+        load_plan_free(&p);
+    }
+}
+
+/* What is stored nowhere is an error that names step and tensor. */
+static void test_missing(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct load_plan p;
+    init(&f);
+    f.m.step = 12;
+    add_tensor(&f, 10, 4, 2);
+    f.piece[1].piece.box.len[0] = 4;
+    f.piece[1].piece.end = 16;
+    add_want(&f, 0, 1, 0, 10, 0, 4);
+    status *st = load_plan_make(&f.m, f.want, f.wants, RANKS, &p);
+    assert_int_equal(status_code(st), ST_NOT_FOUND);
+    assert_non_null(strstr(status_message(st), "step 12: model/t"));
+    status_free(st);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_replicas_share), cmocka_unit_test(test_others_help), cmocka_unit_test(test_own_reads),
+        cmocka_unit_test(test_random),         cmocka_unit_test(test_missing),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
