@@ -1,0 +1,46 @@
+/* Prints where the fields of tessera.h's structs lie; layout.f90 prints the same of tessera.f90. */
+#include <stdio.h>
+#include <tessera.h>
+
+#define FIELD(type, field) printf("%s %d\n", #type "%" #field, (int)offsetof(struct tessera_##type, field))
+#define SIZE(type)         printf("%s %d\n", #type, (int)sizeof(struct tessera_##type))
+
+int main(void)
+{
+    FIELD(options, size);
+    FIELD(options, url);
+    FIELD(options, mpi_comm);
+    FIELD(options, read_only);
+    FIELD(options, keep_last);
+    FIELD(options, rewind);
+    FIELD(options, staging_bytes);
+    FIELD(options, chunk_bytes);
+    FIELD(options, writers);
+    FIELD(options, lease_seconds);
+    FIELD(options, build);
+    FIELD(options, mesh);
+    FIELD(options, warn);
+    FIELD(options, warn_arg);
+    SIZE(options);
+    FIELD(tensor, size);
+    FIELD(tensor, part);
+    FIELD(tensor, name);
+    FIELD(tensor, dtype);
+    FIELD(tensor, ndim);
+    FIELD(tensor, shape);
+    FIELD(tensor, offset);
+    FIELD(tensor, length);
+    FIELD(tensor, run_begin);
+    FIELD(tensor, run_end);
+    FIELD(tensor, stride);
+    FIELD(tensor, data);
+    FIELD(tensor, frozen);
+    FIELD(tensor, alias_of);
+    SIZE(tensor);
+    FIELD(tick, size);
+    FIELD(tick, flag);
+    FIELD(tick, phase);
+    FIELD(tick, committed);
+    SIZE(tick);
+    return 0;
+}
