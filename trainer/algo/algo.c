@@ -1,4 +1,5 @@
-/* algo: look-up by name, and the logistic function in forms that neither overflow nor cancel. */
+/* algo: look-up by name, what optional hooks default to, and the logistic function in forms that neither overflow nor
+ * cancel. */
 #include "trainer/algo/algo.h"
 
 #include <math.h>
@@ -17,6 +18,36 @@ status *algo_lookup(const char *name, const struct algo_ops **out)
             used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", i ? ", " : "", algo_registry[i]->name);
     }
     return ERR(INVALID, "no algorithm is called \"%s\" (this build has: %s)", name, names);
+}
+
+struct batch_counts algo_count(const struct dataset *d, const uint64_t *row, uint64_t rows)
+{
+    uint64_t n = (uint64_t)d->sequences;
+    struct batch_counts c = { .rows = rows, .sequences = rows * n };
+    for (uint64_t i = 0; i < rows; i++) {
+        c.first_tokens += d->seq[row[i] * n].scored;
+        for (uint64_t s = 0; s < n; s++)
+            c.scored_tokens += d->seq[row[i] * n + s].scored;
+    }
+    return c;
+}
+
+bool algo_needs_reference(const struct algo_ops *a, const void *config)
+{
+    return a->needs_reference && !(a->reference_free && a->reference_free(config));
+}
+
+int algo_statistics(const struct algo_ops *a, const void *config)
+{
+    return a->statistics ? a->statistics(config) : 0;
+}
+
+void algo_sums(const struct algo_ops *a, const void *config, const struct pack *p, const float *logp, double *sums)
+{
+    if (a->sums)
+        a->sums(config, p, logp, sums);
+    else
+        pack_sequence_sums(p, logp, sums, NULL);
 }
 
 double algo_neg_log_sigmoid(double z)

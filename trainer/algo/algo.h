@@ -13,9 +13,14 @@
 /* Counts of the whole step, over all packs and ranks. */
 struct batch_counts {
     uint64_t rows, sequences, scored_tokens;
+    uint64_t first_tokens; /* scored tokens of the rows' first sequences: of the chosen ones in preferences */
+    const double
+        *statistic; /* [algo_statistics] sums over all packs and ranks of what ops->statistic gave; NULL: none */
 };
+/* Counts of the rows of a step: row[0..rows) of d. */
+struct batch_counts algo_count(const struct dataset *d, const uint64_t *row, uint64_t rows);
 
-enum { ALGO_METRICS = 16 };
+enum { ALGO_METRICS = 16, ALGO_STATISTICS = 4 };
 enum metric_per { PER_ROW, PER_TOKEN }; /* what the metric's sum is divided by: counts.rows or counts.scored_tokens */
 struct algo_metric {
     const char *name; /* "rewards/accuracies" */
@@ -25,7 +30,7 @@ struct algo_metric {
 struct algo_ops {
     const char *name;
     enum dataset_kind data;
-    bool needs_reference;
+    bool needs_reference;               /* unless `reference_free` says otherwise: ask algo_needs_reference */
     const struct option_table *options; /* section "algo"; NULL: none */
     size_t config_bytes;
     const struct algo_metric *metrics; /* the first is "loss": its sum is this pack's share of the step's loss, already
@@ -36,7 +41,26 @@ struct algo_ops {
      * and metric[metric_count] = sums over this pack's rows. */
     void (*loss)(const void *config, const struct pack *p, const float *logp, const double *ref,
                  const struct batch_counts *counts, double *scratch, float *dlogp, double *metric);
+
+    /* ---- optional: NULL where an algorithm has no use for it ---- */
+    status *(*check)(const void *config);       /* INVALID: what single option rows cannot say */
+    bool (*reference_free)(const void *config); /* true: with this config no reference is needed */
+    /* What a reference value is, and `ref` above must hold: one number a sequence of the pack. Ask algo_sums. */
+    void (*sums)(const void *config, const struct pack *p, const float *logp, double *sums);
+    /* A loss whose gradient depends on a mean over the whole step: how many sums it wants before any `loss` of the step
+     * (at most ALGO_STATISTICS), and this pack's share of them, value[algo_statistics]. Needs a forward pass over the
+     * step's packs of its own, without backward; scratch as above. */
+    int (*statistics)(const void *config);
+    void (*statistic)(const void *config, const struct pack *p, const float *logp, const double *ref, double *scratch,
+                      double *value);
 };
+
+/* Whether `loss` reads ref under this config. */
+bool algo_needs_reference(const struct algo_ops *a, const void *config);
+/* How many sums over the step this config wants before `loss`; 0 for most. */
+int algo_statistics(const struct algo_ops *a, const void *config);
+/* sums[segments]: ops->sums, or plain sums of the scored tokens. */
+void algo_sums(const struct algo_ops *a, const void *config, const struct pack *p, const float *logp, double *sums);
 
 extern const struct algo_ops *const algo_registry[];                            /* generated; ends with NULL */
 status *algo_lookup(const char *name, const struct algo_ops **out) WARN_UNUSED; /* INVALID lists the names */

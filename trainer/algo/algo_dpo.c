@@ -1,26 +1,14 @@
-/* dpo: direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, eq. 7), sigmoid loss.
+/* dpo: direct preference optimisation and its relatives. What a pair's loss is, pref_losses.c says; this file takes
+ * pairs from packs and gives tokens their gradients.
  *
- * For a pair, with l = sum of the scored tokens' log-probabilities of a sequence, w = chosen, l = rejected:
- *   cw = l_policy(w) - l_ref(w),  cl = l_policy(l) - l_ref(l),  z = beta (cw - cl)
- *   loss = -log sigmoid(z),  d loss / d cw = -beta sigmoid(-z),  d loss / d cl = +beta sigmoid(-z)
- * The step's loss is the mean over its pairs. A token's gradient is its sequence's: l is a plain sum.
- *
- * sigmoid_loss knows one pair and nothing of packs: a variant of the loss is another such function. */
+ * The step's loss is the mean over its pairs of pref_loss + nll_alpha pref_nll. A sequence's log-probability is a sum
+ * of its scored tokens' (weighted beyond the pair's common length: LD-DPO), so a token's gradient is its weight times
+ * its sequence's. kto_pair's KLs are means over the step's global batch, whatever packs and ranks it is cut into. */
 #include "trainer/algo/algo.h"
+#include "trainer/algo/pref_losses.h"
 
-struct dpo_config {
-    double beta;
-};
+#include <math.h>
 
-static const struct option rows[] = {
-    { "beta", OPT_FLOAT, "0.1", 1e-6, 1e3, NULL, "",
-      "strength of the pull towards the reference; rewards are beta times log-ratios",
-      offsetof(struct dpo_config, beta) },
-};
-static const struct option_table options = { "algo", rows, sizeof rows / sizeof rows[0] };
-
-/* rewards are the implicit ones, beta times the log-ratio; accuracy counts pairs whose chosen reward is strictly
- * larger, so that it is 0 where policy and reference agree. */
 static const struct algo_metric metrics[] = {
     { "loss", PER_ROW },
     { "rewards/chosen", PER_ROW },
@@ -29,67 +17,126 @@ static const struct algo_metric metrics[] = {
     { "rewards/accuracies", PER_ROW },
     { "logps/chosen", PER_ROW },
     { "logps/rejected", PER_ROW },
+    { "nll_loss", PER_ROW }, /* with algo.nll_norm, without algo.nll_alpha */
 };
-enum { LOSS, CHOSEN, REJECTED, MARGINS, ACCURACIES, LOGPS_CHOSEN, LOGPS_REJECTED, COUNT };
+enum { LOSS, REWARDS, LOGPS_CHOSEN = REWARDS + PREF_REWARDS, LOGPS_REJECTED, NLL_LOSS, COUNT };
 _Static_assert(sizeof metrics / sizeof metrics[0] == COUNT, "a name a metric");
+_Static_assert((int)COUNT <= (int)ALGO_METRICS, "the trainer has room for them");
 
-struct pair {
-    double cw, cl;               /* log-ratios of chosen and rejected */
-    uint32_t length_w, length_l; /* scored tokens */
-};
-
-struct pair_loss {
-    double loss, dw, dl; /* d loss / d cw, d loss / d cl */
-};
-
-static struct pair_loss sigmoid_loss(const struct dpo_config *c, const struct pair *x)
+/* Tokens of row r's sequences that weigh 1. */
+static uint32_t shared_tokens(const struct pack *p, uint32_t r)
 {
-    double z = c->beta * (x->cw - x->cl), pull = c->beta * algo_sigmoid(-z);
-    return (struct pair_loss){ algo_neg_log_sigmoid(z), -pull, pull };
+    const struct sequence *seq = p->data->seq + 2 * p->row[r];
+    return seq[0].scored < seq[1].scored ? seq[0].scored : seq[1].scored;
 }
 
-/* Give every scored token of segment s the gradient d, the others 0. */
-static void put_gradient(const struct pack *p, uint32_t s, double d, float *dlogp)
+static void dpo_sums(const void *config, const struct pack *p, const float *logp, double *sums)
 {
+    const struct pref_config *c = config;
+    for (uint32_t s = 0; s < 2 * p->rows; s++) {
+        int32_t at = p->offset[s];
+        sums[s] = pref_ld_sum(logp + at, p->target + at, p->offset[s + 1] - at, shared_tokens(p, s / 2), c->ld_alpha);
+    }
+}
+
+/* Row r of a pack; ref may be NULL if it is not used. */
+static struct pref_pair pair_of(const struct pack *p, uint32_t r, const double *sums, const double *ref)
+{
+    const struct sequence *seq = p->data->seq + 2 * p->row[r];
+    struct pref_pair x;
+    for (uint32_t side = PREF_CHOSEN; side <= PREF_REJECTED; side++) {
+        x.policy[side] = sums[2 * r + side];
+        x.reference[side] = ref ? ref[2 * r + side] : 0;
+        x.length[side] = seq[side].scored;
+    }
+    return x;
+}
+
+/* d loss / d logp of segment s: `sum` through the weighted sum, `plain` through the NLL. */
+static void put_gradient(const struct pack *p, uint32_t s, double alpha, double sum, double plain, float *dlogp)
+{
+    uint32_t shared = shared_tokens(p, s / 2), seen = 0;
     for (int32_t i = p->offset[s]; i < p->offset[s + 1]; i++)
-        dlogp[i] = p->target[i] >= 0 ? (float)d : 0;
+        dlogp[i] = p->target[i] >= 0 ? (float)((seen++ < shared ? sum : alpha * sum) + plain) : 0;
+}
+
+static int dpo_statistics(const void *config)
+{
+    return pref_uses_kl(config) ? 2 : 0;
+}
+
+static void dpo_statistic(const void *config, const struct pack *p, const float *logp, const double *ref,
+                          double *scratch, double *value)
+{
+    value[PREF_CHOSEN] = value[PREF_REJECTED] = 0;
+    dpo_sums(config, p, logp, scratch);
+    for (uint32_t r = 0; r < p->rows; r++) {
+        struct pref_pair x = pair_of(p, r, scratch, ref);
+        value[PREF_CHOSEN] += pref_ratio(config, &x, PREF_CHOSEN);
+        value[PREF_REJECTED] += pref_ratio(config, &x, PREF_REJECTED);
+    }
+}
+
+/* NAN without statistics: a loss that wants them and did not get them must not look like one. */
+static void batch_kl(const struct batch_counts *counts, double kl[2])
+{
+    for (int side = 0; side < 2; side++)
+        kl[side] = counts->statistic ? pref_kl(counts->statistic[side], (double)counts->rows) : NAN;
 }
 
 static void dpo_loss(const void *config, const struct pack *p, const float *logp, const double *ref,
                      const struct batch_counts *counts, double *scratch, float *dlogp, double *metric)
 {
-    const struct dpo_config *c = config;
-    double weight = counts->rows ? 1 / (double)counts->rows : 0, *sum = scratch;
-    pack_sequence_sums(p, logp, sum, NULL);
+    const struct pref_config *c = config;
+    double rows = (double)counts->rows, weight = rows > 0 ? 1 / rows : 0,
+           mean_length = (double)counts->first_tokens / rows;
+    double alpha = pref_nll_alpha(c), *plain = scratch, *sum = scratch + 2 * p->rows, kl[2], nll_slope;
+    pack_sequence_sums(p, logp, plain, NULL);
+    dpo_sums(c, p, logp, sum);
+    batch_kl(counts, kl);
     for (int j = 0; j < COUNT; j++)
         metric[j] = 0;
     for (uint32_t r = 0; r < p->rows; r++) {
         uint32_t w = 2 * r, l = 2 * r + 1;
-        const struct sequence *seq = p->data->seq + 2 * p->row[r];
-        struct pair x = { sum[w] - ref[w], sum[l] - ref[l], seq[0].scored, seq[1].scored };
-        struct pair_loss y = sigmoid_loss(c, &x);
-        double chosen = c->beta * x.cw, rejected = c->beta * x.cl;
-        metric[LOSS] += y.loss * weight;
-        metric[CHOSEN] += chosen;
-        metric[REJECTED] += rejected;
-        metric[MARGINS] += chosen - rejected;
-        metric[ACCURACIES] += chosen > rejected;
-        metric[LOGPS_CHOSEN] += sum[w];
-        metric[LOGPS_REJECTED] += sum[l];
+        struct pref_pair x = pair_of(p, r, sum, ref);
+        struct pref_value y = pref_loss(c, &x, kl);
+        double reward[PREF_REWARDS], nll = pref_nll(c, plain[w], x.length[PREF_CHOSEN], mean_length, &nll_slope);
+        pref_rewards(c, &x, reward);
+        for (int j = 0; j < PREF_REWARDS; j++)
+            metric[REWARDS + j] += reward[j];
+        metric[LOGPS_CHOSEN] += plain[w];
+        metric[LOGPS_REJECTED] += plain[l];
+        metric[NLL_LOSS] += nll;
+        metric[LOSS] += (y.loss + (alpha > 0 ? alpha * nll : 0)) * weight;
         if (!dlogp)
             continue;
-        put_gradient(p, w, y.dw * weight, dlogp);
-        put_gradient(p, l, y.dl * weight, dlogp);
+        put_gradient(p, w, c->ld_alpha, y.d[PREF_CHOSEN] * weight, alpha > 0 ? alpha * nll_slope * weight : 0, dlogp);
+        put_gradient(p, l, c->ld_alpha, y.d[PREF_REJECTED] * weight, 0, dlogp);
     }
+}
+
+static status *dpo_check(const void *config)
+{
+    return pref_check(config);
+}
+
+static bool dpo_reference_free(const void *config)
+{
+    return !pref_uses_reference(config);
 }
 
 const struct algo_ops algo_dpo_ops = {
     .name = "dpo",
     .data = DATASET_PREFS,
     .needs_reference = true,
-    .options = &options,
-    .config_bytes = sizeof(struct dpo_config),
+    .options = &pref_options,
+    .config_bytes = sizeof(struct pref_config),
     .metrics = metrics,
     .metric_count = COUNT,
     .loss = dpo_loss,
+    .check = dpo_check,
+    .reference_free = dpo_reference_free,
+    .sums = dpo_sums,
+    .statistics = dpo_statistics,
+    .statistic = dpo_statistic,
 };
