@@ -61,7 +61,12 @@ readelf -d "$libdir/libtessera.so" | grep -q 'SONAME.*\[libtessera\.so\.[0-9]*\]
     fail "libtessera.so needs the libraries above"
 
 # --- the header by itself, in both languages, with warnings as errors
-echo '#include <tessera.h>' >"$tmp/header.c"
+{
+    echo '#include <tessera.h>'
+    for s in options tensor tick progress load_report; do
+        echo "struct tessera_$s $s = TESSERA_${s^^};"
+    done
+} >"$tmp/header.c"
 for std in c99 c11 c17; do
     expect gcc -std=$std -pedantic -Wall -Wextra -Wstrict-prototypes -Werror -I"$prefix/include" -fsyntax-only "$tmp/header.c"
 done
@@ -120,6 +125,8 @@ ranks 5 f_shared c_shared
 ranks 3 c_shared f_shared
 ranks 5 c_shared cpp_shared
 ranks 3 cpp_shared f_static
+
+[[ ! -e $prefix/bin/tessera ]] || expect "$prefix/bin/tessera" ckpt verify "$tmp/root/f_static"
 
 # The checks above can fail: a byte of the table turned over is an error of the load.
 shard=$(find "$tmp/root/c_shared" -name '*.h5' | sort | head -n 1)
