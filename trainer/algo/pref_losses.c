@@ -1,6 +1,8 @@
 /* pref_losses: the table. With s the logistic function, w and l the scores of chosen and rejected (pref_losses.h),
  * h = w - l and z = beta h. Losses marked [h] see only the difference: they take f-divergences and LD-DPO sums.
  *
+ * A NaN in a log-probability must come out as a NaN: comparisons are written so that it passes (no fmin, fmax).
+ *
  * To add a loss: a function, a row, its name in CHOICES at the same place; tests check gradients and order. */
 #include "trainer/algo/pref_losses.h"
 
@@ -61,7 +63,7 @@ static struct pref_value robust(const struct pref_config *c, const struct scores
 static struct pref_value hinge(const struct pref_config *c, const struct scores *x)
 {
     double z = z_of(c, x);
-    return z < 1 ? of_z(c, 1 - z, -1) : of_z(c, 0, 0);
+    return z >= 1 ? of_z(c, 0, 0) : of_z(c, 1 - z, -1);
 }
 
 /* IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17), beta = tau: (h - 1 / (2 beta))^2.  `ipo` has averaged scores as
@@ -84,7 +86,7 @@ static struct pref_value simpo(const struct pref_config *c, const struct scores 
 static const double ODDS_MAX = -0x1p-24;
 static double log_odds(double a, double *slope)
 {
-    a = fmin(a, ODDS_MAX);
+    a = a > ODDS_MAX ? ODDS_MAX : a;
     double one_minus = -expm1(a);
     *slope = 1 / one_minus;
     return a - log(one_minus);
@@ -154,7 +156,7 @@ static struct pref_value apo_down(const struct pref_config *c, const struct scor
  * overflow, m is 0. */
 static struct pref_value discopop(const struct pref_config *c, const struct scores *x)
 {
-    double z = z_of(c, x), m = sg(z / c->discopop_tau), q = sg(-z / c->discopop_tau), e = exp(fmin(-z, 700));
+    double z = z_of(c, x), m = sg(z / c->discopop_tau), q = sg(-z / c->discopop_tau), e = exp(z < -700 ? 700 : -z);
     return of_z(c, q * nls(z) + m * e, m * q / c->discopop_tau * (e - nls(z)) - q * sg(-z) - m * e);
 }
 
@@ -285,7 +287,7 @@ double pref_ratio(const struct pref_config *c, const struct pref_pair *x, enum p
 static const double EXP_MAX = 80;
 static double exp_clamped(double x, double *slope)
 {
-    double e = exp(fmin(x, EXP_MAX));
+    double e = exp(x > EXP_MAX ? EXP_MAX : x);
     *slope = x < EXP_MAX ? e : 0;
     return e;
 }
@@ -333,7 +335,7 @@ struct pref_value pref_loss(const struct pref_config *c, const struct pref_pair 
 
 double pref_kl(double sum_of_ratios, double rows)
 {
-    return rows > 0 && sum_of_ratios > 0 ? sum_of_ratios / rows : 0;
+    return rows > 0 && !(sum_of_ratios <= 0) ? sum_of_ratios / rows : 0;
 }
 
 double pref_nll(const struct pref_config *c, double chosen_sum, double length, double mean_length, double *slope)
