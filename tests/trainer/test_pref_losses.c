@@ -227,6 +227,18 @@ static void test_far_out(void **state)
         }
 }
 
+/* Beyond e^80 a divergence's score is constant, so its slope is 0. */
+static void test_clamp(void **state)
+{
+    (void)state;
+    struct pref_config c = config_of("f_divergence=forward_kl beta=1e-6");
+    for (double ratio = -82; ratio <= -78; ratio++) {
+        struct pref_value y = pref_loss(&c, &(struct pref_pair){ { ratio, 0 }, { 0, 0 }, { 1, 1 } }, NULL);
+        assert_true(ratio > -80 ? y.d[0] < -1e20 : y.d[0] == 0);
+        near("clamp", y.loss / (1e-6 * exp(-(ratio < -80 ? -80 : ratio))), 1, 1e-9);
+    }
+}
+
 /* ---- NLL, KTO, KL, LD sums ---- */
 
 static void test_nll(void **state)
@@ -354,6 +366,7 @@ int main(void)
         cmocka_unit_test(test_nll),        cmocka_unit_test(test_kto_and_kl),
         cmocka_unit_test(test_ld_sum),     cmocka_unit_test(test_rewards_and_reference),
         cmocka_unit_test(test_check),      cmocka_unit_test(test_not_a_number),
+        cmocka_unit_test(test_clamp),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
