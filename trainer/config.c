@@ -316,6 +316,8 @@ static status *check_together(const struct config *c, const char *name)
         return ERR(INVALID, "%s: checkpoint.resume: \"%s\" is not one of newest-valid, never, or a step number", name,
                    resume);
     status *st = c->model_ops->check ? c->model_ops->check(c->model) : NULL;
+    if (!st && c->algo_ops->check)
+        st = c->algo_ops->check(c->algo_own);
     return st ? status_wrap(st, "%s", name) : NULL;
 }
 
@@ -452,9 +454,9 @@ status *config_text(const struct config *c, char **out)
 /* Keys that define numeric state: another value would go on with another run. */
 static bool defines_state(const char *key)
 {
-    static const char *const exact[] = { "run.seed",          "data.sft",  "data.prefs",
-                                         "data.max_length",   "algo.kind", "algo.warmup_sft_steps",
-                                         "train.global_batch" };
+    static const char *const exact[] = { "run.seed",           "data.sft",     "data.prefs",
+                                         "data.max_length",    "algo.kind",    "algo.warmup_sft_steps",
+                                         "train.global_batch", "algo.ld_alpha" };
     for (size_t i = 0; i < sizeof exact / sizeof exact[0]; i++)
         if (!strcmp(key, exact[i]))
             return true;

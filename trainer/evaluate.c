@@ -24,7 +24,8 @@ static status *forward_sums(struct trainer *t, struct pack *p, double *sums)
     struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->in);
     struct tensor *lp = op_logprob(t->tape, h, t->model->ops->head(t->model), p->target, 1.0f);
     TRY(tape_end(t->tape));
-    pack_sequence_sums(p, lp->data, sums, NULL);
+    const struct phase *now = &t->phase[t->phases - 1]; /* the algorithm's own sums, in its warm-up too */
+    algo_sums(now->algo, now->algo_config, p, lp->data, sums);
     return NULL;
 }
 

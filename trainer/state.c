@@ -293,7 +293,7 @@ static status *shape_refs(struct trainer *t)
 {
     ref_logps_fini(&t->ref);
     ref_logps_fini(&t->ref_heldout);
-    if (!t->phase[t->current].algo->needs_reference)
+    if (!algo_needs_reference(t->phase[t->current].algo, t->phase[t->current].algo_config))
         return NULL;
     TRY(ref_logps_init(&t->ref, t->phase[t->current].data));
     return t->heldout ? ref_logps_init(&t->ref_heldout, t->heldout) : NULL;

@@ -48,7 +48,7 @@ status *trainer_enter_phase(struct trainer *t, int phase)
     t->current = phase;
     t->optimiser_step = 0;
     zero_reset_moments(t->zero);
-    if (t->phase[phase].algo->needs_reference) {
+    if (algo_needs_reference(t->phase[phase].algo, t->phase[phase].algo_config)) {
         TRY(compute_references(t));
         TRY(evaluate_heldout(t));
     }
@@ -59,17 +59,6 @@ status *trainer_enter_phase(struct trainer *t, int phase)
 }
 
 /* --- a step */
-
-static struct batch_counts count_batch(const struct phase *p)
-{
-    const struct dataset *d = p->data;
-    struct batch_counts c = { .rows = p->stream.global_batch };
-    c.sequences = c.rows * (uint64_t)d->sequences;
-    for (uint32_t i = 0; i < p->stream.global_batch; i++)
-        for (int s = 0; s < d->sequences; s++)
-            c.scored_tokens += d->seq[p->stream.row[i] * (uint64_t)d->sequences + (uint64_t)s].scored;
-    return c;
-}
 
 static uint64_t count_tokens(const struct phase *p)
 {
@@ -83,7 +72,7 @@ static uint64_t count_tokens(const struct phase *p)
 /* Reference sums of the pack's sequences, or NULL. */
 static const double *pack_references(struct trainer *t, const struct phase *p, double *out)
 {
-    if (!p->algo->needs_reference)
+    if (!algo_needs_reference(p->algo, p->algo_config))
         return NULL;
     int s = p->data->sequences;
     for (uint32_t r = 0; r < p->pack.rows; r++)
@@ -92,21 +81,47 @@ static const double *pack_references(struct trainer *t, const struct phase *p, d
     return out;
 }
 
-static status *micro_batch(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts)
+/* Log-probabilities of micro-batch k's tokens, in the tape's arena, and the reference sums that go with them. */
+static status *forward(struct trainer *t, struct phase *p, uint32_t k, enum tape_mode mode, struct tensor **logp,
+                       const double **ref)
 {
     uint32_t mb = p->stream.micro_batch;
     pack_build(&p->pack, p->stream.row + (size_t)k * mb, mb);
-    tape_begin(t->tape, TAPE_TRAIN);
+    tape_begin(t->tape, mode);
     struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->pack.in);
-    struct tensor *lp = op_logprob(t->tape, h, t->model->ops->head(t->model), p->pack.target, 1.0f);
-    TRY(tape_end(t->tape));
-    size_t segments = (size_t)p->pack.in.seg.count;
-    const double *ref = pack_references(t, p, t->scratch + 4 * segments);
+    *logp = op_logprob(t->tape, h, t->model->ops->head(t->model), p->pack.target, 1.0f);
+    *ref = pack_references(t, p, t->scratch + 4 * (size_t)p->pack.in.seg.count);
+    return tape_end(t->tape);
+}
+
+static status *micro_batch(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts)
+{
+    struct tensor *lp;
+    const double *ref;
+    TRY(forward(t, p, k, TAPE_TRAIN, &lp, &ref));
     double *metric = t->scalar + (size_t)k * (size_t)p->algo->metric_count;
     p->algo->loss(p->algo_config, &p->pack, lp->data, ref, counts, t->scratch, t->dlogp, metric);
     TRY(tape_backward(t->tape, lp, t->dlogp, TAPE_BACKWARD_ALL));
     zero_added(t->zero, k);
     return NULL;
+}
+
+/* What a loss wants to know of the whole step before its first micro-batch: a forward pass of its own.
+ * sums[ALGO_STATISTICS]. */
+static status *gather_statistics(struct trainer *t, struct phase *p, uint32_t k, double *sums)
+{
+    int n = algo_statistics(p->algo, p->algo_config);
+    uint32_t first, end;
+    zero_micro_batches(t->zero, k, &first, &end);
+    for (uint32_t i = first; n && i < end; i++) {
+        struct tensor *lp;
+        const double *ref;
+        status *st = forward(t, p, i, TAPE_FORWARD, &lp, &ref);
+        if (st)
+            trainer_abort(t, st);
+        p->algo->statistic(p->algo_config, &p->pack, lp->data, ref, t->scratch, t->scalar + (size_t)i * (size_t)n);
+    }
+    return n ? zero_sum_scalars(t->zero, t->scalar, k, (uint32_t)n, sums) : NULL;
 }
 
 static status *before_overwrite(void *arg, const void *addr, size_t bytes)
@@ -125,6 +140,8 @@ static status *optimise(struct trainer *t, const struct phase *p, struct step_re
 {
     const struct optim_config *o = &t->cfg->optim;
     TRY(zero_reduce(t->zero, &r->norm));
+    if (!isfinite(r->norm))
+        return ERR(INVALID, "the gradient is not finite at step %" PRIu64 ": try a smaller optim.lr", t->step + 1);
     r->lr = schedule_lr(o, p->peak_lr, t->step - p->first_step, p->steps);
     struct adamw a = {
         r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, clip_scale(o->clip, r->norm), t->optimiser_step + 1
@@ -137,17 +154,18 @@ static status *train_step(struct trainer *t, struct step_result *r)
     struct phase *p = &t->phase[t->current];
     uint32_t k = p->stream.global_batch / p->stream.micro_batch, first, end;
     stream_deal(&p->stream, t->samples[t->current]);
-    struct batch_counts counts = count_batch(p);
+    struct batch_counts counts = algo_count(p->data, p->stream.row, p->stream.global_batch);
+    double statistic[ALGO_STATISTICS], sums[ALGO_METRICS];
+    TRY(gather_statistics(t, p, k, statistic));
+    counts.statistic = algo_statistics(p->algo, p->algo_config) ? statistic : NULL;
     r->tokens = count_tokens(p);
     zero_begin(t->zero, k);
     zero_micro_batches(t->zero, k, &first, &end);
     for (uint32_t i = first; i < end; i++) {
         status *st = micro_batch(t, p, i, &counts);
-        if (st)
-            trainer_abort(
-                t, st); /* shapes were checked before: a bug or a broken machine, and the others wait in a collective */
+        if (st) /* shapes were checked before: a bug or a broken machine, and the others wait in a collective */
+            trainer_abort(t, st);
     }
-    double sums[ALGO_METRICS];
     TRY(zero_sum_scalars(t->zero, t->scalar, k, (uint32_t)p->algo->metric_count, sums));
     for (int m = 0; m < p->algo->metric_count; m++)
         r->metric[m] =

@@ -128,6 +128,18 @@ static void another_model_is_refused(void **state)
     status_free(st);
 }
 
+/* A loss that wants means over the whole step: the same ones however the step is cut. */
+static void batch_statistics_do_not_depend_on_ranks(void **state)
+{
+    (void)state;
+    char text[2048];
+    make_config(text, sizeof text, "kto");
+    const char *kto[] = { "algo.loss=kto_pair", "checkpoint.url=", "optim.lr=3e-3" };
+    uint32_t want = run(text, 1, 3, kto).weights;
+    assert_int_equal(run(text, 3, 3, kto).weights, want);
+    assert_int_not_equal(run(text, 2, 2, kto + 1).weights, want);
+}
+
 static void other_seeds_give_other_weights(void **state)
 {
     (void)state;
@@ -165,6 +177,7 @@ int main(void)
         cmocka_unit_test(resumes_on_other_ranks_with_the_same_bits),
         cmocka_unit_test(a_run_that_is_done_changes_nothing),
         cmocka_unit_test(another_model_is_refused),
+        cmocka_unit_test(batch_statistics_do_not_depend_on_ranks),
         cmocka_unit_test(other_seeds_give_other_weights),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
