@@ -277,9 +277,10 @@ uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes)
 
 void pipeline_look(struct pipeline *p, struct pipeline_view *out)
 {
-    *out = (struct pipeline_view){ .failed = atomic_load(&p->failed) };
-    pthread_mutex_lock(&p->synced.lock);
+    *out = (struct pipeline_view){ 0 };
+    pthread_mutex_lock(&p->synced.lock); /* one look: a failure comes before the end it leads to, never after */
     out->drained = p->synced.drained;
+    out->failed = atomic_load(&p->failed);
     out->written_bytes = p->synced.written_bytes;
     pthread_mutex_unlock(&p->synced.lock);
     pthread_mutex_lock(&p->stage.synced.lock);

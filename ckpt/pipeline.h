@@ -36,6 +36,7 @@ void pipeline_start(struct pipeline *p, struct share *s, uint64_t step);
  */
 uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes);
 
+/* Consistent: drained without failed means that every file is durable and nothing of this save can fail any more. */
 struct pipeline_view {
     bool captured, drained, failed;
     uint64_t captured_bytes, written_bytes, staging_cap_bytes, staging_peak_bytes;

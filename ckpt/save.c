@@ -322,7 +322,9 @@ static status *discard(tessera *t, uint64_t step)
 {
     TRY(comm_barrier(t->x));
     if (t->keeper)
-        status_free(commit_discard(t->store, step, t->attempt)); /* leftovers never count */
+        handle_warn(t, status_wrap(commit_discard(t->store, step, t->attempt),
+                                   "what the failed save of step %llu wrote could not all be removed",
+                                   (unsigned long long)step)); /* leftovers never count */
     return comm_barrier(t->x);
 }
 
