@@ -7,14 +7,16 @@
 #include "comm/device/device.h"
 #include "storage/store.h"
 
-/* tessera_open with what the program has already: world is duplicated, dev borrowed (NULL: the CPU), s borrowed if not NULL (rank 0's and every
- * other rank's may be one object: tests wrap it), else opened from o->url. Collective. */
-status *ckpt_open(const struct tessera_options *o, struct comm *world, struct device *dev, struct store *s, tessera **out) WARN_UNUSED;
+/* tessera_open with what the program has already: world is duplicated, dev borrowed (NULL: the CPU), s borrowed if not
+ * NULL (rank 0's and every other rank's may be one object: tests wrap it), else opened from o->url. Collective. */
+status *ckpt_open(const struct tessera_options *o, struct comm *world, struct device *dev, struct store *s,
+                  tessera **out) WARN_UNUSED;
 uint64_t ckpt_attempt(const tessera *t);
 /* Plans this handle has made so far: a save that finds its plan in the cache makes none. */
 uint64_t ckpt_plans_made(const tessera *t);
 
-/* `tessera ckpt ls|show|verify ...`: argv[0] is the verb. Prints results to stdout; returns the error for main to print. Not collective. */
+/* `tessera ckpt ls|show|verify ...`: argv[0] is the verb. Prints results to stdout; returns the error for main to
+ * print. Not collective. */
 status *ckpt_cli(int argc, char **argv) WARN_UNUSED;
 
 #endif

@@ -1,9 +1,10 @@
-/* commit: when a step counts. Step directories, attempts, the lease, metadata.pb, LATEST, retention, candidates. Storage only, no MPI:
- * rank 0 (or one rank a node) calls it.
+/* commit: when a step counts. Step directories, attempts, the lease, metadata.pb, LATEST, retention, candidates.
+ * Storage only, no MPI: rank 0 (or one rank a node) calls it.
  *
- * Invariants: (1) a step is read only if its metadata.pb decodes and its files have the lengths it states; (2) metadata.pb is put once, exclusively,
- * after every rank said yes; (3) a step is removed metadata.pb first, and never the newest valid one; (4) nothing that another attempt could have
- * committed is overwritten: file names carry the attempt. */
+ * Invariants: (1) a step is read only if its metadata.pb decodes and its files have the lengths it states; (2)
+ * metadata.pb is put once, exclusively, after every rank said yes; (3) a step is removed metadata.pb first, and never
+ * the newest valid one; (4) nothing that another attempt could have committed is overwritten: file names carry the
+ * attempt. */
 #ifndef TESSERA_CKPT_COMMIT_H
 #define TESSERA_CKPT_COMMIT_H
 
@@ -16,23 +17,26 @@ enum { STEP_DIR_BYTES = 32, MAX_METADATA_BYTES = 1 << 30 };
 void commit_step_dir(uint64_t step, char dir[STEP_DIR_BYTES]);
 /* The step of such a name; false for anything else (".bad-..." too). */
 bool commit_parse_dir(const char *name, uint64_t *step);
-/* "step-000000000100/policy.model-00003.a1b2c3d4e5f60718.h5": '/' of the part becomes '.'; a part longer than 160 bytes is cut and its hash added */
+/* "step-000000000100/policy.model-00003.a1b2c3d4e5f60718.h5": '/' of the part becomes '.'; a part longer than 160 bytes
+ * is cut and its hash added */
 void commit_shard_key(uint64_t step, const char *part, int writer, uint64_t attempt, char key[STORE_KEY_BYTES]);
 
-/* "step-000000000100/NAME" of a file that a metadata file names. CORRUPT if that is no key inside the step's directory. */
+/* "step-000000000100/NAME" of a file that a metadata file names. CORRUPT if that is no key inside the step's directory.
+ */
 status *commit_file_key(uint64_t step, const char *name, char key[STORE_KEY_BYTES]) WARN_UNUSED;
 
 /* --- the lease
  *
- * Objects LEASE/0000000001, LEASE/0000000002, ...: the lease's epochs. The highest one is the lease; it names its attempt, host and
- * process, and whether it was given back. Taking over from epoch n is the exclusive put of n + 1, so of any number of takers exactly one
- * wins, on any store that has an atomic exclusive put. Only an epoch's owner replaces its object (to renew: its age by the storage's clock
- * is then small again), so a zombie can at most refresh a superseded epoch, which nobody looks at; lease_check and lease_renew
- * tell it that a higher one is there.
+ * Objects LEASE/0000000001, LEASE/0000000002, ...: the lease's epochs. The highest one is the lease; it names its
+ * attempt, host and process, and whether it was given back. Taking over from epoch n is the exclusive put of n + 1, so
+ * of any number of takers exactly one wins, on any store that has an atomic exclusive put. Only an epoch's owner
+ * replaces its object (to renew: its age by the storage's clock is then small again), so a zombie can at most refresh a
+ * superseded epoch, which nobody looks at; lease_check and lease_renew tell it that a higher one is there.
  *
- * Limits: a job stopped for longer than its lease (SIGSTOP, a partition) may be taken over while it lives and cannot know before it looks: between its
- * lease_check and its put of metadata.pb another attempt can have begun. That is why file names carry the attempt and metadata.pb is put
- * exclusively: such a commit is whole, never a mixture. Removing LEASE by hand under a live job lets a second one in; the first notices. */
+ * Limits: a job stopped for longer than its lease (SIGSTOP, a partition) may be taken over while it lives and cannot
+ * know before it looks: between its lease_check and its put of metadata.pb another attempt can have begun. That is why
+ * file names carry the attempt and metadata.pb is put exclusively: such a commit is whole, never a mixture. Removing
+ * LEASE by hand under a live job lets a second one in; the first notices. */
 struct lease {
     struct store *store;
     uint64_t attempt, run_id, parent;
@@ -41,10 +45,11 @@ struct lease {
     uint64_t renewed_ns; /* monotonic */
     char host[64];
 };
-/* Take the root's lease for a new attempt (drawn from the system's randomness). The run id is the root's: taken over from the
- * last lease, or drawn. A lease whose process runs on this host (same host name, boot and pid namespace) is EXISTS at once, one whose process
- * is gone from it is taken over at once; any other is watched until it is renewed (EXISTS) or older than its seconds (taken over). seconds 0: 30.
- * `note` (NOTE_BYTES) is set to a line for people when a dead job's lease was taken over, else "". */
+/* Take the root's lease for a new attempt (drawn from the system's randomness). The run id is the root's: taken over
+ * from the last lease, or drawn. A lease whose process runs on this host (same host name, boot and pid namespace) is
+ * EXISTS at once, one whose process is gone from it is taken over at once; any other is watched until it is renewed
+ * (EXISTS) or older than its seconds (taken over). seconds 0: 30. `note` (NOTE_BYTES) is set to a line for people when
+ * a dead job's lease was taken over, else "". */
 enum { NOTE_BYTES = 256 };
 status *lease_take(struct store *s, uint32_t seconds, struct lease *out, char note[NOTE_BYTES]) WARN_UNUSED;
 /* Renew if a third of its time has passed. CANCELLED: another attempt holds it now. */
@@ -61,23 +66,27 @@ struct step_list {
 };
 status *commit_list(struct store *s, struct step_list *out) WARN_UNUSED;
 void step_list_free(struct step_list *l);
-/* Read and check one step's metadata and the lengths of all its files. NOT_FOUND: not committed; CORRUPT names the file. */
+/* Read and check one step's metadata and the lengths of all its files. NOT_FOUND: not committed; CORRUPT names the
+ * file. */
 status *commit_read(struct store *s, uint64_t step, struct metadata **out) WARN_UNUSED;
-/* Put metadata.pb exclusively, then LATEST (a hint: its failure is none). If a metadata.pb of another attempt is there (a zombie's), its bytes
- * go to metadata.pb.ATTEMPT first. EXISTS: our own attempt's. After any other error the step is not committed: what could have become
- * visible was removed (or, if the store refuses even that, the message says so). */
+/* Put metadata.pb exclusively, then LATEST (a hint: its failure is none). If a metadata.pb of another attempt is there
+ * (a zombie's), its bytes go to metadata.pb.ATTEMPT first. EXISTS: our own attempt's. After any other error the step is
+ * not committed: what could have become visible was removed (or, if the store refuses even that, the message says so).
+ */
 status *commit_put(struct store *s, const struct metadata *m) WARN_UNUSED;
-/* Keep `newest`, which the caller has just committed, and the keep_last - 1 committed steps before it; remove the older ones. 0 removes none.
- * Nothing is removed if `newest` is not committed; steps above it are left alone. */
+/* Keep `newest`, which the caller has just committed, and the keep_last - 1 committed steps before it; remove the older
+ * ones. 0 removes none. Nothing is removed if `newest` is not committed; steps above it are left alone. */
 status *commit_retain(struct store *s, uint64_t newest, int keep_last) WARN_UNUSED;
-/* Rename step-N to step-N.WHY-ATTEMPT (WHY: "bad", "retired"); where the store cannot rename, remove its metadata.pb. Missing is fine. */
+/* Rename step-N to step-N.WHY-ATTEMPT (WHY: "bad", "retired"); where the store cannot rename, remove its metadata.pb.
+ * Missing is fine. */
 status *commit_retire(struct store *s, uint64_t step, const char *why, uint64_t attempt) WARN_UNUSED;
-/* Remove files of `attempt` in the step's directory (a failed or cancelled save), finished or not, and the directory if it is empty then.
- * EXISTS, and nothing removed: that attempt has committed the step. */
+/* Remove files of `attempt` in the step's directory (a failed or cancelled save), finished or not, and the directory if
+ * it is empty then. EXISTS, and nothing removed: that attempt has committed the step. */
 status *commit_discard(struct store *s, uint64_t step, uint64_t attempt) WARN_UNUSED;
 
-/* --- verify: read every byte of a step. Calls `found` with a line for each damage: step, file, tensor (header or padding) and offset. NULL
- * also when damage was found (out->damages); NOT_FOUND: the step is not committed; other errors: it could not be read to the end. */
+/* --- verify: read every byte of a step. Calls `found` with a line for each damage: step, file, tensor (header or
+ * padding) and offset. NULL also when damage was found (out->damages); NOT_FOUND: the step is not committed; other
+ * errors: it could not be read to the end. */
 struct verify_result {
     uint64_t files, tensors, bytes, damages;
 };

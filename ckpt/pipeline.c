@@ -98,11 +98,14 @@ static status *write_item(struct pipeline *p, const struct item *it)
     const struct share_chunk *c = &s->chunk[it->chunk];
     TRY(open_file(p, c->file));
     const void *from = c->segments ? it->block : s->file[c->file].image.header;
-    for (uint64_t i = c->first_segment; i < c->first_segment + c->segments; i++)
+    uint64_t payload = 0;
+    for (uint64_t i = c->first_segment; i < c->first_segment + c->segments; i++) {
         checksum(s, &s->segment[i], (const unsigned char *)it->block + s->segment[i].at);
+        payload += s->segment[i].hi - s->segment[i].lo;
+    }
     TRY(store_write(p->file[c->file].writer, c->offset, from, c->bytes));
     pthread_mutex_lock(&p->synced.lock);
-    p->synced.written_bytes += c->bytes;
+    p->synced.written_bytes += payload;
     pthread_mutex_unlock(&p->synced.lock);
     return NULL;
 }

@@ -22,6 +22,7 @@ struct pipeline_options {
     int writers, rank;
     uint64_t attempt;
 };
+/* Start the capture and writer threads; they live until pipeline_close. o's device and store are borrowed. */
 status *pipeline_open(const struct pipeline_options *o, struct pipeline **out) WARN_UNUSED;
 /* NULL is fine. Stops a save in flight; files it has finished stay, since they may count by now. */
 void pipeline_close(struct pipeline *p);
@@ -41,6 +42,7 @@ struct pipeline_view {
     bool captured, drained, failed;
     uint64_t captured_bytes, written_bytes, staging_cap_bytes, staging_peak_bytes;
 };
+/* One consistent look at the save in flight, or the last one. */
 void pipeline_look(struct pipeline *p, struct pipeline_view *out);
 /* The error that stopped the save, once; NULL if there is none. */
 status *pipeline_take_error(struct pipeline *p) WARN_UNUSED;

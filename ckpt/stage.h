@@ -41,7 +41,9 @@ struct stage {
     } synced;
 };
 
+/* Start the capture thread. It has no memory until stage_prepare. */
 status *stage_open(struct stage *g, struct device *dev, struct stage_sink sink) WARN_UNUSED;
+/* End the thread and free the blocks; no save may be in flight. */
 void stage_close(struct stage *g);
 /* Have `blocks` blocks of block_bytes, touched. Only while nothing is captured. */
 status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks) WARN_UNUSED;

@@ -23,6 +23,7 @@ struct vote {
     size_t xfer_cap;
     struct comm_req req;
 };
+/* Free the message buffers; nothing may be in flight. */
 void vote_fini(struct vote *v);
 /* Have the memory for votes of this plan with blobs of up to blob_room bytes a rank; keeps what is large enough. */
 status *vote_prepare(struct vote *v, struct comm *c, const struct plan *p, const struct roster *r,

@@ -51,12 +51,14 @@ struct isa {
     void (*adamw)(float *p, const float *g, float *m, float *v, const struct adamw_scalars *h, int64_t n);
 };
 
+/* The best table that this machine can run. */
 const struct isa *isa_best(void);
 /* The i-th table that this machine can run, best first; NULL after the last. For tests. */
 const struct isa *isa_at(int i);
 
 struct gemm;
 struct workers;
+/* cpu_gemm with a given table. For tests: all tables give the same bits. */
 void gemm_with(const struct isa *isa, struct workers *w, const struct gemm *g);
 
 #endif
