@@ -171,7 +171,7 @@ class Job:
         except subprocess.TimeoutExpired:
             self.stop()
             fail(f"the job did not end within {LIMIT_S} s; it said:\n{self.output}")
-        until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") and _is_program(pid) for pid in pids.values()), "ranks outlive mpirun")
+        until(lambda: not any(_is_program(pid) for pid in pids.values()), "ranks outlive mpirun")
         return status
 
     def pids(self):
@@ -182,7 +182,8 @@ class Job:
         os.kill(self.pids()[rank], signal.SIGKILL)
 
     def stop(self):
-        for pid in rank_pids(self.process.pid).values():
+        pids = rank_pids(self.process.pid).values()
+        for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -190,6 +191,9 @@ class Job:
         if self.alive():
             self.process.kill()
             self.process.wait()
+        end = time.monotonic() + 10
+        while any(_is_program(pid) for pid in pids) and time.monotonic() < end:
+            time.sleep(POLL_S)
 
 
 def _is_program(pid):
