@@ -24,6 +24,11 @@
 
 #include <string.h>
 
+/* Structs of the public API as first released: no caller has smaller ones. */
+enum {
+    OPTIONS_BYTES = offsetof(struct tessera_options, warn_arg) + sizeof(void *),
+    TICK_BYTES = offsetof(struct tessera_tick, committed) + sizeof(uint64_t)
+};
 enum { DEFAULT_CHUNK = 16 << 20, DEFAULT_LEASE_SECONDS = 30, MAX_WRITERS = 64 };
 
 /* ---- errors of the public API are statuses */
@@ -48,6 +53,24 @@ void tessera_status_free(tessera_status *st)
     status_free(st);
 }
 
+status *handle_same(tessera *t, const char *what, uint64_t value)
+{
+    uint64_t most[2] = { value, ~value };
+    TRY(comm_allreduce(t->x, most, 2, COMM_U64, COMM_MAX, NULL));
+    if (most[0] != ~most[1])
+        return ERR(INVALID, "%s: ranks give different values: %llu to %llu", what, (unsigned long long)~most[1],
+                   (unsigned long long)most[0]);
+    return NULL;
+}
+
+void handle_give(void *to, const void *from, size_t bytes)
+{
+    size_t room = *(const size_t *)to, head = sizeof room;
+    bytes = room < bytes ? room : bytes;
+    if (bytes > head)
+        memcpy((char *)to + head, (const char *)from + head, bytes - head);
+}
+
 void handle_warn(tessera *t, status *st)
 {
     if (st && t->o.warn && t->x->rank == 0)
@@ -60,9 +83,9 @@ void handle_warn(tessera *t, status *st)
 /* A copy with defaults; later fields of an older caller's struct stay zero. */
 static status *read_options(const struct tessera_options *in, bool has_store, struct tessera_options *o)
 {
-    if (in->size < offsetof(struct tessera_options, warn_arg) + sizeof in->warn_arg || in->size > 4096)
+    if (in->size < OPTIONS_BYTES || in->size > 4096)
         return ERR(INVALID, "options: a struct of %zu bytes; set it with TESSERA_OPTIONS", in->size);
-    *o = *in;
+    memcpy(o, in, in->size < sizeof *o ? in->size : sizeof *o);
     if (!o->url && !has_store)
         return ERR(INVALID, "options: no url");
     if (o->keep_last < 0 || o->writers < 0 || o->writers > MAX_WRITERS)
@@ -101,7 +124,7 @@ static status *open_parts(tessera *t, const struct tessera_options *o, struct de
 {
     TRY(read_options(o, s != NULL, &t->o));
     TRY(own_texts(t));
-    TRY(read_mesh(o->mesh, t->x->size, &t->mesh));
+    TRY(read_mesh(t->o.mesh, t->x->size, &t->mesh));
     t->own_dev = !dev;
     t->dev = dev;
     if (!dev)
@@ -154,7 +177,7 @@ static status *free_handle(tessera *t)
     save_drop_plan(t);
     vote_fini(&t->vote);
     metadata_free(t->meta);
-    mem_free(t->bad.step);
+    step_set_free(&t->bad);
     mem_free(t->blobs.data);
     if (t->own_store)
         store_close(t->store);
@@ -185,6 +208,8 @@ status *ckpt_open(const struct tessera_options *o, struct comm *world, struct de
         return st;
     }
     st = comm_agree(t->x, open_parts(t, o, dev, s));
+    if (!st)
+        st = handle_same(t, "options: read_only", (uint64_t)t->o.read_only);
     if (!st && !t->o.read_only)
         st = open_writing(t);
     if (!st)
@@ -230,42 +255,50 @@ status *tessera_close(tessera *t)
 
 /* ---- saving */
 
-static status *check_save(const tessera *t, const tessera_state *s, uint64_t step)
+/* What follows from the calls before, alike on all ranks. */
+static status *check_ready(const tessera *t, uint64_t step)
 {
-    unsigned long long n = step, newest = t->newest;
+    unsigned long long n = step;
     if (t->o.read_only)
         return ERR(INVALID, "save of step %llu: the handle is read-only", n);
-    if (!s || step == UINT64_MAX)
-        return ERR(INVALID, "save of step %llu: %s", n, s ? "no such step" : "no state");
     if (t->save.phase != TESSERA_IDLE)
         return ERR(UNAVAILABLE, "save of step %llu: the save of step %llu is still in flight", n,
                    (unsigned long long)t->save.step);
+    return NULL;
+}
+
+/* What this rank was given. The step first: where it is refused, all ranks that were given it refuse it alike. */
+static status *check_given(const tessera *t, const tessera_state *s, uint64_t step)
+{
+    unsigned long long n = step, newest = t->newest;
+    if (step == UINT64_MAX)
+        return ERR(INVALID, "save of step %llu: no such step", n);
     if (t->has_newest && step == t->newest && t->newest_is_ours)
         return ERR(EXISTS, "save of step %llu: it is committed already", n);
     if (t->has_newest && step < t->newest)
         return ERR(INVALID, "save of step %llu: step %llu is committed and newer; tessera_rewind retires it", n,
                    newest);
+    if (!s)
+        return ERR(INVALID, "save of step %llu: no state", n);
     return NULL;
 }
 
 status *tessera_save(tessera *t, tessera_state *s, uint64_t step)
 {
     uint64_t start = clock_ns();
-    TRY(check_save(t, s, step));
+    TRY(check_ready(t, step));
+    status *refused = check_given(t, s, step);
     struct saving *v = &t->save;
     v->phase = TESSERA_CAPTURE;
     v->epoch++;
     v->step = step;
     v->start_ns = start;
-    v->state = s;
     t->progress.fence_wait_ns = 0;
+    if (refused)
+        return save_refuse(t, step, refused);
+    v->state = s;
     bool same = save_begin(t, s);
-    v->reduce_in[SETTLE_CHANGED] = !same;
-    v->reduce_in[SETTLE_STEP] = step;
-    v->reduce_in[SETTLE_STEP_NOT] = ~step;
-    v->reduce_in[SETTLE_BLOBS] = t->x->rank ? t->blobs.bytes : 0;
-    v->unsettled = true;
-    status *st = comm_iallreduce(t->x, v->reduce_in, v->reduce_out, SETTLE_SLOTS, COMM_U64, COMM_MAX, &v->reduce);
+    status *st = save_reduce(t, same, false);
     t->progress.call_ns = clock_ns() - start;
     return st;
 }
@@ -392,16 +425,18 @@ static uint64_t take_committed(tessera *t)
 
 status *tessera_tick(tessera *t, struct tessera_tick *io)
 {
-    static const int32_t none[4];
+    struct tessera_tick out = { 0 };
     struct ticking *k = &t->tick;
-    status *st = tick(t, io ? io->flag : none);
-    if (!io)
+    bool room = io && io->size >= TICK_BYTES; /* anything smaller was not set by TESSERA_TICK: not read, not written */
+    status *st = tick(t, room ? io->flag : out.flag);
+    if (!room)
         return st;
     for (int i = 0; i < 4; i++)
-        io->flag[i] = k->held ? (int32_t)k->flag[i] : 0;
+        out.flag[i] = k->held ? (int32_t)k->flag[i] : 0;
     k->held = false;
-    io->phase = t->save.phase;
-    io->committed = take_committed(t);
+    out.phase = t->save.phase;
+    out.committed = take_committed(t);
+    handle_give(io, &out, sizeof out);
     return st;
 }
 
@@ -442,10 +477,7 @@ status *tessera_cancel(tessera *t)
     struct saving *v = &t->save;
     if (v->phase == TESSERA_IDLE)
         return NULL;
-    if (v->unsettled) {
-        TRY(comm_wait(&v->reduce));
-        v->unsettled = false;
-    }
+    TRY(save_unsettle(t));
     uint8_t yes;
     TRY(committed_anyway(t, &yes));
     if (yes) {
@@ -473,7 +505,5 @@ void tessera_get_progress(tessera *t, struct tessera_progress *out)
         p.staging_cap_bytes = v.staging_cap_bytes;
         p.staging_peak_bytes = v.staging_peak_bytes;
     }
-    size_t n = out->size && out->size < sizeof p ? out->size : sizeof p;
-    p.size = out->size ? out->size : sizeof p;
-    memcpy(out, &p, n);
+    handle_give(out, &p, sizeof p);
 }

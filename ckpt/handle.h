@@ -25,6 +25,8 @@ enum settle_slot {
     SETTLE_STEP,
     SETTLE_STEP_NOT, /* ~step: its maximum is the complement of the smallest */
     SETTLE_BLOBS,    /* longest blobs of a rank other than 0 */
+    SETTLE_BEGUN,    /* a rank has begun this save */
+    SETTLE_REFUSED,  /* a rank has refused it, for its arguments */
     SETTLE_SLOTS
 };
 
@@ -68,6 +70,7 @@ struct ticking {
 struct step_set {
     uint64_t *step;
     size_t count, cap;
+    status *first; /* what was wrong with the first one; NULL when empty */
 };
 
 struct tessera {
@@ -97,6 +100,10 @@ struct tessera {
     struct tessera_load_report report;
 };
 
+/* INVALID on every rank unless all gave the same value. Collective. */
+status *handle_same(tessera *t, const char *what, uint64_t value) WARN_UNUSED;
+/* Make a struct of the caller, whose first field is its size, hold as much of `from` as it has room for. */
+void handle_give(void *to, const void *from, size_t bytes);
 /* A line for people, on rank 0. Takes st. */
 void handle_warn(tessera *t, status *st);
 
@@ -104,6 +111,13 @@ void handle_warn(tessera *t, status *st);
 
 /* Local: describe the state, pack blobs, tell whether the cached plan serves; if so start capturing. */
 bool save_begin(tessera *t, tessera_state *s);
+/* Start the reduction of tessera_save. */
+status *save_reduce(tessera *t, bool same, bool refused) WARN_UNUSED;
+/* This rank refuses its arguments for the reason st (taken). Waits for the other ranks' calls: if all refuse, the error
+ * is returned; else ranks were given different arguments, and this one joins the save that fails for that reason. */
+status *save_refuse(tessera *t, uint64_t step, status *st) WARN_UNUSED;
+/* Complete the reduction without planning: for a save that is given up. */
+status *save_unsettle(tessera *t) WARN_UNUSED;
 /* Complete the reduction of tessera_save: plan again if a rank's state changed. Collective; nothing when it is settled.
  * Fails only with the transport; what a plan finds wrong becomes the save's verdict. */
 status *save_settle(tessera *t) WARN_UNUSED;
@@ -121,5 +135,6 @@ void save_drop_plan(tessera *t);
 /* ---- load.c */
 status *load_set_newest(tessera *t) WARN_UNUSED; /* Collective: what rank 0's listing shows */
 void step_set_remove(struct step_set *s, uint64_t step);
+void step_set_free(struct step_set *s);
 
 #endif

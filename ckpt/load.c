@@ -28,9 +28,20 @@ void step_set_remove(struct step_set *s, uint64_t step)
         if (s->step[i] != step)
             s->step[kept++] = s->step[i];
     s->count = kept;
+    if (!kept) {
+        status_free(s->first);
+        s->first = NULL;
+    }
 }
 
-static status *step_set_add(struct step_set *s, uint64_t step)
+void step_set_free(struct step_set *s)
+{
+    status_free(s->first);
+    mem_free(s->step);
+}
+
+/* why: what is wrong with it; stays the caller's. */
+static status *step_set_add(struct step_set *s, uint64_t step, const status *why)
 {
     if (step_set_has(s, step))
         return NULL;
@@ -43,14 +54,17 @@ static status *step_set_add(struct step_set *s, uint64_t step)
         s->cap = cap;
     }
     s->step[s->count++] = step;
+    if (!s->first)
+        s->first = status_copy(why);
     return NULL;
 }
 
 /* Rank 0: step is damaged, for the reason st (taken): pass it over, say so. */
 static status *mark_bad(tessera *t, uint64_t step, status *st)
 {
+    status *added = step_set_add(&t->bad, step, st);
     handle_warn(t, status_wrap(st, "step %llu is damaged and passed over", (unsigned long long)step));
-    return step_set_add(&t->bad, step);
+    return added;
 }
 
 /* ---- choosing a step */
@@ -138,9 +152,11 @@ status *tessera_find(tessera *t, uint64_t at_most, uint64_t *step)
     struct choice c = { 0 };
     struct metadata *m = NULL;
     TRY(save_settle(t));
+    TRY(handle_same(t, "find: step", at_most));
     status *st = t->x->rank == 0 ? find_valid(t, at_most, &c, &m) : NULL;
     if (!st && t->x->rank == 0 && !c.found && t->bad.count)
-        st = ERR(CORRUPT, "no committed step is whole; %zu are damaged", t->bad.count);
+        st = ERR(CORRUPT, "no committed step is whole; %zu are damaged; the first found: %s", t->bad.count,
+                 status_message(t->bad.first));
     else if (!st && t->x->rank == 0 && !c.found)
         st = ERR(NOT_FOUND, "no committed step");
     TRY(spread_metadata(t, m, st));
@@ -156,9 +172,7 @@ static status *select_step(tessera *t, uint64_t step)
     struct metadata *m = NULL;
     status *st = t->x->rank == 0 ? commit_read(t->store, step, &m) : NULL;
     if (status_code(st) == ST_CORRUPT) {
-        status *copy = status_copy(st);
-        status_free(st);
-        st = status_first(copy, step_set_add(&t->bad, step));
+        st = status_first(st, step_set_add(&t->bad, step, st));
     }
     return spread_metadata(t, m, st);
 }
@@ -178,6 +192,8 @@ status *tessera_blob(tessera *t, const char *part, const char *name, int rank, c
 
 status *tessera_stored(tessera *t, const char *part, const char *name, struct tessera_tensor *d)
 {
+    if (d->size < STATE_TENSOR_BYTES)
+        return ERR(INVALID, "stored tensor: struct of %zu bytes; set it with TESSERA_TENSOR", d->size);
     int64_t i = t->meta ? metadata_find(t->meta, part, name) : -1;
     if (i < 0)
         return ERR(NOT_FOUND, "%s/%s: not stored", part, name);
@@ -278,6 +294,8 @@ static status *want_piece(tessera *t, const struct state_piece *p, int64_t found
 static status *match_state(tessera *t, const tessera_state *s, struct fill *f)
 {
     bool missing = false;
+    if (!s)
+        return ERR(INVALID, "load of step %llu: no state", (unsigned long long)t->meta->step);
     f->want = mem_calloc(s->count + 1, sizeof *f->want);
     f->bounce = mem_calloc(s->count + 1, sizeof *f->bounce);
     if (!f->want || !f->bounce)
@@ -319,7 +337,7 @@ static status *load_state(tessera *t, const tessera_state *s, struct load_totals
         st = loadpipe_run(t->x, t->store, t->meta, f.want, f.count, totals);
     if (!st)
         st = comm_agree(t->x, place(t, s, &f));
-    free_fill(&f, s->count);
+    free_fill(&f, s ? s->count : 0);
     return st;
 }
 
@@ -390,12 +408,13 @@ status *tessera_load(tessera *t, tessera_state *s, uint64_t step)
     bool writing = !t->o.read_only;
     if (writing)
         TRY(check_idle(t, "load"));
+    TRY(handle_same(t, "load: step", step));
     TRY(select_step(t, step));
     if (writing)
         TRY(comm_agree(t->x, t->x->rank == 0 ? refuse_newer(t, step) : NULL));
     status *st = load_state(t, s, &totals);
     if (status_code(st) == ST_CORRUPT && t->x->rank == 0)
-        st = status_first(st, step_set_add(&t->bad, step));
+        st = status_first(st, step_set_add(&t->bad, step, st));
     if (!st && writing)
         st = continue_from(t, step);
     if (st) {
@@ -430,6 +449,7 @@ status *tessera_rewind(tessera *t, uint64_t step)
     if (t->o.read_only)
         return ERR(INVALID, "rewind: the handle is read-only");
     TRY(check_idle(t, "rewind"));
+    TRY(handle_same(t, "rewind: step", step));
     TRY(comm_agree(t->x, t->x->rank == 0 ? retire_above(t, step, step == TESSERA_NEWEST) : NULL));
     metadata_free(t->meta);
     t->meta = NULL;
@@ -439,7 +459,5 @@ status *tessera_rewind(tessera *t, uint64_t step)
 void tessera_get_load_report(tessera *t, struct tessera_load_report *out)
 {
     struct tessera_load_report r = t->report;
-    size_t n = out->size && out->size < sizeof r ? out->size : sizeof r;
-    r.size = out->size ? out->size : sizeof r;
-    memcpy(out, &r, n);
+    handle_give(out, &r, sizeof r);
 }

@@ -227,9 +227,76 @@ static status *replan(tessera *t)
     return st;
 }
 
-static status *different_steps(uint64_t low, uint64_t high)
+/* ---- what tessera_save was given, on all ranks */
+
+status *save_reduce(tessera *t, bool same, bool refused)
 {
-    return ERR(INVALID, "ranks save different steps: %llu to %llu", (unsigned long long)low, (unsigned long long)high);
+    struct saving *v = &t->save;
+    v->reduce_in[SETTLE_CHANGED] = !same;
+    v->reduce_in[SETTLE_STEP] = v->step;
+    v->reduce_in[SETTLE_STEP_NOT] = ~v->step;
+    v->reduce_in[SETTLE_BLOBS] = t->x->rank && !refused ? t->blobs.bytes : 0;
+    v->reduce_in[SETTLE_BEGUN] = !refused;
+    v->reduce_in[SETTLE_REFUSED] = refused;
+    v->unsettled = true;
+    return comm_iallreduce(t->x, v->reduce_in, v->reduce_out, SETTLE_SLOTS, COMM_U64, COMM_MAX, &v->reduce);
+}
+
+/* Of the completed reduction: INVALID, the same on all ranks, if they were given different steps or one of them no
+ * state. */
+static status *given_alike(const struct saving *v)
+{
+    uint64_t high = v->reduce_out[SETTLE_STEP], low = ~v->reduce_out[SETTLE_STEP_NOT];
+    if (low != high)
+        return ERR(INVALID, "ranks save different steps: %llu to %llu", (unsigned long long)low,
+                   (unsigned long long)high);
+    if (v->reduce_out[SETTLE_REFUSED])
+        return ERR(INVALID, "a rank gave no state");
+    return NULL;
+}
+
+/* Nothing that this rank may have written stays, and from here on all ranks speak of one step: one that some rank
+ * began, since what begins is above what is refused. */
+static void drop_misgiven(tessera *t)
+{
+    uint64_t high = t->save.reduce_out[SETTLE_STEP], low = ~t->save.reduce_out[SETTLE_STEP_NOT];
+    pipeline_end(t->pipe, PIPELINE_REMOVE);
+    t->save.step = high == UINT64_MAX ? low : high;
+}
+
+status *save_unsettle(tessera *t)
+{
+    struct saving *v = &t->save;
+    if (!v->unsettled)
+        return NULL;
+    TRY(comm_wait(&v->reduce));
+    v->unsettled = false;
+    v->verdict = given_alike(v);
+    if (v->verdict)
+        drop_misgiven(t);
+    return NULL;
+}
+
+status *save_refuse(tessera *t, uint64_t step, status *st)
+{
+    struct saving *v = &t->save;
+    v->step = step;
+    status *transport = save_reduce(t, true, true);
+    if (!transport)
+        transport = save_unsettle(t);
+    if (transport)
+        return status_first(transport, st);
+    if (v->reduce_out[SETTLE_BEGUN]) {
+        status_free(st);
+        return NULL;
+    }
+    if (v->reduce_out[SETTLE_STEP] != ~v->reduce_out[SETTLE_STEP_NOT]) {
+        status_free(st);
+        st = v->verdict;
+        v->verdict = NULL;
+    }
+    save_forget(t, false);
+    return st;
 }
 
 status *save_settle(tessera *t)
@@ -237,13 +304,9 @@ status *save_settle(tessera *t)
     struct saving *v = &t->save;
     if (!v->unsettled)
         return NULL;
-    TRY(comm_wait(&v->reduce));
-    v->unsettled = false;
-    uint64_t high = v->reduce_out[SETTLE_STEP], low = ~v->reduce_out[SETTLE_STEP_NOT];
-    status *st = NULL;
-    if (low != high) {
-        st = different_steps(low, high);
-    } else if (v->reduce_out[SETTLE_CHANGED]) {
+    TRY(save_unsettle(t));
+    status *st = v->verdict;
+    if (!st && v->reduce_out[SETTLE_CHANGED]) {
         st = replan(t);
         if (!st)
             start_capture(t, v->state);

@@ -91,7 +91,7 @@ static status *check_names(const char *part, const char *name)
 
 static status *read_tensor(const struct tessera_tensor *d, struct state_piece *p)
 {
-    if (d->size < offsetof(struct tessera_tensor, alias_of) + sizeof d->alias_of)
+    if (d->size < STATE_TENSOR_BYTES)
         return ERR(INVALID, "tensor: struct of %zu bytes; set it with TESSERA_TENSOR", d->size);
     TRY(check_names(d->part, d->name));
     if (d->dtype <= 0 || d->dtype >= DTYPE_COUNT)

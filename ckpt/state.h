@@ -41,6 +41,8 @@ struct tessera_state {
     struct hash128 fingerprint;
 };
 
+/* The caller's struct as first released: none is smaller. */
+enum { STATE_TENSOR_BYTES = offsetof(struct tessera_tensor, alias_of) + sizeof(char *) };
 enum { STATE_BLOB_BYTES = 64 << 10, STATE_BLOBS_BYTES = 4 << 20 };
 
 /* Fill desc, text and fingerprint; does nothing (and allocates nothing) when no piece was added since the last call. */

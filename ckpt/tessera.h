@@ -27,17 +27,18 @@
  * never ended. A function that is not collective and returns an error has changed nothing.
  *
  * Collective functions are called by all ranks of the handle, in the same order, with the same handle, step and other
- * plain arguments (each with its own state). They return an error on all ranks or on none, and the same one; so all
- * ranks can act on it alike. A rank that leaves alone (after an error of its own code, say) leaves the others waiting:
- * end the job with MPI_Abort. What is on storage is safe from that.
+ * plain arguments (each with its own state); steps that differ are one INVALID. They return an error on all ranks or on
+ * none, and the same one; so all ranks can act on it alike. A rank that leaves alone (after an error of its own code,
+ * say) leaves the others waiting: end the job with MPI_Abort. What is on storage is safe from that.
  *
  * Threads: a handle and the states used with it belong to one thread at a time, the "training thread": functions must
  * not run at once on one handle. A process may have several handles, on different roots. A writing handle has threads
  * of its own (one that copies, `writers` that write, on rank 0 one that commits); they block all signals and do not
  * call MPI, so MPI_THREAD_FUNNELED is enough.
  *
- * Structs that the caller fills begin with `size`, set by their initialiser macro, so that fields can be added. In C++
- * write `struct tessera_tick`: a function has that name too. */
+ * Structs that the caller gives begin with `size`, set by their initialiser macro, so that fields can be added: any
+ * size from that of the first release on is fine, and nothing behind it is read or written. In C++ write `struct
+ * tessera_tick`: a function has that name too. */
 #ifndef TESSERA_H
 #define TESSERA_H
 
@@ -192,9 +193,9 @@ tessera_status *tessera_state_add_blob(tessera_state *s, const char *part, const
  * read until tessera_fence and must not be written before. The step counts only when tessera_tick or tessera_wait
  * reported it committed. Steps grow; any number below UINT64_MAX. EXISTS: this attempt has committed that step already
  * (one of an earlier attempt is replaced); UNAVAILABLE: a save is in flight; INVALID: a newer committed step exists
- * (tessera_rewind), the handle is read_only, s is NULL. On error nothing was queued. What is wrong between ranks
- * (pieces that leave a gap or overlap, another shape, dtype or step elsewhere) is found later: INVALID from
- * tessera_tick or tessera_wait. */
+ * (tessera_rewind), the handle is read_only, s is NULL. On error nothing was queued; one for the step or the state
+ * waits until all ranks have called. What is wrong between ranks (pieces that leave a gap or overlap, another shape,
+ * dtype or step elsewhere) is found later: INVALID from tessera_tick or tessera_wait. */
 tessera_status *tessera_save(tessera *t, tessera_state *s, uint64_t step);
 /* Wait until the bytes [addr, addr + bytes) of the save in flight have been copied out and may be overwritten, as may
  * all tensors added before them; addr NULL: all. stream: the one that will overwrite (NULL on the CPU). The first call
@@ -260,7 +261,7 @@ void tessera_get_progress(tessera *t, struct tessera_progress *out);
 #define TESSERA_NEWEST UINT64_MAX
 /* The newest step at or below `at_most` (TESSERA_NEWEST: any) whose metadata and file sizes check out, passing over
  * steps found damaged before. Its blobs and shapes can be read then. Collective. NOT_FOUND: there is none; CORRUPT:
- * there are only damaged ones (`warn` was told where). */
+ * there are only damaged ones (the words say where the first is, `warn` was told of each). */
 tessera_status *tessera_find(tessera *t, uint64_t at_most, uint64_t *step);
 /* A blob of the step that tessera_find or tessera_load settled on; rank -1 for one that was added with per_rank 0, else
  * the rank that saved it. *data is borrowed until the next find, load, rewind or close. Not collective. NOT_FOUND: no
