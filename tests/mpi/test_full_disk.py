@@ -14,11 +14,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import job  # noqa: E402
 
 if "TESSERA_OWN_MOUNTS" not in os.environ:
-    probe = subprocess.run(["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"], capture_output=True, text=True)
-    if probe.returncode != 0:
-        job.say(f"skipped: no tmpfs can be mounted here: {probe.stderr.strip()}")
-        sys.exit(0)
-    os.execvpe("unshare", ["unshare", "-m", sys.executable, __file__], {**os.environ, "TESSERA_OWN_MOUNTS": "1"})
+    for own in (["unshare", "-m"], ["unshare", "-m", "--propagation", "unchanged"]):  # the second in a chroot
+        probe = subprocess.run([*own, "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt && umount /mnt"], capture_output=True, text=True)
+        if probe.returncode == 0:
+            os.execvpe("unshare", [*own, sys.executable, __file__], {**os.environ, "TESSERA_OWN_MOUNTS": "1"})
+    job.say(f"skipped: no tmpfs can be mounted here: {probe.stderr.strip()}")
+    sys.exit(77)
 
 tmp = job.workspace()
 job.write_data(tmp / "data")

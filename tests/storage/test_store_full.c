@@ -33,9 +33,8 @@ static int mount_small(void **state)
 {
     (void)state;
     assert_non_null(mkdtemp(mount_point));
-    if (unshare(CLONE_NEWNS) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0)
-        fail_msg("this test needs a mount namespace (root, or user namespaces): %s", strerror(errno));
-    if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
+    if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 &&
+        errno != EINVAL) /* a chroot's root is no mount point */
         fail_msg("mount --make-rprivate /: %s", strerror(errno));
     if (mount("tmpfs", mount_point, "tmpfs", 0, "size=1m") != 0)
         fail_msg("mount -t tmpfs -o size=1m %s: %s", mount_point, strerror(errno));
@@ -198,5 +197,9 @@ int main(void)
         cmocka_unit_test(test_no_inodes),
         cmocka_unit_test(test_read_only),
     };
+    if (unshare(CLONE_NEWNS) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) {
+        fprintf(stderr, "skipped: no mount namespace (root, or user namespaces): %s\n", strerror(errno));
+        return 77; /* ctest counts it as skipped, not as passed */
+    }
     return cmocka_run_group_tests(tests, mount_small, unmount_small);
 }
