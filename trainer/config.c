@@ -57,6 +57,8 @@ static const struct option train_rows[] = {
     ROW(OPT_INT, train_config, eval_every, "eval_every", "0", 0, 1e12, NULL, "steps",
         "evaluate on data.heldout; 0: only at the end"),
     ROW(OPT_INT, train_config, log_every, "log_every", "10", 1, 1e12, NULL, "steps", "steps between progress lines"),
+    ROW(OPT_FLOAT, train_config, max_seconds, "max_seconds", "0", 0, 1e9, NULL, "s",
+        "wall-clock limit: save and stop once the run is this old; 0: none"),
     ROW(OPT_BOOL, train_config, deterministic, "deterministic", "true", 0, 0, NULL, "",
         "the same bits for any number of ranks up to lanes"),
 };
@@ -81,8 +83,13 @@ static const struct option checkpoint_rows[] = {
         "where steps are saved: file:PATH; empty: no checkpoints"),
     ROW(OPT_STRING, checkpoint_config, resume, "resume", "newest-valid", 0, 0, NULL, "",
         "newest-valid, never, or a step number"),
-    ROW(OPT_INT, checkpoint_config, every, "every", "100", 0, 1e12, NULL, "steps",
-        "steps between saves; 0: only at the end"),
+    ROW(OPT_STRING, checkpoint_config, every, "every", "100", 0, 0, NULL, "",
+        "between saves: steps (100), seconds (600s) or auto (Young/Daly from the measured cost and mtbf); 0: only at "
+        "the end"),
+    ROW(OPT_FLOAT, checkpoint_config, mtbf, "mtbf", "86400", 1e-3, 1e9, NULL, "s",
+        "mean time between failures of the job, for every: auto"),
+    ROW(OPT_ENUM, checkpoint_config, overlap, "overlap", "wait", 0, 0, "wait|skip|cancel", "",
+        "when a save is due and the last one still runs: wait for it, skip the new one, or cancel the old one"),
     ROW(OPT_INT, checkpoint_config, keep_last, "keep_last", "3", 0, 1e6, NULL, "steps",
         "committed steps that stay; 0: all"),
     ROW(OPT_INT, checkpoint_config, writers, "writers", "1", 1, 64, NULL, "", "writer threads of a rank"),
@@ -292,7 +299,7 @@ static status *check_required(const struct sections *all, const struct assignmen
 }
 
 /* What single rows cannot say. */
-static status *check_together(const struct config *c, const char *name)
+static status *check_together(struct config *c, const char *name)
 {
     const struct train_config *t = &c->train;
     if (t->global_batch % t->micro_batch)
@@ -311,6 +318,12 @@ static status *check_together(const struct config *c, const char *name)
         return ERR(INVALID, "%s: data.sft is required: a JSONL file of prompt/completion or messages rows", name);
     if (!sft && !*c->data.prefs)
         return ERR(INVALID, "%s: data.prefs is required: a JSONL file of prompt/chosen/rejected rows", name);
+    if (!period_parse(c->checkpoint.every, &c->checkpoint.period))
+        return ERR(INVALID,
+                   "%s: checkpoint.every: \"%s\" is not one of a number of steps (100), of seconds (600s), or auto",
+                   name, c->checkpoint.every);
+    if (t->max_seconds > 0 && !*c->checkpoint.url)
+        return ERR(INVALID, "%s: train.max_seconds needs checkpoint.url: it saves before it stops", name);
     const char *resume = c->checkpoint.resume;
     if (strcmp(resume, "newest-valid") && strcmp(resume, "never") && (!*resume || resume[strspn(resume, "0123456789")]))
         return ERR(INVALID, "%s: checkpoint.resume: \"%s\" is not one of newest-valid, never, or a step number", name,
@@ -466,7 +479,8 @@ static bool defines_state(const char *key)
 /* Where a text's key ends the run, it is not news. */
 static bool is_place(const char *key)
 {
-    return !strncmp(key, "checkpoint.", 11) || !strncmp(key, "run.", 4) || !strcmp(key, "threads");
+    return !strncmp(key, "checkpoint.", 11) || !strncmp(key, "run.", 4) || !strcmp(key, "threads") ||
+           !strcmp(key, "train.max_seconds");
 }
 
 static const char *find_line(const char *text, const char *key, size_t key_len, size_t *value_len)

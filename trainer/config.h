@@ -11,6 +11,7 @@
 #include "trainer/algo/algo.h"
 #include "trainer/model/model.h"
 #include "trainer/optim/optim.h"
+#include "trainer/when.h"
 
 struct top_config { /* keys without a section */
     int device, comm;
@@ -35,6 +36,7 @@ struct algo_choice {
 
 struct train_config {
     int64_t steps, global_batch, micro_batch, lanes, eval_every, log_every;
+    double max_seconds;
     bool deterministic;
 };
 
@@ -48,12 +50,15 @@ struct memory_config {
 };
 
 enum { ON_ERROR_WARN, ON_ERROR_STOP };
+enum { OVERLAP_WAIT, OVERLAP_SKIP, OVERLAP_CANCEL };
 struct checkpoint_config {
-    char *url, *resume;
-    int64_t every, keep_last, writers, lease_seconds;
+    char *url, *resume, *every;
+    struct period period; /* of `every` */
+    double mtbf;
+    int64_t keep_last, writers, lease_seconds;
     uint64_t staging_bytes, chunk_bytes;
     bool async, rewind, state_hash;
-    int on_error;
+    int on_error, overlap;
 };
 
 struct config {

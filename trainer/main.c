@@ -28,6 +28,8 @@ static status *train_config(struct comm *world, const struct log *log, int argc,
 {
     struct config *cfg = NULL;
     TRY(config_load(world, argv[0], argc - 1, argv + 1, &cfg));
+    if (!*cfg->checkpoint.url)
+        signals_release(); /* there is nothing to save */
     struct trainer *t = NULL;
     status *st = trainer_open(cfg, world, log, &t);
     if (!st)
@@ -45,6 +47,7 @@ static int train(int argc, char **argv)
     }
     struct log log = { LOG_INFO, -1 };
     struct comm *world = NULL;
+    signals_hold(); /* before MPI starts its threads */
     status *st = comm_open(backend_of(argc, argv), NULL, NULL, &world);
     if (st) {
         log_status(&log, LOG_ERROR, st);

@@ -4,6 +4,7 @@
 
 #include "comm/agree.h"
 #include "comm/base/bytes.h"
+#include "comm/base/clock.h"
 #include "comm/base/mem.h"
 #include "trainer/data/tokenizer.h"
 
@@ -220,6 +221,8 @@ status *trainer_open(struct config *cfg, struct comm *world, const struct log *l
                            .log = log,
                            .save_started = UINT64_MAX,
                            .saved_step = UINT64_MAX,
+                           .paced_step = UINT64_MAX,
+                           .opened_ns = clock_ns(),
                            .resumed_from = UINT64_MAX,
                            .tick = TESSERA_TICK };
     *out = t; /* also on error: trainer_close accepts what is there */

@@ -182,10 +182,11 @@ static status *log_hashes(struct trainer *t)
 static status *save_failed(struct trainer *t, status *st)
 {
     t->save_started = UINT64_MAX;
+    t->cost.excess_s = 0;
     metrics_begin(t->metrics, "save_failed", t->step);
     metrics_text(t->metrics, "error", status_message(st));
     metrics_end(t->metrics);
-    if (t->cfg->checkpoint.on_error == ON_ERROR_STOP)
+    if (t->cfg->checkpoint.on_error == ON_ERROR_STOP || t->stopped_by)
         return status_wrap(st, "save failed");
     metrics_say(t->metrics, "warning: save failed, training goes on: %s", status_message(st));
     status_free(st);
@@ -200,6 +201,7 @@ static status *save_committed(struct trainer *t, uint64_t step)
     tessera_get_progress(t->ckpt, &p);
     t->save_started = UINT64_MAX;
     t->saved_step = step;
+    save_cost_committed(&t->cost, ns_to_s(p.call_ns), ns_to_s(p.fence_wait_ns), ns_to_s(p.save_ns));
     metrics_begin(t->metrics, "save", t->step);
     metrics_integer(t->metrics, "saved_step", step);
     metrics_integer(t->metrics, "bytes", p.total_bytes);
@@ -211,11 +213,33 @@ static status *save_committed(struct trainer *t, uint64_t step)
     return NULL;
 }
 
+/* What this rank would want; only the agreed maximum counts. */
+static enum ask asked_here(const struct trainer *t)
+{
+    double limit = t->cfg->train.max_seconds;
+    enum ask ask = signals_take();
+    if (ask < ASK_STOP_LIMIT && limit > 0 && ns_to_s(clock_ns() - t->opened_ns) >= limit)
+        ask = ASK_STOP_LIMIT;
+    return ask;
+}
+
+/* Rank 0's clock decides. */
+static bool timed_save_due(const struct trainer *t)
+{
+    const struct checkpoint_config *c = &t->cfg->checkpoint;
+    if (t->world->rank != 0 || c->period.kind == PERIOD_STEPS)
+        return false;
+    double period = c->period.kind == PERIOD_AUTO ? save_cost_period(&t->cost, c->mtbf) : c->period.seconds;
+    return ns_to_s(clock_ns() - t->paced_ns) >= period;
+}
+
 status *state_tick(struct trainer *t)
 {
     if (!t->ckpt)
         return NULL;
     memset(t->tick.flag, 0, sizeof t->tick.flag);
+    t->tick.flag[TICK_ASK] = (int32_t)asked_here(t);
+    t->tick.flag[TICK_TIMED] = timed_save_due(t);
     status *st = tessera_tick(t->ckpt, &t->tick);
     return st ? save_failed(t, st) : save_committed(t, t->tick.committed);
 }
@@ -230,10 +254,43 @@ status *state_finish(struct trainer *t)
     return st ? save_failed(t, st) : save_committed(t, committed);
 }
 
-status *state_save(struct trainer *t)
+/* A save is due and another in flight: *go says whether the new one is to be taken. */
+static status *settle_overlap(struct trainer *t, bool needed, bool *go)
 {
+    int overlap = needed ? OVERLAP_WAIT : t->cfg->checkpoint.overlap;
+    *go = overlap != OVERLAP_SKIP;
+    if (overlap == OVERLAP_SKIP) {
+        metrics_begin(t->metrics, "save_skipped", t->step);
+        metrics_integer(t->metrics, "saving", t->save_started);
+        metrics_end(t->metrics);
+        return NULL;
+    }
+    if (overlap == OVERLAP_WAIT)
+        return state_finish(t);
+    uint64_t step = t->save_started;
+    status *st = tessera_cancel(t->ckpt);
+    if (st)
+        return status_wrap(st, "cancel of the save of step %" PRIu64, step);
+    TRY(state_finish(t)); /* it may have been committed before */
+    if (t->save_started == UINT64_MAX)
+        return NULL;
+    t->save_started = UINT64_MAX;
+    t->cost.excess_s = 0;
+    metrics_begin(t->metrics, "save_cancelled", t->step);
+    metrics_integer(t->metrics, "saving", step);
+    metrics_end(t->metrics);
+    return NULL;
+}
+
+status *state_save(struct trainer *t, bool needed)
+{
+    bool go = true;
+    t->paced_ns = clock_ns();
+    t->paced_step = t->step;
     if (t->tick.phase != TESSERA_IDLE || t->save_started != UINT64_MAX)
-        TRY(state_finish(t));
+        TRY(settle_overlap(t, needed, &go));
+    if (!go)
+        return NULL;
     metrics_begin(t->metrics, "save_start", t->step);
     TRY(log_hashes(t));
     metrics_end(t->metrics);

@@ -245,12 +245,34 @@ static void report(struct trainer *t, const struct step_result *r)
 
 /* --- the loop */
 
+static bool last_step(const struct trainer *t)
+{
+    return t->step == (uint64_t)t->cfg->train.steps;
+}
+
 static bool save_due(const struct trainer *t)
 {
-    uint64_t every = (uint64_t)t->cfg->checkpoint.every;
+    const struct period *p = &t->cfg->checkpoint.period;
     if (!t->ckpt || t->step == t->saved_step)
         return false;
-    return t->step == (uint64_t)t->cfg->train.steps || (every && t->step % every == 0);
+    return last_step(t) || (p->kind == PERIOD_STEPS && p->steps && t->step % p->steps == 0);
+}
+
+/* Act on what all ranks agreed on. What was asked for up to the step after a save's start asks for that save: ranks
+ * notice a signal within a step of each other, and rank 0's clock asks again until it sees the save begin. */
+static status *answer(struct trainer *t)
+{
+    int ask = t->tick.flag[TICK_ASK];
+    bool fresh = t->paced_step == UINT64_MAX || t->step > t->paced_step + 1;
+    if (!t->ckpt || last_step(t))
+        return NULL;
+    if (ask >= ASK_STOP_LIMIT) {
+        t->stopped_by = (enum ask)ask;
+        return t->step == t->saved_step || t->step == t->save_started ? NULL : state_save(t, true);
+    }
+    if (fresh && (ask || t->tick.flag[TICK_TIMED]))
+        return state_save(t, ask != ASK_NOTHING);
+    return NULL;
 }
 
 static bool evaluation_due(const struct trainer *t)
@@ -262,9 +284,11 @@ static bool evaluation_due(const struct trainer *t)
 static status *one_step(struct trainer *t)
 {
     uint64_t began = clock_ns();
+    bool saving = t->save_started != UINT64_MAX;
     struct step_result r = { .norm = 0 };
     TRY(train_step(t, &r));
     r.seconds = ns_to_s(clock_ns() - began);
+    save_cost_step(&t->cost, saving, r.seconds);
     TRY(count_allocations(t, &r));
     report(t, &r);
     if (evaluation_due(t))
@@ -273,13 +297,29 @@ static status *one_step(struct trainer *t)
     if (next != t->current && t->step < (uint64_t)t->cfg->train.steps)
         TRY(trainer_enter_phase(t, next)); /* before the save, so that it holds the references */
     if (save_due(t))
-        TRY(state_save(t));
-    return state_tick(t);
+        TRY(state_save(t, last_step(t)));
+    TRY(state_tick(t));
+    return answer(t);
+}
+
+static void say_stopped(struct trainer *t)
+{
+    const char *why = t->stopped_by == ASK_STOP_SIGNAL ? "SIGTERM" : "train.max_seconds";
+    metrics_begin(t->metrics, "stop", t->step);
+    metrics_text(t->metrics, "by", why);
+    metrics_integer(t->metrics, "saved_step", t->saved_step);
+    metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
+    metrics_end(t->metrics);
+    metrics_say(t->metrics, "stopped by %s at step %" PRIu64 ", saved; start again to go on", why, t->step);
 }
 
 static status *finish(struct trainer *t)
 {
     TRY(state_finish(t));
+    if (t->stopped_by) {
+        say_stopped(t);
+        return NULL;
+    }
     metrics_begin(t->metrics, "end", t->step);
     metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
     metrics_integer(t->metrics, "peak_rss_bytes", mem_peak_rss_bytes());
@@ -313,7 +353,8 @@ status *trainer_run(struct trainer *t)
     if (t->step >= (uint64_t)t->cfg->train.steps)
         metrics_say(t->metrics, "nothing to do: step %" PRIu64 " of train.steps %lld is done", t->step,
                     (long long)t->cfg->train.steps);
-    while (t->step < (uint64_t)t->cfg->train.steps)
+    t->paced_ns = clock_ns();
+    while (t->step < (uint64_t)t->cfg->train.steps && !t->stopped_by)
         TRY(one_step(t));
     return finish(t);
 }

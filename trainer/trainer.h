@@ -11,6 +11,7 @@
 #include "trainer/config.h"
 #include "trainer/metrics.h"
 #include "trainer/parallel/zero.h"
+#include "trainer/when.h"
 
 enum { PHASES = 2 };
 
@@ -54,6 +55,10 @@ struct trainer {
     tessera_state *state;
     struct tessera_tick tick;
     uint64_t save_started, saved_step; /* UINT64_MAX: none */
+    struct save_cost cost;
+    uint64_t opened_ns, paced_ns; /* monotonic: trainer_open, the last save's start (or that it was skipped) */
+    uint64_t paced_step;          /* of that; UINT64_MAX: none yet */
+    enum ask stopped_by;          /* agreed: save what was done and end the run */
 
     /* what a checkpoint remembers */
     uint64_t step, samples[PHASES], optimiser_step;
@@ -86,10 +91,14 @@ status *bootstrap_by_group(const uint8_t *right, const uint64_t *group, uint64_t
 /* state.c: the one list of what is saved */
 status *state_build(struct trainer *t)
     WARN_UNUSED; /* t->state for the current phase; waits for a save of the old one. Collective */
-status *state_save(struct trainer *t) WARN_UNUSED;   /* start saving t->step. Collective */
+/* Start saving t->step. While another save is in flight: wait for it, or do as checkpoint.overlap says if this one is
+ * not `needed`. Collective */
+status *state_save(struct trainer *t, bool needed) WARN_UNUSED;
 status *state_resume(struct trainer *t) WARN_UNUSED; /* from the newest valid step, or start anew. Collective */
-status *state_tick(struct trainer *t)
-    WARN_UNUSED; /* move the save on; handles its outcome as on_error says. Collective */
+/* Move the save on, handling its outcome as on_error says, and start agreeing on what this rank's signals and clocks
+ * ask for; what the last call's asked for is in t->tick.flag[TICK_ASK], t->tick.flag[TICK_TIMED]. Collective */
+enum { TICK_ASK, TICK_TIMED };
+status *state_tick(struct trainer *t) WARN_UNUSED;
 status *state_finish(struct trainer *t) WARN_UNUSED; /* wait for the save in flight. Collective */
 uint32_t state_weights_crc(const struct trainer *t); /* of the block of parameters */
 
