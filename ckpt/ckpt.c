@@ -178,6 +178,7 @@ static status *free_handle(tessera *t)
     vote_fini(&t->vote);
     metadata_free(t->meta);
     step_set_free(&t->bad);
+    match_lists_free(&t->lists);
     mem_free(t->blobs.data);
     if (t->own_store)
         store_close(t->store);

@@ -1,10 +1,11 @@
-/* handle: what a tessera is made of; shared by ckpt.c (the state machine), save.c (a save's steps), load.c and nothing
- * else. */
+/* handle: what a tessera is made of; shared by ckpt.c (the state machine), save.c (a save's steps), load.c, inspect.c
+ * and nothing else. */
 #ifndef TESSERA_CKPT_HANDLE_H
 #define TESSERA_CKPT_HANDLE_H
 
 #include "ckpt/ckpt.h"
 #include "ckpt/keeper.h"
+#include "ckpt/match.h"
 #include "ckpt/pipeline.h"
 #include "ckpt/vote.h"
 
@@ -98,6 +99,7 @@ struct tessera {
     bool meta_stale;       /* that step was saved again since: its blobs may still be looked at, a load reads it anew */
     struct step_set bad;   /* rank 0: steps found damaged */
     struct tessera_load_report report;
+    struct match_lists lists; /* of the last load; agreed */
 };
 
 /* INVALID on every rank unless all gave the same value. Collective. */

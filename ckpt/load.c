@@ -4,7 +4,6 @@
  * is passed over from then on (`bad`, rank 0), and retired once a writing handle has loaded an older one. */
 #include "ckpt/handle.h"
 #include "ckpt/loadpipe.h"
-#include "ckpt/reshard.h"
 #include "comm/agree.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
@@ -177,167 +176,17 @@ static status *select_step(tessera *t, uint64_t step)
     return spread_metadata(t, m, st);
 }
 
-status *tessera_blob(tessera *t, const char *part, const char *name, int rank, const void **data, size_t *bytes)
-{
-    if (!t->meta)
-        return ERR(NOT_FOUND, "blob %s/%s: no step was found or loaded yet", part, name);
-    const struct meta_blob *b = metadata_blob(t->meta, part, name, rank);
-    if (!b)
-        return ERR(NOT_FOUND, "step %llu: no blob %s/%s of rank %d", (unsigned long long)t->meta->step, part, name,
-                   rank);
-    *data = b->data;
-    *bytes = b->bytes;
-    return NULL;
-}
-
-status *tessera_stored(tessera *t, const char *part, const char *name, struct tessera_tensor *d)
-{
-    if (d->size < STATE_TENSOR_BYTES)
-        return ERR(INVALID, "stored tensor: struct of %zu bytes; set it with TESSERA_TENSOR", d->size);
-    int64_t i = t->meta ? metadata_find(t->meta, part, name) : -1;
-    if (i < 0)
-        return ERR(NOT_FOUND, "%s/%s: not stored", part, name);
-    const struct meta_tensor *m = &t->meta->tensor[i];
-    d->dtype = (int)m->dtype;
-    d->ndim = m->shape.ndim;
-    memcpy(d->shape, m->shape.dim, sizeof d->shape);
-    return NULL;
-}
-
-/* ---- matching a state with a step */
-
-static void shape_text(const struct shape *s, char *text, size_t bytes)
-{
-    dims_text(s->ndim, s->dim, text, bytes);
-}
-
-/* The stored tensor that holds p's bytes: itself, or what it is an alias of. */
-static status *match(const struct metadata *m, const struct state_piece *p, int64_t found, uint32_t *out)
-{
-    const struct meta_tensor *t = &m->tensor[found];
-    unsigned long long step = m->step;
-    char have[256], want[256];
-    if (t->dtype != p->dtype)
-        return ERR(INVALID, "step %llu: %s/%s is stored as %s and wanted as %s", step, p->part, p->name,
-                   dtype_name(t->dtype), dtype_name(p->dtype));
-    if (t->shape.ndim != p->shape.ndim ||
-        memcmp(t->shape.dim, p->shape.dim, (size_t)p->shape.ndim * sizeof p->shape.dim[0]) != 0) {
-        shape_text(&t->shape, have, sizeof have);
-        shape_text(&p->shape, want, sizeof want);
-        return ERR(INVALID, "step %llu: %s/%s has shape %s and is wanted as %s", step, p->part, p->name, have, want);
-    }
-    if (t->alias_of)
-        found = metadata_find(m, t->part, t->alias_of);
-    if (found < 0)
-        return ERR(CORRUPT, "step %llu: %s/%s is an alias of %s, which is not there", step, p->part, p->name,
-                   t->alias_of);
-    *out = (uint32_t)found;
-    return NULL;
-}
-
-/* Say which tensors are missing, as many names as fit. */
-static status *missing_names(const struct metadata *m, const tessera_state *s)
-{
-    char names[700] = "";
-    size_t used = 0, count = 0;
-    for (size_t i = 0; i < s->count; i++) {
-        const struct state_piece *p = &s->piece[i];
-        bool again = i && !strcmp(p->name, p[-1].name) && !strcmp(p->part, p[-1].part);
-        if (p->alias_of || again || metadata_find(m, p->part, p->name) >= 0)
-            continue;
-        count++;
-        size_t need = strlen(p->part) + strlen(p->name) + 3;
-        if (used + need < sizeof names)
-            used += (size_t)snprintf(names + used, sizeof names - used, " %s/%s", p->part, p->name);
-    }
-    return ERR(NOT_FOUND, "step %llu does not store %zu of the wanted tensors:%s", (unsigned long long)m->step, count,
-               names);
-}
-
-/* What a load fills: one want a piece with elements. Pieces in strided or device memory are loaded into `bounce` first.
- */
-struct fill {
-    struct load_want *want;
-    void **bounce; /* [state's pieces] or NULL entries */
-    uint64_t count;
-};
-
-static void free_fill(struct fill *f, size_t pieces)
-{
-    for (size_t i = 0; f->bounce && i < pieces; i++)
-        mem_free(f->bounce[i]);
-    mem_free(f->bounce);
-    mem_free(f->want);
-}
-
-static status *want_piece(tessera *t, const struct state_piece *p, int64_t found, size_t i, struct fill *f)
-{
-    struct load_want *w = &f->want[f->count];
-    TRY(match(t->meta, p, found, &w->tensor));
-    uint64_t elems = piece_elems(&p->piece);
-    if (!elems)
-        return NULL;
-    w->piece = p->piece;
-    w->dst = p->data;
-    if (p->strided || !t->dev->host) {
-        if (p->strided && !t->dev->host)
-            return ERR(UNSUPPORTED, "%s/%s: strided memory on device %s", p->part, p->name, t->dev->ops->name);
-        w->dst = f->bounce[i] = mem_alloc(elems * dtype_bytes(p->dtype));
-        if (!w->dst)
-            return ERR(NO_MEMORY, "%s/%s: %llu elements", p->part, p->name, (unsigned long long)elems);
-    }
-    f->count++;
-    return NULL;
-}
-
-/* Local. */
-static status *match_state(tessera *t, const tessera_state *s, struct fill *f)
-{
-    bool missing = false;
-    if (!s)
-        return ERR(INVALID, "load of step %llu: no state", (unsigned long long)t->meta->step);
-    f->want = mem_calloc(s->count + 1, sizeof *f->want);
-    f->bounce = mem_calloc(s->count + 1, sizeof *f->bounce);
-    if (!f->want || !f->bounce)
-        return ERR(NO_MEMORY, "a load of %zu pieces", s->count);
-    for (size_t i = 0; i < s->count; i++) {
-        const struct state_piece *p = &s->piece[i];
-        if (p->alias_of) /* its bytes are its target's */
-            continue;
-        int64_t found = metadata_find(t->meta, p->part, p->name);
-        missing = missing || found < 0;
-        if (found >= 0)
-            TRY(want_piece(t, p, found, i, f));
-    }
-    return missing ? missing_names(t->meta, s) : NULL;
-}
-
-/* From the bounce buffers to where the pieces live. Local. */
-static status *place(tessera *t, const tessera_state *s, const struct fill *f)
-{
-    for (size_t i = 0; i < s->count; i++) {
-        const struct state_piece *p = &s->piece[i];
-        uint64_t elems = piece_elems(&p->piece);
-        if (!f->bounce[i])
-            continue;
-        if (t->dev->host)
-            piece_scatter(p->shape.ndim, &p->piece, dtype_bytes(p->dtype), p->data, p->stride, 0, elems, f->bounce[i]);
-        else
-            TRY(t->dev->ops->copy(t->dev, p->data, f->bounce[i], elems * dtype_bytes(p->dtype), NULL));
-    }
-    return t->dev->host ? NULL : t->dev->ops->stream_sync(t->dev, NULL);
-}
-
 /* Fill the state from t->meta. Collective. */
-static status *load_state(tessera *t, const tessera_state *s, struct load_totals *totals)
+static status *load_state(tessera *t, const tessera_state *s, const struct tessera_load_options *o,
+                          struct load_totals *totals)
 {
-    struct fill f = { 0 };
-    status *st = comm_agree(t->x, match_state(t, s, &f));
+    struct match_fill f = { 0 };
+    status *st = match_state(t->x, t->dev, t->meta, s, o, &f, &t->lists);
     if (!st)
         st = loadpipe_run(t->x, t->store, t->meta, f.want, f.count, totals);
     if (!st)
-        st = comm_agree(t->x, place(t, s, &f));
-    free_fill(&f, s ? s->count : 0);
+        st = comm_agree(t->x, match_place(t->dev, s, &f));
+    match_fill_free(&f, s ? s->count : 0);
     return st;
 }
 
@@ -401,18 +250,16 @@ static status *continue_from(tessera *t, uint64_t step)
     return NULL;
 }
 
-status *tessera_load(tessera *t, tessera_state *s, uint64_t step)
+static status *load_checked(tessera *t, const tessera_state *s, uint64_t step, const struct tessera_load_options *o)
 {
     uint64_t start = clock_ns();
     struct load_totals totals = { 0 };
     bool writing = !t->o.read_only;
-    if (writing)
-        TRY(check_idle(t, "load"));
     TRY(handle_same(t, "load: step", step));
     TRY(select_step(t, step));
     if (writing)
         TRY(comm_agree(t->x, t->x->rank == 0 ? refuse_newer(t, step) : NULL));
-    status *st = load_state(t, s, &totals);
+    status *st = load_state(t, s, o, &totals);
     if (status_code(st) == ST_CORRUPT && t->x->rank == 0)
         st = status_first(st, step_set_add(&t->bad, step, st));
     if (!st && writing)
@@ -428,6 +275,26 @@ status *tessera_load(tessera *t, tessera_state *s, uint64_t step)
     t->report.unique_bytes = totals.unique_bytes;
     t->report.ns = clock_ns() - start;
     return NULL;
+}
+
+status *tessera_load_parts(tessera *t, tessera_state *s, uint64_t step, const struct tessera_load_options *o)
+{
+    struct tessera_load_options checked;
+    if (!t->o.read_only)
+        TRY(check_idle(t, "load"));
+    match_lists_free(&t->lists);
+    TRY(comm_agree(t->x, match_options(o, &checked)));
+    return load_checked(t, s, step, &checked);
+}
+
+status *tessera_load(tessera *t, tessera_state *s, uint64_t step)
+{
+    struct tessera_load_options o = TESSERA_LOAD_OPTIONS;
+    o.allow = TESSERA_ALLOW_UNEXPECTED; /* what is stored and not asked for stays unread */
+    if (!t->o.read_only)
+        TRY(check_idle(t, "load"));
+    match_lists_free(&t->lists);
+    return load_checked(t, s, step, &o);
 }
 
 status *tessera_load_newest(tessera *t, tessera_state *s, uint64_t *step)
@@ -456,8 +323,27 @@ status *tessera_rewind(tessera *t, uint64_t step)
     return load_set_newest(t);
 }
 
-void tessera_get_load_report(tessera *t, struct tessera_load_report *out)
+status *tessera_list_steps(tessera *t, uint64_t *step, size_t room, size_t *count)
 {
-    struct tessera_load_report r = t->report;
-    handle_give(out, &r, sizeof r);
+    void *buf = NULL;
+    size_t bytes = 0;
+    struct step_list l = { 0 };
+    TRY(save_settle(t));
+    TRY(comm_agree(t->x, t->x->rank == 0 ? commit_list(t->store, &l) : NULL));
+    if (t->x->rank == 0) {
+        buf = l.step;
+        bytes = l.count * sizeof *l.step;
+    }
+    status *st = comm_bcast_bytes(t->x, &buf, &bytes, 0);
+    if (!st) {
+        *count = bytes / sizeof *step;
+        size_t given = room < *count ? room : *count;
+        if (given)
+            memcpy(step, buf, given * sizeof *step);
+    }
+    if (t->x->rank == 0)
+        step_list_free(&l);
+    else if (!st)
+        mem_free(buf);
+    return st;
 }

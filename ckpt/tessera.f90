@@ -22,6 +22,9 @@ module tessera
     TESSERA_I8 = 12, TESSERA_U64 = 13, TESSERA_U32 = 14, TESSERA_U16 = 15, TESSERA_U8 = 16, TESSERA_BOOL = 17
   integer(c_int), parameter :: TESSERA_IDLE = 0, TESSERA_CAPTURE = 1, TESSERA_WRITE = 2, TESSERA_VOTE = 3, TESSERA_COMMIT = 4
   integer(c_int64_t), parameter :: TESSERA_NEWEST = -1
+  integer(c_int), parameter :: TESSERA_ALLOW_MISSING = 1, TESSERA_ALLOW_UNEXPECTED = 2, TESSERA_ALLOW_MISSHAPEN = 4, &
+    TESSERA_LENIENT = 7, TESSERA_ALLOW_CAST = 8
+  integer(c_int), parameter :: TESSERA_MISSING = 1, TESSERA_UNEXPECTED = 2, TESSERA_MISSHAPEN = 3
 
   type, bind(c) :: tessera_options
     integer(c_size_t) :: size = 0
@@ -52,6 +55,27 @@ module tessera
     integer(c_int32_t) :: flag(4) = 0
     integer(c_int) :: phase = 0
     integer(c_int64_t) :: committed = -1
+  end type
+
+  type, bind(c) :: tessera_load_options ! parts, names, roles: c_loc of an array of c_ptr, the last one c_null_ptr
+    integer(c_size_t) :: size = 0
+    type(c_ptr) :: parts = c_null_ptr, names = c_null_ptr, roles = c_null_ptr
+    integer(c_int) :: allow = 0
+  end type
+
+  type, bind(c) :: tessera_step
+    integer(c_size_t) :: size = 0
+    integer(c_int64_t) :: step = 0, time_ns = 0, attempt = 0, parent_attempt = 0, run_id = 0, tensors = 0, blobs = 0
+    type(c_ptr) :: build = c_null_ptr
+    integer(c_int) :: ranks = 0, mesh(5) = 0
+  end type
+
+  type, bind(c) :: tessera_blob_info
+    integer(c_size_t) :: size = 0
+    type(c_ptr) :: part = c_null_ptr, name = c_null_ptr
+    integer(c_int) :: rank = 0
+    type(c_ptr) :: data = c_null_ptr
+    integer(c_size_t) :: bytes = 0
   end type
 
   interface
@@ -151,6 +175,42 @@ module tessera
       character(kind=c_char), intent(in) :: part(*), name(*)
       type(tessera_tensor), intent(inout) :: d
     end function
+    type(c_ptr) function tessera_list_steps(t, step, room, count) bind(c)
+      import
+      type(c_ptr), value :: t
+      integer(c_int64_t), intent(inout) :: step(*)
+      integer(c_size_t), value :: room
+      integer(c_size_t), intent(inout) :: count
+    end function
+    type(c_ptr) function tessera_get_step(t, out) bind(c)
+      import
+      type(c_ptr), value :: t
+      type(tessera_step), intent(inout) :: out
+    end function
+    type(c_ptr) function tessera_stored_at(t, i, d) bind(c) ! i counts from 0
+      import
+      type(c_ptr), value :: t
+      integer(c_int64_t), value :: i
+      type(tessera_tensor), intent(inout) :: d
+    end function
+    type(c_ptr) function tessera_blob_at(t, i, b) bind(c) ! i counts from 0
+      import
+      type(c_ptr), value :: t
+      integer(c_int64_t), value :: i
+      type(tessera_blob_info), intent(inout) :: b
+    end function
+    type(c_ptr) function tessera_load_parts(t, s, step, o) bind(c)
+      import
+      type(c_ptr), value :: t, s
+      integer(c_int64_t), value :: step
+      type(tessera_load_options), intent(in) :: o
+    end function
+    type(c_ptr) function tessera_load_name(t, list, i) bind(c) ! see tessera_text; i counts from 0
+      import
+      type(c_ptr), value :: t
+      integer(c_int), value :: list
+      integer(c_int64_t), value :: i
+    end function
     type(c_ptr) function tessera_load(t, s, step) bind(c)
       import
       type(c_ptr), value :: t, s
@@ -174,10 +234,18 @@ contains
   function tessera_message(st) result(text)
     type(c_ptr), intent(in) :: st
     character(len=:), allocatable :: text
+    text = tessera_text(tessera_status_message(st))
+  end function
+
+  ! A text of the library's; "" for c_null_ptr.
+  function tessera_text(p) result(text)
+    type(c_ptr), intent(in) :: p
+    character(len=:), allocatable :: text
     character(kind=c_char), pointer :: c(:)
     integer :: n
-    call c_f_pointer(tessera_status_message(st), c, [65536])
     text = ''
+    if (.not. c_associated(p)) return
+    call c_f_pointer(p, c, [65536])
     do n = 1, size(c)
       if (c(n) == c_null_char) exit
       text = text // c(n)

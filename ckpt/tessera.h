@@ -256,27 +256,109 @@ struct tessera_progress {
 /* Not collective; at any time, waits for nothing. */
 void tessera_get_progress(tessera *t, struct tessera_progress *out);
 
-/* ---- Loading ---------------------------------------- */
+/* ---- Finding a step ---------------------------------------- */
 
 #define TESSERA_NEWEST UINT64_MAX
 /* The newest step at or below `at_most` (TESSERA_NEWEST: any) whose metadata and file sizes check out, passing over
  * steps found damaged before. Its blobs and shapes can be read then. Collective. NOT_FOUND: there is none; CORRUPT:
  * there are only damaged ones (the words say where the first is, `warn` was told of each). */
 tessera_status *tessera_find(tessera *t, uint64_t at_most, uint64_t *step);
-/* A blob of the step that tessera_find or tessera_load settled on; rank -1 for one that was added with per_rank 0, else
- * the rank that saved it. *data is borrowed until the next find, load, rewind or close. Not collective. NOT_FOUND: no
- * such blob, or no step yet. */
+/* ---- What a step holds ---------------------------------------- */
+
+/* The committed steps, ascending, whole or not: the first `room` of them into step (may be NULL if room is 0), their
+ * number into *count. Collective; room may differ. */
+tessera_status *tessera_list_steps(tessera *t, uint64_t *step, size_t room, size_t *count);
+
+/* The functions below speak of the step that tessera_find or tessera_load settled on. Texts and bytes are borrowed
+ * until the next find, load, rewind or close. Not collective. NOT_FOUND also: no step yet. */
+struct tessera_step {
+    size_t size;
+    uint64_t step;
+    uint64_t time_ns; /* of its commit, since 1970 */
+    uint64_t attempt, parent_attempt, run_id;
+    uint64_t tensors, blobs; /* how many it holds */
+    const char *build;
+    int ranks;   /* that saved it */
+    int mesh[5]; /* as in tessera_options */
+};
+#define TESSERA_STEP                                                                                                   \
+    {                                                                                                                  \
+        sizeof(struct tessera_step), 0, 0, 0, 0, 0, 0, 0, NULL, 0,                                                     \
+        {                                                                                                              \
+            0, 0, 0, 0, 0                                                                                              \
+        }                                                                                                              \
+    }
+tessera_status *tessera_get_step(tessera *t, struct tessera_step *out);
+/* A blob; rank -1 for one that was added with per_rank 0, else the rank that saved it. NOT_FOUND: no such blob. */
 tessera_status *tessera_blob(tessera *t, const char *part, const char *name, int rank, const void **data,
                              size_t *bytes);
-/* Whether that step holds a tensor: fills dtype, ndim and shape of d (others untouched). Not collective. NOT_FOUND. */
+/* Whether the step holds a tensor: fills dtype, ndim and shape of d (others untouched). NOT_FOUND. */
 tessera_status *tessera_stored(tessera *t, const char *part, const char *name, struct tessera_tensor *d);
-/* Fill every tensor of s from `step`, whatever cuts it was saved with; what else is stored stays unread. Collective.
- * Each wanted byte is read by one rank and its checksum verified. CORRUPT names step, file, tensor and offset; the step
- * is then passed over by tessera_find, and retired (renamed step-N.bad-ATTEMPT) when an older one has been loaded by a
- * writing handle. NOT_FOUND: no such step, or it lists tensors of s that are not stored; INVALID: shape or dtype
- * differ, or a newer valid step would be lost (options.rewind); UNAVAILABLE: a save is in flight. After an error the
- * tensors' contents are undefined. A writing handle goes on from the step: no save may be below it. */
+/* The i-th tensor, sorted by part, then name: fills part, name, dtype, ndim, shape, frozen and alias_of of d. A part is
+ * what its tensors name. NOT_FOUND: i is not below tessera_step's `tensors`. */
+tessera_status *tessera_stored_at(tessera *t, uint64_t i, struct tessera_tensor *d);
+struct tessera_blob_info {
+    size_t size;
+    const char *part, *name;
+    int rank; /* as in tessera_blob */
+    const void *data;
+    size_t bytes;
+};
+#define TESSERA_BLOB_INFO                                                                                              \
+    {                                                                                                                  \
+        sizeof(struct tessera_blob_info), NULL, NULL, 0, NULL, 0                                                       \
+    }
+/* The i-th blob. NOT_FOUND: i is not below tessera_step's `blobs`. */
+tessera_status *tessera_blob_at(tessera *t, uint64_t i, struct tessera_blob_info *b);
+
+/* ---- Loading ---------------------------------------- */
+
+/* Fill every tensor of s from `step`, whatever cuts it was saved with; what else is stored stays unread
+ * (tessera_load_parts with ALLOW_UNEXPECTED). Collective. Each wanted byte is read by one rank and its checksum
+ * verified. CORRUPT names step, file, tensor and offset; the step is then passed over by tessera_find, and retired
+ * (renamed step-N.bad-ATTEMPT) when an older one has been loaded by a writing handle. NOT_FOUND: no such step, or it
+ * lists tensors of s that are not stored; INVALID: shape or dtype differ, or a newer valid step would be lost
+ * (options.rewind); UNAVAILABLE: a save is in flight. After an error the tensors' contents are undefined. A writing
+ * handle goes on from the step: no save may be below it. */
 tessera_status *tessera_load(tessera *t, tessera_state *s, uint64_t step);
+/* What may differ between a state and a step without an error, or'ed. */
+enum {
+    TESSERA_ALLOW_MISSING = 1,    /* wanted and not stored: the tensor's memory stays as it is */
+    TESSERA_ALLOW_UNEXPECTED = 2, /* stored, in a part that is loaded from and under a name that is selected, and wanted
+                                   * by no rank: stays unread */
+    TESSERA_ALLOW_MISSHAPEN = 4,  /* stored with another shape or type: the memory stays as it is */
+    TESSERA_LENIENT = 7,          /* all of them */
+    TESSERA_ALLOW_CAST = 8        /* f64, f32, f16 and bf16 fill each other: rounded once, to nearest even; too large
+                                   * becomes infinite, NaN stays NaN. Without it, and between other types, a type that
+                                   * differs is misshapen */
+};
+/* Lists of texts end with NULL; NULL or an empty list: everything. A pattern is a glob of POSIX fnmatch where `*` and
+ * `?` match '/' too; "!PATTERN" takes away what earlier ones let in, the last one that fits decides, and a list that
+ * begins with "!" begins with everything. Both speak of parts and names as the state has them. */
+struct tessera_load_options {
+    size_t size;
+    const char *const *parts; /* patterns: load only what is in these parts */
+    const char *const *names; /* patterns: of them, load only what has these names */
+    const char *const *roles; /* "WANTED=STORED": a part of the state that is WANTED, or begins with WANTED/, is read
+                               * from STORED instead; the first that fits counts. "policy/model=model"; all of a role:
+                               * "policy="; into a role: "=policy" */
+    int allow;                /* TESSERA_ALLOW_...; 0: strict */
+};
+#define TESSERA_LOAD_OPTIONS                                                                                           \
+    {                                                                                                                  \
+        sizeof(struct tessera_load_options), NULL, NULL, NULL, 0                                                       \
+    }
+/* As tessera_load, for the selected tensors of s; the others' memory is not touched. o NULL: everything, strict. What
+ * is missing, unexpected or misshapen is seen before anything is read. INVALID also: an option, nothing of s is
+ * selected, unexpected or misshapen tensors; NOT_FOUND: missing ones. The words name the first of each,
+ * tessera_load_name all. Collective. A writing handle goes on from the step as after tessera_load; to begin a new run
+ * with another's model, use a read_only handle on its root. */
+tessera_status *tessera_load_parts(tessera *t, tessera_state *s, uint64_t step, const struct tessera_load_options *o);
+enum tessera_load_list { TESSERA_MISSING = 1, TESSERA_UNEXPECTED = 2, TESSERA_MISSHAPEN = 3 };
+/* The i-th "part/name" of what the last load (that got as far as comparing) found missing, unexpected or misshapen on
+ * any rank, allowed or not; sorted, each once, the same on all ranks; NULL: there are not so many. Unexpected ones have
+ * their stored names, others the state's. Valid until the next load or close. Not collective. */
+const char *tessera_load_name(tessera *t, int list, uint64_t i);
 /* tessera_find and tessera_load from the newest step down until one loads. Collective. NOT_FOUND: none is there;
  * CORRUPT: none is whole; else errors as tessera_load. */
 tessera_status *tessera_load_newest(tessera *t, tessera_state *s, uint64_t *step);

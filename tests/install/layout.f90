@@ -5,6 +5,9 @@ program layout
   type(tessera_options), target :: options
   type(tessera_tensor), target :: tensor
   type(tessera_tick_io), target :: tick
+  type(tessera_load_options), target :: load_options
+  type(tessera_step), target :: step
+  type(tessera_blob_info), target :: blob_info
   call field('options%size', c_loc(options), c_loc(options%size))
   call field('options%url', c_loc(options), c_loc(options%url))
   call field('options%mpi_comm', c_loc(options), c_loc(options%mpi_comm))
@@ -40,6 +43,31 @@ program layout
   call field('tick%phase', c_loc(tick), c_loc(tick%phase))
   call field('tick%committed', c_loc(tick), c_loc(tick%committed))
   print '(a, i0)', 'tick ', c_sizeof(tick)
+  call field('load_options%size', c_loc(load_options), c_loc(load_options%size))
+  call field('load_options%parts', c_loc(load_options), c_loc(load_options%parts))
+  call field('load_options%names', c_loc(load_options), c_loc(load_options%names))
+  call field('load_options%roles', c_loc(load_options), c_loc(load_options%roles))
+  call field('load_options%allow', c_loc(load_options), c_loc(load_options%allow))
+  print '(a, i0)', 'load_options ', c_sizeof(load_options)
+  call field('step%size', c_loc(step), c_loc(step%size))
+  call field('step%step', c_loc(step), c_loc(step%step))
+  call field('step%time_ns', c_loc(step), c_loc(step%time_ns))
+  call field('step%attempt', c_loc(step), c_loc(step%attempt))
+  call field('step%parent_attempt', c_loc(step), c_loc(step%parent_attempt))
+  call field('step%run_id', c_loc(step), c_loc(step%run_id))
+  call field('step%tensors', c_loc(step), c_loc(step%tensors))
+  call field('step%blobs', c_loc(step), c_loc(step%blobs))
+  call field('step%build', c_loc(step), c_loc(step%build))
+  call field('step%ranks', c_loc(step), c_loc(step%ranks))
+  call field('step%mesh', c_loc(step), c_loc(step%mesh))
+  print '(a, i0)', 'step ', c_sizeof(step)
+  call field('blob_info%size', c_loc(blob_info), c_loc(blob_info%size))
+  call field('blob_info%part', c_loc(blob_info), c_loc(blob_info%part))
+  call field('blob_info%name', c_loc(blob_info), c_loc(blob_info%name))
+  call field('blob_info%rank', c_loc(blob_info), c_loc(blob_info%rank))
+  call field('blob_info%data', c_loc(blob_info), c_loc(blob_info%data))
+  call field('blob_info%bytes', c_loc(blob_info), c_loc(blob_info%bytes))
+  print '(a, i0)', 'blob_info ', c_sizeof(blob_info)
 contains
   subroutine field(name, base, at)
     character(len=*), intent(in) :: name
