@@ -1,7 +1,8 @@
-/* tessera: the program. `tessera train CONFIG [key=value ...]`, `tessera ckpt ...`, `tessera data ...`. Errors are
- * printed here, once. */
+/* tessera: the program. `tessera train CONFIG [key=value ...]`, `tessera ckpt ...`, `tessera data ...`,
+ * `tessera bench ...`. Errors are printed here, once. */
 #include "ckpt/ckpt.h"
 #include "comm/agree.h"
+#include "trainer/bench/bench.h"
 #include "trainer/config.h"
 #include "trainer/data/prepare.h"
 #include "trainer/trainer.h"
@@ -9,11 +10,13 @@
 #include <stdio.h>
 #include <string.h>
 
-static const char usage[] = "usage: tessera train CONFIG [key=value ...]     train, under mpirun or srun; resumes from "
-                            "the newest valid checkpoint\n"
-                            "       tessera train --help-config              every key of a config\n"
-                            "       tessera ckpt ls|show|verify URL ...      look at checkpoints\n"
-                            "       tessera data prepare|show ...            make and look at training data\n";
+static const char usage[] =
+    "usage: tessera train CONFIG [key=value ...]     train, under mpirun or srun; resumes from "
+    "the newest valid checkpoint\n"
+    "       tessera train --help-config              every key of a config\n"
+    "       tessera ckpt ls|show|verify URL ...      look at checkpoints\n"
+    "       tessera data prepare|show ...            make and look at training data\n"
+    "       tessera bench save|load ...              under mpirun: rates, and what saves cost\n";
 
 /* comm: self is asked for before MPI could be: look for it among the overrides. */
 static const char *backend_of(int argc, char **argv)
@@ -63,11 +66,31 @@ static int train(int argc, char **argv)
     return code;
 }
 
+static int bench(int argc, char **argv)
+{
+    struct log log = { LOG_INFO, -1 };
+    struct comm *world = NULL;
+    status *st = comm_open("mpi", NULL, NULL, &world);
+    if (st) {
+        log_status(&log, LOG_ERROR, st);
+        return status_exit_code(st);
+    }
+    st = bench_cli(world, argc, argv); /* the same on all ranks */
+    if (world->rank == 0)
+        log_status(&log, LOG_ERROR, st);
+    int code = status_exit_code(st);
+    status_free(st);
+    comm_close(world);
+    return code;
+}
+
 int main(int argc, char **argv)
 {
     const char *verb = argc > 1 ? argv[1] : "";
     if (!strcmp(verb, "train"))
         return train(argc - 2, argv + 2);
+    if (!strcmp(verb, "bench"))
+        return bench(argc - 2, argv + 2);
     struct log log = { LOG_INFO, -1 };
     status *st = NULL;
     if (!strcmp(verb, "ckpt"))

@@ -1,0 +1,64 @@
+#!/bin/sh
+# `tessera bench` on a small state: every documented key is there with a number that can be, nothing stays behind, and wrong words are
+# refused. How fast anything was is not looked at: the machine may be busy.
+set -eu
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+cd "$dir"
+
+fail() {
+    echo "FAILED: $*"
+    cat out err 2>/dev/null || true
+    exit 1
+}
+
+ranks() {
+    n=$1
+    shift
+    mpirun --oversubscribe --bind-to none -np "$n" "$TESSERA" bench "$@" >out 2>err
+}
+
+ranks 4 save --quick --json state_bytes=24MiB steps=3 step_ms=20 save_every=1 || fail "bench save"
+python3 - <<'END' || fail "bench save: values"
+import json
+
+lines = open("out").read().splitlines()
+assert len(lines) == 1, "one object on one line"
+r = json.loads(lines[0])
+keys = """call_cpu_ms_max call_wall_ms_p50 fence_ms_max throughput_ratio throughput_ratio_lo throughput_ratio_hi fence_step_ratio
+    ckpt_cpu_share save_gbps limit_gbps rate_ratio staging_peak_bytes rss_peak_bytes load_start load_end""".split()
+for k in keys:
+    assert isinstance(r[k], (int, float)) and not isinstance(r[k], bool), f"{k}: {r.get(k)}"
+assert 0 < r["throughput_ratio_lo"] <= r["throughput_ratio"] <= r["throughput_ratio_hi"] < 100
+assert 0 < r["ckpt_cpu_share"] < 1
+assert 0 < r["call_wall_ms_p50"] and 0 < r["call_cpu_ms_max"] and 0 <= r["fence_ms_max"]
+assert 0 < r["fence_step_ratio"] and 0 < r["save_gbps"] <= r["save_gbps_best"] and 0 < r["limit_gbps"] <= r["limit_gbps_best"]
+assert abs(r["rate_ratio"] - r["save_gbps"] / r["limit_gbps"]) < 0.05 * r["rate_ratio"] + 0.01
+assert 0 < r["staging_peak_bytes"] <= r["staging_cap_bytes"] or r["staging_peak_bytes"] == 0
+assert r["rss_peak_bytes"] > r["state_bytes"] / r["ranks"], "a rank holds its tensors"
+assert r["state_bytes"] == 24 << 20 and r["ranks"] == 4 and r["pairs"] == 3 and r["saves"] == 6, "2 saves in each of 3 windows"
+END
+
+ranks 2 load --quick --json state_bytes=20MiB tensors=3 || fail "bench load"
+python3 - <<'END' || fail "bench load: values"
+import json
+
+cases = [json.loads(line) for line in open("out")]
+assert [(c["from_mesh"], c["to_mesh"]) for c in cases] == [("dp=2", "dp=2"), ("dp=2", "dp=1"), ("dp=1", "dp=2"), ("dp=2", "tp=2")]
+for c in cases:
+    assert 0 < c["load_gbps"] <= c["load_gbps_best"] and 0 < c["limit_gbps"] <= c["limit_gbps_best"] and 0 < c["rate_ratio"]
+    assert 1 <= c["read_amplification"] < 1.2, c
+    assert c["state_bytes"] == (20 << 20) // 3 // 4096 * 4096 * 3
+END
+
+ranks 1 save --quick state_bytes=5MiB windows=1 steps=2 step_ms=1 repeats=1 || fail "bench save, one rank, as a table"
+grep -q "^throughput_ratio  " out || fail "table"
+
+if ranks 1 save speed=3; then fail "an unknown key passed"; fi
+grep -q 'speed: unknown key' err || fail "the unknown key is not named"
+if ranks 2 load state_bytes=1KiB; then fail "a state too small passed"; fi
+if ranks 1 walk; then fail "an unknown bench passed"; fi
+if ranks 1 save url=s3://bucket; then fail "a url that is no folder passed"; fi
+rm -f out err
+[ -z "$(ls -A)" ] || fail "left behind: $(ls -A)"
+echo "bench: as it should be"
