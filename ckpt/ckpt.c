@@ -90,6 +90,8 @@ static status *read_options(const struct tessera_options *in, bool has_store, st
         return ERR(INVALID, "options: no url");
     if (o->keep_last < 0 || o->writers < 0 || o->writers > MAX_WRITERS)
         return ERR(INVALID, "options: keep_last %d, writers %d (0 to %d)", o->keep_last, o->writers, MAX_WRITERS);
+    if (o->keep_best < 0 || (o->keep_best && (!o->keep_metric || !*o->keep_metric)))
+        return ERR(INVALID, "options: keep_best %d needs a keep_metric", o->keep_best);
     if (o->chunk_bytes % 4096)
         return ERR(INVALID, "options: chunk_bytes %llu is not a multiple of 4096", (unsigned long long)o->chunk_bytes);
     o->chunk_bytes = o->chunk_bytes ? o->chunk_bytes : DEFAULT_CHUNK;
@@ -113,10 +115,12 @@ static status *read_mesh(const int size[MESH_AXES], int world, struct mesh *m)
 
 static status *own_texts(tessera *t)
 {
-    const char *url = t->o.url, *build = t->o.build;
+    const char *url = t->o.url, *build = t->o.build, *metric = t->o.keep_metric;
     t->o.url = url ? mem_strdup(url) : NULL;
     t->o.build = build ? mem_strdup(build) : NULL;
-    return (url && !t->o.url) || (build && !t->o.build) ? ERR(NO_MEMORY, "options") : NULL;
+    t->o.keep_metric = metric ? mem_strdup(metric) : NULL;
+    return (url && !t->o.url) || (build && !t->o.build) || (metric && !t->o.keep_metric) ? ERR(NO_MEMORY, "options")
+                                                                                         : NULL;
 }
 
 /* Local: everything that needs no other rank. */
@@ -142,7 +146,12 @@ static status *take_lease(tessera *t, uint64_t ids[3])
     struct lease l;
     char note[NOTE_BYTES] = "";
     TRY(lease_take(t->store, t->o.lease_seconds, &l, note));
-    status *st = keeper_open(t->store, &l, t->o.keep_last, &t->keeper);
+    struct keep_rules keep = { .last = t->o.keep_last,
+                               .every = t->o.keep_every,
+                               .best = t->o.keep_best,
+                               .metric = t->o.keep_metric,
+                               .lowest = t->o.keep_lowest != 0 };
+    status *st = keeper_open(t->store, &l, &keep, &t->keeper);
     if (st)
         return status_first(st, lease_give_back(&l));
     if (note[0] && t->o.warn)
@@ -186,6 +195,7 @@ static status *free_handle(tessera *t)
         device_close(t->dev);
     mem_free((char *)(uintptr_t)t->o.url);
     mem_free((char *)(uintptr_t)t->o.build);
+    mem_free((char *)(uintptr_t)t->o.keep_metric);
     comm_close(t->ticks);
     comm_close(t->x);
     mem_free(t);
@@ -236,6 +246,14 @@ status *tessera_open(const struct tessera_options *o, tessera **out)
 uint64_t ckpt_attempt(const tessera *t)
 {
     return t->attempt;
+}
+
+status *tessera_mark(tessera *t, uint64_t step, const char *metric, double value)
+{
+    if (!metric || t->o.read_only)
+        return ERR(INVALID, "mark of step %llu: %s", (unsigned long long)step,
+                   metric ? "the handle is read-only" : "no metric");
+    return t->keeper ? keeper_mark(t->keeper, step, metric, value) : NULL;
 }
 
 uint64_t ckpt_plans_made(const tessera *t)

@@ -1,9 +1,9 @@
 /* commit: when a step counts, over any store. The invariants are those of commit.h; the lease is in lease.c, verify in
- * verify.c.
+ * verify.c, what stays of committed steps in retain.c.
  *
  *   step-N/                    no metadata.pb: nothing is there yet, or never was
  *   step-N/ + metadata.pb      commit_put: committed
- *   step-N/                    commit_retain: metadata.pb removed first, then the tree, so a crash between leaves no
+ *   step-N/                    commit_remove: metadata.pb removed first, then the tree, so a crash between leaves no
  * half step step-N.bad-ATTEMPT/        commit_retire: out of every list, kept for people
  *
  * What a step's directory holds besides its metadata.pb's files (orphans of dead attempts) belongs to nobody and is not
@@ -68,7 +68,7 @@ status *commit_file_key(uint64_t step, const char *name, char key[STORE_KEY_BYTE
 
 /* ---- Committed steps */
 
-static status *is_committed(struct store *s, uint64_t step, bool *yes)
+status *commit_is_committed(struct store *s, uint64_t step, bool *yes)
 {
     char key[STORE_KEY_BYTES];
     struct store_info info;
@@ -123,7 +123,7 @@ status *commit_list(struct store *s, struct step_list *out)
     for (size_t i = 0; i < named && !st; i++) {
         bool yes = false;
         if (count == 0 || step[count - 1] != step[i])
-            st = is_committed(s, step[i], &yes);
+            st = commit_is_committed(s, step[i], &yes);
         if (yes)
             step[count++] = step[i];
     }
@@ -281,8 +281,10 @@ status *commit_put(struct store *s, const struct metadata *m)
     size_t n;
     TRY(commit_file_key(m->step, metadata_name, key));
     TRY(metadata_encode(m, &buf, &n));
-    status *st = n <= MAX_METADATA_BYTES ? put_metadata(s, m, key, buf, n)
+    status *st = n <= MAX_METADATA_BYTES ? commit_drop_marks(s, m->step) /* they speak of another attempt's */
                                          : ERR(INVALID, "%s of %zu bytes: more than %d", key, n, MAX_METADATA_BYTES);
+    if (!st)
+        st = put_metadata(s, m, key, buf, n);
     mem_free(buf);
     if (st)
         return st;
@@ -295,30 +297,13 @@ status *commit_put(struct store *s, const struct metadata *m)
 
 /* ---- Removing */
 
-static status *remove_step(struct store *s, uint64_t step)
+status *commit_remove(struct store *s, uint64_t step)
 {
     char key[STORE_KEY_BYTES], dir[STEP_DIR_BYTES];
     TRY(commit_file_key(step, metadata_name, key));
     TRY(store_remove(s, key));
     commit_step_dir(step, dir);
     return store_remove_tree(s, dir);
-}
-
-status *commit_retain(struct store *s, uint64_t newest, int keep_last)
-{
-    if (keep_last <= 0)
-        return NULL;
-    struct step_list l;
-    TRY(commit_list(s, &l));
-    size_t at = 0; /* of newest */
-    while (at < l.count && l.step[at] != newest)
-        at++;
-    status *st = NULL;
-    if (at < l.count)
-        for (size_t i = 0; i + (size_t)keep_last <= at && !st; i++)
-            st = remove_step(s, l.step[i]);
-    step_list_free(&l);
-    return status_wrap(st, "removing steps before the last %d", keep_last);
 }
 
 status *commit_retire(struct store *s, uint64_t step, const char *why, uint64_t attempt)

@@ -74,9 +74,44 @@ status *commit_read(struct store *s, uint64_t step, struct metadata **out) WARN_
  * not committed: what could have become visible was removed (or, if the store refuses even that, the message says so).
  */
 status *commit_put(struct store *s, const struct metadata *m) WARN_UNUSED;
-/* Keep `newest`, which the caller has just committed, and the keep_last - 1 committed steps before it; remove the older
- * ones. 0 removes none. Nothing is removed if `newest` is not committed; steps above it are left alone. */
-status *commit_retain(struct store *s, uint64_t newest, int keep_last) WARN_UNUSED;
+/* Whether the step has a metadata.pb. */
+status *commit_is_committed(struct store *s, uint64_t step, bool *yes) WARN_UNUSED;
+/* Remove a step, metadata.pb first, so that a crash in between leaves no half step that counts. Missing is fine. */
+status *commit_remove(struct store *s, uint64_t step) WARN_UNUSED;
+
+/* --- retention (retain.c) */
+
+/* What stays; `last` 0: everything. Else the last so many steps, and besides them those that another rule keeps. */
+struct keep_rules {
+    int last;
+    uint64_t every;     /* steps that it divides; 0: no such rule */
+    int best;           /* so many with the best `metric` among the marked; 0: no such rule */
+    const char *metric; /* of commit_mark */
+    bool lowest;        /* the best is the smallest */
+};
+/* Apply the rules to `newest`, which the caller has just committed and which stays, and to the committed steps before
+ * it. Nothing is removed if `newest` is not committed; steps above it are left alone. */
+status *commit_retain(struct store *s, uint64_t newest, const struct keep_rules *k) WARN_UNUSED;
+
+/* Metrics of committed steps, for keep_rules.best. Names are letters, digits and "._-/"; names that differ in '/'
+ * against
+ * '.' alone are one. commit_mark sets or replaces one. INVALID: the name, or the value is not finite; NOT_FOUND: no
+ * such step. */
+enum { MARK_NAME_BYTES = 128 };
+struct mark {
+    char name[MARK_NAME_BYTES];
+    double value;
+};
+struct mark_list {
+    struct mark *mark; /* by name */
+    size_t count;
+};
+status *commit_mark(struct store *s, uint64_t step, const char *metric, double value) WARN_UNUSED;
+status *commit_marks(struct store *s, uint64_t step, struct mark_list *out) WARN_UNUSED;
+void mark_list_free(struct mark_list *l);
+status *commit_drop_marks(struct store *s, uint64_t step) WARN_UNUSED;
+bool commit_is_mark(const char *name); /* an object's name in a step's directory */
+
 /* Rename step-N to step-N.WHY-ATTEMPT (WHY: "bad", "retired"); where the store cannot rename, remove its metadata.pb.
  * Missing is fine. */
 status *commit_retire(struct store *s, uint64_t step, const char *why, uint64_t attempt) WARN_UNUSED;

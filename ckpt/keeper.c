@@ -1,18 +1,26 @@
-/* keeper: keeper_main sleeps on a condition until there is a commit to write or the lease is due. */
+/* keeper: keeper_main sleeps on a condition until there are metrics to store, a commit to write, or the lease is due.
+ */
 #include "ckpt/keeper.h"
 
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 #include "comm/base/thread.h"
 
+#include <stdio.h>
+#include <string.h>
 #include <time.h>
 
 enum job { JOB_NONE, JOB_QUEUED, JOB_DONE };
 
+struct waiting_mark {
+    uint64_t step;
+    struct mark mark;
+};
+
 struct keeper {
     struct store *store;
     struct lease lease; /* the thread's alone while it runs */
-    int keep_last;
+    struct keep_rules keep;
     struct thread thread;
     struct {
         pthread_mutex_t lock;
@@ -20,6 +28,8 @@ struct keeper {
         enum job job;
         const struct metadata *m;
         status *outcome, *lost, *note;
+        struct waiting_mark *mark; /* to be set, in order */
+        size_t marks;
         bool quit;
     } synced;
 };
@@ -50,12 +60,22 @@ static status *commit(struct keeper *k, const struct metadata *m)
 {
     TRY(lease_check(&k->lease));
     TRY(commit_put(k->store, m));
-    if (k->keep_last > 0) { /* the step counts already: what fails from here is only worth a note */
-        status *st = commit_retain(k->store, m->step, k->keep_last);
+    if (k->keep.last > 0) { /* the step counts already: what fails from here is only worth a note */
+        status *st = commit_retain(k->store, m->step, &k->keep);
         if (st)
             add_note(k, status_wrap(st, "old steps could not be removed"));
     }
     return NULL;
+}
+
+static void set_marks(struct keeper *k, struct waiting_mark *m, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        status *st = commit_mark(k->store, m[i].step, m[i].mark.name, m[i].mark.value);
+        if (st)
+            add_note(k, status_wrap(st, "a metric of step %llu could not be stored", (unsigned long long)m[i].step));
+    }
+    mem_free(m);
 }
 
 static void wait_until(struct keeper *k, uint64_t ns)
@@ -69,8 +89,16 @@ static status *keeper_main(void *arg)
     struct keeper *k = arg;
     const uint64_t period = (uint64_t)k->lease.seconds * 1000000000u / 6; /* half of what lease_renew acts on */
     pthread_mutex_lock(&k->synced.lock);
-    for (uint64_t next = clock_ns() + period; !k->synced.quit || k->synced.job == JOB_QUEUED;) {
-        if (k->synced.job == JOB_QUEUED) {
+    for (uint64_t next = clock_ns() + period; !k->synced.quit || k->synced.job == JOB_QUEUED || k->synced.marks;) {
+        if (k->synced.marks) {
+            struct waiting_mark *mark = k->synced.mark;
+            size_t marks = k->synced.marks;
+            k->synced.mark = NULL;
+            k->synced.marks = 0;
+            pthread_mutex_unlock(&k->synced.lock);
+            set_marks(k, mark, marks);
+            pthread_mutex_lock(&k->synced.lock);
+        } else if (k->synced.job == JOB_QUEUED) {
             const struct metadata *m = k->synced.m;
             pthread_mutex_unlock(&k->synced.lock);
             status *st = commit(k, m);
@@ -93,6 +121,7 @@ static status *keeper_main(void *arg)
 
 static void free_keeper(struct keeper *k)
 {
+    mem_free(k->synced.mark);
     status_free(k->synced.outcome);
     status_free(k->synced.lost);
     status_free(k->synced.note);
@@ -101,14 +130,14 @@ static void free_keeper(struct keeper *k)
     mem_free(k);
 }
 
-status *keeper_open(struct store *s, const struct lease *l, int keep_last, struct keeper **out)
+status *keeper_open(struct store *s, const struct lease *l, const struct keep_rules *keep, struct keeper **out)
 {
     struct keeper *k = mem_calloc(1, sizeof *k);
     if (!k)
         return ERR(NO_MEMORY, "a keeper");
     k->store = s;
     k->lease = *l;
-    k->keep_last = keep_last;
+    k->keep = *keep;
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -155,6 +184,22 @@ void keeper_commit(struct keeper *k, const struct metadata *m)
     k->synced.job = JOB_QUEUED;
     pthread_cond_broadcast(&k->synced.changed);
     pthread_mutex_unlock(&k->synced.lock);
+}
+
+status *keeper_mark(struct keeper *k, uint64_t step, const char *metric, double value)
+{
+    struct waiting_mark w = { .step = step, .mark = { .value = value } };
+    if ((size_t)snprintf(w.mark.name, sizeof w.mark.name, "%s", metric) >= sizeof w.mark.name)
+        return ERR(INVALID, "a metric's name of %zu characters", strlen(metric));
+    pthread_mutex_lock(&k->synced.lock);
+    struct waiting_mark *more = mem_array(k->synced.mark, k->synced.marks + 1, sizeof *more);
+    if (more) {
+        k->synced.mark = more;
+        more[k->synced.marks++] = w;
+        pthread_cond_broadcast(&k->synced.changed);
+    }
+    pthread_mutex_unlock(&k->synced.lock);
+    return more ? NULL : ERR(NO_MEMORY, "a metric of step %llu", (unsigned long long)step);
 }
 
 bool keeper_outcome(struct keeper *k, bool wait, status **outcome)

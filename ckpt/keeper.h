@@ -7,8 +7,9 @@
 
 struct keeper;
 
-/* Take over the lease and start the thread. On error the lease stays the caller's. */
-status *keeper_open(struct store *s, const struct lease *l, int keep_last, struct keeper **out) WARN_UNUSED;
+/* Take over the lease and start the thread. keep->metric is borrowed. On error the lease stays the caller's. */
+status *keeper_open(struct store *s, const struct lease *l, const struct keep_rules *keep,
+                    struct keeper **out) WARN_UNUSED;
 /* Finish the commit in hand, stop, give the lease back. NULL is fine. */
 status *keeper_close(struct keeper *k) WARN_UNUSED;
 
@@ -17,6 +18,9 @@ status *keeper_lost(struct keeper *k) WARN_UNUSED;
 /* Commit m: check the lease, put metadata.pb and LATEST, remove what retention no longer keeps. m is borrowed until the
  * outcome was taken. One at a time. */
 void keeper_commit(struct keeper *k, const struct metadata *m);
+/* Mark a committed step (commit_mark), before the next commit's retention and before the thread ends; what goes wrong
+ * is a note. */
+status *keeper_mark(struct keeper *k, uint64_t step, const char *metric, double value) WARN_UNUSED;
 /* Whether the commit's outcome is there; takes it then. wait: wait for it. False too when none was handed over. */
 bool keeper_outcome(struct keeper *k, bool wait, status **outcome);
 /* A line for people since the last call (retention failed, the lease could not be renewed yet), or NULL. */

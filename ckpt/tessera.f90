@@ -37,6 +37,9 @@ module tessera
     integer(c_int) :: mesh(5) = 0
     type(c_funptr) :: warn = c_null_funptr
     type(c_ptr) :: warn_arg = c_null_ptr
+    integer(c_int64_t) :: keep_every = 0
+    integer(c_int) :: keep_best = 0, keep_lowest = 0
+    type(c_ptr) :: keep_metric = c_null_ptr
   end type
 
   type, bind(c) :: tessera_tensor
@@ -153,6 +156,14 @@ module tessera
     type(c_ptr) function tessera_cancel(t) bind(c)
       import
       type(c_ptr), value :: t
+    end function
+
+    type(c_ptr) function tessera_mark(t, step, metric, value) bind(c)
+      import
+      type(c_ptr), value :: t
+      integer(c_int64_t), value :: step
+      character(kind=c_char), intent(in) :: metric(*)
+      real(c_double), value :: value
     end function
 
     type(c_ptr) function tessera_find(t, at_most, step) bind(c)

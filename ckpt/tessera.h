@@ -124,10 +124,16 @@ struct tessera_options {
      * NULL: dropped */
     void (*warn)(void *arg, const char *line);
     void *warn_arg; /* given to warn */
+    /* With keep_last above 0, these stay too: */
+    uint64_t keep_every;     /* steps that it divides; 0: none */
+    int keep_best;           /* so many of the steps marked with keep_metric (tessera_mark), the best ones; 0: none */
+    int keep_lowest;         /* 1: the best are the smallest values; 0: the largest */
+    const char *keep_metric; /* needed with keep_best; may be NULL without */
 };
 #define TESSERA_OPTIONS                                                                                                \
     {                                                                                                                  \
-        sizeof(struct tessera_options), NULL, -1, 0, 0, 0, 0, 0, 0, 0, NULL, { 0, 0, 0, 0, 0 }, NULL, NULL             \
+        sizeof(struct tessera_options), NULL, -1, 0, 0, 0, 0, 0, 0, 0, NULL, { 0, 0, 0, 0, 0 }, NULL, NULL, 0, 0, 0,   \
+            NULL                                                                                                       \
     }
 
 /* Open a root. Collective. Unless read_only, draws a new 64-bit attempt and takes the root's lease: a second live job
@@ -255,6 +261,11 @@ struct tessera_progress {
     }
 /* Not collective; at any time, waits for nothing. */
 void tessera_get_progress(tessera *t, struct tessera_progress *out);
+/* Store a metric of a committed step beside it, for keep_best and for people (`tessera ckpt mark` does the same later
+ * on): finite, its name of at most 127 letters, digits and "._-/". Not collective: rank 0's is stored, by its thread,
+ * before the next commit; other ranks' calls do nothing. What goes wrong there is told to options.warn. INVALID: no
+ * metric, or the handle is read_only; NO_MEMORY. */
+tessera_status *tessera_mark(tessera *t, uint64_t step, const char *metric, double value);
 
 /* ---- Finding a step ---------------------------------------- */
 

@@ -92,6 +92,15 @@ static const struct option checkpoint_rows[] = {
         "when a save is due and the last one still runs: wait for it, skip the new one, or cancel the old one"),
     ROW(OPT_INT, checkpoint_config, keep_last, "keep_last", "3", 0, 1e6, NULL, "steps",
         "committed steps that stay; 0: all"),
+    ROW(OPT_INT, checkpoint_config, keep_every, "keep_every", "0", 0, 1e12, NULL, "steps",
+        "with keep_last: steps that this divides stay too; 0: none"),
+    ROW(OPT_INT, checkpoint_config, keep_best, "keep_best", "0", 0, 1e6, NULL, "steps",
+        "with keep_last: so many steps with the best keep_metric stay too; 0: none"),
+    ROW(OPT_STRING, checkpoint_config, keep_metric, "keep_metric", "", 0, 0, NULL, "",
+        "a step metric of metrics.jsonl, or eval/logps/accuracy, eval/rewards/accuracy, eval/logps/margin; stored "
+        "with each step that has it"),
+    ROW(OPT_ENUM, checkpoint_config, keep_order, "keep_order", "highest", 0, 0, "highest|lowest", "",
+        "which values of keep_metric are the best"),
     ROW(OPT_INT, checkpoint_config, writers, "writers", "1", 1, 64, NULL, "", "writer threads of a rank"),
     ROW(OPT_INT, checkpoint_config, lease_seconds, "lease_seconds", "30", 1, 86400, NULL, "s",
         "a job silent for this long is taken for dead"),
@@ -298,6 +307,31 @@ static status *check_required(const struct sections *all, const struct assignmen
     return NULL;
 }
 
+static status *check_keep(const struct config *c, const char *name)
+{
+    static const char *const evaluated[] = { "eval/logps/accuracy", "eval/rewards/accuracy", "eval/logps/margin" };
+    const struct checkpoint_config *k = &c->checkpoint;
+    const struct algo_ops *a = c->algo_ops;
+    if (k->keep_last == 0 && (k->keep_every || k->keep_best))
+        return ERR(INVALID, "%s: checkpoint.keep_last 0 keeps every step: keep_every and keep_best want another", name);
+    if (!*k->keep_metric)
+        return k->keep_best ? ERR(INVALID, "%s: checkpoint.keep_best needs checkpoint.keep_metric", name) : NULL;
+    char legal[512] = "";
+    for (size_t i = 0; i < sizeof evaluated / sizeof *evaluated; i++)
+        if (!strcmp(k->keep_metric, evaluated[i]))
+            return *c->data.heldout
+                       ? NULL
+                       : ERR(INVALID, "%s: checkpoint.keep_metric: %s needs data.heldout", name, k->keep_metric);
+    for (int i = 0; i < a->metric_count; i++) {
+        if (!strcmp(k->keep_metric, a->metrics[i].name))
+            return NULL;
+        size_t n = strlen(legal);
+        snprintf(legal + n, sizeof legal - n, "%s, ", a->metrics[i].name);
+    }
+    return ERR(INVALID, "%s: checkpoint.keep_metric: \"%s\" is not one of %s%s, %s, %s", name, k->keep_metric, legal,
+               evaluated[0], evaluated[1], evaluated[2]);
+}
+
 /* What single rows cannot say. */
 static status *check_together(struct config *c, const char *name)
 {
@@ -322,6 +356,7 @@ static status *check_together(struct config *c, const char *name)
         return ERR(INVALID,
                    "%s: checkpoint.every: \"%s\" is not one of a number of steps (100), of seconds (600s), or auto",
                    name, c->checkpoint.every);
+    TRY(check_keep(c, name));
     if (t->max_seconds > 0 && !*c->checkpoint.url)
         return ERR(INVALID, "%s: train.max_seconds needs checkpoint.url: it saves before it stops", name);
     const char *resume = c->checkpoint.resume;

@@ -50,15 +50,16 @@ struct memory_config {
 };
 
 enum { ON_ERROR_WARN, ON_ERROR_STOP };
+enum { KEEP_HIGHEST, KEEP_LOWEST };
 enum { OVERLAP_WAIT, OVERLAP_SKIP, OVERLAP_CANCEL };
 struct checkpoint_config {
-    char *url, *resume, *every;
+    char *url, *resume, *every, *keep_metric;
     struct period period; /* of `every` */
     double mtbf;
-    int64_t keep_last, writers, lease_seconds;
+    int64_t keep_last, keep_every, keep_best, writers, lease_seconds;
     uint64_t staging_bytes, chunk_bytes;
     bool async, rewind, state_hash;
-    int on_error, overlap;
+    int on_error, overlap, keep_order;
 };
 
 struct config {

@@ -138,7 +138,10 @@ status *evaluate_heldout(struct trainer *t)
     metrics_begin(t->metrics, "eval", t->step);
     metrics_integer(t->metrics, "rows", d->rows);
     metrics_number(t->metrics, "logps/accuracy", preferred / n);
+    trainer_watch(t, "eval/logps/accuracy", preferred / n);
     if (t->ref_heldout.rows) {
+        trainer_watch(t, "eval/rewards/accuracy", ci.mean);
+        trainer_watch(t, "eval/logps/margin", margin / n);
         metrics_number(t->metrics, "rewards/accuracy", ci.mean);
         metrics_number(t->metrics, "rewards/accuracy_lo", ci.lo);
         metrics_number(t->metrics, "rewards/accuracy_hi", ci.hi);

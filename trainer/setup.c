@@ -180,6 +180,10 @@ static status *open_checkpoint(struct trainer *t)
     struct tessera_options o = TESSERA_OPTIONS;
     o.url = c->url;
     o.keep_last = (int)c->keep_last;
+    o.keep_every = (uint64_t)c->keep_every;
+    o.keep_best = (int)c->keep_best;
+    o.keep_lowest = c->keep_order == KEEP_LOWEST;
+    o.keep_metric = c->keep_metric;
     o.rewind = c->rewind;
     o.staging_bytes = c->staging_bytes;
     o.chunk_bytes = c->chunk_bytes;
@@ -222,6 +226,7 @@ status *trainer_open(struct config *cfg, struct comm *world, const struct log *l
                            .save_started = UINT64_MAX,
                            .saved_step = UINT64_MAX,
                            .paced_step = UINT64_MAX,
+                           .watched_step = UINT64_MAX,
                            .opened_ns = clock_ns(),
                            .resumed_from = UINT64_MAX,
                            .tick = TESSERA_TICK };

@@ -17,6 +17,7 @@
 #include "comm/base/mem.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -201,6 +202,8 @@ static status *save_committed(struct trainer *t, uint64_t step)
     tessera_get_progress(t->ckpt, &p);
     t->save_started = UINT64_MAX;
     t->saved_step = step;
+    if (isfinite(t->save_watched))
+        TRY(comm_agree(t->world, tessera_mark(t->ckpt, step, t->cfg->checkpoint.keep_metric, t->save_watched)));
     save_cost_committed(&t->cost, ns_to_s(p.call_ns), ns_to_s(p.fence_wait_ns), ns_to_s(p.save_ns));
     metrics_begin(t->metrics, "save", t->step);
     metrics_integer(t->metrics, "saved_step", step);
@@ -299,6 +302,7 @@ status *state_save(struct trainer *t, bool needed)
     if (st)
         return save_failed(t, st);
     t->save_started = t->step;
+    t->save_watched = t->watched_step == t->step ? t->watched : (double)NAN;
     t->tick.phase = TESSERA_CAPTURE;
     return t->cfg->checkpoint.async ? NULL : state_finish(t);
 }

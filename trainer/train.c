@@ -19,6 +19,16 @@ void trainer_abort(struct trainer *t, status *st)
     comm_abort(t->world, status_exit_code(st));
 }
 
+void trainer_watch(struct trainer *t, const char *name, double value)
+{
+    bool warmup =
+        trainer_phase_at(t, t->step ? t->step - 1 : 0) != t->phases - 1; /* another loss, not to be compared */
+    if (warmup || strcmp(name, t->cfg->checkpoint.keep_metric) != 0)
+        return;
+    t->watched = value;
+    t->watched_step = t->step;
+}
+
 int trainer_phase_at(const struct trainer *t, uint64_t step)
 {
     int p = t->phases - 1;
@@ -228,8 +238,10 @@ static void report(struct trainer *t, const struct step_result *r)
     metrics_progress(t->metrics, &line, t->step % (uint64_t)t->cfg->train.log_every == 0 || t->step == line.steps);
     metrics_begin(t->metrics, "step", t->step);
     metrics_text(t->metrics, "phase", p->name);
-    for (int m = 0; m < p->algo->metric_count; m++)
+    for (int m = 0; m < p->algo->metric_count; m++) {
         metrics_number(t->metrics, p->algo->metrics[m].name, r->metric[m]);
+        trainer_watch(t, p->algo->metrics[m].name, r->metric[m]);
+    }
     metrics_number(t->metrics, "grad_norm", r->norm);
     metrics_number(t->metrics, "learning_rate", r->lr);
     metrics_integer(t->metrics, "num_tokens", r->tokens);

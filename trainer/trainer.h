@@ -58,6 +58,8 @@ struct trainer {
     struct save_cost cost;
     uint64_t opened_ns, paced_ns; /* monotonic: trainer_open, the last save's start (or that it was skipped) */
     uint64_t paced_step;          /* of that; UINT64_MAX: none yet */
+    double watched, save_watched; /* checkpoint.keep_metric, last seen; at the save in flight (NAN: unknown) */
+    uint64_t watched_step;        /* of watched; UINT64_MAX: none */
     enum ask stopped_by;          /* agreed: save what was done and end the run */
 
     /* what a checkpoint remembers */
@@ -105,6 +107,8 @@ uint32_t state_weights_crc(const struct trainer *t); /* of the block of paramete
 /* Enter the phase of t->step: at the switch from SFT the optimiser restarts and references are computed. Collective. */
 status *trainer_enter_phase(struct trainer *t, int phase) WARN_UNUSED;
 int trainer_phase_at(const struct trainer *t, uint64_t step);
+/* A metric of t->step, alike on all ranks: remembered if it is the one that retention looks at. */
+void trainer_watch(struct trainer *t, const char *name, double value);
 /* A rank alone met an error inside a step: say so and end the job. */
 void trainer_abort(struct trainer *t, status *st) __attribute__((noreturn));
 

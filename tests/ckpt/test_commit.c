@@ -344,22 +344,22 @@ static void check_retain(struct fixture *f)
     f->removed[0] = 0;
     f->ops.remove = recorded_remove;
     f->ops.remove_tree = recorded_remove_tree;
-    OK(commit_retain(s, 6, 0));
-    OK(commit_retain(s, 6, -1));
-    OK(commit_retain(s, 6, 6));
-    OK(commit_retain(s, 6, 100));
-    OK(commit_retain(s, 7, 1)); /* 7 is not committed: nothing may go */
+    OK(commit_retain(s, 6, &(struct keep_rules){ .last = 0 }));
+    OK(commit_retain(s, 6, &(struct keep_rules){ .last = -1 }));
+    OK(commit_retain(s, 6, &(struct keep_rules){ .last = 6 }));
+    OK(commit_retain(s, 6, &(struct keep_rules){ .last = 100 }));
+    OK(commit_retain(s, 7, &(struct keep_rules){ .last = 1 })); /* 7 is not committed: nothing may go */
     assert_string_equal(f->removed, "");
-    OK(commit_retain(s, 5, 3)); /* 6 lies above and is not counted */
+    OK(commit_retain(s, 5, &(struct keep_rules){ .last = 3 })); /* 6 lies above and is not counted */
     expect_steps(s, "3 4 5 6");
     assert_string_equal(f->removed, "-step-000000000001/metadata.pb\n-step-000000000001/*\n"
                                     "-step-000000000002/metadata.pb\n-step-000000000002/*\n");
-    OK(commit_retain(s, 6, 2));
+    OK(commit_retain(s, 6, &(struct keep_rules){ .last = 2 }));
     expect_steps(s, "5 6");
     expect_names(s, "step-000000000004", "");
-    OK(commit_retain(s, 6, 1));
+    OK(commit_retain(s, 6, &(struct keep_rules){ .last = 1 }));
     expect_steps(s, "6");
-    OK(commit_retain(s, 6, 1));
+    OK(commit_retain(s, 6, &(struct keep_rules){ .last = 1 }));
     expect_steps(s, "6");
     expect_names(s, "", "LATEST step-000000000006");
 }

@@ -21,6 +21,10 @@ int main(void)
     FIELD(options, mesh);
     FIELD(options, warn);
     FIELD(options, warn_arg);
+    FIELD(options, keep_every);
+    FIELD(options, keep_best);
+    FIELD(options, keep_lowest);
+    FIELD(options, keep_metric);
     SIZE(options);
     FIELD(tensor, size);
     FIELD(tensor, part);

@@ -1,0 +1,211 @@
+/* retain: which committed steps stay, and the metrics that decide it.
+ *
+ * A metric of a step is an object of its own beside the step's files, "mark.NAME" (a '/' of NAME is '.' there), holding
+ * "VALUE NAME\n": it can be set at any time after the commit, by anyone, without touching metadata.pb, and two writers
+ * of different metrics do not meet. It goes when the step goes, and when the step's number is committed anew
+ * (commit_put).
+ *
+ * What is not surely to go stays: a mark that cannot be read stops retention before it has removed anything. */
+#include "ckpt/commit.h"
+#include "comm/base/mem.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char mark_prefix[] = "mark.";
+enum { PREFIX = sizeof mark_prefix - 1, MARK_BYTES = MARK_NAME_BYTES + 64 };
+
+static status *mark_key(uint64_t step, const char *metric, char key[STORE_KEY_BYTES])
+{
+    char name[PREFIX + MARK_NAME_BYTES];
+    size_t n = strlen(metric);
+    if (n == 0 || n >= MARK_NAME_BYTES)
+        return ERR(INVALID, "a metric's name has 1 to %d characters, not %zu", MARK_NAME_BYTES - 1, n);
+    snprintf(name, sizeof name, "%s%s", mark_prefix, metric);
+    for (char *p = name + PREFIX; *p; p++)
+        if (*p == '/')
+            *p = '.';
+    status *st = commit_file_key(step, name, key);
+    if (!st)
+        return NULL;
+    status_free(st);
+    return ERR(INVALID, "\"%.60s\" is no metric's name: letters, digits and ._-/", metric);
+}
+
+status *commit_mark(struct store *s, uint64_t step, const char *metric, double value)
+{
+    char key[STORE_KEY_BYTES], text[MARK_BYTES];
+    TRY(mark_key(step, metric, key));
+    if (!isfinite(value))
+        return ERR(INVALID, "metric %s of step %" PRIu64 " is %g: only finite numbers can be compared", metric, step,
+                   value);
+    bool yes = false;
+    TRY(commit_is_committed(s, step, &yes));
+    if (!yes)
+        return ERR(NOT_FOUND, "step %" PRIu64 " is not committed", step);
+    int n = snprintf(text, sizeof text, "%.17g %s\n", value, metric);
+    return store_put(s, key, text, (size_t)n, STORE_REPLACE);
+}
+
+static status *read_mark(struct store *s, const char *key, struct mark *out)
+{
+    void *text;
+    size_t n;
+    TRY(store_get_all(s, key, MARK_BYTES, &text, &n));
+    char *t = text, *end;
+    struct mark m = { .value = strtod(t, &end) };
+    size_t name = *end == ' ' ? strcspn(end + 1, "\n") : 0;
+    bool ok = end != t && isfinite(m.value) && name > 0 && name < sizeof m.name && end + name + 2 == t + n &&
+              end[name + 1] == '\n';
+    if (ok)
+        snprintf(m.name, sizeof m.name, "%.*s", (int)name, end + 1);
+    mem_free(text);
+    if (!ok)
+        return ERR(CORRUPT, "%s is not a metric's value and name", key);
+    *out = m;
+    return NULL;
+}
+
+/* Call each(key) for the marks of a step. */
+static status *for_marks(struct store *s, uint64_t step, status *(*each)(struct store *s, const char *key, void *arg),
+                         void *arg)
+{
+    char dir[STEP_DIR_BYTES], key[STORE_KEY_BYTES];
+    struct store_list l;
+    commit_step_dir(step, dir);
+    TRY(store_list(s, dir, &l));
+    status *st = NULL;
+    for (size_t i = 0; i < l.count && !st; i++) {
+        if (strncmp(l.entry[i].name, mark_prefix, PREFIX) != 0)
+            continue;
+        st = commit_file_key(step, l.entry[i].name, key);
+        if (!st)
+            st = each(s, key, arg);
+    }
+    store_list_free(&l);
+    return st;
+}
+
+static status *append_mark(struct store *s, const char *key, void *arg)
+{
+    struct mark_list *l = arg;
+    struct mark *more = mem_array(l->mark, l->count + 1, sizeof *more);
+    if (!more)
+        return ERR(NO_MEMORY, "a list of %zu metrics", l->count);
+    l->mark = more;
+    TRY(read_mark(s, key, &more[l->count]));
+    l->count++;
+    return NULL;
+}
+
+status *commit_marks(struct store *s, uint64_t step, struct mark_list *out)
+{
+    struct mark_list l = { 0 };
+    status *st = for_marks(s, step, append_mark, &l);
+    if (st) {
+        mark_list_free(&l);
+        return st;
+    }
+    *out = l;
+    return NULL;
+}
+
+void mark_list_free(struct mark_list *l)
+{
+    mem_free(l->mark);
+    *l = (struct mark_list){ 0 };
+}
+
+static status *drop_mark(struct store *s, const char *key, void *arg)
+{
+    (void)arg;
+    return store_remove(s, key);
+}
+
+status *commit_drop_marks(struct store *s, uint64_t step)
+{
+    return for_marks(s, step, drop_mark, NULL);
+}
+
+bool commit_is_mark(const char *name)
+{
+    return strncmp(name, mark_prefix, PREFIX) == 0;
+}
+
+/* ---- Retention */
+
+struct candidate {
+    uint64_t step;
+    double value;
+    bool marked, keep;
+};
+
+static status *read_values(struct store *s, const struct keep_rules *k, struct candidate *c, size_t count)
+{
+    for (size_t i = 0; i < count && k->best > 0; i++) {
+        char key[STORE_KEY_BYTES];
+        struct mark m;
+        TRY(mark_key(c[i].step, k->metric ? k->metric : "", key));
+        status *st = read_mark(s, key, &m);
+        if (status_code(st) == ST_NOT_FOUND) {
+            status_free(st);
+            continue;
+        }
+        TRY(st);
+        c[i].marked = true;
+        c[i].value = k->lowest ? -m.value : m.value;
+    }
+    return NULL;
+}
+
+/* The `best` largest values; of equal ones the later step. */
+static void keep_best(struct candidate *c, size_t count, int best)
+{
+    for (int n = 0; n < best; n++) {
+        struct candidate *top = NULL;
+        for (size_t i = 0; i < count; i++)
+            if (c[i].marked && (!top || c[i].value >= top->value))
+                top = &c[i];
+        if (!top)
+            return;
+        top->keep = true;
+        top->marked = false;
+    }
+}
+
+/* c: the committed steps up to the newest, ascending. */
+static status *remove_others(struct store *s, const struct keep_rules *k, struct candidate *c, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        c[i].keep = i + (size_t)k->last >= count || (k->every && c[i].step % k->every == 0);
+    TRY(read_values(s, k, c, count));
+    keep_best(c, count, k->best);
+    for (size_t i = 0; i < count; i++)
+        if (!c[i].keep)
+            TRY(commit_remove(s, c[i].step));
+    return NULL;
+}
+
+status *commit_retain(struct store *s, uint64_t newest, const struct keep_rules *k)
+{
+    if (k->last <= 0)
+        return NULL;
+    struct step_list l;
+    TRY(commit_list(s, &l));
+    struct candidate *c = mem_calloc(l.count + 1, sizeof *c);
+    status *st = c ? NULL : ERR(NO_MEMORY, "a list of %zu steps", l.count);
+    size_t count = 0;
+    bool there = false;
+    for (size_t i = 0; i < l.count && !st && l.step[i] <= newest; i++) {
+        c[count++].step = l.step[i];
+        there = l.step[i] == newest;
+    }
+    step_list_free(&l);
+    if (!st && there)
+        st = remove_others(s, k, c, count);
+    mem_free(c);
+    return status_wrap(st, "removing steps before the last %d", k->last);
+}
