@@ -371,8 +371,152 @@ static void test_lying_disk(void **state)
     crash_trace_free(t);
 }
 
+/* ---- the store alone: what each call promised by returning */
+
+enum act_kind { PUT, PUT_NEW, WRITER, REMOVE, REMOVE_TREE, MOVE };
+struct act {
+    enum act_kind kind;
+    const char *key, *to;
+};
+
+static const struct act acts[] = {
+    { PUT, "x", NULL },        { PUT, "a/b/c", NULL },      { WRITER, "a/b/d", NULL },  { PUT_NEW, "a/e/f/g", NULL },
+    { PUT, "a/b/c", NULL },    { MOVE, "a/b", "h/i/j" },    { PUT, "x", NULL },         { REMOVE, "x", NULL },
+    { WRITER, "a/b/c", NULL }, { PUT_NEW, "x", NULL },      { REMOVE_TREE, "h", NULL }, { MOVE, "a", "k" },
+    { WRITER, "k/b/c", NULL }, { REMOVE, "k/e/f/g", NULL }, { PUT, "h/i/j/c", NULL },   { REMOVE_TREE, "k", NULL },
+};
+enum { ACTS = sizeof acts / sizeof *acts };
+static const char *const act_keys[] = { "x",       "a/b/c", "a/b/d", "a/e/f/g", "h/i/j/c",
+                                        "h/i/j/d", "k/b/c", "k/b/d", "k/e/f/g" };
+enum { ACT_KEYS = sizeof act_keys / sizeof *act_keys, ACT_BYTES = 2000 };
+
+static void act_bytes(int i, unsigned char b[ACT_BYTES])
+{
+    for (int k = 0; k < ACT_BYTES; k++)
+        b[k] = (unsigned char)(1 + i * 13 + k * 7 % 101);
+}
+
+static const char *tail(const char *key, const char *dir)
+{
+    size_t n = strlen(dir);
+    return !strncmp(key, dir, n) && key[n] == '/' ? key + n : NULL;
+}
+
+/* The act whose bytes `key` has once the first n acts are done; -1: it is not there. */
+static int holds(const char *name, int n)
+{
+    char key[STORE_KEY_BYTES];
+    snprintf(key, sizeof key, "%s", name);
+    for (int i = n - 1; i >= 0; i--) {
+        const struct act *a = &acts[i];
+        bool same = !strcmp(a->key, key);
+        if (same && a->kind <= WRITER)
+            return i;
+        if ((same && a->kind == REMOVE) || (tail(key, a->key) && (a->kind == REMOVE_TREE || a->kind == MOVE)))
+            return -1;
+        if (a->kind == MOVE && tail(key, a->to)) {
+            char from[STORE_KEY_BYTES];
+            snprintf(from, sizeof from, "%s%s", a->key, tail(key, a->to));
+            memcpy(key, from, sizeof key);
+        }
+    }
+    return -1;
+}
+
+static status *act(struct store *s, int i)
+{
+    const struct act *a = &acts[i];
+    unsigned char b[ACT_BYTES];
+    struct store_writer *w;
+    act_bytes(i, b);
+    switch (a->kind) {
+    case PUT:
+        return store_put(s, a->key, b, sizeof b, STORE_REPLACE);
+    case PUT_NEW:
+        return store_put(s, a->key, b, sizeof b, STORE_EXCLUSIVE);
+    case WRITER:
+        TRY(store_writer_open(s, a->key, sizeof b, &w));
+        TRY(store_write(w, 1000, b + 1000, sizeof b - 1000));
+        TRY(store_write(w, 0, b, 1000));
+        return store_writer_finish(w);
+    case REMOVE:
+        return store_remove(s, a->key);
+    case REMOVE_TREE:
+        return store_remove_tree(s, a->key);
+    case MOVE:
+        return store_rename_tree(s, a->key, a->to);
+    }
+    return NULL;
+}
+
+/* `key` is as after `done` acts, or, while the next one was under way, as after that. */
+static status *look_at_key(struct store *s, const char *key, int done, bool under_way)
+{
+    int before = holds(key, done), then = under_way ? holds(key, done + 1) : before;
+    unsigned char want[2][ACT_BYTES];
+    void *got;
+    size_t n;
+    act_bytes(before, want[0]);
+    act_bytes(then, want[1]);
+    status *st = store_get_all(s, key, 1 << 20, &got, &n);
+    if (status_code(st) == ST_NOT_FOUND) {
+        status_free(st);
+        return before < 0 || then < 0 ? NULL : ERR(CORRUPT, "%s is gone after act %d", key, done);
+    }
+    TRY(st);
+    bool good =
+        n == ACT_BYTES && ((before >= 0 && !memcmp(got, want[0], n)) || (then >= 0 && !memcmp(got, want[1], n)));
+    mem_free(got);
+    return good ? NULL : ERR(CORRUPT, "%s, %zu bytes: not what it was after act %d", key, n, done);
+}
+
+static status *store_crash(const struct crash_trace *t, size_t n, enum crash_choice choice, enum crash_broken broken)
+{
+    struct root r = root_open(true);
+    int marks = 0;
+    while (crash_marks(t, n, (size_t)marks))
+        marks++;
+    status *st = crash_replay(t, n, choice, n, broken, r.path, NULL);
+    for (int k = 0; k < ACT_KEYS && !st; k++)
+        st = look_at_key(r.store, act_keys[k], marks, marks < ACTS);
+    root_close(&r);
+    return status_wrap(st, "crash at sync %zu of %zu, choice %d", n, crash_syncs(t), (int)choice);
+}
+
+static void test_store_promises(void **state)
+{
+    (void)state;
+    struct root r = root_open(true);
+    char *path = realpath(r.path, NULL);
+    struct crash_trace *t;
+    assert_non_null(path);
+    assert_ok(crash_trace_new(&t));
+    crash_record(t, path);
+    for (int i = 0; i < ACTS; i++) {
+        assert_ok(act(r.store, i));
+        crash_mark(t, 0, 0, 0);
+    }
+    crash_record(NULL, NULL);
+    free(path);
+    root_close(&r);
+    size_t seen[3] = { 0 };
+    for (enum crash_broken b = CRASH_HONEST; b <= CRASH_DIRS_NOT_SYNCED; b++)
+        for (size_t n = 0; n <= crash_syncs(t); n++)
+            for (int choice = 0; choice < CRASH_CHOICES; choice++) {
+                status *st = store_crash(t, n, (enum crash_choice)choice, b);
+                if (st && b == CRASH_HONEST)
+                    print_error("%s\n", status_message(st));
+                seen[b] += st != NULL;
+                status_free(st);
+            }
+    assert_int_equal(seen[CRASH_HONEST], 0);
+    assert_true(seen[CRASH_FILES_NOT_SYNCED] > 10 && seen[CRASH_DIRS_NOT_SYNCED] > 10);
+    crash_trace_free(t);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(test_every_sync), cmocka_unit_test(test_lying_disk) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(test_store_promises), cmocka_unit_test(test_every_sync),
+                                        cmocka_unit_test(test_lying_disk) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
