@@ -205,8 +205,8 @@ tessera_status *tessera_state_add_blob(tessera_state *s, const char *part, const
 tessera_status *tessera_save(tessera *t, tessera_state *s, uint64_t step);
 /* Wait until the bytes [addr, addr + bytes) of the save in flight have been copied out and may be overwritten, as may
  * all tensors added before them; addr NULL: all. stream: the one that will overwrite (NULL on the CPU). The first call
- * of fence, tick or find after a save is collective (it settles the plan), other fences are local. Returns at once when
- * there is no save. Never fails because the save did: that is reported by tick. PEER: MPI failed. */
+ * of fence, tick, find or list_steps after a save is collective (it settles the plan), other fences are local. Returns
+ * at once when there is no save. Never fails because the save did: that is reported by tick. PEER: MPI failed. */
 tessera_status *tessera_fence(tessera *t, const void *addr, size_t bytes, void *stream);
 
 /* Where the save in flight is, the same on all ranks. */
