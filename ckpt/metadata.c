@@ -619,15 +619,11 @@ static status *read_message(const Tessera__Metadata *msg, struct metadata *m)
     return check(m, ST_CORRUPT);
 }
 
+/* The frame is that of every version, so a damaged file of a newer one is CORRUPT, too. */
 static status *check_header(const unsigned char *b, size_t bytes)
 {
     if (bytes < HEADER_BYTES || memcmp(b, magic, sizeof magic))
         return ERR(CORRUPT, "metadata of %zu bytes does not begin as metadata does", bytes);
-    uint32_t version = get_u32(b + 8);
-    if (version > META_VERSION)
-        return ERR(UNSUPPORTED, "metadata of version %u; this build reads up to %d", version, META_VERSION);
-    if (version < 1)
-        return ERR(CORRUPT, "metadata of version 0");
     if (get_u64(b + 12) != bytes - HEADER_BYTES)
         return ERR(CORRUPT, "metadata has %zu bytes; its header says %llu", bytes - HEADER_BYTES, (ull)get_u64(b + 12));
     uint32_t crc = crc32c(0, b + HEADER_BYTES, bytes - HEADER_BYTES);
@@ -636,17 +632,31 @@ static status *check_header(const unsigned char *b, size_t bytes)
     return NULL;
 }
 
+/* The checksum does not cover the header's version; the body repeats it. msg NULL: no body that this build can read. */
+static status *check_version(uint32_t version, const Tessera__Metadata *msg)
+{
+    uint32_t body = msg && msg->has_version ? msg->version : 1;
+    if (version < 1 || (msg && version != body))
+        return ERR(CORRUPT, "metadata's header says version %u; its body is of version %u", version, body);
+    if (version > META_VERSION)
+        return ERR(UNSUPPORTED, "metadata of version %u; this build reads up to %d", version, META_VERSION);
+    return msg ? NULL : ERR(CORRUPT, "the body of metadata is no message of ours (or memory ran out)");
+}
+
 status *metadata_decode(const void *buf, size_t bytes, struct metadata **out)
 {
     ProtobufCAllocator alloc = { .alloc = pb_alloc, .free = pb_free };
     const unsigned char *b = buf;
     TRY(check_header(b, bytes));
     Tessera__Metadata *msg = tessera__metadata__unpack(&alloc, bytes - HEADER_BYTES, b + HEADER_BYTES);
-    if (!msg)
-        return ERR(CORRUPT, "the body of metadata is no message of ours (or memory ran out)");
-    struct metadata *m = mem_calloc(1, sizeof *m);
-    status *st = m ? read_message(msg, m) : ERR(NO_MEMORY, "metadata");
-    tessera__metadata__free_unpacked(msg, &alloc);
+    struct metadata *m = NULL;
+    status *st = check_version(get_u32(b + 8), msg);
+    if (!st) {
+        m = mem_calloc(1, sizeof *m);
+        st = m ? read_message(msg, m) : ERR(NO_MEMORY, "metadata");
+    }
+    if (msg)
+        tessera__metadata__free_unpacked(msg, &alloc);
     if (st) {
         metadata_free(m);
         return status_wrap(st, "metadata");

@@ -1,10 +1,10 @@
 /* metadata: the one file that makes a step a checkpoint: what is stored where. Pure: bytes in, checked struct out.
  *
  * File: "TESSERA\x89", u32 format version, u64 length of the body, u32 crc32c of the body, then the body, a protobuf
- * message (metadata.proto) whose pieces are packed columns. Everything is checked against everything else before use: a
- * hostile file can neither name a path outside its step nor ask for memory that it does not carry, and what
- * decode returns can be indexed without looking: the pieces of each tensor tile it, payloads lie in their files and do
- * not overlap, aliases have a tensor of the same shape and dtype. */
+ * message (metadata.proto) whose pieces are packed columns and which repeats a version other than 1. Everything is
+ * checked against everything else before use: a hostile file can neither name a path outside its step nor ask for
+ * memory that it does not carry, and what decode returns can be indexed without looking: the pieces of each tensor tile
+ * it, payloads lie in their files and do not overlap, aliases have a tensor of the same shape and dtype. */
 #ifndef TESSERA_CKPT_METADATA_H
 #define TESSERA_CKPT_METADATA_H
 
@@ -63,7 +63,7 @@ struct metadata {
 /* CORRUPT-proof both ways: encode checks the same invariants as decode (INTERNAL). *buf is the caller's to mem_free. */
 status *metadata_encode(const struct metadata *m, void **buf, size_t *bytes) WARN_UNUSED;
 /* CORRUPT says what is wrong: magic, version, length, crc, or which tensor, piece, file disagrees with what.
- * UNSUPPORTED: a newer version. */
+ * UNSUPPORTED: a newer version, undamaged. */
 status *metadata_decode(const void *buf, size_t bytes, struct metadata **out) WARN_UNUSED;
 void metadata_free(struct metadata *m);
 /* Index of a tensor, or -1. Binary search. */

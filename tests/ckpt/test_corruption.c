@@ -339,8 +339,36 @@ static void test_thousand(void **state)
     root_close(&r);
 }
 
+/* The few bytes before metadata.pb's body decide how it is read: each of their bits. */
+static void test_metadata_header(void **state)
+{
+    (void)state;
+    struct root r = root_open(false);
+    char key[STORE_KEY_BYTES];
+    void *bytes;
+    size_t n;
+    assert_ok(comm_threads_run(saved.size, save_job, r.store));
+    assert_ok(commit_file_key(NEW, "metadata.pb", key));
+    assert_ok(store_get_all(r.store, key, 1 << 20, &bytes, &n));
+    for (int bit = 0; bit < 24 * 8; bit++) {
+        unsigned char *b = (unsigned char *)bytes + bit / 8;
+        struct load l = { .s = r.store };
+        struct verify_result v = { 0 };
+        *b ^= (unsigned char)(1 << bit % 8);
+        assert_ok(store_put(r.store, key, bytes, n, STORE_REPLACE));
+        assert_ok(commit_verify(r.store, NEW, NULL, NULL, &v));
+        assert_int_equal(v.damages, 1);
+        assert_ok(comm_threads_run(1, load_job, &l));
+        assert_int_equal(l.step, OLD);
+        assert_non_null(strstr(l.warned.text, key));
+        *b ^= (unsigned char)(1 << bit % 8);
+    }
+    mem_free(bytes);
+    root_close(&r);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(test_thousand) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(test_thousand), cmocka_unit_test(test_metadata_header) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
