@@ -183,11 +183,17 @@ static status *sizes_job(struct comm *world, void *arg)
     float data[4] = { 1, 2, 3, 4 };
     tessera *t;
     tessera_state *s;
+    size_t first = offsetof(struct tessera_options, warn_arg) + sizeof(void *);
+    r.options = (struct tessera_options)TESSERA_OPTIONS;
+    r.size = first; /* a program built with the first header: what lies behind is not its options */
+    memset(r.bytes + first, 0xee, sizeof r - first);
+    TRY(ckpt_open(&r.options, world, NULL, arg, &t));
+    TRY(tessera_close(t));
     memset(&r, 0xee, sizeof r);
     r.options = (struct tessera_options)TESSERA_OPTIONS;
     r.size = sizeof r; /* a program built with a later header */
     TRY(ckpt_open(&r.options, world, NULL, arg, &t));
-    r.size = offsetof(struct tessera_options, warn_arg) + sizeof(void *) - 1; /* smaller than the first release */
+    r.size = first - 1;
     tessera *none;
     EXPECT_ERROR(ckpt_open(&r.options, world, NULL, arg, &none), INVALID, "TESSERA_OPTIONS");
     memset(&r, 0xee, sizeof r);
