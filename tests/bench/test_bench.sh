@@ -31,6 +31,7 @@ for k in keys:
     assert isinstance(r[k], (int, float)) and not isinstance(r[k], bool), f"{k}: {r.get(k)}"
 assert 0 < r["throughput_ratio_lo"] <= r["throughput_ratio"] <= r["throughput_ratio_hi"] < 100
 assert 0 < r["ckpt_cpu_share"] < 1
+assert 0 < r["ckpt_cpu_ms_save"]
 assert 0 < r["call_wall_ms_p50"] and 0 < r["call_cpu_ms_max"] and 0 <= r["fence_ms_max"]
 assert 0 < r["fence_step_ratio"] and 0 < r["save_gbps"] <= r["save_gbps_best"] and 0 < r["limit_gbps"] <= r["limit_gbps_best"]
 assert abs(r["rate_ratio"] - r["save_gbps"] / r["limit_gbps"]) < 0.05 * r["rate_ratio"] + 0.01
@@ -48,6 +49,7 @@ assert [(c["from_mesh"], c["to_mesh"]) for c in cases] == [("dp=2", "dp=2"), ("d
 for c in cases:
     assert 0 < c["load_gbps"] <= c["load_gbps_best"] and 0 < c["limit_gbps"] <= c["limit_gbps_best"] and 0 < c["rate_ratio"]
     assert 1 <= c["read_amplification"] < 1.2, c
+    assert 0 <= c["cached_share"] <= 1, c
     assert c["state_bytes"] == (20 << 20) // 3 // 4096 * 4096 * 3
 END
 

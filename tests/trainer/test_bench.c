@@ -13,9 +13,12 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/vfs.h>
 
 #include <cmocka.h>
+#include <linux/magic.h>
 
 static void medians(void **unused)
 {
@@ -80,6 +83,15 @@ static void cpu_by_name(void **unused)
     assert_true(mine >= 30u * 1000 * 1000 && mine <= all && other == 0);
 }
 
+static size_t read_file(const char *path, void *to, size_t bytes)
+{
+    FILE *f = fopen(path, "rb");
+    assert_non_null(f);
+    size_t n = fread(to, 1, bytes, f);
+    fclose(f);
+    return n;
+}
+
 /* Files of odd lengths, one empty, in folders; only ".h5" counts. Every method must arrive at the end of each. */
 static void plain_reads(void **unused)
 {
@@ -100,6 +112,17 @@ static void plain_reads(void **unused)
     assert_true(l.count == 4 && l.total == total);
     assert_ok(limits_read(&r, &l, to, to_bytes));
     assert_true(r.repeats == 1 && to[0] == 0x5a && to[to_bytes / 4] == 0x5a);
+    double cached;
+    assert_ok(files_drop(&l));
+    assert_ok(files_cached(&l, &cached));
+    struct statfs fs;
+    assert_int_equal(statfs(root.path, &fs), 0);
+    if (fs.f_type != TMPFS_MAGIC) /* there the page cache is the storage */
+        assert_true(cached < 0.5);
+    for (size_t i = 0; i < l.count; i++) /* through the cache */
+        assert_true(read_file(l.path[i], to, to_bytes) == l.bytes[i]);
+    assert_ok(files_cached(&l, &cached));
+    assert_true(cached == 1);
     l.bytes[0]++; /* whichever it is, it ends before */
     status *st = limits_read(&r, &l, to, to_bytes);
     assert_int_equal(status_code(st), ST_IO);

@@ -50,6 +50,7 @@ struct load_bench {
     char root[BENCH_PATH_BYTES + 16]; /* of the case */
     struct limits limits;             /* rank 0 */
     double seconds[LIMIT_REPEATS];    /* of the loads, the slowest rank's */
+    double cached;                    /* rank 0: most of the files that was in the page cache before a load */
     uint64_t storage_bytes, unique_bytes;
 };
 
@@ -111,12 +112,21 @@ static status *save_case(struct load_bench *lb, struct mesh_end from)
     return status_first(st, end_close(lb, &e));
 }
 
+static status *drop(struct load_bench *lb, const struct file_list *files)
+{
+    double cached;
+    TRY(files_drop(files));
+    TRY(files_cached(files, &cached));
+    lb->cached = cached > lb->cached ? cached : lb->cached;
+    return NULL;
+}
+
 static status *load_once(struct load_bench *lb, struct end *e, const struct file_list *files, double *seconds)
 {
     struct comm *w = lb->b->world;
     if (e->comm)
         field_clear(&e->field);
-    TRY(comm_agree(w, w->rank ? NULL : files_drop(files)));
+    TRY(comm_agree(w, w->rank ? NULL : drop(lb, files)));
     TRY(bench_meet(lb->b));
     uint64_t t0 = clock_ns();
     status *st = e->comm ? tessera_load(e->ckpt, e->state, 1) : NULL;
@@ -197,6 +207,7 @@ static void report(struct load_bench *lb, const struct load_case *k, const doubl
         { "load_gbps_best", bytes / lb->seconds[0] * 1e-9, NULL, 3, "GB/s, fastest load" },
         { "limit_gbps_best", bytes / limit_best_s * 1e-9, NULL, 3, "GB/s, fastest plain read" },
         { "read_amplification", (double)lb->storage_bytes / bytes, NULL, 4, "bytes read from storage / wanted" },
+        { "cached_share", lb->cached, NULL, 4, "of the files, in the page cache before a load, most" },
         { "state_bytes", bytes, NULL, 0, "" },
         { "ranks", lb->b->world->size, NULL, 0, "launched" },
         { "repeats", (double)lb->o->repeats, NULL, 0, "" },

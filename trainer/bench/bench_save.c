@@ -327,6 +327,8 @@ static void report(struct save_bench *sb, const double load[2], double *scratch)
         { "fence_step_ratio", fence_step_ms / step_ms, NULL, 4, "step with the fence / step without saves, medians" },
         { "ckpt_cpu_share", (double)sb->ckpt_cpu_ns / (double)sb->all_cpu_ns, NULL, 5,
           "CPU of checkpoint threads / of all, windows with saves" },
+        { "ckpt_cpu_ms_save", ms(sb->ckpt_cpu_ns) / (double)s->saves, NULL, 1,
+          "ms CPU of those threads a save, all ranks" },
         { "save_gbps", bytes / idle_ms * 1e-6, NULL, 3, "GB/s, call to commit, nothing else running, median" },
         { "limit_gbps", bytes / limit_s * 1e-9, NULL, 3, "GB/s, best plain write's median" },
         { "limit_method", 0, limit_method(best), 0, "that write" },

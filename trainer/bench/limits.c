@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -300,5 +301,40 @@ status *files_drop(const struct file_list *l)
         if (rc)
             return ERR_SYS(rc, "drop %s from the page cache", l->path[i]);
     }
+    return NULL;
+}
+
+static status *count_cached(const char *path, uint64_t bytes, uint64_t *cached, uint64_t *pages)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), n = (size_t)(bytes + page - 1) / page;
+    if (!n)
+        return NULL;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return ERR_SYS(errno, "open %s", path);
+    void *map = mmap(NULL, (size_t)bytes, PROT_READ, MAP_SHARED, fd, 0);
+    status *st = map == MAP_FAILED ? ERR_SYS(errno, "map %s", path) : NULL;
+    close(fd);
+    if (st)
+        return st;
+    unsigned char *in = mem_alloc(n);
+    if (!in)
+        st = ERR(NO_MEMORY, "%zu pages of %s", n, path);
+    else if (mincore(map, (size_t)bytes, in))
+        st = ERR_SYS(errno, "look for %s in the page cache", path);
+    for (size_t i = 0; !st && i < n; i++)
+        *cached += in[i] & 1;
+    *pages += n;
+    mem_free(in);
+    munmap(map, (size_t)bytes);
+    return st;
+}
+
+status *files_cached(const struct file_list *l, double *share)
+{
+    uint64_t cached = 0, pages = 0;
+    for (size_t i = 0; i < l->count; i++)
+        TRY(count_cached(l->path[i], l->bytes[i], &cached, &pages));
+    *share = pages ? (double)cached / (double)pages : 0;
     return NULL;
 }

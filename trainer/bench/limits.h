@@ -36,8 +36,10 @@ struct file_list {
 /* Regular files below dir whose name ends in `suffix`. */
 status *files_below(const char *dir, const char *suffix, struct file_list *out) WARN_UNUSED;
 void files_free(struct file_list *l);
-/* Take the files out of the page cache. */
+/* Take the files out of the page cache, as far as they are on storage already. */
 status *files_drop(const struct file_list *l) WARN_UNUSED;
+/* Share of the files' pages that are in the page cache: what files_drop has left. */
+status *files_cached(const struct file_list *l, double *share) WARN_UNUSED;
 
 /* Read all bytes of the files by each method once, threads taking neighbouring shares; the files are dropped from the
  * page cache before each. They land in `to` (4 KiB aligned, touched, at least LIMIT_THREADS pieces long), whose
