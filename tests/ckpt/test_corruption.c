@@ -134,10 +134,10 @@ static bool change_bytes(struct change *c, unsigned char *b, uint64_t seed)
 {
     size_t n = c->object->n, at = (size_t)draw(seed, 2, n), len = 1 + (size_t)draw(seed, 3, draw(seed, 4, 2) ? 16 : n);
     len = c->how == FLIP ? 1 : len < n - at ? len : n - at;
-    for (size_t i = at; i < at + len; i++)
-        b[i] = c->how == ZERO   ? 0
-               : c->how == FLIP ? b[i] ^ (unsigned char)(1 << draw(seed, 5, 8))
-                                : (unsigned char)rng_u32((struct rng_at){ seed, 6, 6, 6 }, i);
+    for (size_t i = at; i < at + len; i++) {
+        uint32_t other = c->how == FLIP ? b[i] ^ 1u << draw(seed, 5, 8) : rng_u32((struct rng_at){ seed, 6, 6, 6 }, i);
+        b[i] = c->how == ZERO ? 0 : (unsigned char)other;
+    }
     c->begin = n;
     c->end = 0;
     for (size_t i = at; i < at + len; i++)
