@@ -15,7 +15,7 @@ uint64_t ckpt_attempt(const tessera *t);
 /* Plans this handle has made so far: a save that finds its plan in the cache makes none. */
 uint64_t ckpt_plans_made(const tessera *t);
 
-/* `tessera ckpt ls|show|verify ...`: argv[0] is the verb. Prints results to stdout; returns the error for main to
+/* `tessera ckpt VERB ...`: argv[0] is the verb. Prints results to stdout; returns the error for main to
  * print. Not collective. */
 status *ckpt_cli(int argc, char **argv) WARN_UNUSED;
 

@@ -1,8 +1,10 @@
-/* cli: `tessera ckpt ls|show|verify`: what a checkpoint root holds, for people (tables) and for programs (--json), on
- * stdout.
+/* cli: `tessera ckpt VERB`; ls, show and verify here, others in cli_*.c: what a checkpoint root holds, for people
+ * (tables) and for programs (--json), on stdout.
  *
  * A verb is a row of `verbs`. Texts that come out of a checkpoint (names, build) are printed with control characters
- * replaced, or escaped in JSON, for whoever made the file may be no friend. Everything is opened read-only. */
+ * replaced, or escaped in JSON, for whoever made the file may be no friend. ls, show, verify and diff write
+ * nothing. */
+#include "ckpt/cli.h"
 #include "ckpt/ckpt.h"
 #include "ckpt/commit.h"
 #include "comm/base/clock.h"
@@ -13,12 +15,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-struct request {
-    struct store *store;
-    bool json, has_step;
-    uint64_t step;
-};
 
 /* ---- Text */
 
@@ -64,7 +60,7 @@ static void print_json(const char *text)
     putchar('"');
 }
 
-static void print_plain(const char *text)
+void cli_print(const char *text)
 {
     for (const unsigned char *p = (const unsigned char *)text; *p;) {
         size_t n = utf8_length(p);
@@ -76,8 +72,7 @@ static void print_plain(const char *text)
     }
 }
 
-/* 17 -> "17 B", 3 << 20 -> "3.0 MiB" */
-static void size_text(uint64_t bytes, char text[16])
+void cli_size(uint64_t bytes, char text[16])
 {
     static const char *const unit[] = { "B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB" };
     double v = (double)bytes;
@@ -163,7 +158,7 @@ static status *ls_row(const struct metadata *m, bool json)
     size_t parts = 0;
     TRY(parts_of(m, &part, &parts));
     char size[16], age[24];
-    size_text(file_bytes(m), size);
+    cli_size(file_bytes(m), size);
     age_text(m->time_ns, age);
     if (json)
         printf("{\"step\":%" PRIu64 ",\"bytes\":%" PRIu64 ",\"files\":%" PRIu64 ",\"tensors\":%" PRIu64
@@ -178,7 +173,7 @@ static status *ls_row(const struct metadata *m, bool json)
         if (json)
             print_json(part[i]);
         else
-            print_plain(part[i]);
+            cli_print(part[i]);
     }
     mem_free(part);
     if (json) {
@@ -197,7 +192,7 @@ static void ls_damaged(uint64_t step, const char *why, bool json)
         printf("{\"step\":%" PRIu64 ",\"damage\":", step);
     else
         printf("%12" PRIu64 "  DAMAGED: ", step);
-    (json ? print_json : print_plain)(why);
+    (json ? print_json : cli_print)(why);
     putchar(json ? '}' : '\n');
 }
 
@@ -297,7 +292,7 @@ static void show_tensor_json(const struct metadata *m, const struct meta_tensor 
     fputs("]}", stdout);
 }
 
-static void show_json(const struct metadata *m)
+static void show_json(const struct metadata *m, const struct mark_list *marks)
 {
     printf("{\"step\":%" PRIu64 ",", m->step);
     print_ids_json(m);
@@ -325,20 +320,26 @@ static void show_json(const struct metadata *m)
         print_json(m->blob[i].name);
         printf(",\"rank\":%d,\"bytes\":%" PRIu64 "}", m->blob[i].rank, m->blob[i].bytes);
     }
-    puts("]}");
+    fputs("],\n\"metrics\":{", stdout);
+    for (size_t i = 0; i < marks->count; i++) {
+        fputs(i ? "," : "", stdout);
+        print_json(marks->mark[i].name);
+        printf(":%.17g", marks->mark[i].value);
+    }
+    puts("}}");
 }
 
 static void show_tensor(const struct metadata *m, const struct meta_tensor *t)
 {
     fputs("  ", stdout);
-    print_plain(t->part);
+    cli_print(t->part);
     putchar(' ');
-    print_plain(t->name);
+    cli_print(t->name);
     printf("  %s", dtype_name(t->dtype));
     print_shape("", t->shape.ndim, t->shape.dim);
     if (t->alias_of) {
         fputs("  alias of ", stdout);
-        print_plain(t->alias_of);
+        cli_print(t->alias_of);
     } else {
         printf("  %" PRIu64 " bytes in %" PRIu64 " piece%s", tensor_bytes(m, t), t->piece_count,
                t->piece_count == 1 ? "" : "s");
@@ -349,17 +350,17 @@ static void show_tensor(const struct metadata *m, const struct meta_tensor *t)
 static void show_plain(const struct metadata *m)
 {
     char size[16], age[24], mesh[128];
-    size_text(file_bytes(m), size);
+    cli_size(file_bytes(m), size);
     age_text(m->time_ns, age);
     mesh_text(&m->mesh, mesh, sizeof mesh);
     printf("step %" PRIu64 "  %s in %" PRIu64 " files  %s old\nrun %016" PRIx64 "  attempt %016" PRIx64
            "  parent %016" PRIx64 "\nranks %u  %s  build ",
            m->step, size, m->file_count, age, m->run_id, m->attempt, m->parent_attempt, m->world, mesh);
-    print_plain(m->build ? m->build : "");
+    cli_print(m->build ? m->build : "");
     printf("\nfiles (%" PRIu64 ")\n", m->file_count);
     for (uint64_t i = 0; i < m->file_count; i++) {
         fputs("  ", stdout);
-        print_plain(m->file[i].name);
+        cli_print(m->file[i].name);
         printf("  %" PRIu64 " bytes\n", m->file[i].bytes);
     }
     printf("tensors (%" PRIu64 ")\n", m->tensor_count);
@@ -368,9 +369,9 @@ static void show_plain(const struct metadata *m)
     printf("blobs (%" PRIu64 ")\n", m->blob_count);
     for (uint64_t i = 0; i < m->blob_count; i++) {
         fputs("  ", stdout);
-        print_plain(m->blob[i].part);
+        cli_print(m->blob[i].part);
         putchar(' ');
-        print_plain(m->blob[i].name);
+        cli_print(m->blob[i].name);
         if (m->blob[i].rank >= 0)
             printf("  of rank %d", m->blob[i].rank);
         printf("  %" PRIu64 " bytes\n", m->blob[i].bytes);
@@ -388,12 +389,20 @@ static status *do_show(const struct request *r)
     if (none)
         return ERR(NOT_FOUND, "%s: no committed step", r->store->uri);
     TRY(commit_read(r->store, step, &m));
-    if (r->json)
-        show_json(m);
-    else
+    struct mark_list marks = { 0 };
+    status *st = commit_marks(r->store, step, &marks);
+    if (!st && r->json)
+        show_json(m, &marks);
+    else if (!st)
         show_plain(m);
+    for (size_t i = 0; i < marks.count && !r->json; i++) {
+        fputs(i ? "  " : "metrics\n  ", stdout);
+        cli_print(marks.mark[i].name);
+        printf("  %.9g\n", marks.mark[i].value);
+    }
+    mark_list_free(&marks);
     metadata_free(m);
-    return NULL;
+    return st;
 }
 
 /* ---- verify */
@@ -401,7 +410,7 @@ static status *do_show(const struct request *r)
 static void print_damage(void *arg, const char *line)
 {
     (void)arg;
-    print_plain(line);
+    cli_print(line);
     putchar('\n');
 }
 
@@ -441,24 +450,34 @@ static status *do_verify(const struct request *r)
 
 /* ---- Verbs and arguments */
 
+/* What a verb takes besides URL and --help. OWN_URLS: all arguments are its own to read; LIST: those after the URL are.
+ */
+enum { STEP = 1, JSON = 2, LIST = 4, OWN_URLS = 8, FORCE = 16, DRY_RUN = 32 };
+
 static const struct verb {
     const char *name, *arguments, *help;
     status *(*run)(const struct request *r);
-    bool has_json;
+    unsigned takes;
 } verbs[] = {
     { "ls", "URL [STEP] [--json]", "the committed steps: bytes, tensors, attempt, age, parts; which is damaged and why",
-      do_ls, true },
+      do_ls, STEP | JSON },
     { "show", "URL [STEP] [--json]", "one step (the newest): files, tensors with type, shape and pieces, blobs",
-      do_show, true },
+      do_show, STEP | JSON },
     { "verify", "URL [STEP]",
-      "read every byte of one or all steps; one line a damage, and exit code 71 if there is any", do_verify, false },
+      "read every byte of one or all steps; one line a damage, and exit code 71 if there is any", do_verify, STEP },
+    { "diff", "URL [STEP] URL [STEP]",
+      "compare two steps: names, types, shapes, every value; exit code 65 if they differ", cli_diff, OWN_URLS },
+    { "mark", "URL STEP NAME=VALUE", "set a metric of a committed step, for keep_best", cli_mark, LIST },
+    { "rm", "URL STEP... [--force]", "remove steps; the newest valid one only with --force", cli_rm, LIST | FORCE },
+    { "gc", "URL [--dry-run] [--age=SECONDS]",
+      "remove what dead jobs left, and .bad and .retired steps, older than a day", cli_gc, DRY_RUN },
 };
 enum { VERBS = sizeof verbs / sizeof *verbs };
 
 static void print_help(void)
 {
     for (size_t i = 0; i < VERBS; i++)
-        printf("%s tessera ckpt %-7s%-21s %s\n", i ? "      " : "usage:", verbs[i].name, verbs[i].arguments,
+        printf("%s tessera ckpt %-7s%-31s %s\n", i ? "      " : "usage:", verbs[i].name, verbs[i].arguments,
                verbs[i].help);
     puts("URL is a checkpoint root (file:PATH or PATH) or one step in it (PATH/step-000000000100).");
 }
@@ -473,7 +492,7 @@ static status *unknown_verb(const char *verb)
                 : ERR(INVALID, "ckpt: which verb? There are %s", legal);
 }
 
-static status *parse_step(const char *text, uint64_t *step)
+status *cli_step(const char *text, uint64_t *step)
 {
     char *end;
     errno = 0;
@@ -484,8 +503,7 @@ static status *parse_step(const char *text, uint64_t *step)
     return NULL;
 }
 
-/* Cut "/step-N" off url; its step then. */
-static bool cut_step(char *url, uint64_t *step)
+bool cli_cut_step(char *url, uint64_t *step)
 {
     size_t n = strlen(url);
     while (n > 1 && url[n - 1] == '/')
@@ -504,7 +522,9 @@ static bool cut_step(char *url, uint64_t *step)
 static status *run_verb(const struct verb *v, struct request *r, char *url)
 {
     uint64_t step;
-    if (cut_step(url, &step)) {
+    if (v->takes & OWN_URLS)
+        return v->run(r);
+    if (cli_cut_step(url, &step)) {
         if (r->has_step && r->step != step)
             return ERR(INVALID, "ckpt %s: the URL names step %" PRIu64 " and the argument step %" PRIu64, v->name, step,
                        r->step);
@@ -514,6 +534,48 @@ static status *run_verb(const struct verb *v, struct request *r, char *url)
     TRY(store_open(url, false, &r->store));
     status *st = v->run(r);
     store_close(r->store);
+    return st;
+}
+
+/* One word after the verb. */
+static status *take_argument(const struct verb *v, struct request *r, const char *a)
+{
+    if (strcmp(a, "--json") == 0 && v->takes & JSON) {
+        r->json = true;
+    } else if (strcmp(a, "--force") == 0 && v->takes & FORCE) {
+        r->force = true;
+    } else if (strcmp(a, "--dry-run") == 0 && v->takes & DRY_RUN) {
+        r->dry_run = true;
+    } else if (strncmp(a, "--age=", 6) == 0 && v->takes & DRY_RUN) {
+        status *st = cli_step(a + 6, &r->age_seconds);
+        if (st || r->age_seconds > 1000000000) {
+            status_free(st);
+            return ERR(INVALID, "ckpt %s: --age wants seconds, not \"%s\"", v->name, a + 6);
+        }
+    } else if (a[0] == '-') {
+        return ERR(INVALID, "ckpt %s: no option \"%s\"; it takes %s", v->name, a, v->arguments);
+    } else if (!r->url) {
+        r->url = a;
+    } else if (v->takes & STEP && !r->has_step) {
+        TRY(cli_step(a, &r->step));
+        r->has_step = true;
+    } else if (v->takes & (LIST | OWN_URLS) && r->arguments < CLI_ARGUMENTS) {
+        r->argument[r->arguments++] = a;
+    } else {
+        return ERR(INVALID, "ckpt %s: one argument too many: \"%s\"; it takes %s", v->name, a, v->arguments);
+    }
+    return NULL;
+}
+
+static status *run_and_flush(const struct verb *v, struct request *r)
+{
+    if (!r->url)
+        return ERR(INVALID, "ckpt %s: which URL? It takes %s", v->name, v->arguments);
+    char *copy = mem_strdup(r->url);
+    if (!copy)
+        return ERR(NO_MEMORY, "ckpt %s", v->name);
+    status *st = run_verb(v, r, copy);
+    mem_free(copy);
     if (fflush(stdout) != 0 || ferror(stdout))
         st = status_first(st, ERR_SYS(errno, "write to standard output"));
     return st;
@@ -532,33 +594,13 @@ status *ckpt_cli(int argc, char **argv)
         v = strcmp(argv[0], verbs[i].name) == 0 ? &verbs[i] : NULL;
     if (!v)
         return unknown_verb(argv[0]);
-    struct request r = { 0 };
-    const char *url = NULL;
+    struct request r = { .age_seconds = 86400 };
     for (int i = 1; i < argc; i++) {
-        const char *a = argv[i];
-        if (strcmp(a, "--help") == 0 || strcmp(a, "-h") == 0) {
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
             print_help();
             return NULL;
         }
-        if (strcmp(a, "--json") == 0 && v->has_json) {
-            r.json = true;
-        } else if (a[0] == '-') {
-            return ERR(INVALID, "ckpt %s: no option \"%s\"; it takes %s", v->name, a, v->arguments);
-        } else if (!url) {
-            url = a;
-        } else if (!r.has_step) {
-            TRY(parse_step(a, &r.step));
-            r.has_step = true;
-        } else {
-            return ERR(INVALID, "ckpt %s: one argument too many: \"%s\"; it takes %s", v->name, a, v->arguments);
-        }
+        TRY(take_argument(v, &r, argv[i]));
     }
-    if (!url)
-        return ERR(INVALID, "ckpt %s: which URL? It takes %s", v->name, v->arguments);
-    char *copy = mem_strdup(url);
-    if (!copy)
-        return ERR(NO_MEMORY, "ckpt %s", v->name);
-    status *st = run_verb(v, &r, copy);
-    mem_free(copy);
-    return st;
+    return run_and_flush(v, &r);
 }

@@ -141,8 +141,7 @@ void step_list_free(struct step_list *l)
     *l = (struct step_list){ 0 };
 }
 
-/* Decode one step's metadata.pb, without a look at its files. */
-static status *read_metadata(struct store *s, uint64_t step, struct metadata **out)
+status *commit_read_metadata(struct store *s, uint64_t step, struct metadata **out)
 {
     char key[STORE_KEY_BYTES];
     void *buf;
@@ -184,7 +183,7 @@ static status *check_length(struct store *s, uint64_t step, const struct meta_fi
 status *commit_read(struct store *s, uint64_t step, struct metadata **out)
 {
     struct metadata *m;
-    status *st = read_metadata(s, step, &m);
+    status *st = commit_read_metadata(s, step, &m);
     if (status_code(st) == ST_NOT_FOUND) {
         status_free(st);
         return ERR(NOT_FOUND, "step %" PRIu64 " is not committed", step);
@@ -207,7 +206,7 @@ status *commit_read(struct store *s, uint64_t step, struct metadata **out)
 static status *committed_by(struct store *s, uint64_t step, uint64_t *attempt)
 {
     struct metadata *m;
-    status *st = read_metadata(s, step, &m);
+    status *st = commit_read_metadata(s, step, &m);
     if (!st) {
         *attempt = m->attempt;
         metadata_free(m);
@@ -274,9 +273,27 @@ static status *put_metadata(struct store *s, const struct metadata *m, const cha
     }
 }
 
+static status *put_latest(struct store *s, uint64_t step)
+{
+    char latest[STEP_DIR_BYTES + 1];
+    commit_step_dir(step, latest);
+    size_t len = strlen(latest);
+    latest[len] = '\n';
+    return store_put(s, latest_key, latest, len + 1, STORE_REPLACE);
+}
+
+status *commit_point_latest(struct store *s)
+{
+    struct step_list l;
+    TRY(commit_list(s, &l));
+    status *st = l.count ? put_latest(s, l.step[l.count - 1]) : store_remove(s, latest_key);
+    step_list_free(&l);
+    return st;
+}
+
 status *commit_put(struct store *s, const struct metadata *m)
 {
-    char key[STORE_KEY_BYTES], latest[STEP_DIR_BYTES + 1];
+    char key[STORE_KEY_BYTES];
     void *buf;
     size_t n;
     TRY(commit_file_key(m->step, metadata_name, key));
@@ -288,10 +305,7 @@ status *commit_put(struct store *s, const struct metadata *m)
     mem_free(buf);
     if (st)
         return st;
-    commit_step_dir(m->step, latest);
-    size_t len = strlen(latest);
-    latest[len] = '\n';
-    status_free(store_put(s, latest_key, latest, len + 1, STORE_REPLACE)); /* a hint; the step counts without it */
+    status_free(put_latest(s, m->step)); /* a hint; the step counts without it */
     return NULL;
 }
 

@@ -52,6 +52,9 @@ struct lease {
  * a dead job's lease was taken over, else "". */
 enum { NOTE_BYTES = 256 };
 status *lease_take(struct store *s, uint32_t seconds, struct lease *out, char note[NOTE_BYTES]) WARN_UNUSED;
+/* Who holds the root: *live is false when nobody does, the holder has given it back, or its process is known to be
+ * gone; otherwise *attempt is the holder's. Waits for nothing. */
+status *lease_holder(struct store *s, uint64_t *attempt, bool *live) WARN_UNUSED;
 /* Renew if a third of its time has passed. CANCELLED: another attempt holds it now. */
 status *lease_renew(struct lease *l) WARN_UNUSED;
 /* Check that it is still ours (before a commit). CANCELLED names who holds it. */
@@ -74,6 +77,10 @@ status *commit_read(struct store *s, uint64_t step, struct metadata **out) WARN_
  * not committed: what could have become visible was removed (or, if the store refuses even that, the message says so).
  */
 status *commit_put(struct store *s, const struct metadata *m) WARN_UNUSED;
+/* Read one step's metadata without a look at its files. NOT_FOUND, CORRUPT, UNSUPPORTED. */
+status *commit_read_metadata(struct store *s, uint64_t step, struct metadata **out) WARN_UNUSED;
+/* Let LATEST name the newest committed step again, after a removal. */
+status *commit_point_latest(struct store *s) WARN_UNUSED;
 /* Whether the step has a metadata.pb. */
 status *commit_is_committed(struct store *s, uint64_t step, bool *yes) WARN_UNUSED;
 /* Remove a step, metadata.pb first, so that a crash in between leaves no half step that counts. Missing is fine. */
@@ -118,6 +125,23 @@ status *commit_retire(struct store *s, uint64_t step, const char *why, uint64_t 
 /* Remove files of `attempt` in the step's directory (a failed or cancelled save), finished or not, and the directory if
  * it is empty then. EXISTS, and nothing removed: that attempt has committed the step. */
 status *commit_discard(struct store *s, uint64_t step, uint64_t attempt) WARN_UNUSED;
+
+/* --- gc (gc.c): remove what no committed step needs, if it is older than `age_seconds` by the storage's clock: files
+ * in step directories that their metadata.pb does not name (all, where there is none), step-N.bad-* and
+ * step-N.retired-*, and, if no job is live, empty step directories and temporary files. Of a live job's attempt nothing
+ * is touched; a step whose metadata.pb is damaged is left alone. The caller holds the lease, or `live` is the attempt
+ * of who does. Calls `found` for each object before it goes; dry_run: that is all. */
+struct gc_options {
+    uint64_t age_seconds;
+    bool dry_run, has_live;
+    uint64_t live;
+};
+struct gc_result {
+    uint64_t objects, bytes;
+};
+status *commit_gc(struct store *s, const struct gc_options *o,
+                  void (*found)(void *arg, const char *key, uint64_t bytes), void *arg,
+                  struct gc_result *out) WARN_UNUSED;
 
 /* --- verify: read every byte of a step. Calls `found` with a line for each damage: step, file, tensor (header or
  * padding) and offset. NULL also when damage was found (out->damages); NOT_FOUND: the step is not committed; other

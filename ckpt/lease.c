@@ -243,6 +243,23 @@ static enum verdict judge(const struct held *h, const struct place *here)
     return h->age_ns >= lease_ns(h) ? DEAD : UNKNOWN;
 }
 
+status *lease_holder(struct store *s, uint64_t *attempt, bool *live)
+{
+    const struct place here = this_place();
+    struct held h;
+    status *st = read_held(s, true, &h);
+    if (status_code(st) == ST_NOT_FOUND) { /* superseded while we looked */
+        status_free(st);
+        st = read_held(s, true, &h);
+    }
+    if (st)
+        return st;
+    enum verdict v = judge(&h, &here);
+    *live = v == ALIVE || v == UNKNOWN;
+    *attempt = h.readable ? h.r.attempt : 0;
+    return NULL;
+}
+
 static status *held_by_another(struct store *s, const struct held *h)
 {
     return ERR(EXISTS,

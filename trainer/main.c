@@ -14,7 +14,7 @@ static const char usage[] =
     "usage: tessera train CONFIG [key=value ...]     train, under mpirun or srun; resumes from "
     "the newest valid checkpoint\n"
     "       tessera train --help-config              every key of a config\n"
-    "       tessera ckpt ls|show|verify URL ...      look at checkpoints\n"
+    "       tessera ckpt VERB URL ...                look at checkpoints, compare and tidy them (tessera ckpt --help)\n"
     "       tessera data prepare|show ...            make and look at training data\n"
     "       tessera bench save|load ...              under mpirun: rates, and what saves cost\n";
 

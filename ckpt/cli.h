@@ -1,0 +1,34 @@
+/* cli: what the verbs of `tessera ckpt` share: the request and the ways to print. cli.c has the verbs' table. */
+#ifndef TESSERA_CKPT_CLI_H
+#define TESSERA_CKPT_CLI_H
+
+#include "ckpt/commit.h"
+
+enum { CLI_ARGUMENTS = 64 };
+
+struct request {
+    struct store *store; /* of the URL; NULL for a verb that opens its own */
+    const char *url;     /* as it was given */
+    bool json, has_step, force, dry_run;
+    uint64_t step; /* that the URL or the argument after it names */
+    uint64_t age_seconds;
+    const char *argument[CLI_ARGUMENTS]; /* after the URL, for verbs that take others than one step */
+    int arguments;
+};
+
+/* Text that may come from a stranger's checkpoint: control characters become '?'. */
+void cli_print(const char *text);
+/* 17 -> "17 B", 3 << 20 -> "3.0 MiB" */
+void cli_size(uint64_t bytes, char text[16]);
+status *cli_step(const char *text, uint64_t *step) WARN_UNUSED;
+/* Cut "/step-N" off url; its step then. */
+bool cli_cut_step(char *url, uint64_t *step);
+
+/* cli_tidy.c */
+status *cli_mark(const struct request *r) WARN_UNUSED;
+status *cli_rm(const struct request *r) WARN_UNUSED;
+status *cli_gc(const struct request *r) WARN_UNUSED;
+/* cli_diff.c */
+status *cli_diff(const struct request *r) WARN_UNUSED;
+
+#endif
