@@ -47,7 +47,7 @@ struct load_case {
 struct load_bench {
     struct bench *b;
     const struct load_options *o;
-    char root[BENCH_PATH_BYTES + 16]; /* of the case */
+    char root[BENCH_PATH_BYTES + 64]; /* of the case */
     struct limits limits;             /* rank 0 */
     double seconds[LIMIT_REPEATS];    /* of the loads, the slowest rank's */
     double cached;                    /* rank 0: most of the files that was in the page cache before a load */

@@ -402,7 +402,7 @@ static status *open_memory(struct save_bench *sb)
 
 static status *open_checkpoint(struct save_bench *sb)
 {
-    char root[BENCH_PATH_BYTES + 8];
+    char root[BENCH_PATH_BYTES + 64];
     snprintf(root, sizeof root, "%s/ckpt", sb->b->dir);
     struct tessera_options o = TESSERA_OPTIONS;
     o.url = root;
