@@ -18,5 +18,8 @@ uint64_t ckpt_plans_made(const tessera *t);
 /* `tessera ckpt VERB ...`: argv[0] is the verb. Prints results to stdout; returns the error for main to
  * print. Not collective. */
 status *ckpt_cli(int argc, char **argv) WARN_UNUSED;
+/* The same for `verify`, on all ranks of c (NULL: this process alone): they share the work, rank 0 prints. Collective.
+ */
+status *ckpt_cli_ranks(struct comm *c, int argc, char **argv) WARN_UNUSED;
 
 #endif

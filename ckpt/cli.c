@@ -1,4 +1,4 @@
-/* cli: `tessera ckpt VERB`; ls, show and verify here, others in cli_*.c: what a checkpoint root holds, for people
+/* cli: `tessera ckpt VERB`; ls and show here, others in cli_*.c: what a checkpoint root holds, for people
  * (tables) and for programs (--json), on stdout.
  *
  * A verb is a row of `verbs`. Texts that come out of a checkpoint (names, build) are printed with control characters
@@ -7,6 +7,7 @@
 #include "ckpt/cli.h"
 #include "ckpt/ckpt.h"
 #include "ckpt/commit.h"
+#include "comm/agree.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 
@@ -225,8 +226,7 @@ static status *ls_steps(const struct request *r, const struct step_list *l)
     return NULL;
 }
 
-/* Just the step that the URL names, or all. */
-static status *chosen_steps(const struct request *r, struct step_list *out)
+status *cli_steps(const struct request *r, struct step_list *out)
 {
     struct step_list l;
     TRY(commit_list(r->store, &l));
@@ -252,7 +252,7 @@ static status *chosen_steps(const struct request *r, struct step_list *out)
 static status *do_ls(const struct request *r)
 {
     struct step_list l;
-    TRY(chosen_steps(r, &l));
+    TRY(cli_steps(r, &l));
     status *st = ls_steps(r, &l);
     step_list_free(&l);
     return st;
@@ -382,7 +382,7 @@ static status *do_show(const struct request *r)
 {
     struct step_list l;
     struct metadata *m;
-    TRY(chosen_steps(r, &l));
+    TRY(cli_steps(r, &l));
     uint64_t step = l.count ? l.step[l.count - 1] : 0;
     bool none = l.count == 0;
     step_list_free(&l);
@@ -405,54 +405,11 @@ static status *do_show(const struct request *r)
     return st;
 }
 
-/* ---- verify */
-
-static void print_damage(void *arg, const char *line)
-{
-    (void)arg;
-    cli_print(line);
-    putchar('\n');
-}
-
-static status *do_verify(const struct request *r)
-{
-    struct step_list l;
-    struct verify_result sum = { 0 };
-    uint64_t bad = 0;
-    status *st = NULL;
-    TRY(chosen_steps(r, &l));
-    for (size_t i = 0; i < l.count && !st; i++) {
-        struct verify_result one = { 0 };
-        st = commit_verify(r->store, l.step[i], print_damage, NULL, &one);
-        sum.files += one.files;
-        sum.tensors += one.tensors;
-        sum.bytes += one.bytes;
-        sum.damages += one.damages;
-        bad += one.damages != 0;
-    }
-    size_t steps = l.count;
-    step_list_free(&l);
-    if (st)
-        return st;
-    if (steps == 0)
-        return ERR(NOT_FOUND, "%s: no committed step", r->store->uri);
-    printf("verified %zu step%s, %" PRIu64 " files, %" PRIu64 " tensors, %" PRIu64 " bytes: ", steps,
-           steps == 1 ? "" : "s", sum.files, sum.tensors, sum.bytes);
-    if (!sum.damages) {
-        puts("no damage");
-        return NULL;
-    }
-    printf("%" PRIu64 " damage%s in %" PRIu64 " step%s\n", sum.damages, sum.damages == 1 ? "" : "s", bad,
-           bad == 1 ? "" : "s");
-    return ERR(CORRUPT, "%s: %" PRIu64 " damage%s in %" PRIu64 " step%s, listed on standard output", r->store->uri,
-               sum.damages, sum.damages == 1 ? "" : "s", bad, bad == 1 ? "" : "s");
-}
-
 /* ---- Verbs and arguments */
 
 /* What a verb takes besides URL and --help. OWN_URLS: all arguments are its own to read; LIST: those after the URL are.
  */
-enum { STEP = 1, JSON = 2, LIST = 4, OWN_URLS = 8, FORCE = 16, DRY_RUN = 32 };
+enum { STEP = 1, JSON = 2, LIST = 4, OWN_URLS = 8, FORCE = 16, DRY_RUN = 32, THREADS = 64 };
 
 static const struct verb {
     const char *name, *arguments, *help;
@@ -463,8 +420,10 @@ static const struct verb {
       do_ls, STEP | JSON },
     { "show", "URL [STEP] [--json]", "one step (the newest): files, tensors with type, shape and pieces, blobs",
       do_show, STEP | JSON },
-    { "verify", "URL [STEP]",
-      "read every byte of one or all steps; one line a damage, and exit code 71 if there is any", do_verify, STEP },
+    { "verify", "URL [STEP] [-j N]",
+      "read every byte of one or all steps with N threads; one line a damage, and exit code 71 if there is any. Under "
+      "mpirun the ranks share the work",
+      cli_verify, STEP | THREADS },
     { "diff", "URL [STEP] URL [STEP]",
       "compare two steps: names, types, shapes, every value; exit code 65 if they differ", cli_diff, OWN_URLS },
     { "mark", "URL STEP NAME=VALUE", "set a metric of a committed step, for keep_best", cli_mark, LIST },
@@ -531,8 +490,11 @@ static status *run_verb(const struct verb *v, struct request *r, char *url)
         r->has_step = true;
         r->step = step;
     }
-    TRY(store_open(url, false, &r->store));
-    status *st = v->run(r);
+    status *st = store_open(url, false, &r->store);
+    if (r->comm)
+        st = comm_agree(r->comm, st);
+    if (!st)
+        st = v->run(r);
     store_close(r->store);
     return st;
 }
@@ -552,6 +514,14 @@ static status *take_argument(const struct verb *v, struct request *r, const char
             status_free(st);
             return ERR(INVALID, "ckpt %s: --age wants seconds, not \"%s\"", v->name, a + 6);
         }
+    } else if (strncmp(a, "-j", 2) == 0 && v->takes & THREADS) {
+        uint64_t n = 0;
+        status *st = cli_step(a + 2, &n);
+        if (st || n < 1 || n > CLI_THREADS) {
+            status_free(st);
+            return ERR(INVALID, "ckpt %s: -j wants 1 to %d threads, not \"%s\"", v->name, CLI_THREADS, a + 2);
+        }
+        r->threads = (int)n;
     } else if (a[0] == '-') {
         return ERR(INVALID, "ckpt %s: no option \"%s\"; it takes %s", v->name, a, v->arguments);
     } else if (!r->url) {
@@ -583,6 +553,11 @@ static status *run_and_flush(const struct verb *v, struct request *r)
 
 status *ckpt_cli(int argc, char **argv)
 {
+    return ckpt_cli_ranks(NULL, argc, argv);
+}
+
+status *ckpt_cli_ranks(struct comm *c, int argc, char **argv)
+{
     const struct verb *v = NULL;
     if (argc < 1)
         return unknown_verb(NULL);
@@ -594,13 +569,17 @@ status *ckpt_cli(int argc, char **argv)
         v = strcmp(argv[0], verbs[i].name) == 0 ? &verbs[i] : NULL;
     if (!v)
         return unknown_verb(argv[0]);
-    struct request r = { .age_seconds = 86400 };
+    struct request r = { .age_seconds = 86400, .comm = c };
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
             print_help();
             return NULL;
         }
-        TRY(take_argument(v, &r, argv[i]));
+        char joined[32];
+        bool apart = strcmp(argv[i], "-j") == 0 && i + 1 < argc; /* "-j N" is "-jN" */
+        if (apart)
+            snprintf(joined, sizeof joined, "-j%s", argv[++i]);
+        TRY(take_argument(v, &r, apart ? joined : argv[i]));
     }
     return run_and_flush(v, &r);
 }

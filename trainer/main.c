@@ -8,6 +8,7 @@
 #include "trainer/trainer.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static const char usage[] =
@@ -66,6 +67,31 @@ static int train(int argc, char **argv)
     return code;
 }
 
+/* verify shares its work over the ranks it is started on; all other verbs are for one process. */
+static bool on_ranks(int argc, char **argv)
+{
+    static const char *const size[] = { "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS" };
+    bool several = false;
+    for (size_t i = 0; i < sizeof size / sizeof *size; i++)
+        several = several || (getenv(size[i]) && strcmp(getenv(size[i]), "1") != 0);
+    return several && argc && !strcmp(argv[0], "verify");
+}
+
+static int ckpt(int argc, char **argv)
+{
+    struct log log = { LOG_INFO, -1 };
+    struct comm *world = NULL;
+    status *st = on_ranks(argc, argv) ? comm_open("mpi", NULL, NULL, &world) : NULL;
+    if (!st)
+        st = ckpt_cli_ranks(world, argc, argv); /* the same on all ranks */
+    if (!world || world->rank == 0)
+        log_status(&log, LOG_ERROR, st);
+    int code = status_exit_code(st);
+    status_free(st);
+    comm_close(world);
+    return code;
+}
+
 static int bench(int argc, char **argv)
 {
     struct log log = { LOG_INFO, -1 };
@@ -91,11 +117,11 @@ int main(int argc, char **argv)
         return train(argc - 2, argv + 2);
     if (!strcmp(verb, "bench"))
         return bench(argc - 2, argv + 2);
+    if (!strcmp(verb, "ckpt"))
+        return ckpt(argc - 2, argv + 2);
     struct log log = { LOG_INFO, -1 };
     status *st = NULL;
-    if (!strcmp(verb, "ckpt"))
-        st = ckpt_cli(argc - 2, argv + 2);
-    else if (!strcmp(verb, "data"))
+    if (!strcmp(verb, "data"))
         st = data_cli(argc - 2, argv + 2);
     else if (!strcmp(verb, "--help") || !strcmp(verb, "help"))
         fputs(usage, stdout);
