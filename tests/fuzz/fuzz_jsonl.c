@@ -1,4 +1,4 @@
-/* fuzz_jsonl: dataset_open on any bytes, as either kind, at a length that cuts and one that does not. What was read
+/* fuzz_jsonl: dataset_open on any bytes, as each kind, at a length that cuts and one that does not. What was read
  * can be walked: sequences lie in the tokens, and something of each is scored. */
 #include "tests/fuzz/fuzz.h"
 #include "trainer/data/dataset.h"
@@ -9,7 +9,8 @@
 static void walk(const struct dataset *d, uint32_t max_length)
 {
     uint64_t sum = 0;
-    MUST(d->sequences == (d->kind == DATASET_PREFS ? 2 : 1));
+    MUST(d->sequences == (d->kind == DATASET_SFT ? 1 : 2));
+    MUST((d->kind == DATASET_LABELLED) == (d->desirable != NULL));
     for (uint64_t i = 0; i < d->rows * (uint64_t)d->sequences; i++) {
         const struct sequence *s = &d->seq[i];
         uint32_t scored = 0;
@@ -22,7 +23,7 @@ static void walk(const struct dataset *d, uint32_t max_length)
         MUST(scored == s->scored);
     }
     for (uint64_t i = 0; i < d->rows; i++)
-        sum += d->hash[i] + d->group[i];
+        sum += d->hash[i] + d->group[i] + (d->desirable ? d->desirable[i] : 0);
     static volatile uint64_t sink;
     sink = sum;
     (void)sink;
@@ -34,7 +35,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     int fd = memfd_create("fuzz", MFD_CLOEXEC);
     MUST(fd >= 0 && write(fd, data, n) == (ssize_t)n);
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    for (int kind = DATASET_SFT; kind <= DATASET_PREFS; kind++)
+    for (int kind = DATASET_SFT; kind < DATASET_KINDS; kind++)
         for (uint32_t max_length = 12; max_length <= 4096; max_length += 4084) {
             struct dataset *d;
             if (fuzz_ok(dataset_open(path, (enum dataset_kind)kind, max_length, &d))) {

@@ -324,7 +324,9 @@ static void test_many_rows(void **state)
 #define GOOD  "{\"prompt\": \"p\", \"chosen\": \"c\", \"rejected\": \"r\"}\n"
 #define LEGAL4                                                                                                         \
     " (legal forms: {\"prompt\", \"chosen\", \"rejected\"}, {\"chosen\", \"rejected\"}, {\"prompt\", "                 \
-    "\"completion\"}, {\"messages\"})"
+    "\"completion\"}, {\"prompt\", \"completion\", \"label\"}, {\"messages\"})"
+#define LABELLED       "{\"prompt\": text, \"completion\": text, \"label\": true or false}"
+#define LABEL(p, c, l) "{\"prompt\": \"" p "\", \"completion\": \"" c "\", \"label\": " l "}\n"
 
 static void test_complaints(void **state)
 {
@@ -381,6 +383,101 @@ static void test_complaints(void **state)
     refused_bytes(GOOD, strlen(GOOD), P, 1, ": max_length is 1, but a sequence has at least 2 tokens");
 }
 
+static void test_labelled(void **state)
+{
+    (void)state;
+    /* Rows 0 and 4 stand in one run of equal prompts: the first comes after the last. */
+    struct dataset *d = open_text(LABEL("ab", "c", "true") LABEL("x", "yz", "false") LABEL("x", "w", "true")
+                                      LABEL("ab", "dd", "false") LABEL("ab", "e", "true"),
+                                  DATASET_LABELLED, 100);
+    assert_int_equal(d->kind, DATASET_LABELLED);
+    assert_int_equal(d->sequences, 2);
+    assert_int_equal(d->rows, 5);
+    const uint8_t labels[] = { 1, 0, 1, 0, 1 };
+    assert_memory_equal(d->desirable, labels, sizeof labels);
+    expect_sequence(d, 0, "<abc>", "00011");
+    expect_sequence(d, 2, "<xyz>", "00111");
+    expect_sequence(d, 4, "<xw>", "0011");
+    expect_sequence(d, 6, "<abdd>", "000111");
+    expect_sequence(d, 8, "<abe>", "00011");
+    expect_sequence(d, 1, "<abyz>", "000111");
+    expect_sequence(d, 3, "<xdd>", "00111");
+    expect_sequence(d, 5, "<xdd>", "00111");
+    expect_sequence(d, 7, "<abyz>", "000111");
+    expect_sequence(d, 9, "<abyz>", "000111");
+    assert_true(d->group[0] == d->group[3] && d->group[0] == d->group[4] && d->group[1] == d->group[2]);
+    assert_true(d->hash[3] != d->hash[4] && d->group[0] != d->group[1]);
+    dataset_close(d);
+    /* the hash sees the mismatched sequence, which another row brings */
+    struct dataset *a = open_text(LABEL("p", "q", "true") LABEL("r", "s", "true"), DATASET_LABELLED, 100);
+    struct dataset *b = open_text(LABEL("p", "q", "true") LABEL("r", "t", "true"), DATASET_LABELLED, 100);
+    assert_true(a->hash[0] != b->hash[0]);
+    dataset_close(a);
+    dataset_close(b);
+}
+
+/* Every prompt different, so that the completion is the next row's, at every length; long ones are cut. */
+static void test_labelled_cut(void **state)
+{
+    (void)state;
+    char text[4096] = "";
+    for (int i = 0; i < 9; i++)
+        snprintf(text + strlen(text), sizeof text - strlen(text), LABEL("%.*s", "%.*s", "%s"), i + 1, "pppppppppp",
+                 9 - i, "cccccccccc", i % 2 ? "true" : "false");
+    for (uint32_t most = 12; most < 22; most++) {
+        struct dataset *d = open_text(text, DATASET_LABELLED, most);
+        assert_int_equal(d->rows, 9);
+        uint32_t longest = 0;
+        for (uint64_t i = 0; i < 9; i++) {
+            uint32_t prompt = 2 + (uint32_t)i, own = 10 - (uint32_t)i, other = 10 - (uint32_t)((i + 1) % 9);
+            own = prompt + own < most ? own : most - prompt; /* of 12 tokens each: the first cut has no effect */
+            const struct sequence *s = &d->seq[2 * i];
+            assert_int_equal(s[0].length, prompt + own);
+            assert_int_equal(s[1].length, prompt + other < most ? prompt + other : most);
+            assert_int_equal(s[1].scored, s[1].length - prompt);
+            assert_int_equal(s[0].scored, own);
+            for (uint32_t k = 0; k < s[1].length; k++)
+                assert_int_equal(d->score[s[1].begin + k], k >= prompt);
+            for (int side = 0; side < 2; side++)
+                longest = s[side].length > longest ? s[side].length : longest;
+        }
+        assert_int_equal(d->longest, longest);
+        dataset_close(d);
+    }
+    /* dropped: its prompt leaves no room; then no row's mismatched completion is its */
+    struct dataset *d =
+        open_text(LABEL("a", "b", "true") LABEL("ccccc", "d", "true") LABEL("e", "f", "false"), DATASET_LABELLED, 6);
+    assert_true(d->rows == 2 && d->dropped == 1 && d->desirable[0] == 1 && d->desirable[1] == 0);
+    expect_sequence(d, 1, "<af>", "0011");
+    expect_sequence(d, 3, "<eb>", "0011");
+    dataset_close(d);
+}
+
+static void test_labelled_complaints(void **state)
+{
+    (void)state;
+    const enum dataset_kind L = DATASET_LABELLED;
+    refused(LABEL("p", "c", "true") LABEL("q", "c", "1"), L,
+            ":2: key \"label\" must be true (desirable) or false (undesirable), not a number (legal forms: " LABELLED
+            ")");
+    refused(LABEL("p", "c", "\"true\""), L,
+            ":1: key \"label\" must be true (desirable) or false (undesirable), not a "
+            "string (legal forms: " LABELLED ")");
+    refused(LABEL("p", "c", "null"), L, ":1: key \"label\" must be true (desirable) or false (undesirable), not null*");
+    refused(LABEL("p", "", "true"), L, ":1: key \"completion\" must not be empty (legal forms: " LABELLED ")");
+    refused("{\"completion\": \"c\", \"label\": true}\n", L,
+            ":1: key \"prompt\" is missing (legal forms: " LABELLED ")");
+    refused("{\"prompt\": \"c\", \"label\": true}\n", L, ":1: the row has none of the keys*");
+    refused("{\"prompt\": \"p\", \"completion\": [], \"label\": true}\n", L,
+            ":1: key \"completion\" must be a string, not an array (legal forms: " LABELLED ")");
+    refused("{\"prompt\": \"p\", \"completion\": \"c\"}\n", L,
+            ":1: labelled rows are wanted here, but this is a row of " SFT " (legal forms: " LABELLED ")");
+    refused(LABEL("p", "c", "true"), DATASET_SFT,
+            ":1: SFT rows are wanted here, but this is a row of " LABELLED " (legal forms: " SFT "; " CHAT ")");
+    refused(LABEL("p", "c", "true") LABEL("p", "d", "false"), L, ": all 2 rows have the same prompt: labelled rows*");
+    refused(LABEL("p", "c", "true"), L, ": all 1 rows have the same prompt: labelled rows*");
+}
+
 static void test_paths(void **state)
 {
     (void)state;
@@ -399,10 +496,21 @@ static void test_paths(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_tokenizer), cmocka_unit_test(test_prefs),      cmocka_unit_test(test_implicit),
-        cmocka_unit_test(test_sft),       cmocka_unit_test(test_cut),        cmocka_unit_test(test_drops),
-        cmocka_unit_test(test_hashes),    cmocka_unit_test(test_lines),      cmocka_unit_test(test_long_lines),
-        cmocka_unit_test(test_many_rows), cmocka_unit_test(test_complaints), cmocka_unit_test(test_paths),
+        cmocka_unit_test(test_tokenizer),
+        cmocka_unit_test(test_prefs),
+        cmocka_unit_test(test_implicit),
+        cmocka_unit_test(test_sft),
+        cmocka_unit_test(test_cut),
+        cmocka_unit_test(test_drops),
+        cmocka_unit_test(test_hashes),
+        cmocka_unit_test(test_lines),
+        cmocka_unit_test(test_long_lines),
+        cmocka_unit_test(test_many_rows),
+        cmocka_unit_test(test_complaints),
+        cmocka_unit_test(test_paths),
+        cmocka_unit_test(test_labelled),
+        cmocka_unit_test(test_labelled_cut),
+        cmocka_unit_test(test_labelled_complaints),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

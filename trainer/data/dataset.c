@@ -58,8 +58,9 @@ static status *reserve_row(struct build *b)
     if (d->rows < b->cap_rows)
         return NULL;
     uint64_t cap = 2 * b->cap_rows + 64;
+    bool labels = d->kind == DATASET_LABELLED;
     if (!grow(&d->seq, cap * (uint64_t)d->sequences, sizeof *d->seq) || !grow(&d->hash, cap, sizeof *d->hash) ||
-        !grow(&d->group, cap, sizeof *d->group))
+        !grow(&d->group, cap, sizeof *d->group) || (labels && !grow(&d->desirable, cap, sizeof *d->desirable)))
         return no_memory(b, "rows", cap);
     b->cap_rows = cap;
     return NULL;
@@ -124,11 +125,20 @@ static status *put_sequence(struct build *b, const struct row *r, int side, stru
 /* Whether row's sequences, just laid out, can teach anything. */
 static bool is_useful(const struct dataset *d, const struct sequence *s)
 {
-    for (int side = 0; side < d->sequences; side++)
+    int laid = d->kind == DATASET_PREFS ? 2 : 1;
+    for (int side = 0; side < laid; side++)
         if (!s[side].scored)
             return false;
-    return d->sequences == 1 || s[0].length != s[1].length ||
+    return laid == 1 || s[0].length != s[1].length ||
            memcmp(d->token + s[0].begin, d->token + s[1].begin, s[0].length * sizeof *d->token) != 0;
+}
+
+static size_t prompt_tokens(const struct dataset *d, const struct sequence *s)
+{
+    size_t prompt = 0;
+    while (!d->score[s->begin + prompt])
+        prompt++;
+    return prompt;
 }
 
 static void hash_row(struct dataset *d, uint64_t row)
@@ -140,10 +150,7 @@ static void hash_row(struct dataset *d, uint64_t row)
         hash_update(&h, d->score + s[side].begin, s[side].length);
     }
     d->hash[row] = hash_final(h).a;
-    size_t prompt = 0;
-    while (!d->score[s->begin + prompt])
-        prompt++;
-    d->group[row] = hash64(d->token + s->begin, prompt * sizeof *d->token);
+    d->group[row] = hash64(d->token + s->begin, prompt_tokens(d, s) * sizeof *d->token);
 }
 
 static status *add_row(struct build *b, const struct row *r)
@@ -152,17 +159,61 @@ static status *add_row(struct build *b, const struct row *r)
     uint64_t before = d->tokens;
     TRY(reserve_row(b));
     struct sequence *s = d->seq + d->rows * (uint64_t)d->sequences;
-    for (int side = 0; side < d->sequences; side++)
+    s[d->sequences - 1] = (struct sequence){ 0 }; /* a mismatched one is laid out when all rows are known */
+    for (int side = 0; side < (d->kind == DATASET_PREFS ? 2 : 1); side++)
         TRY(put_sequence(b, r, side, &s[side]));
     if (!is_useful(d, s)) {
         d->tokens = before;
         d->dropped++;
         return NULL;
     }
+    if (d->desirable)
+        d->desirable[d->rows] = r->desirable;
     hash_row(d, d->rows++);
     for (int side = 0; side < d->sequences; side++)
         if (s[side].length > d->longest)
             d->longest = s[side].length;
+    return NULL;
+}
+
+/* Lay out row `row`'s prompt with the completion of row `from`. */
+static status *put_mismatched(struct build *b, uint64_t row, uint64_t from)
+{
+    struct dataset *d = b->d;
+    const struct sequence *p = &d->seq[2 * row], *c = &d->seq[2 * from];
+    size_t prompt = prompt_tokens(d, p), skip = prompt_tokens(d, c), length = prompt + c->scored;
+    TRY(reserve_tokens(b, length));
+    length = length < b->max_length ? length : b->max_length;
+    struct sequence s = { d->tokens, (uint32_t)length, (uint32_t)(length - prompt) };
+    memcpy(d->token + s.begin, d->token + p->begin, prompt * sizeof *d->token);
+    memcpy(d->token + s.begin + prompt, d->token + c->begin + skip, s.scored * sizeof *d->token);
+    memset(d->score + s.begin, 0, prompt);
+    memset(d->score + s.begin + prompt, 1, s.scored);
+    d->tokens += length;
+    d->longest = s.length > d->longest ? s.length : d->longest;
+    d->seq[2 * row + 1] = s;
+    hash_row(d, row);
+    return NULL;
+}
+
+/* Rows from the last of a run of equal prompts backwards, so that the next row with another prompt is always known. */
+static status *put_all_mismatched(struct build *b)
+{
+    struct dataset *d = b->d;
+    uint64_t n = d->rows, end = 0, from = 0;
+    while (end < n && d->group[end] == d->group[(end + 1) % n])
+        end++;
+    if (end == n)
+        return ERR(INVALID,
+                   "%s: all %llu rows have the same prompt: labelled rows are compared with completions of other "
+                   "prompts, so there must be two at least",
+                   b->lines.path, (unsigned long long)n);
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t row = (end + n - i) % n, next = (row + 1) % n;
+        if (d->group[row] != d->group[next])
+            from = next;
+        TRY(put_mismatched(b, row, from));
+    }
     return NULL;
 }
 
@@ -171,11 +222,16 @@ static status *check_form(struct build *b, const struct row *r)
 {
     unsigned long long line = b->lines.number;
     if (row_kind(r->form) != b->d->kind) {
-        bool sft = b->d->kind == DATASET_SFT;
-        return ERR(INVALID, "%s:%llu: %s rows are wanted here, but this is a row of %s (legal forms: %s; %s)",
-                   b->lines.path, line, sft ? "SFT" : "preference", row_form_text(r->form),
-                   row_form_text(sft ? ROW_COMPLETION : ROW_PREFS),
-                   row_form_text(sft ? ROW_MESSAGES : ROW_PREFS_IMPLICIT));
+        static const struct {
+            const char *name;
+            enum row_form form, other;
+        } wanted[DATASET_KINDS] = { [DATASET_SFT] = { "SFT", ROW_COMPLETION, ROW_MESSAGES },
+                                    [DATASET_PREFS] = { "preference", ROW_PREFS, ROW_PREFS_IMPLICIT },
+                                    [DATASET_LABELLED] = { "labelled", ROW_LABELLED, ROW_LABELLED } };
+        enum row_form form = wanted[b->d->kind].form, other = wanted[b->d->kind].other;
+        return ERR(INVALID, "%s:%llu: %s rows are wanted here, but this is a row of %s (legal forms: %s%s%s)",
+                   b->lines.path, line, wanted[b->d->kind].name, row_form_text(r->form), row_form_text(form),
+                   other == form ? "" : "; ", other == form ? "" : row_form_text(other));
     }
     if (!b->first_line) {
         b->first_line = line;
@@ -210,7 +266,7 @@ static status *read_rows(struct build *b)
                    b->lines.path, (unsigned long long)b->d->dropped, b->max_length);
     if (!b->d->rows)
         return ERR(INVALID, "%s: the file has no rows", b->lines.path);
-    return NULL;
+    return b->d->kind == DATASET_LABELLED ? put_all_mismatched(b) : NULL;
 }
 
 status *dataset_open(const char *path, enum dataset_kind kind, uint32_t max_length, struct dataset **out)
@@ -221,7 +277,7 @@ status *dataset_open(const char *path, enum dataset_kind kind, uint32_t max_leng
     if (!b.d)
         return ERR(NO_MEMORY, "%s: a dataset", path);
     b.d->kind = kind;
-    b.d->sequences = kind == DATASET_PREFS ? 2 : 1;
+    b.d->sequences = kind == DATASET_SFT ? 1 : 2;
     status *st = lines_open(&b.lines, path);
     if (!st)
         st = read_rows(&b);
@@ -241,6 +297,7 @@ void dataset_close(struct dataset *d)
     mem_free(d->seq);
     mem_free(d->hash);
     mem_free(d->group);
+    mem_free(d->desirable);
     mem_free(d->token);
     mem_free(d->score);
     mem_free(d);

@@ -7,14 +7,20 @@ static const char *const form_texts[ROW_FORMS] = {
     [ROW_PREFS] = "{\"prompt\": text, \"chosen\": text, \"rejected\": text}",
     [ROW_PREFS_IMPLICIT] = "{\"chosen\": text, \"rejected\": text}",
     [ROW_COMPLETION] = "{\"prompt\": text, \"completion\": text}",
+    [ROW_LABELLED] = "{\"prompt\": text, \"completion\": text, \"label\": true or false}",
     [ROW_MESSAGES] = "{\"messages\": [{\"role\": system, user, assistant or tool, \"content\": text}, ...]}",
 };
 static const char all_forms[] = "{\"prompt\", \"chosen\", \"rejected\"}, {\"chosen\", \"rejected\"}, "
-                                "{\"prompt\", \"completion\"}, {\"messages\"}";
+                                "{\"prompt\", \"completion\"}, {\"prompt\", \"completion\", \"label\"}, {\"messages\"}";
 
 enum dataset_kind row_kind(enum row_form form)
 {
-    return form == ROW_PREFS || form == ROW_PREFS_IMPLICIT ? DATASET_PREFS : DATASET_SFT;
+    static const enum dataset_kind kinds[ROW_FORMS] = { [ROW_PREFS] = DATASET_PREFS,
+                                                        [ROW_PREFS_IMPLICIT] = DATASET_PREFS,
+                                                        [ROW_COMPLETION] = DATASET_SFT,
+                                                        [ROW_LABELLED] = DATASET_LABELLED,
+                                                        [ROW_MESSAGES] = DATASET_SFT };
+    return kinds[form];
 }
 
 const char *row_form_text(enum row_form form)
@@ -93,7 +99,7 @@ static status *find_form(const struct lines *l, const json_t *o, enum row_form *
                    all_forms);
     }
     *out = messages                       ? ROW_MESSAGES
-           : completion                   ? ROW_COMPLETION
+           : completion                   ? json_object_get(o, "label") ? ROW_LABELLED : ROW_COMPLETION
            : json_object_get(o, "prompt") ? ROW_PREFS
                                           : ROW_PREFS_IMPLICIT;
     return NULL;
@@ -174,6 +180,24 @@ static status *parse_messages(const struct lines *l, struct row *r)
     return NULL;
 }
 
+/* An empty completion is no answer to call good or bad. */
+static status *parse_labelled(const struct lines *l, struct row *r)
+{
+    const char *legal = form_texts[ROW_LABELLED];
+    const json_t *label = json_object_get(r->json, "label");
+    TRY(row_string(l, r->json, "prompt", legal, &r->prompt));
+    TRY(row_string(l, r->json, "completion", legal, &r->completion[0]));
+    if (!json_is_boolean(label))
+        return ERR(INVALID,
+                   "%s:%llu: key \"label\" must be true (desirable) or false (undesirable), not %s (legal "
+                   "forms: %s)",
+                   AT(l), type_text(label), legal);
+    if (!r->completion[0].n)
+        return ERR(INVALID, "%s:%llu: key \"completion\" must not be empty (legal forms: %s)", AT(l), legal);
+    r->desirable = json_is_true(label);
+    return NULL;
+}
+
 static status *parse_form(const struct lines *l, struct row *r)
 {
     TRY(find_form(l, r->json, &r->form));
@@ -181,6 +205,8 @@ static status *parse_form(const struct lines *l, struct row *r)
     case ROW_COMPLETION:
         TRY(row_string(l, r->json, "prompt", form_texts[r->form], &r->prompt));
         return row_string(l, r->json, "completion", form_texts[r->form], &r->completion[0]);
+    case ROW_LABELLED:
+        return parse_labelled(l, r);
     case ROW_MESSAGES:
         return parse_messages(l, r);
     default:

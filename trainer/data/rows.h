@@ -8,7 +8,7 @@
 
 #include <jansson.h>
 
-enum row_form { ROW_PREFS, ROW_PREFS_IMPLICIT, ROW_COMPLETION, ROW_MESSAGES, ROW_FORMS };
+enum row_form { ROW_PREFS, ROW_PREFS_IMPLICIT, ROW_COMPLETION, ROW_LABELLED, ROW_MESSAGES, ROW_FORMS };
 
 struct text {
     const char *p;
@@ -21,6 +21,7 @@ struct row {
     enum row_form form;
     struct text prompt;        /* all but ROW_MESSAGES; of ROW_PREFS_IMPLICIT the common prefix */
     struct text completion[2]; /* chosen, rejected; or completion, none */
+    bool desirable;            /* ROW_LABELLED */
     const json_t *messages;    /* ROW_MESSAGES: checked, see row_message */
 };
 

@@ -20,7 +20,10 @@ static const struct option_table show_options = { "", rows_option, 1 };
 
 static const char *side_name(const struct dataset *d, int side)
 {
-    return d->kind == DATASET_SFT ? "completion" : side ? "rejected" : "chosen";
+    static const char *const names[DATASET_KINDS][2] = { [DATASET_SFT] = { "completion", "" },
+                                                         [DATASET_PREFS] = { "chosen", "rejected" },
+                                                         [DATASET_LABELLED] = { "completion", "mismatched" } };
+    return names[d->kind][side];
 }
 
 static void print_label(const char *label)
@@ -72,6 +75,8 @@ static void print_sequence(const struct dataset *d, uint64_t row, int side)
 static void print_row(const struct dataset *d, uint64_t row)
 {
     printf("row %llu:", (unsigned long long)row);
+    if (d->desirable)
+        printf(" %s:", d->desirable[row] ? "desirable" : "undesirable");
     for (int side = 0; side < d->sequences; side++) {
         struct sequence s = d->seq[row * (uint64_t)d->sequences + (uint64_t)side];
         printf("%s %s%s%u tokens (%u scored)", side ? "," : "", d->sequences == 2 ? side_name(d, side) : "",
@@ -85,14 +90,14 @@ static void print_row(const struct dataset *d, uint64_t row)
 
 static void print_summary(const char *path, const struct dataset *d)
 {
+    static const char *const kinds[DATASET_KINDS] = { "SFT", "preference", "labelled" };
     uint64_t n = d->rows * (uint64_t)d->sequences, scored = 0;
     for (uint64_t i = 0; i < n; i++)
         scored += d->seq[i].scored;
     printf("%s: %llu %s rows, %llu dropped (chosen and rejected equal); %llu tokens, %llu scored; a sequence has %.1f "
            "tokens in the mean, the longest %u\n",
-           path, (unsigned long long)d->rows, d->kind == DATASET_PREFS ? "preference" : "SFT",
-           (unsigned long long)d->dropped, (unsigned long long)d->tokens, (unsigned long long)scored,
-           (double)d->tokens / (double)n, d->longest);
+           path, (unsigned long long)d->rows, kinds[d->kind], (unsigned long long)d->dropped,
+           (unsigned long long)d->tokens, (unsigned long long)scored, (double)d->tokens / (double)n, d->longest);
 }
 
 /* What the first row says the file is; a file without rows is dataset_open's to refuse. */
