@@ -534,6 +534,88 @@ static void logprob_against_plain(void **state)
     }
 }
 
+/* Entropy and the rest against the plain version; logp keeps its bits; bits depend on no chunk. */
+static void logprob_stats_against_plain(void **state)
+{
+    (void)state;
+    enum { N = 60, C = 20, STATS = 4 };
+    static float logp[2][N], lse[2][N], stats[3][STATS][N], rows[N * C], logits[N * 1500];
+    static int32_t target[N], index[N];
+    fill_big();
+    for (int i = 0; i < N * C; i++)
+        big[0][i] *= (float)(1 + i / C % 7); /* flat rows and sharp ones */
+    for (int64_t v = 1; v <= 1500; v += v < 40 ? 1 : 365) {
+        struct logprob p = {
+            .n = N, .c = C, .v = v, .x = big[0], .w = big[1], .w_dtype = DTYPE_F32, .temperature = 0.8f
+        };
+        p.target = target;
+        p.rows = rows;
+        p.logits = logits;
+        p.index = index;
+        for (int i = 0; i < N; i++)
+            target[i] = i % 5 == 1 ? -1 : (int32_t)(i * 25 % v);
+        for (int i = 0; i < N; i += 2) { /* every other one hits the top */
+            double best = -INFINITY;
+            for (int64_t j = 0; j < v && target[i] >= 0; j++) {
+                double z = 0;
+                for (int c = 0; c < C; c++)
+                    z += (double)big[0][i * C + c] * (double)big[1][j * C + c];
+                target[i] = z > best ? (int32_t)j : target[i];
+                best = z > best ? z : best;
+            }
+        }
+        static const int64_t chunk[] = { N, 1, 7, 40 };
+        memset(stats, 0x7f, sizeof stats);
+        for (int i = 0; i < 5; i++) {
+            float(*s)[N] = stats[i == 4 ? 2 : i > 0];
+            p.chunk = i < 4 ? chunk[i] : N;
+            p.logp = logp[0];
+            p.lse = lse[0];
+            p.stats = (struct logprob_stats){ 0 };
+            kernels_cpu.logprob(NULL, &p);
+            p.logp = logp[1];
+            p.lse = lse[1];
+            p.stats = (struct logprob_stats){ s[0], s[1], s[2], s[3] };
+            (i < 4 ? kernels_cpu.logprob(NULL, &p) : logprob_stats_ref(&p));
+            assert_memory_equal(logp[0], logp[1], sizeof logp[0]);
+            assert_memory_equal(lse[0], lse[1], sizeof lse[0]);
+            if (i < 4)
+                assert_memory_equal(s, stats[0], sizeof stats[0]);
+        }
+        for (int k = 0; k < STATS; k++)
+            expect_near("stats", stats[0][k], stats[2][k], N, k == 3 ? 0 : 3e-6);
+        for (int i = 0; i < N; i += 2)
+            assert_true(stats[0][3][i] == (target[i] >= 0 ? 1.0f : 0.0f));
+    }
+}
+
+/* Equal logits: entropy log V, sum of squares 1 / V, and the top is the smallest index. */
+static void logprob_stats_of_ties(void **state)
+{
+    (void)state;
+    enum { V = 9 };
+    float one[1] = { 2 }, w[V] = { 3, 3, 3, 3, 3, 3, 3, 3, 3 };
+    struct tape *t;
+    assert_null(tape_open(NULL, NULL, 0, &t));
+    for (int32_t low = 0; low < V; low++) /* logits before index `low` are lower */
+        for (int32_t target = 0; target < V; target++) {
+            for (int32_t v = 0; v < V; v++)
+                w[v] = v < low ? -60 : 3;
+            struct tensor x = { .dtype = DTYPE_F32, .ndim = 2, .dim = { 1, 1 }, .data = one };
+            struct tensor y = { .dtype = DTYPE_F32, .ndim = 2, .dim = { V, 1 }, .data = w };
+            struct logprob_stats s;
+            tape_begin(t, TAPE_FORWARD);
+            struct tensor *logp = op_logprob_stats(t, &x, &y, &target, 2.0f, &s);
+            assert_null(tape_end(t));
+            float equal = (float)(V - low);
+            assert_true(*s.top == (target == low ? 1.0f : 0.0f));
+            assert_true(fabsf(*s.entropy - logf(equal)) < 1e-6f && fabsf(*s.log_square + logf(equal)) < 1e-6f);
+            assert_true(fabsf(*s.logit - (3 * equal - 60 * (float)low) / V) < 1e-5f);
+            assert_true(target < low || fabsf(*(float *)logp->data + logf(equal)) < 1e-6f);
+        }
+    tape_close(t);
+}
+
 /* An op whose scored tokens do not fit in one chunk, and whose vocabulary makes the chunk smaller. */
 static void logprob_chunks(void **state)
 {
@@ -612,7 +694,7 @@ static void rows_agree(void **state)
         for (int64_t n = 0; n < 1200; n += n < 70 ? 1 : 113) {
             const float *a = big[0] + 1, *b = big[1], *c = big[2] + 3;
             float x[2][1200], y[2][1200], z[2][1200], u[2][4];
-            double d[2][3];
+            double d[2][6];
             for (int k = 0; k < 2; k++) {
                 const struct isa *s = k ? isa : best;
                 memcpy(x[k], big[3], sizeof x[k]);
@@ -624,6 +706,8 @@ static void rows_agree(void **state)
                 d[k][0] = s->sum(a, true, n);
                 d[k][1] = s->sum(a, false, n);
                 d[k][2] = s->exp_sum_wide(a, 3.0f, 0.5f, n);
+                s->exp_sums_wide(a, 3.0f, 0.5f, n, d[k] + 3);
+                assert_true(d[k][2] == d[k][3]);
                 s->softmax_bwd(x[k], b, 0.3f, 0.2f, n);
                 u[k][3] = s->exp_sum(x[k], 9.0f, 0.25f, n);
                 s->exp(z[k], z[k], n);
@@ -669,6 +753,9 @@ static void rows_count(void **state)
             }
             for (int i = 0; i < 100; i++)
                 x[i] = 0;
+            double sum[3];
+            s->exp_sums_wide(x, 5.0f, 0.0f, n, sum);
+            assert_true(sum[0] == (double)n && sum[1] == 0 && sum[2] == (double)n);
             assert_true(s->exp_sum(x, 1.0f, 0.0f, n) == (float)n && s->exp_sum_wide(x, 0.0f, 0.0f, n) == (double)n);
             for (int64_t i = 0; i < 100; i++)
                 assert_true(x[i] == (i < n ? 1.0f : 0.0f));
@@ -1006,6 +1093,8 @@ int main(void)
         cmocka_unit_test(norm_and_act_against_plain),
         cmocka_unit_test(logprob_against_plain),
         cmocka_unit_test(logprob_chunks),
+        cmocka_unit_test(logprob_stats_against_plain),
+        cmocka_unit_test(logprob_stats_of_ties),
         cmocka_unit_test(bf16_weights),
         cmocka_unit_test(rows_agree),
         cmocka_unit_test(rows_count),

@@ -57,12 +57,13 @@ struct logprob {
     enum dtype w_dtype;
     const int32_t *target; /* [N] */
     float temperature;
-    float *logp, *lse;   /* [N] */
-    const float *dlogp;  /* backward: [N] */
-    float *dx, *dw;      /* backward: either may be NULL */
-    float *rows, *drows; /* scratch [chunk, C] each; drows only for dx */
-    float *logits;       /* scratch [chunk, V] */
-    int32_t *index;      /* scratch [chunk] */
+    float *logp, *lse;          /* [N] */
+    struct logprob_stats stats; /* forward: [N] each; all NULL: not wanted */
+    const float *dlogp;         /* backward: [N] */
+    float *dx, *dw;             /* backward: either may be NULL */
+    float *rows, *drows;        /* scratch [chunk, C] each; drows only for dx */
+    float *logits;              /* scratch [chunk, V] */
+    int32_t *index;             /* scratch [chunk] */
 };
 
 struct kernels {
@@ -132,7 +133,8 @@ void rmsnorm_bwd_ref(float *dx, float *dweight, const float *dy, const float *x,
                      int64_t c, float eps);
 void swiglu_ref(float *y, const float *gate, const float *up, int64_t n);
 void swiglu_bwd_ref(float *dgate, float *dup, const float *dy, const float *gate, const float *up, int64_t n);
-void logprob_ref(const struct logprob *p);     /* scratch is not used */
+void logprob_ref(const struct logprob *p); /* scratch is not used */
+void logprob_stats_ref(const struct logprob *p);
 void logprob_bwd_ref(const struct logprob *p); /* reads no lse */
 void adamw_ref(float *p, const float *g, float *m, float *v, size_t n, double lr, double beta1, double beta2,
                double eps, double weight_decay, uint64_t step, double grad_scale);

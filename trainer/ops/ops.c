@@ -672,7 +672,19 @@ static bool take_logprob_scratch(struct tape *t, struct logprob *p, bool train)
     return !t->error;
 }
 
+static bool take_logprob_stats(struct tape *t, int64_t n, struct logprob_stats *s)
+{
+    *s = (struct logprob_stats){ take_floats(t, n), take_floats(t, n), take_floats(t, n), take_floats(t, n) };
+    return !t->error;
+}
+
 struct tensor *op_logprob(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target, float temperature)
+{
+    return op_logprob_stats(t, x, w, target, temperature, NULL);
+}
+
+struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target,
+                                float temperature, struct logprob_stats *stats)
 {
     if (!x || !w)
         return missing(t, "op_logprob");
@@ -694,8 +706,10 @@ struct tensor *op_logprob(struct tape *t, struct tensor *x, struct tensor *w, co
                          .w_dtype = w->dtype,
                          .target = target,
                          .temperature = temperature };
-    if (!y || !take_logprob_scratch(t, &p, y->grad != NULL))
+    if (!y || !take_logprob_scratch(t, &p, y->grad != NULL) || (stats && !take_logprob_stats(t, n, &p.stats)))
         return NULL;
+    if (stats)
+        *stats = p.stats;
     p.logp = y->data;
     if (runs(t))
         t->kernels->logprob(t->workers, &p);

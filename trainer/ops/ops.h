@@ -70,4 +70,16 @@ struct tensor *op_sum(struct tape *t, struct tensor *x); /* y [1] = sum of all e
  * nothing. Log-sum-exp is computed in f32 with f64 for the final log; tokens' bits do not depend on the chunking. */
 struct tensor *op_logprob(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target, float temperature);
 
+/* What else a row of logits z = x[n] w^T / temperature says, while it is there; p = softmax(z). Each [N] f32 in the
+ * arena, 0 where target[n] < 0; no part of backward. Bits depend on no chunking, packing or thread count. */
+struct logprob_stats {
+    float *entropy;    /* -sum_v p_v log p_v */
+    float *logit;      /* mean of z over the vocabulary */
+    float *log_square; /* log sum_v p_v^2 */
+    float *top;        /* 1 if target[n] has the largest logit, the smallest index among equal ones; else 0 */
+};
+/* op_logprob with the same bits, which also fills *stats. NULL: op_logprob. */
+struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target,
+                                float temperature, struct logprob_stats *stats);
+
 #endif

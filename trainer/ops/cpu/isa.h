@@ -35,6 +35,8 @@ struct isa {
     float (*exp_sum)(float *x, float scale, float shift, int64_t n);          /* x = e^(scale x - shift); their sum */
     double (*exp_sum_wide)(const float *x, float scale, float shift,
                            int64_t n); /* the sum alone, f64 over blocks of 1,024 */
+    /* With u = scale x - shift: sum[0] = sum e^u with exp_sum_wide's bits, sum[1] = sum e^u u, sum[2] = sum e^2u. */
+    void (*exp_sums_wide)(const float *x, float scale, float shift, int64_t n, double *sum);
     void (*exp_scaled)(float *x, float scale, float shift, float times, int64_t n); /* x = times e^(scale x - shift) */
     void (*softmax_bwd)(float *dp, const float *p, float delta, float scale, int64_t n); /* dp = p (dp - delta) scale */
     void (*scale)(float *y, const float *x, float s, int64_t n);

@@ -40,14 +40,38 @@ struct row_job {
     const struct logprob *p;
 };
 
+/* The smallest index of the largest logit? */
+static bool is_top(const float *logit, int32_t target, float most)
+{
+    for (int32_t v = 0; v < target && logit[target] == most; v++)
+        if (logit[v] == most)
+            return false;
+    return logit[target] == most;
+}
+
+/* Sums over u = z - most (isa.h) to what they say; returns log-sum-exp of u. */
+static double put_stats(const struct row_job *t, const float *logit, int64_t token, float inverse, float raw_most)
+{
+    const struct logprob *p = t->p;
+    double sum[3];
+    t->isa->exp_sums_wide(logit, inverse, raw_most * inverse, p->v, sum);
+    double log_sum = log(sum[0]);
+    p->stats.entropy[token] = (float)(log_sum - sum[1] / sum[0]);
+    p->stats.logit[token] = (float)(t->isa->sum(logit, false, p->v) / (double)p->v * (double)inverse);
+    p->stats.log_square[token] = (float)(log(sum[2]) - 2 * log_sum);
+    p->stats.top[token] = is_top(logit, p->target[token], raw_most);
+    return log_sum;
+}
+
 static void score_row(void *arg, size_t i)
 {
     const struct row_job *t = arg;
     const struct logprob *p = t->p;
     const float *logit = p->logits + (int64_t)i * p->v;
     int64_t token = p->index[i];
-    float inverse = 1.0f / p->temperature, most = t->isa->max(logit, p->v) * inverse;
-    double lse = (double)most + log(t->isa->exp_sum_wide(logit, inverse, most, p->v));
+    float inverse = 1.0f / p->temperature, raw = t->isa->max(logit, p->v), most = raw * inverse;
+    double lse = (double)most + (p->stats.entropy ? put_stats(t, logit, token, inverse, raw)
+                                                  : log(t->isa->exp_sum_wide(logit, inverse, most, p->v)));
     p->lse[token] = (float)lse;
     p->logp[token] = (float)((double)(logit[p->target[token]] * inverse) - lse);
 }
@@ -57,6 +81,9 @@ void cpu_logprob(struct workers *w, const struct logprob *p)
     struct row_job t = { isa_best(), p };
     memset(p->logp, 0, (size_t)p->n * sizeof(float));
     memset(p->lse, 0, (size_t)p->n * sizeof(float));
+    float *const stats[] = { p->stats.entropy, p->stats.logit, p->stats.log_square, p->stats.top };
+    for (size_t i = 0; p->stats.entropy && i < sizeof stats / sizeof stats[0]; i++)
+        memset(stats[i], 0, (size_t)p->n * sizeof(float));
     for (int64_t next = 0, count; (count = gather(p, &next)) > 0;) {
         chunk_logits(w, p, count);
         workers_for(w, (size_t)count, score_row, &t);

@@ -188,6 +188,26 @@ void logprob_ref(const struct logprob *p)
     }
 }
 
+void logprob_stats_ref(const struct logprob *p)
+{
+    for (int64_t n = 0; n < p->n; n++) {
+        double lse = lse_ref(p, n), entropy = 0, sum = 0, squares = 0;
+        int64_t top = 0;
+        for (int64_t v = 0; v < p->v; v++) {
+            double z = logit_ref(p, n, v), log_p = z - lse;
+            entropy -= exp(log_p) * log_p;
+            sum += z;
+            squares += exp(2 * log_p);
+            top = z > logit_ref(p, n, top) ? v : top;
+        }
+        bool scored = p->target[n] >= 0;
+        p->stats.entropy[n] = scored ? (float)entropy : 0;
+        p->stats.logit[n] = scored ? (float)(sum / (double)p->v) : 0;
+        p->stats.log_square[n] = scored ? (float)log(squares) : 0;
+        p->stats.top[n] = scored && top == p->target[n];
+    }
+}
+
 void logprob_bwd_ref(const struct logprob *p)
 {
     for (int64_t n = 0; n < p->n; n++) {

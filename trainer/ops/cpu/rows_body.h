@@ -173,6 +173,27 @@ static double row_exp_sum_wide(const float *x, float scale, float shift, int64_t
     return total;
 }
 
+static void row_exp_sums_wide(const float *x, float scale, float shift, int64_t n, double *out)
+{
+    out[0] = out[1] = out[2] = 0;
+    for (int64_t b = 0; b < n; b += 1024) {
+        int64_t count = n - b < 1024 ? n - b : 1024;
+        const float *block = x + b;
+        V sum = { 0 }, first = { 0 }, square = { 0 };
+        EACH_VECTOR(i, count, {
+            V u = LOAD(block + i) * splat(scale) - splat(shift);
+            V e = exp_vector(u);
+            e = whole ? e : load_tail((const float *)&e, left);
+            sum += e;
+            first += e * u;
+            square += e * e;
+        });
+        out[0] += (double)tree(sum);
+        out[1] += (double)tree(first);
+        out[2] += (double)tree(square);
+    }
+}
+
 static void row_exp_scaled(float *x, float scale, float shift, float times, int64_t n)
 {
     EACH_VECTOR(i, n, {
@@ -318,7 +339,7 @@ static void row_adamw(float *p, const float *g, float *m, float *v, const struct
 
 #define ISA_ROWS                                                                                                       \
     .dot = row_dot, .dot3 = row_dot3, .max = row_max, .exp = row_exp, .exp_sum = row_exp_sum,                          \
-    .exp_sum_wide = row_exp_sum_wide, .exp_scaled = row_exp_scaled, .softmax_bwd = row_softmax_bwd,                    \
-    .scale = row_scale, .axpy = row_axpy, .add = row_add, .mul_scaled = row_mul_scaled, .mul_add = row_mul_add,        \
-    .rmsnorm_bwd = row_rmsnorm_bwd, .rotate = row_rotate, .swiglu = row_swiglu, .swiglu_bwd = row_swiglu_bwd,          \
-    .sum = row_sum, .adamw = row_adamw
+    .exp_sum_wide = row_exp_sum_wide, .exp_sums_wide = row_exp_sums_wide, .exp_scaled = row_exp_scaled,                \
+    .softmax_bwd = row_softmax_bwd, .scale = row_scale, .axpy = row_axpy, .add = row_add,                              \
+    .mul_scaled = row_mul_scaled, .mul_add = row_mul_add, .rmsnorm_bwd = row_rmsnorm_bwd, .rotate = row_rotate,        \
+    .swiglu = row_swiglu, .swiglu_bwd = row_swiglu_bwd, .sum = row_sum, .adamw = row_adamw
