@@ -33,13 +33,15 @@ static const struct option data_rows[] = {
     ROW(OPT_STRING, data_config, sft, "sft", "", 0, 0, NULL, "",
         "JSONL of prompt/completion or messages rows, for SFT"),
     ROW(OPT_STRING, data_config, prefs, "prefs", "", 0, 0, NULL, "", "JSONL of prompt/chosen/rejected rows, for DPO"),
+    ROW(OPT_STRING, data_config, labelled, "labelled", "", 0, 0, NULL, "",
+        "JSONL of prompt/completion/label rows, for KTO"),
     ROW(OPT_STRING, data_config, heldout, "heldout", "", 0, 0, NULL, "",
         "JSONL of preference rows for evaluation; empty: none"),
     ROW(OPT_INT, data_config, max_length, "max_length", "1024", 8, 1 << 20, NULL, "tokens",
         "longer sequences are cut at their end"),
 };
 static const struct option algo_rows[] = {
-    ROW(OPT_STRING, algo_choice, kind, "kind", NULL, 0, 0, NULL, "", "the algorithm: sft, dpo"),
+    ROW(OPT_STRING, algo_choice, kind, "kind", NULL, 0, 0, NULL, "", "the algorithm: sft, dpo, kto"),
     ROW(OPT_INT, algo_choice, warmup_sft_steps, "warmup_sft_steps", "0", 0, 1e9, NULL, "steps",
         "SFT steps before the algorithm starts, part of train.steps"),
     ROW(OPT_FLOAT, algo_choice, warmup_sft_lr, "warmup_sft_lr", "0", 0, 1, NULL, "",
@@ -350,7 +352,9 @@ static status *check_together(struct config *c, const char *name)
                    (long long)c->algo.warmup_sft_steps, (long long)t->steps, c->algo_ops->name);
     if ((sft || c->algo.warmup_sft_steps) && !*c->data.sft)
         return ERR(INVALID, "%s: data.sft is required: a JSONL file of prompt/completion or messages rows", name);
-    if (!sft && !*c->data.prefs)
+    if (c->algo_ops->data == DATASET_LABELLED && !*c->data.labelled)
+        return ERR(INVALID, "%s: data.labelled is required: a JSONL file of prompt/completion/label rows", name);
+    if (c->algo_ops->data == DATASET_PREFS && !*c->data.prefs)
         return ERR(INVALID, "%s: data.prefs is required: a JSONL file of prompt/chosen/rejected rows", name);
     if (!period_parse(c->checkpoint.every, &c->checkpoint.period))
         return ERR(INVALID,
@@ -502,9 +506,15 @@ status *config_text(const struct config *c, char **out)
 /* Keys that define numeric state: another value would go on with another run. */
 static bool defines_state(const char *key)
 {
-    static const char *const exact[] = { "run.seed",           "data.sft",     "data.prefs",
-                                         "data.max_length",    "algo.kind",    "algo.warmup_sft_steps",
-                                         "train.global_batch", "algo.ld_alpha" };
+    static const char *const exact[] = { "run.seed",
+                                         "data.sft",
+                                         "data.prefs",
+                                         "data.labelled",
+                                         "data.max_length",
+                                         "algo.kind",
+                                         "algo.warmup_sft_steps",
+                                         "train.global_batch",
+                                         "algo.ld_alpha" };
     for (size_t i = 0; i < sizeof exact / sizeof exact[0]; i++)
         if (!strcmp(key, exact[i]))
             return true;

@@ -21,12 +21,11 @@
 static status *open_data(struct trainer *t)
 {
     const struct data_config *c = &t->cfg->data;
+    const char *const paths[DATASET_KINDS] = { c->sft, c->prefs, c->labelled };
     uint32_t max = (uint32_t)c->max_length;
-    bool sft = t->cfg->algo_ops->data == DATASET_SFT;
-    if (sft || t->cfg->algo.warmup_sft_steps)
-        TRY(dataset_open(c->sft, DATASET_SFT, max, &t->sft));
-    if (!sft)
-        TRY(dataset_open(c->prefs, DATASET_PREFS, max, &t->prefs));
+    for (int kind = 0; kind < DATASET_KINDS; kind++)
+        if (kind == (int)t->cfg->algo_ops->data || (kind == DATASET_SFT && t->cfg->algo.warmup_sft_steps))
+            TRY(dataset_open(paths[kind], (enum dataset_kind)kind, max, &t->data[kind]));
     return *c->heldout ? dataset_open(c->heldout, DATASET_PREFS, max, &t->heldout) : NULL;
 }
 
@@ -52,10 +51,11 @@ static status *open_phases(struct trainer *t)
     uint64_t warmup = (uint64_t)c->algo.warmup_sft_steps;
     if (warmup) {
         TRY(algo_lookup("sft", &sft));
-        TRY(add_phase(t, sft, NULL, t->sft, c->algo.warmup_sft_lr > 0 ? c->algo.warmup_sft_lr : c->optim.lr, warmup));
+        TRY(add_phase(t, sft, NULL, t->data[DATASET_SFT],
+                      c->algo.warmup_sft_lr > 0 ? c->algo.warmup_sft_lr : c->optim.lr, warmup));
     }
-    struct dataset *d = c->algo_ops->data == DATASET_SFT ? t->sft : t->prefs;
-    TRY(add_phase(t, c->algo_ops, c->algo_own, d, c->optim.lr, (uint64_t)c->train.steps - warmup));
+    TRY(add_phase(t, c->algo_ops, c->algo_own, t->data[c->algo_ops->data], c->optim.lr,
+                  (uint64_t)c->train.steps - warmup));
     return t->heldout ? pack_init(&t->heldout_pack, t->heldout, (uint32_t)c->train.micro_batch) : NULL;
 }
 
@@ -135,7 +135,8 @@ static status *dry_run(struct trainer *t, struct pack *p)
     pack_build(p, p->row, p->cap_rows);
     tape_begin(t->tape, TAPE_DRY);
     struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->in);
-    (void)op_logprob(t->tape, h, t->model->ops->head(t->model), p->target, 1.0f);
+    struct logprob_stats stats;
+    (void)op_logprob_stats(t->tape, h, t->model->ops->head(t->model), p->target, 1.0f, &stats);
     return status_wrap(tape_end(t->tape), "a micro-batch of %u rows, the longest has %" PRIu64 " tokens", p->cap_rows,
                        best);
 }
@@ -253,8 +254,8 @@ status *trainer_close(struct trainer *t)
     pack_fini(&t->heldout_pack);
     ref_logps_fini(&t->ref);
     ref_logps_fini(&t->ref_heldout);
-    dataset_close(t->sft);
-    dataset_close(t->prefs);
+    for (int kind = 0; kind < DATASET_KINDS; kind++)
+        dataset_close(t->data[kind]);
     dataset_close(t->heldout);
     mem_free(t->dlogp);
     mem_free(t->scratch);

@@ -70,12 +70,29 @@ status *trainer_enter_phase(struct trainer *t, int phase)
 
 /* --- a step */
 
+static uint64_t row_tokens(const struct dataset *d, uint64_t row)
+{
+    uint64_t n = 0;
+    for (int s = 0; s < d->sequences; s++)
+        n += d->seq[row * (uint64_t)d->sequences + (uint64_t)s].length;
+    return n;
+}
+
 static uint64_t count_tokens(const struct phase *p)
 {
     uint64_t n = 0;
     for (uint32_t i = 0; i < p->stream.global_batch; i++)
-        for (int s = 0; s < p->data->sequences; s++)
-            n += p->data->seq[p->stream.row[i] * (uint64_t)p->data->sequences + (uint64_t)s].length;
+        n += row_tokens(p->data, p->stream.row[i]);
+    return n;
+}
+
+/* Of all samples of all phases so far. */
+static uint64_t count_tokens_seen(const struct trainer *t)
+{
+    uint64_t n = 0;
+    for (int i = 0; i < t->phases; i++)
+        for (uint64_t sample = 0; sample < t->samples[i]; sample++)
+            n += row_tokens(t->phase[i].data, stream_row(&t->phase[i].stream, sample));
     return n;
 }
 
@@ -84,22 +101,33 @@ static const double *pack_references(struct trainer *t, const struct phase *p, d
 {
     if (!algo_needs_reference(p->algo, p->algo_config))
         return NULL;
-    int s = p->data->sequences;
+    uint64_t s = (uint64_t)p->data->sequences, first = (uint64_t)p->pack.first_side, n = (uint64_t)p->pack.sides;
     for (uint32_t r = 0; r < p->pack.rows; r++)
-        for (int i = 0; i < s; i++)
-            out[r * (uint32_t)s + (uint32_t)i] = t->ref.logp[p->pack.row[r] * (uint64_t)s + (uint64_t)i];
+        for (uint64_t i = 0; i < n; i++)
+            out[r * n + i] = t->ref.logp[p->pack.row[r] * s + first + i];
     return out;
 }
 
-/* Log-probabilities of micro-batch k's tokens, in the tape's arena, and the reference sums that go with them. */
-static status *forward(struct trainer *t, struct phase *p, uint32_t k, enum tape_mode mode, struct tensor **logp,
-                       const double **ref)
+/* Micro-batch k for `loss` (training) or for `statistic`: which sequences, algo_ops.data says. */
+static void build_pack(struct phase *p, uint32_t k, bool training)
 {
     uint32_t mb = p->stream.micro_batch;
-    pack_build(&p->pack, p->stream.row + (size_t)k * mb, mb);
-    tape_begin(t->tape, mode);
+    const uint64_t *row = p->stream.row + (size_t)k * mb;
+    if (p->data->kind == DATASET_LABELLED)
+        pack_build_sides(&p->pack, row, mb, training ? 0 : 1, 1);
+    else
+        pack_build(&p->pack, row, mb);
+}
+
+/* Log-probabilities of micro-batch k's tokens, in the tape's arena, and the reference sums that go with them. tok:
+ * NULL in a pass for statistics, else training. */
+static status *forward(struct trainer *t, struct phase *p, uint32_t k, struct tensor **logp, struct logprob_stats *tok,
+                       const double **ref)
+{
+    build_pack(p, k, tok);
+    tape_begin(t->tape, tok ? TAPE_TRAIN : TAPE_FORWARD);
     struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->pack.in);
-    *logp = op_logprob(t->tape, h, t->model->ops->head(t->model), p->pack.target, 1.0f);
+    *logp = op_logprob_stats(t->tape, h, t->model->ops->head(t->model), p->pack.target, 1.0f, tok);
     *ref = pack_references(t, p, t->scratch + 4 * (size_t)p->pack.in.seg.count);
     return tape_end(t->tape);
 }
@@ -107,10 +135,11 @@ static status *forward(struct trainer *t, struct phase *p, uint32_t k, enum tape
 static status *micro_batch(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts)
 {
     struct tensor *lp;
+    struct logprob_stats tok;
     const double *ref;
-    TRY(forward(t, p, k, TAPE_TRAIN, &lp, &ref));
+    TRY(forward(t, p, k, &lp, &tok, &ref));
     double *metric = t->scalar + (size_t)k * (size_t)p->algo->metric_count;
-    p->algo->loss(p->algo_config, &p->pack, lp->data, ref, counts, t->scratch, t->dlogp, metric);
+    p->algo->loss(p->algo_config, &p->pack, lp->data, &tok, ref, counts, t->scratch, t->dlogp, metric);
     TRY(tape_backward(t->tape, lp, t->dlogp, TAPE_BACKWARD_ALL));
     zero_added(t->zero, k);
     return NULL;
@@ -126,7 +155,7 @@ static status *gather_statistics(struct trainer *t, struct phase *p, uint32_t k,
     for (uint32_t i = first; n && i < end; i++) {
         struct tensor *lp;
         const double *ref;
-        status *st = forward(t, p, i, TAPE_FORWARD, &lp, &ref);
+        status *st = forward(t, p, i, &lp, NULL, &ref);
         if (st)
             trainer_abort(t, st);
         p->algo->statistic(p->algo_config, &p->pack, lp->data, ref, t->scratch, t->scalar + (size_t)i * (size_t)n);
@@ -178,14 +207,13 @@ static status *train_step(struct trainer *t, struct step_result *r)
     }
     TRY(zero_sum_scalars(t->zero, t->scalar, k, (uint32_t)p->algo->metric_count, sums));
     for (int m = 0; m < p->algo->metric_count; m++)
-        r->metric[m] =
-            m == 0 ? sums[m]
-                   : sums[m] / (double)(p->algo->metrics[m].per == PER_ROW ? counts.rows : counts.scored_tokens);
+        r->metric[m] = sums[m] / algo_divisor(&counts, p->algo->metrics[m].per);
     if (!isfinite(r->metric[0]))
         return ERR(INVALID, "the loss is not finite at step %" PRIu64 ": try a smaller optim.lr or optim.clip",
                    t->step + 1);
     TRY(optimise(t, p, r));
     t->samples[t->current] += counts.rows;
+    t->tokens += r->tokens;
     t->step++;
     t->optimiser_step++;
     return NULL;
@@ -244,7 +272,9 @@ static void report(struct trainer *t, const struct step_result *r)
     }
     metrics_number(t->metrics, "grad_norm", r->norm);
     metrics_number(t->metrics, "learning_rate", r->lr);
-    metrics_integer(t->metrics, "num_tokens", r->tokens);
+    metrics_number(t->metrics, "epoch", (double)t->samples[p - t->phase] / (double)p->data->rows);
+    metrics_integer(t->metrics, "tokens", r->tokens);
+    metrics_integer(t->metrics, "num_tokens", t->tokens);
     metrics_number(t->metrics, "seconds", r->seconds);
     metrics_integer(t->metrics, "samples", t->samples[trainer_phase_at(t, t->step - 1)]);
     metrics_integer(t->metrics, "allocations", r->allocations);
@@ -365,6 +395,7 @@ status *trainer_run(struct trainer *t)
     if (t->step >= (uint64_t)t->cfg->train.steps)
         metrics_say(t->metrics, "nothing to do: step %" PRIu64 " of train.steps %lld is done", t->step,
                     (long long)t->cfg->train.steps);
+    t->tokens = count_tokens_seen(t);
     t->paced_ns = clock_ns();
     while (t->step < (uint64_t)t->cfg->train.steps && !t->stopped_by)
         TRY(one_step(t));

@@ -36,7 +36,7 @@ struct trainer {
     struct workers *workers;
     struct metrics *metrics;
 
-    struct dataset *sft, *prefs, *heldout;
+    struct dataset *data[DATASET_KINDS], *heldout; /* data: by kind, NULL where the run has none */
     struct phase phase[PHASES];
     int phases;
     struct pack heldout_pack;
@@ -64,6 +64,7 @@ struct trainer {
 
     /* what a checkpoint remembers */
     uint64_t step, samples[PHASES], optimiser_step;
+    uint64_t tokens;       /* of all samples: not stored, their rows say it */
     int current;           /* phase */
     uint64_t resumed_from; /* UINT64_MAX: from the start */
     uint64_t allocations;  /* mem_count() at the end of the last step */

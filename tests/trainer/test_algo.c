@@ -65,19 +65,25 @@ static void fixture_drop(struct fixture *f)
 
 /* Token log-probabilities whose sums are total[dataset sequence], exact in f32: all but the last token have -1/4.
  * Tokens without a target hold a number that would spoil every sum. */
-static void lay_out(struct fixture *f, const uint64_t *row, uint32_t rows, const double *total)
+static void lay_out_sides(struct fixture *f, const uint64_t *row, uint32_t rows, const double *total, int first,
+                          int sides)
 {
-    uint32_t n = (uint32_t)f->d.sequences;
-    pack_build(&f->p, row, rows);
+    uint32_t n = (uint32_t)sides;
+    pack_build_sides(&f->p, row, rows, first, sides);
     for (int64_t i = 0; i < f->p.in.tokens; i++)
         f->logp[i] = f->p.target[i] >= 0 ? -0.25f : 123;
     for (uint32_t s = 0; s < rows * n; s++) {
-        uint64_t of = row[s / n] * n + s % n;
+        uint64_t of = row[s / n] * (uint64_t)f->d.sequences + (uint64_t)first + s % n;
         int32_t last = f->p.offset[s + 1] - 2; /* the row before the last token predicts it */
         f->logp[last] = (float)(total[of] + 0.25 * (f->seq[of].scored - 1));
     }
     for (int i = 0; i < TOKENS_MAX; i++)
         f->dlogp[i] = 99;
+}
+
+static void lay_out(struct fixture *f, const uint64_t *row, uint32_t rows, const double *total)
+{
+    lay_out_sides(f, row, rows, total, 0, f->d.sequences);
 }
 
 static const struct algo_ops *algo(const char *name)
@@ -89,9 +95,9 @@ static const struct algo_ops *algo(const char *name)
 }
 
 /* The algorithm's config with its defaults, then settings "loss=hinge beta=1". */
-static void *dpo_settings(const char *settings)
+static void *settings_of(const char *name, const char *settings)
 {
-    const struct algo_ops *ops = algo("dpo");
+    const struct algo_ops *ops = algo(name);
     void *config = mem_calloc(1, ops->config_bytes);
     char pair[80];
     int n;
@@ -102,8 +108,14 @@ static void *dpo_settings(const char *settings)
         *eq = 0;
         assert_null(options_set(ops->options, pair, eq + 1, config, "here"));
     }
-    assert_null(ops->check(config));
+    if (ops->check)
+        assert_null(ops->check(config));
     return config;
+}
+
+static void *dpo_settings(const char *settings)
+{
+    return settings_of("dpo", settings);
 }
 
 static void *dpo_config(const char *beta)
@@ -150,7 +162,7 @@ static void test_dpo_known(void **state)
     double scratch[4 * SEGMENTS], metric[ALGO_METRICS];
     assert_true(ops->needs_reference && ops->data == DATASET_PREFS && ops->metric_count <= ALGO_METRICS);
     lay_out(f, all_rows, ROWS, policy);
-    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, f->dlogp, metric);
+    ops->loss(config, &f->p, f->logp, NULL, reference, &counts, scratch, f->dlogp, metric);
     assert_string_equal(ops->metrics[0].name, "loss");
     near(metric[0], 0.683274712842, 1e-12);
     const struct {
@@ -165,13 +177,14 @@ static void test_dpo_known(void **state)
                  { "nll_loss", 2.47222222222222 } };
     for (size_t i = 0; i < sizeof want / sizeof *want; i++)
         near(metric_of(ops, metric, want[i].name) / ROWS, want[i].mean, 1e-10);
+    assert_int_equal(ops->metrics[0].per, PER_STEP);
     for (int i = 1; i < ops->metric_count; i++)
-        assert_int_equal(ops->metrics[i].per, PER_ROW);
+        assert_true(ops->metrics[i].per == PER_ROW || metric[i] == 0); /* those of tokens: see test_token_metrics */
     const double gradient[SEGMENTS] = { -0.015834027084, 0.015834027084,   -0.0181212895746,
                                         0.0181212895746, -0.0154190051552, 0.0154190051552 };
     check_dlogp(f, gradient);
     double again[ALGO_METRICS];
-    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, NULL, again);
+    ops->loss(config, &f->p, f->logp, NULL, reference, &counts, scratch, NULL, again);
     assert_memory_equal(again, metric, sizeof *metric * (size_t)ops->metric_count);
     fixture_drop(f);
     mem_free(config);
@@ -188,7 +201,7 @@ static void test_dpo_at_reference(void **state)
     for (uint64_t r = 0; r < ROWS; r++) {
         struct batch_counts counts = { .rows = 1, .sequences = 2 };
         lay_out(f, &r, 1, total);
-        ops->loss(config, &f->p, f->logp, total + 2 * r, &counts, scratch, f->dlogp, metric);
+        ops->loss(config, &f->p, f->logp, NULL, total + 2 * r, &counts, scratch, f->dlogp, metric);
         assert_true(metric[0] == 0.69314718055994530942);
         assert_true(metric_of(ops, metric, "rewards/accuracies") == 0);
         assert_true(metric_of(ops, metric, "rewards/margins") == 0);
@@ -211,7 +224,7 @@ static void test_dpo_packs(void **state)
     double scratch[4 * SEGMENTS], one[ALGO_METRICS], part[ALGO_METRICS], sum[ALGO_METRICS] = { 0 };
     float dlogp[TOKENS_MAX];
     lay_out(f, all_rows, ROWS, policy);
-    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, f->dlogp, one);
+    ops->loss(config, &f->p, f->logp, NULL, reference, &counts, scratch, f->dlogp, one);
     memcpy(dlogp, f->dlogp, sizeof dlogp);
     int64_t first_of_row[ROWS];
     for (int r = 0; r < ROWS; r++)
@@ -223,7 +236,7 @@ static void test_dpo_packs(void **state)
         for (uint32_t r = 0; r < n; r++)
             memcpy(ref + 2 * r, reference + 2 * packs[k][r], 2 * sizeof *ref);
         lay_out(f, packs[k], n, policy);
-        ops->loss(config, &f->p, f->logp, ref, &counts, scratch, f->dlogp, part);
+        ops->loss(config, &f->p, f->logp, NULL, ref, &counts, scratch, f->dlogp, part);
         for (int j = 0; j < ops->metric_count; j++)
             sum[j] += part[j];
         for (uint32_t r = 0; r < n; r++)
@@ -233,10 +246,10 @@ static void test_dpo_packs(void **state)
     for (int j = 0; j < ops->metric_count; j++)
         near(sum[j], one[j], 1e-12);
     lay_out(f, all_rows, 0, policy); /* an empty pack, also in an empty step */
-    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, f->dlogp, part);
+    ops->loss(config, &f->p, f->logp, NULL, reference, &counts, scratch, f->dlogp, part);
     assert_true(part[0] == 0);
     counts.rows = 0;
-    ops->loss(config, &f->p, f->logp, reference, &counts, scratch, f->dlogp, part);
+    ops->loss(config, &f->p, f->logp, NULL, reference, &counts, scratch, f->dlogp, part);
     assert_true(part[0] == 0);
     fixture_drop(f);
     mem_free(config);
@@ -249,13 +262,13 @@ static void check_differences(const struct algo_ops *ops, const void *config, st
 {
     const float h = 0x1p-12f;
     double scratch[4 * SEGMENTS], metric[ALGO_METRICS], up[ALGO_METRICS], down[ALGO_METRICS];
-    ops->loss(config, &f->p, f->logp, ref, counts, scratch, f->dlogp, metric);
+    ops->loss(config, &f->p, f->logp, NULL, ref, counts, scratch, f->dlogp, metric);
     for (int64_t i = 0; i < f->p.in.tokens; i++) {
         float keep = f->logp[i];
         f->logp[i] = keep + h;
-        ops->loss(config, &f->p, f->logp, ref, counts, scratch, NULL, up);
+        ops->loss(config, &f->p, f->logp, NULL, ref, counts, scratch, NULL, up);
         f->logp[i] = keep - h;
-        ops->loss(config, &f->p, f->logp, ref, counts, scratch, NULL, down);
+        ops->loss(config, &f->p, f->logp, NULL, ref, counts, scratch, NULL, down);
         f->logp[i] = keep;
         double slope = (up[0] - down[0]) / (2 * (double)h);
         near((double)f->dlogp[i], slope, 2e-9 + 1e-6 * fabs(slope));
@@ -354,7 +367,7 @@ static void test_family_known(void **state)
             double loss = 0, nll = 0, accuracy = 0;
             for (uint32_t at = 0; at < ROWS; at += pack) {
                 lay_out(f, all_rows + at, at + pack > ROWS ? ROWS - at : pack, policy);
-                ops->loss(config, &f->p, f->logp, needed ? reference + 2 * at : NULL, &counts, scratch, f->dlogp,
+                ops->loss(config, &f->p, f->logp, NULL, needed ? reference + 2 * at : NULL, &counts, scratch, f->dlogp,
                           metric);
                 loss += metric[0];
                 nll += metric_of(ops, metric, "nll_loss") / ROWS;
@@ -406,7 +419,7 @@ static void test_ld_sums(void **state)
     const double last[SEGMENTS] = { 0, -14 + 1.25, -20 + 1.75, 0, 0, -9.75 + 0.75 };
     for (int s = 0; s < SEGMENTS; s++)
         near(sums[s], policy[s] - 0.5 * last[s], 1e-14);
-    ops->loss(config, &f->p, f->logp, sums, &counts, scratch, f->dlogp, metric);
+    ops->loss(config, &f->p, f->logp, NULL, sums, &counts, scratch, f->dlogp, metric);
     near(metric[0], 0.69314718055994530942, 1e-15);
     assert_true(metric_of(ops, metric, "rewards/accuracies") == 0);
     near(metric_of(ops, metric, "logps/chosen"), -39.75, 1e-13);
@@ -447,7 +460,7 @@ static void test_wants(void **state)
     double scratch[4 * SEGMENTS], metric[ALGO_METRICS];
     lay_out(f, all_rows, ROWS, policy);
     c = algo_count(&f->d, all_rows, ROWS);
-    ops->loss(config, &f->p, f->logp, reference, &c, scratch, f->dlogp, metric);
+    ops->loss(config, &f->p, f->logp, NULL, reference, &c, scratch, f->dlogp, metric);
     assert_true(isnan(metric[0]));
     assert_null(options_set(ops->options, "ld_alpha", "0.5", config, "here"));
     status *st = ops->check(config);
@@ -470,7 +483,7 @@ static void test_sft_known(void **state)
     double scratch[4 * SEGMENTS], metric[ALGO_METRICS], part[ALGO_METRICS];
     assert_true(!ops->needs_reference && ops->data == DATASET_SFT);
     lay_out(f, all_rows, ROWS, total);
-    ops->loss(NULL, &f->p, f->logp, NULL, &counts, scratch, f->dlogp, metric);
+    ops->loss(NULL, &f->p, f->logp, NULL, NULL, &counts, scratch, f->dlogp, metric);
     assert_string_equal(ops->metrics[0].name, "loss");
     near(metric[0], 1.275, 1e-15);
     near(metric_of(ops, metric, "mean_logp"), -12.75, 1e-15);
@@ -481,16 +494,172 @@ static void test_sft_known(void **state)
     double sum = 0;
     for (uint64_t r = 0; r < ROWS; r += 2) {
         lay_out(f, all_rows + r, r ? 1 : 2, total);
-        ops->loss(NULL, &f->p, f->logp, NULL, &counts, scratch, f->dlogp, part);
+        ops->loss(NULL, &f->p, f->logp, NULL, NULL, &counts, scratch, f->dlogp, part);
         sum += part[0];
         check_dlogp(f, gradient);
     }
     near(sum, 1.275, 1e-15);
     counts.scored_tokens = 0;
     lay_out(f, all_rows, 0, total);
-    ops->loss(NULL, &f->p, f->logp, NULL, &counts, scratch, f->dlogp, part);
+    ops->loss(NULL, &f->p, f->logp, NULL, NULL, &counts, scratch, f->dlogp, part);
     assert_true(part[0] == 0);
     fixture_drop(f);
+}
+
+/* ---- KTO: completions are sequences 0 of the rows, mismatched ones sequences 1 ---- */
+
+static struct fixture *labelled(uint8_t *labels)
+{
+    struct fixture *f = fixture_make(2, lengths);
+    f->d.kind = DATASET_LABELLED;
+    f->d.desirable = labels;
+    return f;
+}
+
+static double plain_sigmoid(double x)
+{
+    return 1 / (1 + exp(-x));
+}
+
+/* c: log-ratios of the completions 0.5, -1, 0.75; of the mismatched ones as given. */
+static void check_kto(const char *settings, uint8_t *labels, const double *mismatched, uint32_t pack, double beta,
+                      double good, double bad, double z0)
+{
+    const struct algo_ops *ops = algo("kto");
+    void *config = settings_of("kto", settings);
+    struct fixture *f = labelled(labels);
+    double scratch[4 * SEGMENTS], part[ALGO_METRICS], sum[ALGO_METRICS] = { 0 }, statistic = 0, ref[ROWS];
+    double want = 0, count[2] = { 0 }, reward[2] = { 0 }, logps[2] = { 0 };
+    struct batch_counts counts = algo_count(&f->d, all_rows, ROWS);
+    assert_true(algo_needs_reference(ops, config) && ops->data == DATASET_LABELLED);
+    for (uint32_t at = 0; at < ROWS && algo_statistics(ops, config); at += pack) {
+        uint32_t n = at + pack > ROWS ? ROWS - at : pack;
+        for (uint32_t r = 0; r < n; r++)
+            ref[r] = policy[2 * (at + r) + 1] - mismatched[at + r];
+        lay_out_sides(f, all_rows + at, n, policy, 1, 1);
+        ops->statistic(config, &f->p, f->logp, ref, scratch, part);
+        statistic += part[0];
+    }
+    counts.statistic = algo_statistics(ops, config) ? &statistic : NULL;
+    for (int r = 0; r < ROWS; r++) {
+        double c = policy[2 * r] - reference[2 * r];
+        want += (labels[r] ? good * (1 - plain_sigmoid(beta * (c - z0))) : bad * (1 - plain_sigmoid(beta * (z0 - c)))) /
+                ROWS;
+        count[!labels[r]]++;
+        reward[!labels[r]] += beta * c;
+        logps[!labels[r]] += policy[2 * r];
+    }
+    for (uint32_t at = 0; at < ROWS; at += pack) {
+        uint32_t n = at + pack > ROWS ? ROWS - at : pack;
+        for (uint32_t r = 0; r < n; r++)
+            ref[r] = reference[2 * (at + r)];
+        lay_out_sides(f, all_rows + at, n, policy, 0, 1);
+        ops->loss(config, &f->p, f->logp, NULL, ref, &counts, scratch, f->dlogp, part);
+        for (int j = 0; j < ops->metric_count; j++)
+            sum[j] += part[j];
+        check_differences(ops, config, f, ref, &counts);
+    }
+    near(sum[0], want, 1e-14);
+    for (int j = 0; j < ops->metric_count; j++)
+        sum[j] /= algo_divisor(&counts, ops->metrics[j].per);
+    near(metric_of(ops, sum, "kl"), z0, 1e-15);
+    near(metric_of(ops, sum, "count/chosen"), count[0], 0);
+    near(metric_of(ops, sum, "count/rejected"), count[1], 0);
+    static const char *const names[2][2] = { { "rewards/chosen", "logps/chosen" },
+                                             { "rewards/rejected", "logps/rejected" } };
+    for (int side = 0; side < 2; side++) {
+        double r = metric_of(ops, sum, names[side][0]), l = metric_of(ops, sum, names[side][1]);
+        assert_true(count[side] > 0 || (isnan(r) && isnan(l)));
+        if (count[side] > 0) {
+            near(r, reward[side] / count[side], 1e-15);
+            near(l, logps[side] / count[side], 1e-13);
+        }
+    }
+    double margin = metric_of(ops, sum, "rewards/margins");
+    assert_true((count[0] > 0 && count[1] > 0) || isnan(margin));
+    if (count[0] > 0 && count[1] > 0)
+        near(margin, reward[0] / count[0] - reward[1] / count[1], 1e-14);
+    fixture_drop(f);
+    mem_free(config);
+}
+
+static void test_kto(void **state)
+{
+    (void)state;
+    uint8_t labels[][ROWS] = { { 1, 0, 1 }, { 0, 0, 1 }, { 1, 1, 1 }, { 0, 0, 0 } };
+    const double above[ROWS] = { 0.5, 0.75, -0.25 }, below[ROWS] = { -0.5, 0.25, -0.25 };
+    for (int k = 0; k < 4; k++)
+        for (uint32_t pack = 1; pack <= ROWS; pack++) {
+            check_kto("", labels[k], above, pack, 0.1, 1, 1, 1.0 / 3);
+            check_kto("beta=2 desirable_weight=1.5", labels[k], above, pack, 2, 1.5, 1, 1.0 / 3);
+            check_kto("undesirable_weight=0.25 beta=0.7", labels[k], above, pack, 0.7, 1, 0.25, 1.0 / 3);
+            check_kto("beta=0.5", labels[k], below, pack, 0.5, 1, 1, 0);
+            check_kto("beta=0.5 loss=apo_zero_unpaired", labels[k], above, pack, 0.5, 1, 1, 0);
+        }
+    /* without the statistic that it wants, no number */
+    const struct algo_ops *ops = algo("kto");
+    void *config = settings_of("kto", "");
+    struct fixture *f = labelled(labels[0]);
+    double scratch[4 * SEGMENTS], metric[ALGO_METRICS], ref[ROWS] = { 0 };
+    struct batch_counts counts = algo_count(&f->d, all_rows, ROWS);
+    assert_true(counts.desirable == 2 && counts.desirable_tokens == 8 && counts.first_tokens == 16);
+    lay_out_sides(f, all_rows, ROWS, policy, 0, 1);
+    ops->loss(config, &f->p, f->logp, NULL, ref, &counts, scratch, f->dlogp, metric);
+    assert_true(isnan(metric[0]));
+    /* rows of a step where policy and reference agree: half of either weight, no reward, margin 0 */
+    double at[ROWS] = { policy[0], policy[2], policy[4] }, zero = 0;
+    counts.statistic = &zero;
+    ops->loss(config, &f->p, f->logp, NULL, at, &counts, scratch, f->dlogp, metric);
+    assert_true(metric[0] == 0.5 && metric_of(ops, metric, "rewards/margins") == 0);
+    fixture_drop(f);
+    mem_free(config);
+}
+
+/* ---- what comes from the logits: means over scored tokens ---- */
+
+static void test_token_metrics(void **state)
+{
+    (void)state;
+    uint8_t labels[ROWS] = { 0, 1, 1 };
+    for (int kind = 0; kind < DATASET_KINDS; kind++) {
+        const char *name = kind == DATASET_SFT ? "sft" : kind == DATASET_PREFS ? "dpo" : "kto";
+        const struct algo_ops *ops = algo(name);
+        struct fixture *f =
+            kind == DATASET_LABELLED ? labelled(labels) : fixture_make(kind == DATASET_SFT ? 1 : 2, lengths);
+        static float v[3][TOKENS_MAX];
+        struct logprob_stats tok = { v[0], v[1], NULL, v[2] };
+        double scratch[4 * SEGMENTS], metric[ALGO_METRICS], zero[ALGO_STATISTICS] = { 0 }, entropy[2] = { 0 },
+                                                            logit[2] = { 0 }, top[2] = { 0 }, tokens[2] = { 0 };
+        int sides = kind == DATASET_PREFS ? 2 : 1;
+        struct batch_counts counts = algo_count(&f->d, all_rows, ROWS);
+        counts.statistic = zero;
+        lay_out_sides(f, all_rows, ROWS, policy, 0, sides);
+        memset(v, 0, sizeof v);
+        for (int32_t s = 0; s < f->p.in.seg.count; s++)
+            for (int32_t i = f->p.offset[s]; i < f->p.offset[s + 1]; i++) {
+                int side = kind == DATASET_PREFS ? s % 2 : kind == DATASET_LABELLED ? !labels[s] : 0;
+                if (f->p.target[i] < 0)
+                    continue;
+                entropy[side] += v[0][i] = (float)(i * 5 % 7) / 8;
+                logit[side] += v[1][i] = (float)(i * 3 % 11) / 4 - 1;
+                top[side] += v[2][i] = i % 3 == 0;
+                tokens[side]++;
+            }
+        void *config = kind == DATASET_SFT ? NULL : settings_of(name, "");
+        ops->loss(config, &f->p, f->logp, &tok, reference, &counts, scratch, f->dlogp, metric);
+        for (int j = 0; j < ops->metric_count; j++)
+            metric[j] /= algo_divisor(&counts, ops->metrics[j].per);
+        near(metric_of(ops, metric, "entropy"), (entropy[0] + entropy[1]) / (tokens[0] + tokens[1]), 1e-14);
+        bool both = kind != DATASET_PREFS; /* of pairs: the chosen alone */
+        near(metric_of(ops, metric, "mean_token_accuracy"),
+             both ? (top[0] + top[1]) / (tokens[0] + tokens[1]) : top[0] / tokens[0], 1e-14);
+        if (kind != DATASET_SFT) {
+            near(metric_of(ops, metric, "logits/chosen"), logit[0] / tokens[0], 1e-14);
+            near(metric_of(ops, metric, "logits/rejected"), logit[1] / tokens[1], 1e-14);
+        }
+        fixture_drop(f);
+        mem_free(config);
+    }
 }
 
 /* ---- the rest ---- */
@@ -588,6 +757,8 @@ int main(void)
         cmocka_unit_test(test_dpo_packs),
         cmocka_unit_test(test_differences),
         cmocka_unit_test(test_sft_known),
+        cmocka_unit_test(test_kto),
+        cmocka_unit_test(test_token_metrics),
         cmocka_unit_test(test_logistic),
         cmocka_unit_test(test_ref_logps),
         cmocka_unit_test(test_family_known),

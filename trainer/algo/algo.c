@@ -28,8 +28,45 @@ struct batch_counts algo_count(const struct dataset *d, const uint64_t *row, uin
         c.first_tokens += d->seq[row[i] * n].scored;
         for (uint64_t s = 0; s < n; s++)
             c.scored_tokens += d->seq[row[i] * n + s].scored;
+        if (d->desirable && d->desirable[row[i]]) {
+            c.desirable++;
+            c.desirable_tokens += d->seq[row[i] * n].scored;
+        }
     }
     return c;
+}
+
+double algo_divisor(const struct batch_counts *c, enum metric_per per)
+{
+    switch (per) {
+    case PER_ROW:
+        return (double)c->rows;
+    case PER_TOKEN:
+        return (double)c->scored_tokens;
+    case PER_FIRST_TOKEN:
+        return (double)c->first_tokens;
+    case PER_OTHER_TOKEN:
+        return (double)(c->scored_tokens - c->first_tokens);
+    case PER_DESIRABLE:
+        return (double)c->desirable;
+    case PER_UNDESIRABLE:
+        return (double)(c->rows - c->desirable);
+    case PER_DESIRABLE_TOKEN:
+        return (double)c->desirable_tokens;
+    case PER_UNDESIRABLE_TOKEN:
+        return (double)(c->first_tokens - c->desirable_tokens);
+    case PER_STEP:
+        break;
+    }
+    return 1;
+}
+
+double algo_segment_sum(const struct pack *p, uint32_t s, const float *v)
+{
+    double sum = 0;
+    for (int32_t i = p->offset[s]; v && i < p->offset[s + 1]; i++)
+        sum += (double)v[i];
+    return sum;
 }
 
 bool algo_needs_reference(const struct algo_ops *a, const void *config)

@@ -14,6 +14,7 @@
 struct batch_counts {
     uint64_t rows, sequences, scored_tokens;
     uint64_t first_tokens; /* scored tokens of the rows' first sequences: of the chosen ones in preferences */
+    uint64_t desirable, desirable_tokens; /* labelled rows: the desirable ones, scored tokens of their completions */
     const double
         *statistic; /* [algo_statistics] sums over all packs and ranks of what ops->statistic gave; NULL: none */
 };
@@ -21,7 +22,18 @@ struct batch_counts {
 struct batch_counts algo_count(const struct dataset *d, const uint64_t *row, uint64_t rows);
 
 enum { ALGO_METRICS = 16, ALGO_STATISTICS = 4 };
-enum metric_per { PER_ROW, PER_TOKEN }; /* what the metric's sum is divided by: counts.rows or counts.scored_tokens */
+enum metric_per {           /* what the metric's sum is divided by; a mean over nothing is NaN */
+                  PER_STEP, /* nothing: a total */
+                  PER_ROW,
+                  PER_TOKEN,       /* scored */
+                  PER_FIRST_TOKEN, /* scored, of the rows' first sequences */
+                  PER_OTHER_TOKEN, /* scored, of the others */
+                  PER_DESIRABLE,
+                  PER_UNDESIRABLE,
+                  PER_DESIRABLE_TOKEN,
+                  PER_UNDESIRABLE_TOKEN,
+};
+double algo_divisor(const struct batch_counts *c, enum metric_per per);
 struct algo_metric {
     const char *name; /* "rewards/accuracies" */
     enum metric_per per;
@@ -29,18 +41,19 @@ struct algo_metric {
 
 struct algo_ops {
     const char *name;
-    enum dataset_kind data;
-    bool needs_reference;               /* unless `reference_free` says otherwise: ask algo_needs_reference */
+    enum dataset_kind data; /* DATASET_LABELLED: packs of `loss` hold the completions, those of `statistic` the
+                               mismatched sequences */
+    bool needs_reference;   /* unless `reference_free` says otherwise: ask algo_needs_reference */
     const struct option_table *options; /* section "algo"; NULL: none */
     size_t config_bytes;
     const struct algo_metric *metrics; /* the first is "loss": its sum is this pack's share of the step's loss, already
                                           scaled (per ignored) */
     int metric_count;
-    /* logp[N] as op_logprob gives it; ref[rows * sequences] reference sums of the pack's sequences (NULL if not
-     * needed); scratch [4 * segments]. Writes dlogp[N] = d loss / d logp (0 where the target is -1; ignored if NULL)
-     * and metric[metric_count] = sums over this pack's rows. */
-    void (*loss)(const void *config, const struct pack *p, const float *logp, const double *ref,
-                 const struct batch_counts *counts, double *scratch, float *dlogp, double *metric);
+    /* logp[N] and tok (NULL: metrics that need it are 0) as op_logprob_stats gives them; ref[rows * sides] reference
+     * sums of the pack's sequences (NULL if not needed); scratch [4 * segments]. Writes dlogp[N] = d loss / d logp (0
+     * where the target is -1; ignored if NULL) and metric[metric_count] = sums over this pack's rows. */
+    void (*loss)(const void *config, const struct pack *p, const float *logp, const struct logprob_stats *tok,
+                 const double *ref, const struct batch_counts *counts, double *scratch, float *dlogp, double *metric);
 
     /* ---- optional: NULL where an algorithm has no use for it ---- */
     status *(*check)(const void *config);       /* INVALID: what single option rows cannot say */
@@ -61,6 +74,9 @@ bool algo_needs_reference(const struct algo_ops *a, const void *config);
 int algo_statistics(const struct algo_ops *a, const void *config);
 /* sums[segments]: ops->sums, or plain sums of the scored tokens. */
 void algo_sums(const struct algo_ops *a, const void *config, const struct pack *p, const float *logp, double *sums);
+
+/* Sum in f64 of v[N], 0 where a token is not scored, over the pack's segment s; 0 if v is NULL. */
+double algo_segment_sum(const struct pack *p, uint32_t s, const float *v);
 
 extern const struct algo_ops *const algo_registry[];                            /* generated; ends with NULL */
 status *algo_lookup(const char *name, const struct algo_ops **out) WARN_UNUSED; /* INVALID lists the names */

@@ -10,7 +10,7 @@
 #include <math.h>
 
 static const struct algo_metric metrics[] = {
-    { "loss", PER_ROW },
+    { "loss", PER_STEP },
     { "rewards/chosen", PER_ROW },
     { "rewards/rejected", PER_ROW },
     { "rewards/margins", PER_ROW },
@@ -18,8 +18,23 @@ static const struct algo_metric metrics[] = {
     { "logps/chosen", PER_ROW },
     { "logps/rejected", PER_ROW },
     { "nll_loss", PER_ROW }, /* with algo.nll_norm, without algo.nll_alpha */
+    { "logits/chosen", PER_FIRST_TOKEN },
+    { "logits/rejected", PER_OTHER_TOKEN },
+    { "entropy", PER_TOKEN },
+    { "mean_token_accuracy", PER_FIRST_TOKEN }, /* of the chosen, as TRL has it */
 };
-enum { LOSS, REWARDS, LOGPS_CHOSEN = REWARDS + PREF_REWARDS, LOGPS_REJECTED, NLL_LOSS, COUNT };
+enum {
+    LOSS,
+    REWARDS,
+    LOGPS_CHOSEN = REWARDS + PREF_REWARDS,
+    LOGPS_REJECTED,
+    NLL_LOSS,
+    LOGITS_CHOSEN,
+    LOGITS_REJECTED,
+    ENTROPY,
+    TOKEN_ACCURACY,
+    COUNT
+};
 _Static_assert(sizeof metrics / sizeof metrics[0] == COUNT, "a name a metric");
 _Static_assert((int)COUNT <= (int)ALGO_METRICS, "the trainer has room for them");
 
@@ -84,8 +99,17 @@ static void batch_kl(const struct batch_counts *counts, double kl[2])
         kl[side] = counts->statistic ? pref_kl(counts->statistic[side], (double)counts->rows) : NAN;
 }
 
-static void dpo_loss(const void *config, const struct pack *p, const float *logp, const double *ref,
-                     const struct batch_counts *counts, double *scratch, float *dlogp, double *metric)
+static void add_token_metrics(const struct pack *p, const struct logprob_stats *tok, uint32_t r, double *metric)
+{
+    metric[LOGITS_CHOSEN] += algo_segment_sum(p, 2 * r, tok->logit);
+    metric[LOGITS_REJECTED] += algo_segment_sum(p, 2 * r + 1, tok->logit);
+    metric[ENTROPY] += algo_segment_sum(p, 2 * r, tok->entropy) + algo_segment_sum(p, 2 * r + 1, tok->entropy);
+    metric[TOKEN_ACCURACY] += algo_segment_sum(p, 2 * r, tok->top);
+}
+
+static void dpo_loss(const void *config, const struct pack *p, const float *logp, const struct logprob_stats *tok,
+                     const double *ref, const struct batch_counts *counts, double *scratch, float *dlogp,
+                     double *metric)
 {
     const struct pref_config *c = config;
     double rows = (double)counts->rows, weight = rows > 0 ? 1 / rows : 0,
@@ -107,6 +131,8 @@ static void dpo_loss(const void *config, const struct pack *p, const float *logp
         metric[LOGPS_CHOSEN] += plain[w];
         metric[LOGPS_REJECTED] += plain[l];
         metric[NLL_LOSS] += nll;
+        if (tok)
+            add_token_metrics(p, tok, r, metric);
         metric[LOSS] += (y.loss + (alpha > 0 ? alpha * nll : 0)) * weight;
         if (!dlogp)
             continue;

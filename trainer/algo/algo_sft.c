@@ -5,12 +5,18 @@
  * Every token of the step weighs the same, in whatever sequence, pack or rank it is. */
 #include "trainer/algo/algo.h"
 
-static const struct algo_metric metrics[] = { { "loss", PER_TOKEN }, { "mean_logp", PER_TOKEN } };
-enum { LOSS, MEAN_LOGP, COUNT };
+static const struct algo_metric metrics[] = {
+    { "loss", PER_STEP },
+    { "mean_logp", PER_TOKEN },
+    { "entropy", PER_TOKEN },
+    { "mean_token_accuracy", PER_TOKEN },
+};
+enum { LOSS, MEAN_LOGP, ENTROPY, TOKEN_ACCURACY, COUNT };
 _Static_assert(sizeof metrics / sizeof metrics[0] == COUNT, "a name a metric");
 
-static void sft_loss(const void *config, const struct pack *p, const float *logp, const double *ref,
-                     const struct batch_counts *counts, double *scratch, float *dlogp, double *metric)
+static void sft_loss(const void *config, const struct pack *p, const float *logp, const struct logprob_stats *tok,
+                     const double *ref, const struct batch_counts *counts, double *scratch, float *dlogp,
+                     double *metric)
 {
     (void)config;
     (void)ref;
@@ -25,6 +31,11 @@ static void sft_loss(const void *config, const struct pack *p, const float *logp
     }
     metric[LOSS] = -sum * weight;
     metric[MEAN_LOGP] = sum;
+    metric[ENTROPY] = metric[TOKEN_ACCURACY] = 0;
+    for (uint32_t s = 0; tok && s < (uint32_t)p->in.seg.count; s++) {
+        metric[ENTROPY] += algo_segment_sum(p, s, tok->entropy);
+        metric[TOKEN_ACCURACY] += algo_segment_sum(p, s, tok->top);
+    }
 }
 
 const struct algo_ops algo_sft_ops = {

@@ -72,15 +72,23 @@ static void put_sequence(struct pack *p, const struct sequence *s)
 
 void pack_build(struct pack *p, const uint64_t *row, uint32_t n)
 {
+    pack_build_sides(p, row, n, 0, p->data->sequences);
+}
+
+void pack_build_sides(struct pack *p, const uint64_t *row, uint32_t n, int first_side, int sides)
+{
     CHECK(n <= p->cap_rows, "%u rows for a pack of %u", n, p->cap_rows);
+    CHECK(first_side >= 0 && first_side + sides <= p->data->sequences, "sides of a row");
     p->rows = n;
+    p->first_side = first_side;
+    p->sides = sides;
     p->scored = 0;
     p->in.tokens = 0;
     p->in.seg.count = 0;
     p->offset[0] = 0;
     for (uint32_t r = 0; r < n; r++) {
         p->row[r] = row[r];
-        for (int side = 0; side < p->data->sequences; side++)
+        for (int side = first_side; side < first_side + sides; side++)
             put_sequence(p, &p->data->seq[row[r] * (uint64_t)p->data->sequences + (uint64_t)side]);
     }
 }

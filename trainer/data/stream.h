@@ -35,9 +35,10 @@ void stream_deal(struct stream *s, uint64_t first);
 struct pack {
     const struct dataset *data;
     uint32_t rows, cap_rows;
+    int first_side, sides; /* of each row: sequences [first_side, first_side + sides) */
     int64_t cap_tokens;
     uint64_t *row;         /* [rows] dataset rows */
-    struct model_input in; /* rows * data->sequences segments; row r's sequences are r * sequences + side */
+    struct model_input in; /* rows * sides segments; row r's sequences are r * sides + side - first_side */
     int32_t *token, *position, *offset;
     int32_t *target; /* [N] id of the next token if that token is scored, else -1: logp[n] belongs to token n + 1 */
     uint64_t scored; /* targets >= 0 */
@@ -46,6 +47,8 @@ status *pack_init(struct pack *p, const struct dataset *d, uint32_t max_rows) WA
 void pack_fini(struct pack *p);
 /* Lay out these rows (row[0..n), n <= max_rows). No allocation. */
 void pack_build(struct pack *p, const uint64_t *row, uint32_t n);
+/* Only these sequences of each row. */
+void pack_build_sides(struct pack *p, const uint64_t *row, uint32_t n, int first_side, int sides);
 /* logp[N] -> sums[segments], each the sum in f64 of its scored tokens in order; lengths[segments] (may be NULL) how
  * many. */
 void pack_sequence_sums(const struct pack *p, const float *logp, double *sums, uint32_t *lengths);

@@ -1,0 +1,132 @@
+/* kto: Kahneman-Tversky optimisation on rows that are desirable or not, without pairs (Ethayarajh et al. 2024,
+ * arXiv:2402.01306, eq. 8; as TRL). With c = l - l_ref of a completion and s the logistic function
+ *
+ *   desirable: w_D (1 - s(beta (c - z0))),  undesirable: w_U (1 - s(beta (z0 - c)));  the step's loss is the mean
+ *   z0 = max(0, mean of l - l_ref over the step's mismatched sequences): all rows of all ranks, no gradient
+ *
+ * Packs of `loss` hold completions, packs of `statistic` the mismatched sequences (trainer/data/dataset.h). APO-zero
+ * without pairs is the same with z0 = 0, and needs no mismatched ones. */
+#include "trainer/algo/algo.h"
+#include "trainer/algo/pref_losses.h"
+
+#include <math.h>
+
+enum kto_loss { KTO, APO_ZERO_UNPAIRED };
+
+struct kto_config {
+    int loss; /* enum kto_loss */
+    double beta, desirable_weight, undesirable_weight;
+};
+
+#define ROW(type, field, key, def, min, max, choices, help)                                                            \
+    {                                                                                                                  \
+        key, type, def, min, max, choices, "", help, offsetof(struct kto_config, field)                                \
+    }
+static const struct option options[] = {
+    ROW(OPT_ENUM, loss, "loss", "kto", 0, 0, "kto|apo_zero_unpaired",
+        "kto: against the divergence of mismatched completions; apo_zero_unpaired: against 0"),
+    ROW(OPT_FLOAT, beta, "beta", "0.1", 1e-6, 1e3, NULL,
+        "strength of the pull towards the reference; rewards are beta times log-ratios"),
+    ROW(OPT_FLOAT, desirable_weight, "desirable_weight", "1", 0, 1e3, NULL,
+        "weight of desirable rows; times their number, 1 to 4/3 of the same for undesirable ones is advised"),
+    ROW(OPT_FLOAT, undesirable_weight, "undesirable_weight", "1", 0, 1e3, NULL, "weight of undesirable rows"),
+};
+static const struct option_table kto_options = { "algo", options, sizeof options / sizeof options[0] };
+
+/* Those of chosen and rejected are means over the step's desirable and undesirable rows; null where it has none. */
+static const struct algo_metric metrics[] = {
+    { "loss", PER_STEP },
+    { "rewards/chosen", PER_DESIRABLE },
+    { "rewards/rejected", PER_UNDESIRABLE },
+    { "rewards/margins", PER_STEP },
+    { "logps/chosen", PER_DESIRABLE },
+    { "logps/rejected", PER_UNDESIRABLE },
+    { "logits/chosen", PER_DESIRABLE_TOKEN },
+    { "logits/rejected", PER_UNDESIRABLE_TOKEN },
+    { "kl", PER_ROW }, /* z0 */
+    { "count/chosen", PER_STEP },
+    { "count/rejected", PER_STEP },
+    { "entropy", PER_FIRST_TOKEN },
+    { "mean_token_accuracy", PER_FIRST_TOKEN },
+};
+enum {
+    LOSS,
+    REWARDS, /* those that have two are at [undesirable] */
+    MARGINS = REWARDS + 2,
+    LOGPS,
+    LOGITS = LOGPS + 2,
+    KL = LOGITS + 2,
+    COUNTS,
+    ENTROPY = COUNTS + 2,
+    TOKEN_ACCURACY,
+    COUNT
+};
+_Static_assert(sizeof metrics / sizeof metrics[0] == COUNT, "a name a metric");
+_Static_assert((int)COUNT <= (int)ALGO_METRICS, "the trainer has room for them");
+
+static int kto_statistics(const void *config)
+{
+    const struct kto_config *c = config;
+    return c->loss == KTO;
+}
+
+static void kto_statistic(const void *config, const struct pack *p, const float *logp, const double *ref,
+                          double *scratch, double *value)
+{
+    (void)config;
+    *value = 0;
+    pack_sequence_sums(p, logp, scratch, NULL);
+    for (uint32_t r = 0; r < p->rows; r++)
+        *value += scratch[r] - ref[r];
+}
+
+/* NAN without statistics: a loss that wants them and did not get them must not look like one. */
+static double baseline(const struct kto_config *c, const struct batch_counts *counts)
+{
+    if (c->loss != KTO)
+        return 0;
+    return counts->statistic ? pref_kl(counts->statistic[0], (double)counts->rows) : NAN;
+}
+
+static void kto_loss(const void *config, const struct pack *p, const float *logp, const struct logprob_stats *tok,
+                     const double *ref, const struct batch_counts *counts, double *scratch, float *dlogp,
+                     double *metric)
+{
+    const struct kto_config *c = config;
+    double rows = (double)counts->rows, z0 = baseline(c, counts), *sum = scratch;
+    pack_sequence_sums(p, logp, sum, NULL);
+    for (int j = 0; j < COUNT; j++)
+        metric[j] = 0;
+    for (uint32_t r = 0; r < p->rows; r++) {
+        bool good = p->data->desirable[p->row[r]];
+        double slope, ratio = sum[r] - ref[r], reward = c->beta * ratio,
+                      weight = good ? c->desirable_weight : c->undesirable_weight,
+                      group = algo_divisor(counts, good ? PER_DESIRABLE : PER_UNDESIRABLE);
+        metric[LOSS] += pref_kto(c->beta, ratio, z0, good, weight, &slope) / rows;
+        metric[REWARDS + !good] += reward;
+        metric[MARGINS] += group < rows ? (good ? reward : -reward) / group : NAN; /* a difference needs both */
+        metric[LOGPS + !good] += sum[r];
+        metric[KL] += z0;
+        metric[COUNTS + !good]++;
+        if (tok) {
+            metric[LOGITS + !good] += algo_segment_sum(p, r, tok->logit);
+            metric[ENTROPY] += algo_segment_sum(p, r, tok->entropy);
+            metric[TOKEN_ACCURACY] += algo_segment_sum(p, r, tok->top);
+        }
+        for (int32_t i = p->offset[r]; dlogp && i < p->offset[r + 1]; i++)
+            dlogp[i] = p->target[i] >= 0 ? (float)(slope / rows) : 0;
+    }
+}
+
+const struct algo_ops algo_kto_ops = {
+    .name = "kto",
+    .data = DATASET_LABELLED,
+    .needs_reference = true,
+    .options = &kto_options,
+    .config_bytes = sizeof(struct kto_config),
+    .metrics = metrics,
+    .metric_count = COUNT,
+    .loss = kto_loss,
+    .statistics = kto_statistics,
+    .statistic = kto_statistic,
+};
