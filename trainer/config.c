@@ -46,6 +46,12 @@ static const struct option algo_rows[] = {
         "SFT steps before the algorithm starts, part of train.steps"),
     ROW(OPT_FLOAT, algo_choice, warmup_sft_lr, "warmup_sft_lr", "0", 0, 1, NULL, "",
         "peak learning rate of those steps; 0: optim.lr"),
+    ROW(OPT_ENUM, algo_choice, reference, "reference", "precomputed", 0, 0, "precomputed|live", "",
+        "the weights the algorithm starts from: their log-probabilities once, or a copy of them run at every step"),
+    ROW(OPT_INT, algo_choice, ref_sync_steps, "ref_sync_steps", "0", 0, 1e12, NULL, "steps",
+        "TR-DPO, with reference: live: after so many steps, again and again, the copy moves to the weights; 0: never"),
+    ROW(OPT_FLOAT, algo_choice, ref_sync_alpha, "ref_sync_alpha", "0.6", 0, 1, NULL, "",
+        "how far: copy = alpha * weights + (1 - alpha) * copy"),
 };
 static const struct option train_rows[] = {
     ROW(OPT_INT, train_config, steps, "steps", NULL, 1, 1e12, NULL, "steps",
@@ -356,6 +362,8 @@ static status *check_together(struct config *c, const char *name)
         return ERR(INVALID, "%s: data.labelled is required: a JSONL file of prompt/completion/label rows", name);
     if (c->algo_ops->data == DATASET_PREFS && !*c->data.prefs)
         return ERR(INVALID, "%s: data.prefs is required: a JSONL file of prompt/chosen/rejected rows", name);
+    if (c->algo.ref_sync_steps && c->algo.reference != REFERENCE_LIVE)
+        return ERR(INVALID, "%s: algo.ref_sync_steps needs algo.reference: live", name);
     if (!period_parse(c->checkpoint.every, &c->checkpoint.period))
         return ERR(INVALID,
                    "%s: checkpoint.every: \"%s\" is not one of a number of steps (100), of seconds (600s), or auto",
@@ -506,15 +514,11 @@ status *config_text(const struct config *c, char **out)
 /* Keys that define numeric state: another value would go on with another run. */
 static bool defines_state(const char *key)
 {
-    static const char *const exact[] = { "run.seed",
-                                         "data.sft",
-                                         "data.prefs",
-                                         "data.labelled",
-                                         "data.max_length",
-                                         "algo.kind",
-                                         "algo.warmup_sft_steps",
-                                         "train.global_batch",
-                                         "algo.ld_alpha" };
+    static const char *const exact[] = { "run.seed",           "data.sft",
+                                         "data.prefs",         "data.labelled",
+                                         "data.max_length",    "algo.kind",
+                                         "algo.reference",     "algo.warmup_sft_steps",
+                                         "train.global_batch", "algo.ld_alpha" };
     for (size_t i = 0; i < sizeof exact / sizeof exact[0]; i++)
         if (!strcmp(key, exact[i]))
             return true;

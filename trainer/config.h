@@ -32,7 +32,11 @@ struct algo_choice {
     char *kind;
     int64_t warmup_sft_steps;
     double warmup_sft_lr;
+    int reference;
+    int64_t ref_sync_steps;
+    double ref_sync_alpha;
 };
+enum { REFERENCE_PRECOMPUTED, REFERENCE_LIVE };
 
 struct train_config {
     int64_t steps, global_batch, micro_batch, lanes, eval_every, log_every;

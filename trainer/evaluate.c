@@ -18,18 +18,18 @@ static uint32_t chunk_rows(const struct trainer *t, const struct dataset *d, uin
     return (uint32_t)n;
 }
 
-static status *forward_sums(struct trainer *t, struct pack *p, double *sums)
+static status *forward_sums(struct trainer *t, struct model *m, struct pack *p, double *sums)
 {
     tape_begin(t->tape, TAPE_FORWARD);
-    struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->in);
-    struct tensor *lp = op_logprob(t->tape, h, t->model->ops->head(t->model), p->target, 1.0f);
+    struct tensor *h = m->ops->forward(m, t->tape, &p->in);
+    struct tensor *lp = op_logprob(t->tape, h, m->ops->head(m), p->target, 1.0f);
     TRY(tape_end(t->tape));
     const struct phase *now = &t->phase[t->phases - 1]; /* the algorithm's own sums, in its warm-up too */
     algo_sums(now->algo, now->algo_config, p, lp->data, sums);
     return NULL;
 }
 
-status *evaluate_logps(struct trainer *t, const struct dataset *d, struct pack *p, double *sums)
+status *evaluate_logps(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p, double *sums)
 {
     uint64_t mb = (uint64_t)t->cfg->train.micro_batch, chunks = (d->rows + mb - 1) / mb, begin, end;
     size_t per_row = (size_t)d->sequences;
@@ -38,7 +38,7 @@ status *evaluate_logps(struct trainer *t, const struct dataset *d, struct pack *
     status *st = NULL;
     for (uint64_t k = begin; k < end && !st; k++) {
         pack_build(p, p->row, chunk_rows(t, d, k, p->row));
-        st = forward_sums(t, p, sums + k * mb * per_row);
+        st = forward_sums(t, m, p, sums + k * mb * per_row);
     }
     st = comm_agree(t->dp, st);
     /* every value is one rank's; the others add zero, so the sum is exact in any order */
@@ -116,7 +116,10 @@ status *evaluate_heldout(struct trainer *t)
     const struct dataset *d = t->heldout;
     if (!d)
         return NULL;
-    TRY(evaluate_logps(t, d, &t->heldout_pack, t->heldout_sums));
+    TRY(evaluate_logps(t, t->model, d, &t->heldout_pack, t->heldout_sums));
+    if (t->ref_live && !t->ref_heldout_known)
+        TRY(evaluate_logps(t, t->ref_model, d, &t->heldout_pack, t->ref_heldout.logp));
+    t->ref_heldout_known = t->ref_live;
     uint8_t *right = mem_calloc(d->rows, 1);
     TRY(comm_agree(t->world, right ? NULL : ERR(NO_MEMORY, "evaluation of %llu rows", (unsigned long long)d->rows)));
     const double *now = t->heldout_sums, *ref = t->ref_heldout.logp;

@@ -113,6 +113,10 @@ static status *open_model(struct trainer *t, int ranks_here)
     TRY(workers_open(threads_of(t, ranks_here), &t->workers));
     TRY(model_open(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &t->model));
     TRY(params_alloc(&t->model->params, true));
+    if (t->cfg->algo.reference == REFERENCE_LIVE && algo_needs_reference(t->cfg->algo_ops, t->cfg->algo_own)) {
+        TRY(model_open(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &t->ref_model));
+        TRY(params_alloc(&t->ref_model->params, false));
+    }
     return tape_open(t->workers, NULL, (size_t)t->cfg->memory.activations, &t->tape);
 }
 
@@ -243,6 +247,7 @@ status *trainer_close(struct trainer *t)
     tessera_state_free(t->state);
     zero_close(t->zero);
     tape_close(t->tape);
+    model_close(t->ref_model);
     model_close(t->model);
     workers_close(t->workers);
     device_close(t->device);

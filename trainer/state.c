@@ -3,6 +3,7 @@
  *   model      every parameter, whole, on every data-parallel rank (replicas: written once); tied names as aliases
  *   optim      NAME.exp_avg, NAME.exp_avg_sq: the runs of the flat block that this rank's optimiser holds
  *   ref/logps  row, hash, logp (and heldout.*) once the algorithm's reference has been computed
+ *   ref/model  with a live reference instead: its parameters
  *   loader     blob "samples": consumed samples of each phase
  *   rng        blob "seed"
  *   extra      blobs "progress" (step, phase, optimiser step) and "config"
@@ -96,6 +97,24 @@ static status *add_ref(struct trainer *t, const char *prefix, struct ref_logps *
     return NULL;
 }
 
+static status *add_ref_model(struct trainer *t)
+{
+    const struct params *ps = &t->ref_model->params;
+    for (int i = 0; i < ps->count; i++) {
+        struct tessera_tensor d = TESSERA_TENSOR;
+        if (ps->p[i].alias >= 0)
+            continue;
+        d.part = "ref/model";
+        d.name = ps->p[i].name;
+        d.dtype = (int)ps->p[i].value.dtype;
+        d.data = ps->p[i].value.data;
+        d.frozen = t->cfg->algo.ref_sync_steps == 0;
+        shape_of(&d, &ps->p[i].shape);
+        TRY(tessera_state_add_tensor(t->state, &d));
+    }
+    return NULL;
+}
+
 static status *fill_state(struct trainer *t)
 {
     const struct params *ps = &t->model->params;
@@ -104,6 +123,8 @@ static status *fill_state(struct trainer *t)
         if (ps->p[i].alias < 0)
             TRY(add_moments(t, &ps->p[i]));
     }
+    if (t->ref_live)
+        return add_ref_model(t);
     TRY(add_ref(t, "", &t->ref));
     return add_ref(t, "heldout.", &t->ref_heldout);
 }
@@ -175,6 +196,9 @@ static status *log_hashes(struct trainer *t)
     if (t->ref.rows)
         metrics_integer(t->metrics, "ref_hash",
                         hash64(t->ref.logp, t->ref.rows * (size_t)t->ref.sequences * sizeof(double)));
+    if (t->ref_live)
+        metrics_integer(t->metrics, "ref_hash",
+                        hash64(t->ref_model->params.data, t->ref_model->params.total * sizeof(float)));
     return NULL;
 }
 
@@ -354,9 +378,12 @@ static status *shape_refs(struct trainer *t)
 {
     ref_logps_fini(&t->ref);
     ref_logps_fini(&t->ref_heldout);
+    t->ref_live = t->ref_heldout_known = false;
     if (!algo_needs_reference(t->phase[t->current].algo, t->phase[t->current].algo_config))
         return NULL;
-    TRY(ref_logps_init(&t->ref, t->phase[t->current].data));
+    t->ref_live = t->ref_model != NULL;
+    if (!t->ref_live)
+        TRY(ref_logps_init(&t->ref, t->phase[t->current].data));
     return t->heldout ? ref_logps_init(&t->ref_heldout, t->heldout) : NULL;
 }
 

@@ -39,17 +39,31 @@ int trainer_phase_at(const struct trainer *t, uint64_t step)
 
 /* --- phases */
 
+/* The live reference: the weights as they are, and room for what they make of held-out rows. */
+static status *copy_reference(struct trainer *t)
+{
+    const struct params *from = &t->model->params;
+    status *st = t->heldout ? ref_logps_init(&t->ref_heldout, t->heldout) : NULL;
+    TRY(comm_agree(t->world, st));
+    memcpy(t->ref_model->params.data, from->data, from->total * sizeof *from->data);
+    t->ref_live = true;
+    t->ref_heldout_known = false;
+    return NULL;
+}
+
 static status *compute_references(struct trainer *t)
 {
     struct phase *p = &t->phase[t->current];
+    if (t->ref_model)
+        return copy_reference(t);
     metrics_say(t->metrics, "step %" PRIu64 ": computing reference log-probabilities of %" PRIu64 " rows", t->step,
                 p->data->rows + (t->heldout ? t->heldout->rows : 0));
     status *st = ref_logps_init(&t->ref, p->data);
     if (!st && t->heldout)
         st = ref_logps_init(&t->ref_heldout, t->heldout);
     TRY(comm_agree(t->world, st));
-    TRY(evaluate_logps(t, p->data, &p->pack, t->ref.logp));
-    return t->heldout ? evaluate_logps(t, t->heldout, &t->heldout_pack, t->ref_heldout.logp) : NULL;
+    TRY(evaluate_logps(t, t->model, p->data, &p->pack, t->ref.logp));
+    return t->heldout ? evaluate_logps(t, t->model, t->heldout, &t->heldout_pack, t->ref_heldout.logp) : NULL;
 }
 
 status *trainer_enter_phase(struct trainer *t, int phase)
@@ -96,16 +110,28 @@ static uint64_t count_tokens_seen(const struct trainer *t)
     return n;
 }
 
-/* Reference sums of the pack's sequences, or NULL. */
-static const double *pack_references(struct trainer *t, const struct phase *p, double *out)
+/* The live reference's sums of the pack's sequences; what the tape held is gone. */
+static status *live_references(struct trainer *t, const struct phase *p, double *out)
 {
-    if (!algo_needs_reference(p->algo, p->algo_config))
-        return NULL;
+    struct model *m = t->ref_model;
+    tape_begin(t->tape, TAPE_FORWARD);
+    struct tensor *h = m->ops->forward(m, t->tape, &p->pack.in);
+    struct tensor *logp = op_logprob(t->tape, h, m->ops->head(m), p->pack.target, 1.0f);
+    TRY(tape_end(t->tape));
+    algo_sums(p->algo, p->algo_config, &p->pack, logp->data, out);
+    return NULL;
+}
+
+/* Reference sums of the pack's sequences. */
+static status *pack_references(struct trainer *t, const struct phase *p, double *out)
+{
+    if (t->ref_live)
+        return live_references(t, p, out);
     uint64_t s = (uint64_t)p->data->sequences, first = (uint64_t)p->pack.first_side, n = (uint64_t)p->pack.sides;
     for (uint32_t r = 0; r < p->pack.rows; r++)
         for (uint64_t i = 0; i < n; i++)
             out[r * n + i] = t->ref.logp[p->pack.row[r] * s + first + i];
-    return out;
+    return NULL;
 }
 
 /* Micro-batch k for `loss` (training) or for `statistic`: which sequences, algo_ops.data says. */
@@ -125,10 +151,14 @@ static status *forward(struct trainer *t, struct phase *p, uint32_t k, struct te
                        const double **ref)
 {
     build_pack(p, k, tok);
+    double *sums = t->scratch + 4 * (size_t)p->pack.in.seg.count;
+    bool needed = algo_needs_reference(p->algo, p->algo_config);
+    *ref = needed ? sums : NULL;
+    if (needed)
+        TRY(pack_references(t, p, sums));
     tape_begin(t->tape, tok ? TAPE_TRAIN : TAPE_FORWARD);
     struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->pack.in);
     *logp = op_logprob_stats(t->tape, h, t->model->ops->head(t->model), p->pack.target, 1.0f, tok);
-    *ref = pack_references(t, p, t->scratch + 4 * (size_t)p->pack.in.seg.count);
     return tape_end(t->tape);
 }
 
@@ -167,6 +197,22 @@ static status *before_overwrite(void *arg, const void *addr, size_t bytes)
 {
     struct trainer *t = arg;
     return t->ckpt ? tessera_fence(t->ckpt, addr, bytes, NULL) : NULL;
+}
+
+/* TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656, eq. 4): ref <- alpha theta + (1 - alpha) ref. */
+static status *sync_reference(struct trainer *t)
+{
+    const struct algo_choice *c = &t->cfg->algo;
+    if (!t->ref_live || !c->ref_sync_steps || t->optimiser_step % (uint64_t)c->ref_sync_steps)
+        return NULL;
+    struct params *ref = &t->ref_model->params;
+    TRY(comm_agree(t->world, before_overwrite(t, ref->data, ref->total * sizeof *ref->data)));
+    const float *theta = t->model->params.data;
+    double a = c->ref_sync_alpha;
+    for (uint64_t i = 0; i < ref->total; i++)
+        ref->data[i] = (float)(a * (double)theta[i] + (1 - a) * (double)ref->data[i]);
+    t->ref_heldout_known = false;
+    return NULL;
 }
 
 struct step_result {
@@ -216,7 +262,7 @@ static status *train_step(struct trainer *t, struct step_result *r)
     t->tokens += r->tokens;
     t->step++;
     t->optimiser_step++;
-    return NULL;
+    return sync_reference(t);
 }
 
 /* --- watching */

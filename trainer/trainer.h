@@ -46,6 +46,9 @@ struct trainer {
     struct zero *zero;
 
     struct ref_logps ref, ref_heldout; /* rows 0 until the main phase of an algorithm that needs them */
+    struct model *ref_model;           /* algo.reference: live: the copy, without gradients; else NULL */
+    bool ref_live;                     /* ref_model holds the reference, ref is empty: part ref/model, not ref/logps */
+    bool ref_heldout_known;            /* with ref_live: ref_heldout is of ref_model's present weights */
     double *scratch;                   /* sums, gradients and reference values of one pack's sequences */
     float *dlogp;                      /* [tokens of the largest pack] */
     double *scalar;                    /* [K * ALGO_METRICS] metrics of own micro-batches */
@@ -78,9 +81,10 @@ status *trainer_run(struct trainer *t) WARN_UNUSED;
 status *trainer_close(struct trainer *t) WARN_UNUSED;
 
 /* evaluate.c */
-/* Sums of scored log-probabilities of every sequence of d under the present weights: sums[rows * sequences], the same
- * on all ranks. Collective. */
-status *evaluate_logps(struct trainer *t, const struct dataset *d, struct pack *p, double *sums) WARN_UNUSED;
+/* Sums of scored log-probabilities of every sequence of d under the weights of m: sums[rows * sequences], the same on
+ * all ranks. Collective. */
+status *evaluate_logps(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p,
+                       double *sums) WARN_UNUSED;
 /* Reward accuracy on data.heldout, logged as event "eval". Without held-out data nothing happens. Collective. */
 status *evaluate_heldout(struct trainer *t) WARN_UNUSED;
 /* Fraction of right[i] over n rows with a 95 % percentile bootstrap over groups (2,000 resamples, Philox stream

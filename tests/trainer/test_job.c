@@ -5,6 +5,7 @@
 #include "trainer/data/prepare.h"
 #include "trainer/trainer.h"
 
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -140,6 +141,175 @@ static void batch_statistics_do_not_depend_on_ranks(void **state)
     assert_int_not_equal(run(text, 2, 2, kto + 1).weights, want);
 }
 
+/* ---- metrics of a step, as metrics.jsonl has them ---- */
+
+static double metric(const char *run_name, int step, const char *key)
+{
+    char path[128], line[4096], want[64], name[64];
+    double value = NAN;
+    bool found = false;
+    snprintf(path, sizeof path, "%s/%s/metrics.jsonl", root, run_name);
+    snprintf(want, sizeof want, "{\"event\": \"step\", \"step\": %d,", step);
+    snprintf(name, sizeof name, "\"%s\": ", key);
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    while (fgets(line, sizeof line, f)) {
+        const char *at = strncmp(line, want, strlen(want)) ? NULL : strstr(line, name);
+        if (!at)
+            continue;
+        found = true;
+        value = strncmp(at + strlen(name), "null", 4) ? strtod(at + strlen(name), NULL) : (double)NAN;
+    }
+    fclose(f);
+    if (!found)
+        fail_msg("%s: step %d has no %s", run_name, step, key);
+    return value;
+}
+
+static const char *const algorithms[][4] = { { "algo.kind=dpo", "algo.loss=sigmoid" },
+                                             { "algo.kind=dpo", "algo.loss=kto_pair" },
+                                             { "algo.kind=dpo", "algo.ld_alpha=0.5" },
+                                             { "algo.kind=kto", "algo.loss=kto" } };
+enum { ALGORITHMS = sizeof algorithms / sizeof algorithms[0] };
+
+static const char *labelled_override(void)
+{
+    static char text[160];
+    snprintf(text, sizeof text, "data.labelled=%s/data/labelled.jsonl", root);
+    return text;
+}
+
+/* Where policy and reference agree, to the last bit: the first step after the switch, on any ranks, either reference.
+ */
+static void the_first_step_is_at_the_reference(void **state)
+{
+    (void)state;
+    for (int a = 0; a < ALGORITHMS; a++)
+        for (int ranks = 1; ranks <= 3; ranks++)
+            for (int live = 0; live < 2; live++) {
+                char text[2048];
+                make_config(text, sizeof text, "first");
+                const char *o[] = { algorithms[a][0],    algorithms[a][1],
+                                    labelled_override(), live ? "algo.reference=live" : "algo.reference=precomputed",
+                                    "train.steps=5",     "checkpoint.url=",
+                                    "optim.lr=1e-3" };
+                (void)run(text, ranks, 7, o);
+                bool kto = a == 3, pair = a == 1;
+                assert_true(metric("first", 4, "loss") == (kto || pair ? 0.5 : 0.69314718055994530942));
+                assert_true(metric("first", 4, "rewards/margins") == 0);
+                assert_true(metric("first", 4, "rewards/chosen") == 0 && metric("first", 4, "rewards/rejected") == 0);
+                assert_true(metric("first", 4, kto ? "kl" : "rewards/accuracies") == 0);
+                assert_true(metric("first", 5, "loss") != metric("first", 4, "loss")); /* and then it learns */
+                assert_true(metric("first", 5, "rewards/margins") != 0);
+            }
+}
+
+/* Precomputed and live references: the same bits, whatever the ranks, and after resumes on others. */
+static void live_and_precomputed_references_agree(void **state)
+{
+    (void)state;
+    for (int a = 0; a < ALGORITHMS; a++) {
+        char text[2048], name[32];
+        make_config(text, sizeof text, "precomputed");
+        const char *o[] = { algorithms[a][0], algorithms[a][1],  labelled_override(), "algo.reference=precomputed",
+                            "optim.lr=1e-3",  "checkpoint.url=", "train.steps=9" };
+        uint32_t want = run(text, 1, 7, o).weights;
+        assert_int_equal(run(text, 4, 7, o).weights, want);
+        o[3] = "algo.reference=live";
+        assert_int_equal(run(text, 2, 7, o).weights, want);
+        for (int live = 0; live < 2; live++) {
+            snprintf(name, sizeof name, "cut-%d-%d", a, live);
+            make_config(text, sizeof text, name);
+            o[3] = live ? "algo.reference=live" : "algo.reference=precomputed";
+            o[5] = "checkpoint.async=true";
+            o[6] = "train.steps=5";
+            assert_int_equal(run(text, 2, 7, o).saved, 5);
+            o[6] = "train.steps=9";
+            struct job end = run(text, 3, 7, o);
+            assert_int_equal(end.resumed_from, 5);
+            assert_int_equal(end.weights, want);
+        }
+        struct job other = { .config = text, .override_count = 4 };
+        memcpy(other.overrides, o, 3 * sizeof *o);
+        other.overrides[3] = "algo.reference=precomputed"; /* what the checkpoint does not have */
+        status *st = comm_threads_run(1, run_rank, &other);
+        assert_int_equal(status_code(st), ST_INVALID);
+        assert_non_null(strstr(status_message(st), "algo.reference: live -> precomputed"));
+        status_free(st);
+    }
+}
+
+/* A reference that follows at once is always where the policy is; one that never moves is one that stays. */
+static void the_reference_follows(void **state)
+{
+    (void)state;
+    char text[2048];
+    make_config(text, sizeof text, "sync");
+    const char *o[] = { "algo.reference=live", "algo.ref_sync_steps=1", "algo.ref_sync_alpha=1",
+                        "checkpoint.url=",     "optim.lr=1e-3",         "train.steps=9" };
+    (void)run(text, 2, 6, o);
+    for (int step = 4; step <= 9; step++)
+        assert_true(metric("sync", step, "loss") == 0.69314718055994530942);
+    o[2] = "algo.ref_sync_alpha=0";
+    uint32_t still = run(text, 2, 6, o).weights;
+    o[1] = "algo.ref_sync_steps=0";
+    assert_int_equal(run(text, 1, 6, o).weights, still);
+    /* between the two: in the checkpoint as it is at that step */
+    o[1] = "algo.ref_sync_steps=2";
+    o[2] = "algo.ref_sync_alpha=0.6";
+    uint32_t want = run(text, 1, 6, o).weights;
+    assert_int_not_equal(want, still);
+    o[3] = "checkpoint.every=1";
+    o[5] = "train.steps=6"; /* one step after the first move, one before the second */
+    (void)run(text, 3, 6, o);
+    o[5] = "train.steps=9";
+    struct job end = run(text, 2, 6, o);
+    assert_int_equal(end.resumed_from, 6);
+    assert_int_equal(end.weights, want);
+    o[0] = "algo.reference=precomputed";
+    struct job refused = { .config = text, .override_count = 2 };
+    memcpy(refused.overrides, o, 2 * sizeof *o);
+    status *st = comm_threads_run(1, run_rank, &refused);
+    assert_int_equal(status_code(st), ST_INVALID);
+    assert_non_null(strstr(status_message(st), "algo.reference: live"));
+    status_free(st);
+}
+
+/* Every metric is a mean over the step: the same bits on any ranks, the same number in packs of any size. */
+static void metrics_do_not_depend_on_cuts(void **state)
+{
+    (void)state;
+    static const char *const common[] = {
+        "loss",          "entropy",      "mean_token_accuracy", "grad_norm",       "rewards/chosen",
+        "logits/chosen", "logps/chosen", "rewards/margins",     "logits/rejected", "rewards/rejected",
+        "epoch",         "num_tokens",   "learning_rate"
+    };
+    enum { COMMON = sizeof common / sizeof common[0] };
+    for (int a = 0; a < ALGORITHMS; a++) {
+        double want[COMMON] = { 0 };
+        for (int cut = 0; cut < 5; cut++) {
+            char text[2048];
+            make_config(text, sizeof text, "cuts");
+            static const char *const pack[] = { "train.micro_batch=1", "train.micro_batch=1", "train.micro_batch=2",
+                                                "train.micro_batch=4", "train.micro_batch=8" };
+            const char *o[] = { algorithms[a][0], algorithms[a][1],  labelled_override(), pack[cut],
+                                "train.steps=5",  "checkpoint.url=", "optim.lr=1e-3" };
+            (void)run(text, cut == 1 ? 4 : 1, 7, o);
+            for (int m = 0; m < COMMON; m++) {
+                double got = metric("cuts", 5, common[m]);
+                want[m] = cut ? want[m] : got;
+                if (cut == 1 ? got != want[m] : !(fabs(got - want[m]) <= 2e-5 * (1 + fabs(want[m]))))
+                    fail_msg("%s, %s, %s: %.17g, not %.17g", algorithms[a][1], common[m], pack[cut], got, want[m]);
+            }
+            assert_true(metric("cuts", 5, "epoch") < 1 && metric("cuts", 3, "entropy") > 1);
+            double tokens = 0;
+            for (int step = 1; step <= 5; step++)
+                tokens += metric("cuts", step, "tokens");
+            assert_true(metric("cuts", 5, "num_tokens") == tokens);
+        }
+    }
+}
+
 static void other_seeds_give_other_weights(void **state)
 {
     (void)state;
@@ -160,7 +330,12 @@ static int make_data(void **state)
     char *argv[] = { "prepare", "arithmetic", dir, "rows=40", "heldout=10" };
     status *st = data_cli(5, argv);
     must(st);
-    return 0;
+    snprintf(dir, sizeof dir, "%s/data/labelled.jsonl", root);
+    FILE *f = fopen(dir, "w");
+    for (int i = 0; f && i < 30; i++) /* two completions a prompt, of other lengths */
+        fprintf(f, "{\"prompt\": \"%d+%d=\", \"completion\": \"%d\", \"label\": %s}\n", i / 2, 7 * i / 2,
+                i % 2 ? i * i * i : i / 2 + 7 * i / 2, i % 2 ? "false" : "true");
+    return f ? fclose(f) : -1;
 }
 
 static int remove_data(void **state)
@@ -179,6 +354,10 @@ int main(void)
         cmocka_unit_test(another_model_is_refused),
         cmocka_unit_test(batch_statistics_do_not_depend_on_ranks),
         cmocka_unit_test(other_seeds_give_other_weights),
+        cmocka_unit_test(the_first_step_is_at_the_reference),
+        cmocka_unit_test(live_and_precomputed_references_agree),
+        cmocka_unit_test(the_reference_follows),
+        cmocka_unit_test(metrics_do_not_depend_on_cuts),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
 }
