@@ -361,6 +361,11 @@ status *store_write(struct store_writer *w, uint64_t offset, const void *buf, si
     return NULL;
 }
 
+struct store_direct store_writer_direct(struct store_writer *w)
+{
+    return w->store->ops->direct ? w->store->ops->direct(w) : (struct store_direct){ 0, 0 };
+}
+
 status *store_writer_finish(struct store_writer *w)
 {
     status *st = w->store->ops->finish(w);

@@ -38,6 +38,12 @@ struct store_list {
 
 enum store_put_mode { STORE_REPLACE, STORE_EXCLUSIVE /* EXISTS if the key is there; atomic against racing puts */ };
 
+/* What address, and what offset and length, must be multiples of for bytes to go to storage straight from the caller's
+ * memory. {0, 0}: no bytes do. */
+struct store_direct {
+    uint32_t memory, offset;
+};
+
 struct store_writer {
     struct store *store;
     uint64_t bytes; /* full length, promised at open */
@@ -70,10 +76,11 @@ struct store_ops {
     status *(*now)(struct store *s, uint64_t *ns); /* the storage's clock */
     status *(*writer_open)(struct store_writer *w);
     status *(*write)(struct store_writer *w, uint64_t offset, const void *buf, size_t n,
-                     size_t *put);             /* may be partial */
-    status *(*finish)(struct store_writer *w); /* durable and visible; frees impl, also on error */
-    void (*abort)(struct store_writer *w);     /* nothing stays; frees impl */
-    bool sequential;                           /* wants writes in file order */
+                     size_t *put);                         /* may be partial */
+    status *(*finish)(struct store_writer *w);             /* durable and visible; frees impl, also on error */
+    void (*abort)(struct store_writer *w);                 /* nothing stays; frees impl */
+    struct store_direct (*direct)(struct store_writer *w); /* NULL: {0, 0} */
+    bool sequential;                                       /* wants writes in file order */
 };
 
 struct store {
@@ -111,6 +118,9 @@ status *store_list_add(struct store_list *l, const char *name, const struct stor
  * abort, which free w. Gaps that nobody wrote read back as zero (padding between datasets). */
 status *store_writer_open(struct store *s, const char *key, uint64_t bytes, struct store_writer **out) WARN_UNUSED;
 status *store_write(struct store_writer *w, uint64_t offset, const void *buf, size_t n) WARN_UNUSED;
+/* How writes can spare themselves a copy. A hint: any write is right whatever its alignment, and the answer may turn to
+ * {0, 0} at any time, when the storage refuses after all. */
+struct store_direct store_writer_direct(struct store_writer *w);
 status *store_writer_finish(struct store_writer *w) WARN_UNUSED;
 void store_writer_abort(struct store_writer *w); /* NULL is fine */
 

@@ -1,12 +1,19 @@
 /* store_fault: every operation asks `hit` and hands on to the inner store's table. */
 #include "tests/support/store_fault.h"
 
+#include "comm/base/clock.h"
 #include "comm/base/mem.h"
+#include "comm/base/rng.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 
 struct fault {
     struct store *inner;
+    uint32_t slow_us;
+    uint64_t slow_seed;
+    struct store_direct direct;
+    _Atomic uint64_t direct_left;
     struct {
         pthread_mutex_t lock;
         bool armed;
@@ -119,7 +126,14 @@ static status *fault_writer_open(struct store_writer *w)
 
 static status *write_inner(struct store_writer *w, uint64_t offset, const void *buf, size_t n, size_t *put)
 {
-    TRY(store_write(w->impl, offset, buf, n));
+    const struct fault *f = fault_of(w->store);
+    const size_t half = f->slow_us ? n / 2 : n;
+    if (f->slow_us)
+        clock_sleep_us((uint32_t)rng_below((struct rng_at){ f->slow_seed, 0, 1, 7 }, offset, f->slow_us));
+    TRY(store_write(w->impl, offset, buf, half));
+    if (f->slow_us)
+        clock_sleep_us((uint32_t)rng_below((struct rng_at){ f->slow_seed, 0, 2, 7 }, offset, f->slow_us));
+    TRY(store_write(w->impl, offset + half, (const char *)buf + half, n - half));
     *put = n;
     return NULL;
 }
@@ -127,7 +141,16 @@ static status *write_inner(struct store_writer *w, uint64_t offset, const void *
 static status *fault_write(struct store_writer *w, uint64_t offset, const void *buf, size_t n, size_t *put)
 {
     struct store *s = w->store;
+    uint64_t left = atomic_load(&fault_of(s)->direct_left);
+    while (left && !atomic_compare_exchange_weak(&fault_of(s)->direct_left, &left, left - 1))
+        ;
     PASS("write", write_inner(w, offset, buf, n, put));
+}
+
+static struct store_direct fault_direct(struct store_writer *w)
+{
+    struct fault *f = fault_of(w->store);
+    return atomic_load(&f->direct_left) ? f->direct : store_writer_direct(w->impl);
 }
 
 static status *fault_finish(struct store_writer *w)
@@ -163,6 +186,7 @@ static const struct store_ops fault_ops = {
     .write = fault_write,
     .finish = fault_finish,
     .abort = fault_abort,
+    .direct = fault_direct,
 };
 
 status *store_fault_open(struct store *inner, struct store **out)
@@ -207,4 +231,16 @@ const char *store_fault_disarm(struct store *s)
     const char *happened = f->synced.happened;
     pthread_mutex_unlock(&f->synced.lock);
     return happened;
+}
+
+void store_fault_slow(struct store *s, uint32_t most_us, uint64_t seed)
+{
+    fault_of(s)->slow_us = most_us;
+    fault_of(s)->slow_seed = seed;
+}
+
+void store_fault_direct(struct store *s, struct store_direct align, uint64_t writes)
+{
+    fault_of(s)->direct = align;
+    atomic_store(&fault_of(s)->direct_left, writes);
 }

@@ -1,5 +1,5 @@
-/* store_fault: a store around another one whose n-th operation fails, once. What it does otherwise is the inner
- * store's. */
+/* store_fault: a store around another one whose n-th operation fails, once, and whose writes may be slow, or claim to
+ * be direct. What it does otherwise is the inner store's. */
 #ifndef TESSERA_TESTS_SUPPORT_STORE_FAULT_H
 #define TESSERA_TESTS_SUPPORT_STORE_FAULT_H
 
@@ -15,5 +15,11 @@ void store_fault_close(struct store *s);
 void store_fault_arm(struct store *s, uint64_t n, enum fault_mode mode);
 /* Disarm; whether the fault has happened, and in which operation. */
 const char *store_fault_disarm(struct store *s);
+/* Writes take up to most_us longer, drawn by the seed and the offset: they sleep, hand on the first half of the bytes,
+ * sleep, hand on the rest. Only while nothing is written. */
+void store_fault_slow(struct store *s, uint32_t most_us, uint64_t seed);
+/* Claim that writes of this alignment go straight to storage, until `writes` of them were made. Only while nothing is
+ * written. */
+void store_fault_direct(struct store *s, struct store_direct align, uint64_t writes);
 
 #endif
