@@ -521,6 +521,7 @@ void tessera_get_progress(tessera *t, struct tessera_progress *out)
         p.total_bytes = t->cache.share ? t->cache.share->payload_bytes : 0;
         p.captured_bytes = v.captured_bytes;
         p.written_bytes = v.written_bytes;
+        p.live_bytes = v.live_bytes;
         p.staging_cap_bytes = v.staging_cap_bytes;
         p.staging_peak_bytes = v.staging_peak_bytes;
     }

@@ -1,20 +1,13 @@
-/* pipeline: read write_item (one chunk) and account (what the last chunk of a file, and the last file, set off). */
+/* pipeline: read write_chunk and account (what the last chunk of a file, and the last file, set off). */
 #include "ckpt/pipeline.h"
 
 #include "ckpt/commit.h"
+#include "ckpt/live.h"
 #include "ckpt/stage.h"
 #include "comm/base/mem.h"
-#include "comm/base/queue.h"
 #include "comm/base/thread.h"
 
 #include <stdio.h>
-
-enum { QUEUE_ITEMS = 256 };
-
-struct item {
-    uint64_t chunk;
-    void *block;
-};
 
 /* `writer` is opened under open_lock by whoever has the file's first chunk, and ended by whoever accounts for its last.
  */
@@ -24,24 +17,29 @@ struct file {
     bool finished;
 };
 
+struct writer {
+    struct pipeline *p;
+    int index;
+    struct thread thread;
+};
+
 struct pipeline {
     struct pipeline_options o;
     struct stage stage;
-    struct queue queue;
-    struct thread *thread; /* [o.writers] */
-    struct item *item;     /* [items] one a chunk */
-    struct file *file;     /* [files] */
-    uint64_t items, files;
+    struct writer *writer;  /* [o.writers] */
+    struct file *file;      /* [files] */
+    uint64_t chunks, files; /* of the share that was prepared */
     struct share
         *share; /* of the save in flight or the last one; set by the training thread while nothing is in flight */
     uint64_t step;
     atomic_bool failed;
+    atomic_bool buffered; /* a file of this store took no direct writes: stage everything */
     pthread_mutex_t open_lock;
     struct {
         pthread_mutex_t lock;
         pthread_cond_t over;
         bool drained;
-        uint64_t files_left, written_bytes;
+        uint64_t files_left, written_bytes, live_bytes;
         status *error;
     } synced;
 };
@@ -56,13 +54,6 @@ static void fail(void *arg, status *st)
         p->synced.error = st;
     atomic_store(&p->failed, true);
     pthread_mutex_unlock(&p->synced.lock);
-}
-
-static void emit(void *arg, uint64_t i, void *block)
-{
-    struct pipeline *p = arg;
-    p->item[i] = (struct item){ .chunk = i, .block = block };
-    CHECK(queue_put(&p->queue, &p->item[i]), "the queue closes after the last save");
 }
 
 static void file_key(const struct pipeline *p, const struct share_file *f, char key[STORE_KEY_BYTES])
@@ -83,31 +74,32 @@ static status *open_file(struct pipeline *p, uint32_t f)
     return st;
 }
 
-/* crc32c of each checksum block of a segment: segments start at block boundaries. */
-static void checksum(const struct share *s, const struct share_segment *seg, const unsigned char *payload)
+static status *write_staged(struct share *s, const struct share_chunk *c, struct store_writer *w,
+                            const unsigned char *block)
 {
-    uint32_t *crc = s->crc + s->piece[seg->piece].first_crc + seg->lo / META_BLOCK_BYTES;
-    uint64_t n = seg->hi - seg->lo;
-    for (uint64_t at = 0; at < n; at += META_BLOCK_BYTES)
-        *crc++ = crc32c(0, payload + at, n - at < META_BLOCK_BYTES ? n - at : META_BLOCK_BYTES);
+    for (uint64_t i = c->first_segment; i < c->first_segment + c->segments; i++) {
+        const struct share_segment *seg = &s->segment[i];
+        share_checksum(s, seg, 0, block + seg->at, seg->hi - seg->lo);
+    }
+    return store_write(w, c->offset, block, c->bytes);
 }
 
-static status *write_item(struct pipeline *p, const struct item *it)
+/* Write what a writer has taken; *live: how much of it was not copied. */
+static status *write_chunk(struct pipeline *p, int writer, const struct stage_item *it, uint64_t *live)
 {
-    const struct share *s = p->share;
+    struct share *s = p->share;
     const struct share_chunk *c = &s->chunk[it->chunk];
     TRY(open_file(p, c->file));
-    const void *from = c->segments ? it->block : s->file[c->file].image.header;
-    uint64_t payload = 0;
-    for (uint64_t i = c->first_segment; i < c->first_segment + c->segments; i++) {
-        checksum(s, &s->segment[i], (const unsigned char *)it->block + s->segment[i].at);
-        payload += s->segment[i].hi - s->segment[i].lo;
+    struct store_writer *w = p->file[c->file].writer;
+    if (it->live && !store_writer_direct(w).offset) {
+        atomic_store(&p->buffered, true);
+        stage_end_live(&p->stage);
     }
-    TRY(store_write(p->file[c->file].writer, c->offset, from, c->bytes));
-    pthread_mutex_lock(&p->synced.lock);
-    p->synced.written_bytes += payload;
-    pthread_mutex_unlock(&p->synced.lock);
-    return NULL;
+    if (!c->segments)
+        return store_write(w, c->offset, s->file[c->file].image.header, c->bytes);
+    if (!it->live)
+        return write_staged(s, c, w, it->block);
+    return live_write(s, c, w, stage_bounce(&p->stage, writer), BOUNCE_BYTES, live);
 }
 
 static void end_save(struct pipeline *p)
@@ -145,46 +137,63 @@ static void account(struct pipeline *p, uint32_t f)
         end_save(p);
 }
 
-static status *writer_main(void *arg)
+/* One chunk, from its taking to its account. */
+static void handle(struct writer *w, const struct stage_item *it)
 {
-    struct pipeline *p = arg;
-    void *got;
-    while (queue_get(&p->queue, &got)) {
-        struct item *it = got;
-        status *st = atomic_load(&p->failed) ? NULL : write_item(p, it);
+    struct pipeline *p = w->p;
+    const struct share_chunk *c = &p->share->chunk[it->chunk];
+    uint64_t live = 0, written = 0;
+    if (!atomic_load(&p->failed)) {
+        status *st = write_chunk(p, w->index, it, &live);
+        written = st ? 0 : c->payload_bytes;
         if (st)
             fail(p, st);
-        if (it->block)
-            stage_give(&p->stage, it->block);
-        account(p, p->share->chunk[it->chunk].file);
     }
+    if (it->live)
+        stage_release(&p->stage, w->index, written);
+    if (it->block)
+        stage_give(&p->stage, it->block);
+    pthread_mutex_lock(&p->synced.lock);
+    p->synced.written_bytes += written;
+    p->synced.live_bytes += live;
+    pthread_mutex_unlock(&p->synced.lock);
+    account(p, c->file);
+}
+
+static status *writer_main(void *arg)
+{
+    struct writer *w = arg;
+    struct stage_item it;
+    while (stage_take(&w->p->stage, w->index, &it))
+        handle(w, &it);
     return NULL;
 }
 
 status *pipeline_open(const struct pipeline_options *o, struct pipeline **out)
 {
     struct pipeline *p = mem_calloc(1, sizeof *p);
-    struct thread *thread = mem_calloc((size_t)o->writers, sizeof *thread);
-    if (!p || !thread) {
+    struct writer *writer = mem_calloc((size_t)o->writers, sizeof *writer);
+    if (!p || !writer) {
         mem_free(p);
-        mem_free(thread);
+        mem_free(writer);
         return ERR(NO_MEMORY, "pipeline of %d writers", o->writers);
     }
     p->o = *o;
-    p->thread = thread;
+    p->writer = writer;
     p->synced.drained = true;
     atomic_init(&p->failed, false);
+    atomic_init(&p->buffered, false);
     pthread_mutex_init(&p->open_lock, NULL);
     pthread_mutex_init(&p->synced.lock, NULL);
     pthread_cond_init(&p->synced.over, NULL);
-    status *st = queue_init(&p->queue, QUEUE_ITEMS);
-    struct stage_sink sink = { .arg = p, .emit = emit, .fail = fail, .failed = &p->failed };
-    if (!st)
-        st = stage_open(&p->stage, o->dev, sink);
+    struct stage_sink sink = { .arg = p, .fail = fail, .failed = &p->failed };
+    status *st = stage_open(&p->stage, o->dev, o->writers, sink);
     for (int i = 0; !st && i < o->writers; i++) {
         char name[24];
         snprintf(name, sizeof name, "tsr-write-%d", i);
-        st = thread_start(&thread[i], name, writer_main, p);
+        writer[i].p = p;
+        writer[i].index = i;
+        st = thread_start(&writer[i].thread, name, writer_main, &writer[i]);
     }
     if (st) {
         pipeline_close(p);
@@ -208,46 +217,39 @@ void pipeline_close(struct pipeline *p)
     if (!p)
         return;
     stop(p);
-    stage_close(&p->stage);
-    if (p->queue.slot)
-        queue_close(&p->queue);
+    stage_quit(&p->stage);
     for (int i = 0; i < p->o.writers; i++)
-        status_free(thread_join(&p->thread[i]));
-    queue_fini(&p->queue);
+        status_free(thread_join(&p->writer[i].thread));
+    stage_close(&p->stage);
     status_free(p->synced.error);
     pthread_cond_destroy(&p->synced.over);
     pthread_mutex_destroy(&p->synced.lock);
     pthread_mutex_destroy(&p->open_lock);
-    mem_free(p->thread);
-    mem_free(p->item);
+    mem_free(p->writer);
     mem_free(p->file);
     mem_free(p);
 }
 
 status *pipeline_prepare(struct pipeline *p, const struct share *s, uint64_t staging_bytes)
 {
-    struct item *item = mem_calloc(s->chunks ? s->chunks : 1, sizeof *item);
     struct file *file = mem_calloc(s->files ? s->files : 1, sizeof *file);
-    if (!item || !file) {
-        mem_free(item);
-        mem_free(file);
-        return ERR(NO_MEMORY, "books of %llu chunks", (unsigned long long)s->chunks);
-    }
-    mem_free(p->item);
+    if (!file)
+        return ERR(NO_MEMORY, "books of %llu files", (unsigned long long)s->files);
     mem_free(p->file);
-    p->item = item;
     p->file = file;
-    p->items = s->chunks;
+    p->chunks = s->chunks;
     p->files = s->files;
-    uint64_t blocks = s->block_bytes ? staging_bytes / s->block_bytes : 0;
+    uint64_t bounce = p->o.dev->host ? (uint64_t)p->o.writers * BOUNCE_BYTES : 0;
+    uint64_t room = staging_bytes > bounce ? staging_bytes - bounce : 0;
+    uint64_t blocks = s->block_bytes ? room / s->block_bytes : 0;
     blocks = blocks < 2 ? 2 : blocks;
     blocks = blocks > s->data_chunks ? s->data_chunks : blocks;
-    return stage_prepare(&p->stage, s->block_bytes, blocks);
+    return stage_prepare(&p->stage, s->block_bytes, blocks, s->chunks);
 }
 
 void pipeline_start(struct pipeline *p, struct share *s, uint64_t step)
 {
-    CHECK(p->items == s->chunks && p->files == s->files, "the share was prepared");
+    CHECK(p->chunks == s->chunks && p->files == s->files, "the share was prepared");
     p->share = s;
     p->step = step;
     for (uint64_t f = 0; f < s->files; f++)
@@ -258,10 +260,10 @@ void pipeline_start(struct pipeline *p, struct share *s, uint64_t step)
     p->synced.error = NULL;
     p->synced.drained = s->files == 0;
     p->synced.files_left = s->files;
-    p->synced.written_bytes = 0;
+    p->synced.written_bytes = p->synced.live_bytes = 0;
     atomic_store(&p->failed, false);
     pthread_mutex_unlock(&p->synced.lock);
-    stage_start(&p->stage, s);
+    stage_start(&p->stage, s, p->o.dev->host && !atomic_load(&p->buffered));
 }
 
 uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes)
@@ -270,11 +272,11 @@ uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes)
     if (!s)
         return 0;
     if (!addr)
-        return stage_wait(&p->stage, s->pieces);
+        return stage_wait(&p->stage, s->chunks);
     uintptr_t begin = (uintptr_t)addr, end = begin + bytes;
     for (uint64_t i = s->pieces; i-- > 0;)
         if (s->source[i].begin < end && begin < s->source[i].end)
-            return stage_wait(&p->stage, i + 1);
+            return stage_wait(&p->stage, s->piece[i].past_chunk);
     return 0;
 }
 
@@ -285,13 +287,14 @@ void pipeline_look(struct pipeline *p, struct pipeline_view *out)
     out->drained = p->synced.drained;
     out->failed = atomic_load(&p->failed);
     out->written_bytes = p->synced.written_bytes;
+    out->live_bytes = p->synced.live_bytes;
     pthread_mutex_unlock(&p->synced.lock);
-    pthread_mutex_lock(&p->stage.synced.lock);
-    out->captured = !p->share || p->stage.synced.captured_pieces >= p->share->pieces;
-    out->captured_bytes = p->stage.synced.captured_bytes;
-    out->staging_cap_bytes = p->stage.memory_bytes;
-    out->staging_peak_bytes = p->stage.synced.peak_blocks * (p->stage.memory ? p->stage.pool.block_bytes : 0);
-    pthread_mutex_unlock(&p->stage.synced.lock);
+    struct stage_view stage;
+    stage_look(&p->stage, &stage);
+    out->captured = !p->share || stage.captured;
+    out->captured_bytes = stage.captured_bytes;
+    out->staging_cap_bytes = stage.cap_bytes;
+    out->staging_peak_bytes = stage.peak_bytes;
 }
 
 status *pipeline_take_error(struct pipeline *p)

@@ -1,8 +1,11 @@
 /* pipeline: one rank's save, from tensors to finished files, on threads of its own that live as long as the handle.
  *
- *   pipeline_start -> stage (copy-out) -> queue -> writer threads: checksum, store_write -> [last chunk of a file]
- * finish (fsync)
- *                                                                                       -> [all files] drained
+ *   pipeline_start -> stage: hands out chunks, live or copied -> writer threads: checksum, store_write
+ *                                                                  -> [last chunk of a file] finish (fsync)
+ *                                                                  -> [all files] drained
+ *
+ * On a host device, and while the store takes bytes straight from memory (store_writer_direct), chunks are written from
+ * the tensors until the first fence; else, and afterwards, from staging.
  *
  * Invariants: (1) the first error sticks; after it nothing more is copied or written, but every chunk still passes, so
  * the end is always reached and every block comes back; (2) when a save that failed is over, no writer is open:
@@ -27,20 +30,20 @@ status *pipeline_open(const struct pipeline_options *o, struct pipeline **out) W
 /* NULL is fine. Stops a save in flight; files it has finished stay, since they may count by now. */
 void pipeline_close(struct pipeline *p);
 
-/* Size staging and books for saves of this share: as many blocks as staging_bytes holds, at least two, at most one a
- * chunk. Only while no save is in flight. */
+/* Size staging and books for saves of this share: as many blocks as staging_bytes holds beside the writers' bounce
+ * buffers (BOUNCE_BYTES each), at least two, at most one a chunk. Only while no save is in flight. */
 status *pipeline_prepare(struct pipeline *p, const struct share *s, uint64_t staging_bytes) WARN_UNUSED;
 /* Start saving s (prepared, its sources filled) as `step`. s is the pipeline's until pipeline_end. */
 void pipeline_start(struct pipeline *p, struct share *s, uint64_t step);
 
-/* Wait until what overlaps [addr, addr + bytes) was copied out; addr NULL: everything. Returns the nanoseconds waited.
- */
+/* Wait until what overlaps [addr, addr + bytes), and what lies before it in capture order, was copied out or written;
+ * addr NULL: everything. Returns the nanoseconds waited. */
 uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes);
 
 /* Consistent: drained without failed means that every file is durable and nothing of this save can fail any more. */
 struct pipeline_view {
     bool captured, drained, failed;
-    uint64_t captured_bytes, written_bytes, staging_cap_bytes, staging_peak_bytes;
+    uint64_t captured_bytes, written_bytes, live_bytes, staging_cap_bytes, staging_peak_bytes;
 };
 /* One consistent look at the save in flight, or the last one. */
 void pipeline_look(struct pipeline *p, struct pipeline_view *out);

@@ -7,6 +7,7 @@
  * Errors that one rank alone has seen stay in t->save.error or in the pipeline until the tick's reduction has told all.
  */
 #include "ckpt/handle.h"
+#include "ckpt/stage.h"
 
 #include "comm/agree.h"
 #include "comm/base/clock.h"
@@ -189,12 +190,13 @@ static status *plan_together(tessera *t, const tessera_state *s, struct plan **o
     return st;
 }
 
-/* The largest chunk that leaves room for two in the staging cap. */
+/* The largest chunk that leaves room for two in the staging cap, beside what pipeline_prepare takes first. */
 static uint64_t chunk_bytes_for(const struct tessera_options *o)
 {
-    uint64_t chunk = o->chunk_bytes;
-    if (o->staging_bytes && o->staging_bytes / 2 < chunk)
-        chunk = o->staging_bytes / 2;
+    uint64_t chunk = o->chunk_bytes, bounce = (uint64_t)o->writers * BOUNCE_BYTES;
+    uint64_t room = o->staging_bytes > bounce ? o->staging_bytes - bounce : 0;
+    if (o->staging_bytes && room / 2 < chunk)
+        chunk = room / 2;
     chunk = chunk / META_BLOCK_BYTES * META_BLOCK_BYTES;
     return chunk ? chunk : META_BLOCK_BYTES;
 }
@@ -206,8 +208,7 @@ static status *adopt(tessera *t, const tessera_state *s)
     uint64_t chunk = chunk_bytes_for(&t->o);
     TRY(roster_make(c->plan, &c->roster));
     TRY(share_make(c->plan, &c->roster, t->x->rank, chunk, &c->share));
-    uint64_t cap = t->o.staging_bytes ? t->o.staging_bytes : c->share->data_chunks * c->share->block_bytes;
-    TRY(pipeline_prepare(t->pipe, c->share, cap));
+    TRY(pipeline_prepare(t->pipe, c->share, t->o.staging_bytes ? t->o.staging_bytes : UINT64_MAX));
     c->fingerprint = s->fingerprint;
     return NULL;
 }

@@ -2,6 +2,7 @@
  */
 #include "ckpt/share.h"
 
+#include "ckpt/reshard.h"
 #include "comm/base/mem.h"
 
 #include <stdio.h>
@@ -210,9 +211,11 @@ static void cut_chunks(struct share *s, uint64_t chunk_bytes)
             s->segment[s->segments++] =
                 (struct share_segment){ .piece = (uint32_t)i, .lo = lo, .hi = lo + n, .at = at };
             c->segments++;
+            c->payload_bytes += n;
             c->bytes = at + n;
             lo += n;
         }
+        s->piece[i].past_chunk = q->bytes ? s->chunks : i ? q[-1].past_chunk : 0;
     }
     close_chunk(s, c);
 }
@@ -246,4 +249,27 @@ status *share_make(const struct plan *p, const struct roster *r, int rank, uint6
     cut_chunks(s, chunk_bytes);
     *out = s;
     return NULL;
+}
+
+void share_gather(const struct share *s, const struct share_segment *seg, uint64_t from, size_t n, void *out)
+{
+    const struct share_piece *p = &s->piece[seg->piece];
+    const struct share_source *src = &s->source[seg->piece];
+    uint64_t lo = p->local_offset + (seg->lo + from) / p->elem_bytes;
+    piece_gather(p->ndim, &src->piece, p->elem_bytes, src->base, src->strided ? src->stride : NULL, lo,
+                 lo + n / p->elem_bytes, out);
+}
+
+void share_checksum(struct share *s, const struct share_segment *seg, uint64_t from, const void *payload, size_t n)
+{
+    uint32_t *crc = s->crc + s->piece[seg->piece].first_crc;
+    const unsigned char *p = payload;
+    for (uint64_t at = seg->lo + from, end = at + n; at < end;) {
+        uint64_t k = META_BLOCK_BYTES - at % META_BLOCK_BYTES;
+        k = k < end - at ? k : end - at;
+        uint32_t *c = crc + at / META_BLOCK_BYTES;
+        *c = crc32c(at % META_BLOCK_BYTES ? *c : 0, p, k);
+        p += k;
+        at += k;
+    }
 }

@@ -4,8 +4,8 @@
  *
  * A chunk is a stretch of one file, filled in memory exactly as it will lie there (pieces at their offsets, zeros
  * between), so that many small tensors leave in one write. Invariants: chunks follow the order of the state; a checksum
- * block (META_BLOCK_BYTES of a piece's payload) lies whole in one chunk; chunks start at multiples of 4 KiB and do not
- * overlap. */
+ * block (META_BLOCK_BYTES of a piece's payload) lies whole in one chunk; chunks and segments start at multiples of 4
+ * KiB of their file, and chunks do not overlap. */
 #ifndef TESSERA_CKPT_SHARE_H
 #define TESSERA_CKPT_SHARE_H
 
@@ -32,6 +32,7 @@ struct share_piece {
     size_t elem_bytes;
     uint64_t bytes, offset; /* of the payload, in its file */
     uint64_t first_crc;
+    uint64_t past_chunk; /* its bytes, and those of all pieces before it, lie in chunks below this one */
 };
 
 /* Where the bytes of a share's piece are now; filled at each save. */
@@ -52,6 +53,7 @@ struct share_segment {
 struct share_chunk {
     uint32_t file;
     uint64_t offset, bytes;
+    uint64_t payload_bytes;           /* of its segments */
     uint64_t first_segment, segments; /* no segments: the file's header */
 };
 
@@ -79,5 +81,12 @@ struct share {
 status *share_make(const struct plan *p, const struct roster *r, int rank, uint64_t chunk_bytes,
                    struct share **out) WARN_UNUSED;
 void share_free(struct share *s);
+
+/* Copy n bytes of a segment from where they are now (host memory), beginning with its byte `from`; both fall between
+ * elements. */
+void share_gather(const struct share *s, const struct share_segment *seg, uint64_t from, size_t n, void *out);
+/* Enter n bytes of a segment, from its byte `from` on, into their blocks' checksums. A block's bytes are entered in
+ * their order. */
+void share_checksum(struct share *s, const struct share_segment *seg, uint64_t from, const void *payload, size_t n);
 
 #endif

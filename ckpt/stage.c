@@ -1,58 +1,39 @@
-/* stage: capture_main waits for a share and walks its chunks; everything else is bookkeeping around it. */
+/* stage: capture_main and stage_take are the two that take chunks; everything else is bookkeeping around them. */
 #include "ckpt/stage.h"
 
-#include "ckpt/reshard.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 
 #include <string.h>
 
+#define NO_CHUNK UINT64_MAX
+
 static status *copy_segment(struct stage *g, const struct share *s, const struct share_segment *seg, unsigned char *out)
 {
     const struct share_piece *p = &s->piece[seg->piece];
     const struct share_source *src = &s->source[seg->piece];
-    uint64_t lo = p->local_offset + seg->lo / p->elem_bytes, hi = p->local_offset + seg->hi / p->elem_bytes;
     if (g->dev->host) {
-        piece_gather(p->ndim, &src->piece, p->elem_bytes, src->base, src->strided ? src->stride : NULL, lo, hi, out);
+        share_gather(s, seg, 0, seg->hi - seg->lo, out);
         return NULL;
     }
     if (src->strided)
         return ERR(UNSUPPORTED, "strided memory on device %s", g->dev->ops->name);
-    const unsigned char *from = (const unsigned char *)src->base + lo * p->elem_bytes;
+    const unsigned char *from = (const unsigned char *)src->base + p->local_offset * p->elem_bytes + seg->lo;
     return g->dev->ops->copy(g->dev, out, from, seg->hi - seg->lo, g->stream);
-}
-
-static void captured(struct stage *g, uint64_t pieces, uint64_t bytes)
-{
-    pthread_mutex_lock(&g->synced.lock);
-    g->synced.captured_pieces = pieces;
-    g->synced.captured_bytes += bytes;
-    pthread_cond_broadcast(&g->synced.changed);
-    pthread_mutex_unlock(&g->synced.lock);
 }
 
 /* Fill the block with the chunk as it will lie in the file. */
 static status *fill(struct stage *g, const struct share *s, const struct share_chunk *c, unsigned char *block)
 {
-    uint64_t end = 0, whole = 0;
+    uint64_t end = 0;
     for (uint64_t i = c->first_segment; i < c->first_segment + c->segments; i++) {
         const struct share_segment *seg = &s->segment[i];
         memset(block + end, 0, seg->at - end);
         TRY(copy_segment(g, s, seg, block + seg->at));
         end = seg->at + seg->hi - seg->lo;
-        bool ended = seg->hi == s->piece[seg->piece].bytes;
-        whole = seg->piece + (ended ? 1 : 0);
-        while (ended && whole < s->pieces && !s->piece[whole].bytes) /* pieces of no bytes have no segment */
-            whole++;
-        if (g->dev->host)
-            captured(g, whole, seg->hi - seg->lo);
     }
     memset(block + end, 0, c->bytes - end);
-    if (!g->dev->host) {
-        TRY(g->dev->ops->stream_sync(g->dev, g->stream));
-        captured(g, whole, c->bytes);
-    }
-    return NULL;
+    return g->dev->host ? NULL : g->dev->ops->stream_sync(g->dev, g->stream);
 }
 
 static void *take_block(struct stage *g)
@@ -65,50 +46,146 @@ static void *take_block(struct stage *g)
     return block;
 }
 
-static void capture(struct stage *g, const struct share *s)
+/* The chunk in a block; NULL if it needs none, or none any more. */
+static void *capture(struct stage *g, const struct share *s, const struct share_chunk *c)
 {
-    const uint64_t chunks = s->chunks; /* after the last emit the share may be gone */
-    for (uint64_t i = 0; i < chunks; i++) {
-        const struct share_chunk *c = &s->chunk[i];
-        void *block = NULL;
-        if (c->segments && !atomic_load(g->sink.failed)) {
-            block = take_block(g);
-            status *st = fill(g, s, c, block);
-            if (st) {
-                g->sink.fail(g->sink.arg, st);
-                stage_give(g, block);
-                block = NULL;
-            }
-        }
-        if (atomic_load(g->sink.failed)) /* a failed save reads no tensor any more */
-            captured(g, s->pieces, 0);
-        g->sink.emit(g->sink.arg, i, block);
-    }
+    if (!c->segments || atomic_load(g->sink.failed))
+        return NULL;
+    void *block = take_block(g);
+    status *st = atomic_load(g->sink.failed) ? NULL : fill(g, s, c, block);
+    if (st)
+        g->sink.fail(g->sink.arg, st);
+    if (!atomic_load(g->sink.failed))
+        return block;
+    stage_give(g, block);
+    return NULL;
 }
 
 static status *capture_main(void *arg)
 {
     struct stage *g = arg;
     pthread_mutex_lock(&g->synced.lock);
-    for (;;) {
-        while (!g->synced.share && !g->synced.quit)
+    while (!g->synced.quit) {
+        if (g->synced.live || g->synced.next == g->synced.chunks) {
             pthread_cond_wait(&g->synced.changed, &g->synced.lock);
-        if (!g->synced.share)
-            break;
-        struct share *s = g->synced.share;
-        /* Once its last chunk is out the next save may start at once: be idle by then. */
-        g->synced.share = NULL;
+            continue;
+        }
+        uint64_t i = g->synced.next++;
+        const struct share *s = g->synced.share;
+        g->synced.reading[g->writers] = i;
         pthread_mutex_unlock(&g->synced.lock);
-        capture(g, s);
+        uint64_t bytes = s->chunk[i].payload_bytes;
+        void *block = capture(g, s, &s->chunk[i]);
         pthread_mutex_lock(&g->synced.lock);
+        g->synced.reading[g->writers] = NO_CHUNK;
+        g->synced.captured_bytes += block ? bytes : 0;
+        g->synced.ready[g->synced.put++] = (struct stage_item){ .chunk = i, .block = block };
+        pthread_cond_broadcast(&g->synced.changed);
     }
     pthread_mutex_unlock(&g->synced.lock);
     return NULL;
 }
 
-status *stage_open(struct stage *g, struct device *dev, struct stage_sink sink)
+static bool try_take_locked(struct stage *g, int writer, struct stage_item *out)
 {
-    *g = (struct stage){ .dev = dev, .sink = sink };
+    if (g->synced.got < g->synced.put) {
+        *out = g->synced.ready[g->synced.got++];
+        return true;
+    }
+    if (!g->synced.live || g->synced.next == g->synced.chunks)
+        return false;
+    *out = (struct stage_item){ .chunk = g->synced.next++, .live = true };
+    g->synced.reading[writer] = out->chunk;
+    return true;
+}
+
+bool stage_take(struct stage *g, int writer, struct stage_item *out)
+{
+    bool got;
+    pthread_mutex_lock(&g->synced.lock);
+    while (!(got = try_take_locked(g, writer, out)) && !g->synced.quit)
+        pthread_cond_wait(&g->synced.changed, &g->synced.lock);
+    pthread_mutex_unlock(&g->synced.lock);
+    return got;
+}
+
+void stage_release(struct stage *g, int writer, uint64_t bytes)
+{
+    pthread_mutex_lock(&g->synced.lock);
+    g->synced.reading[writer] = NO_CHUNK;
+    g->synced.captured_bytes += bytes;
+    pthread_cond_broadcast(&g->synced.changed);
+    pthread_mutex_unlock(&g->synced.lock);
+}
+
+void stage_give(struct stage *g, void *block)
+{
+    pool_put(&g->pool, block);
+}
+
+void *stage_bounce(struct stage *g, int writer)
+{
+    return g->memory + g->memory_bytes - (size_t)(g->writers - writer) * BOUNCE_BYTES;
+}
+
+static void end_live_locked(struct stage *g)
+{
+    if (!g->synced.live)
+        return;
+    g->synced.live = false;
+    pthread_cond_broadcast(&g->synced.changed);
+}
+
+void stage_end_live(struct stage *g)
+{
+    pthread_mutex_lock(&g->synced.lock);
+    end_live_locked(g);
+    pthread_mutex_unlock(&g->synced.lock);
+}
+
+static bool is_free_locked(const struct stage *g, uint64_t count)
+{
+    for (int i = 0; i <= g->writers; i++)
+        if (g->synced.reading[i] < count)
+            return false;
+    return g->synced.next >= count;
+}
+
+uint64_t stage_wait(struct stage *g, uint64_t count)
+{
+    uint64_t start = 0;
+    pthread_mutex_lock(&g->synced.lock);
+    end_live_locked(g);
+    while (!is_free_locked(g, count)) {
+        start = start ? start : clock_ns();
+        pthread_cond_wait(&g->synced.changed, &g->synced.lock);
+    }
+    pthread_mutex_unlock(&g->synced.lock);
+    return start ? clock_ns() - start : 0;
+}
+
+void stage_look(struct stage *g, struct stage_view *out)
+{
+    pthread_mutex_lock(&g->synced.lock);
+    size_t blocks = g->memory ? g->pool.block_bytes * g->pool.count : 0;
+    out->captured = is_free_locked(g, g->synced.chunks);
+    out->captured_bytes = g->synced.captured_bytes;
+    out->cap_bytes = g->memory_bytes;
+    out->peak_bytes = g->memory ? g->synced.peak_blocks * g->pool.block_bytes + g->memory_bytes - blocks : 0;
+    pthread_mutex_unlock(&g->synced.lock);
+}
+
+/* ---- open, prepare, start, close */
+
+status *stage_open(struct stage *g, struct device *dev, int writers, struct stage_sink sink)
+{
+    uint64_t *reading = mem_array(NULL, (size_t)writers + 1, sizeof *reading);
+    if (!reading)
+        return ERR(NO_MEMORY, "staging for %d writers", writers);
+    *g = (struct stage){ .dev = dev, .writers = writers, .sink = sink };
+    for (int i = 0; i <= writers; i++)
+        reading[i] = NO_CHUNK;
+    g->synced.reading = reading;
     pthread_mutex_init(&g->synced.lock, NULL);
     pthread_cond_init(&g->synced.changed, NULL);
     status *st = dev->ops->stream_open(dev, &g->stream);
@@ -129,7 +206,7 @@ static void free_memory(struct stage *g)
     g->memory_bytes = 0;
 }
 
-void stage_close(struct stage *g)
+void stage_quit(struct stage *g)
 {
     if (!g->dev)
         return;
@@ -137,61 +214,61 @@ void stage_close(struct stage *g)
     g->synced.quit = true;
     pthread_cond_broadcast(&g->synced.changed);
     pthread_mutex_unlock(&g->synced.lock);
+}
+
+void stage_close(struct stage *g)
+{
+    if (!g->dev)
+        return;
+    stage_quit(g);
     status_free(thread_join(&g->thread));
     free_memory(g);
     if (g->stream)
         g->dev->ops->stream_close(g->dev, g->stream);
+    mem_free(g->synced.reading);
+    mem_free(g->synced.ready);
     pthread_cond_destroy(&g->synced.changed);
     pthread_mutex_destroy(&g->synced.lock);
     g->dev = NULL;
 }
 
-status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks)
+status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, uint64_t chunks)
 {
+    if (chunks > g->synced.room) {
+        struct stage_item *ready = mem_array(g->synced.ready, chunks, sizeof *ready);
+        if (!ready)
+            return ERR(NO_MEMORY, "books of %llu chunks", (unsigned long long)chunks);
+        g->synced.ready = ready;
+        g->synced.room = chunks;
+    }
     if (g->memory && g->pool.block_bytes == block_bytes && g->pool.count == blocks)
         return NULL;
     free_memory(g);
     if (!blocks)
         return NULL;
     void *memory;
-    TRY(g->dev->ops->alloc_pinned(g->dev, block_bytes * blocks, &memory));
+    size_t bytes = block_bytes * blocks + (g->dev->host ? (size_t)g->writers * BOUNCE_BYTES : 0);
+    TRY(g->dev->ops->alloc_pinned(g->dev, bytes, &memory));
     status *st = pool_init(&g->pool, memory, block_bytes, blocks);
     if (st) {
-        g->dev->ops->free_pinned(g->dev, memory, block_bytes * blocks);
+        g->dev->ops->free_pinned(g->dev, memory, bytes);
         return st;
     }
     g->memory = memory;
-    g->memory_bytes = block_bytes * blocks;
+    g->memory_bytes = bytes;
     return NULL;
 }
 
-void stage_start(struct stage *g, struct share *s)
+void stage_start(struct stage *g, struct share *s, bool live)
 {
+    CHECK(s->chunks <= g->synced.room && (!live || g->dev->host));
     pthread_mutex_lock(&g->synced.lock);
+    g->synced.share = s;
+    g->synced.live = live;
+    g->synced.chunks = s->chunks;
+    g->synced.next = g->synced.put = g->synced.got = 0;
     g->synced.captured_bytes = 0;
     g->synced.peak_blocks = 0;
-    uint64_t lead = 0;
-    while (lead < s->pieces && !s->piece[lead].bytes)
-        lead++;
-    g->synced.captured_pieces = lead;
-    g->synced.share = s;
     pthread_cond_broadcast(&g->synced.changed);
     pthread_mutex_unlock(&g->synced.lock);
-}
-
-uint64_t stage_wait(struct stage *g, uint64_t count)
-{
-    uint64_t start = 0;
-    pthread_mutex_lock(&g->synced.lock);
-    while (g->synced.captured_pieces < count) {
-        start = start ? start : clock_ns();
-        pthread_cond_wait(&g->synced.changed, &g->synced.lock);
-    }
-    pthread_mutex_unlock(&g->synced.lock);
-    return start ? clock_ns() - start : 0;
-}
-
-void stage_give(struct stage *g, void *block)
-{
-    pool_put(&g->pool, block);
 }

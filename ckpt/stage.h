@@ -1,9 +1,17 @@
-/* stage: the copy-out. One thread copies a share's pieces from the tensors into blocks of staging memory, in capture
- * order, and hands each filled chunk on. What it has passed may be overwritten: that is all a fence waits for.
+/* stage: hands out the chunks of a save, and copies those that cannot be written from where they are.
  *
- * Invariants: staging memory never grows past what stage_prepare set; a save in flight calls `emit` once for every
- * chunk of its share, in order, also after a failure (then without a block), so that whoever counts chunks always
- * reaches the end. */
+ * Every chunk is taken once, in order, by one of two: a writer, which writes it from live memory, or the capture
+ * thread, which copies it into a block of staging memory; writers take the blocks. A save begins live or not; the first
+ * fence ends live for the rest of the save, and from then on the capture thread copies ahead as far as there are
+ * blocks.
+ *
+ *   [0 .. next) taken | [next .. chunks) nobody's          live:      next -> a writer
+ *                                                          not live:  next -> capture thread -> ready -> a writer
+ *
+ * Invariants: (1) what stage_wait(k) returned for may be overwritten: chunks below k are taken, and whoever took one of
+ * them reads no tensor for it any more; (2) staging memory never grows past what stage_prepare set; (3) every chunk
+ * reaches some writer, also after a failure (then without a block), so that whoever counts chunks always reaches the
+ * end; (4) a writer holds at most one chunk, so a fence waits for at most `writers` live ones and one copy. */
 #ifndef TESSERA_CKPT_STAGE_H
 #define TESSERA_CKPT_STAGE_H
 
@@ -14,12 +22,20 @@
 
 #include <stdatomic.h>
 
+enum { BOUNCE_BYTES = 256 << 10 }; /* a writer's own buffer, for the parts of live chunks that need a copy after all */
+
 struct stage_sink {
     void *arg;
-    /* Take chunk number i; block is NULL for a header and after a failure. May wait. */
-    void (*emit)(void *arg, uint64_t i, void *block);
     void (*fail)(void *arg, status *st); /* takes st */
     const atomic_bool *failed;           /* set: stop copying */
+};
+
+/* A chunk that a writer has taken. live: from the tensors; else from block, which is NULL for a header and after a
+ * failure. */
+struct stage_item {
+    uint64_t chunk;
+    void *block;
+    bool live;
 };
 
 struct stage {
@@ -27,14 +43,20 @@ struct stage {
     struct stream *stream;
     struct stage_sink sink;
     struct thread thread;
-    unsigned char *memory; /* pinned */
+    int writers;
+    unsigned char *memory; /* pinned: the pool's blocks, then a bounce buffer a writer */
     size_t memory_bytes;
     struct pool pool;
     struct {
         pthread_mutex_t lock;
         pthread_cond_t changed;
-        struct share *share;      /* being captured; NULL: nothing to do */
-        uint64_t captured_pieces; /* all pieces below it have been copied out */
+        struct share *share; /* being captured; the last one afterwards, not to be looked at */
+        bool live;
+        uint64_t chunks, next;
+        uint64_t *reading; /* [writers + 1] the chunk that each writer, and last the capture thread, reads tensors
+                            * for; UINT64_MAX: none */
+        struct stage_item *ready; /* [room] what the capture thread is done with, in order */
+        uint64_t room, put, got;  /* of ready: in all put in, and taken out */
         uint64_t captured_bytes;
         size_t peak_blocks;
         bool quit;
@@ -42,14 +64,33 @@ struct stage {
 };
 
 /* Start the capture thread. It has no memory until stage_prepare. */
-status *stage_open(struct stage *g, struct device *dev, struct stage_sink sink) WARN_UNUSED;
-/* End the thread and free the blocks; no save may be in flight. */
+status *stage_open(struct stage *g, struct device *dev, int writers, struct stage_sink sink) WARN_UNUSED;
+/* Everyone in stage_take gets false. No save may be in flight. */
+void stage_quit(struct stage *g);
+/* End the thread and free the memory; after stage_quit and the last stage_take. */
 void stage_close(struct stage *g);
-/* Have `blocks` blocks of block_bytes, touched. Only while nothing is captured. */
-status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks) WARN_UNUSED;
-void stage_start(struct stage *g, struct share *s);
-/* Wait until pieces [0, count) are copied out. Returns the nanoseconds waited. */
-uint64_t stage_wait(struct stage *g, uint64_t count);
+/* Have `blocks` blocks of block_bytes, touched, and room for the books of a share of `chunks`. Only while nothing is
+ * captured. */
+status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, uint64_t chunks) WARN_UNUSED;
+/* Begin with s; live only on a host device. */
+void stage_start(struct stage *g, struct share *s, bool live);
+
+/* A writer's next chunk; waits. False: quit. A live one is given back by stage_release, a block by stage_give. */
+bool stage_take(struct stage *g, int writer, struct stage_item *out);
+/* The writer reads no tensor for its live chunk any more; `bytes` of them it has passed on. */
+void stage_release(struct stage *g, int writer, uint64_t bytes);
 void stage_give(struct stage *g, void *block);
+void *stage_bounce(struct stage *g, int writer);
+/* From here on everything is copied. */
+void stage_end_live(struct stage *g);
+
+/* End live, and wait until chunks [0, count) are free of readers. Returns the nanoseconds waited. */
+uint64_t stage_wait(struct stage *g, uint64_t count);
+
+struct stage_view {
+    bool captured;
+    uint64_t captured_bytes, cap_bytes, peak_bytes;
+};
+void stage_look(struct stage *g, struct stage_view *out);
 
 #endif

@@ -110,8 +110,8 @@ struct tessera_options {
     int read_only;   /* 1: no lease, nothing is ever written; any number of readers beside one writer */
     int keep_last;   /* committed steps that stay, at least 0; older ones are removed after a commit; 0: all stay */
     int rewind;      /* 1: loading a step below the newest retires the later ones; 0: that is INVALID */
-    uint64_t staging_bytes; /* cap of the staging pool of this rank, at least 2 MiB; 0: the bytes this rank writes in a
-                             * save. With less, fences wait for storage */
+    uint64_t staging_bytes; /* cap of the staging pool of this rank; 0: the bytes this rank writes in a save. With less,
+                             * fences may wait for storage. 2 MiB and 256 KiB a writer are always taken */
     uint64_t chunk_bytes; /* unit of capture and writing; 0: 16 MiB; a multiple of 4 KiB. Used in whole MiB, at least 1,
                            * at most half of staging_bytes */
     int writers;          /* writer threads of this rank, at most 64; 0: 1 */
@@ -246,18 +246,19 @@ struct tessera_progress {
     int phase;                   /* enum tessera_phase */
     uint64_t step;               /* being saved; when idle, the newest committed one (0 if there is none) */
     uint64_t total_bytes;        /* that this rank writes in such a save, without headers */
-    uint64_t captured_bytes;     /* of them, copied out so far */
-    uint64_t written_bytes;      /* given to storage so far, with headers */
+    uint64_t captured_bytes;     /* of them, copied out, or written without a copy, so far */
+    uint64_t written_bytes;      /* of them, given to storage so far */
     uint64_t staging_cap_bytes;  /* size of the staging pool */
     uint64_t staging_peak_bytes; /* most of it in use at once so far */
     uint64_t call_ns;            /* of the save in flight or the last one: time inside tessera_save */
     uint64_t fence_wait_ns;      /* of the same: waits in fences */
     uint64_t save_ns;            /* from tessera_save to committed, of the last finished save */
     uint64_t saves, failures;    /* since tessera_open: committed, failed; alike on all ranks */
+    uint64_t live_bytes;         /* of written_bytes: straight from the tensors, never copied */
 };
 #define TESSERA_PROGRESS                                                                                               \
     {                                                                                                                  \
-        sizeof(struct tessera_progress), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                            \
+        sizeof(struct tessera_progress), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                         \
     }
 /* Not collective; at any time, waits for nothing. */
 void tessera_get_progress(tessera *t, struct tessera_progress *out);

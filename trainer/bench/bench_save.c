@@ -78,7 +78,8 @@ struct save_bench {
     int64_t gemms; /* of a step, of this rank */
     uint64_t step; /* last one saved */
     struct samples s;
-    uint64_t ckpt_cpu_ns, all_cpu_ns; /* in on windows, this rank's */
+    uint64_t ckpt_cpu_ns, all_cpu_ns;   /* in on windows, this rank's */
+    uint64_t live_bytes, written_bytes; /* of the last saves of on windows, this rank's */
     uint64_t rss_before, rss_peak, staging_peak, staging_cap;
     struct limits limits; /* rank 0 */
 };
@@ -203,6 +204,17 @@ static status *run_steps(struct save_bench *sb, bool on, uint64_t *step_ns)
     return on ? tessera_wait(sb->ckpt, NULL) : NULL;
 }
 
+/* Where the bytes of the window's last save went. */
+static void note_ways(struct save_bench *sb)
+{
+    struct tessera_progress p = TESSERA_PROGRESS;
+    tessera_get_progress(sb->ckpt, &p);
+    sb->live_bytes += p.live_bytes;
+    sb->written_bytes += p.written_bytes;
+    sb->staging_peak = p.staging_peak_bytes > sb->staging_peak ? p.staging_peak_bytes : sb->staging_peak;
+    sb->staging_cap = p.staging_cap_bytes;
+}
+
 static status *run_window(struct save_bench *sb, int64_t pair, bool on)
 {
     size_t at = (size_t)pair * 2 + on;
@@ -219,6 +231,7 @@ static status *run_window(struct save_bench *sb, int64_t pair, bool on)
     if (on) {
         sb->all_cpu_ns += all1 - all0;
         sb->ckpt_cpu_ns += ckpt1 - ckpt0;
+        note_ways(sb);
     }
     return NULL;
 }
@@ -271,13 +284,14 @@ static status *gather(struct save_bench *sb)
 {
     struct comm *c = sb->b->world;
     uint64_t most[4] = { sb->rss_peak, sb->rss_peak - sb->rss_before, sb->staging_peak, sb->staging_cap };
-    uint64_t sums[2] = { sb->ckpt_cpu_ns, sb->all_cpu_ns };
+    uint64_t sums[4] = { sb->ckpt_cpu_ns, sb->all_cpu_ns, sb->live_bytes, sb->written_bytes };
     TRY(comm_allreduce(c, sb->s.all, sb->s.count, COMM_U64, COMM_MAX, NULL));
     TRY(comm_allreduce(c, most, 4, COMM_U64, COMM_MAX, NULL));
-    TRY(comm_allreduce(c, sums, 2, COMM_U64, COMM_SUM, NULL));
+    TRY(comm_allreduce(c, sums, 4, COMM_U64, COMM_SUM, NULL));
     sb->rss_peak = most[0], sb->rss_before = most[0] - most[1];
     sb->staging_peak = most[2], sb->staging_cap = most[3];
     sb->ckpt_cpu_ns = sums[0], sb->all_cpu_ns = sums[1];
+    sb->live_bytes = sums[2], sb->written_bytes = sums[3];
     return NULL;
 }
 
@@ -335,6 +349,8 @@ static void report(struct save_bench *sb, const double load[2], double *scratch)
         { "rate_ratio", limit_s * 1e3 / idle_ms, NULL, 4, "save_gbps / limit_gbps" },
         { "save_gbps_best", bytes / idle_best_ms * 1e-6, NULL, 3, "GB/s, fastest save" },
         { "limit_gbps_best", bytes / limit_best_s * 1e-9, NULL, 3, "GB/s, fastest plain write" },
+        { "live_bytes_share", (double)sb->live_bytes / (double)sb->written_bytes, NULL, 4,
+          "written straight from the tensors, windows with saves" },
         { "staging_peak_bytes", (double)sb->staging_peak, NULL, 0, "of a rank, most" },
         { "staging_cap_bytes", (double)sb->staging_cap, NULL, 0, "of a rank" },
         { "rss_peak_bytes", (double)sb->rss_peak, NULL, 0, "of a rank, most" },
@@ -416,7 +432,6 @@ static status *open_checkpoint(struct save_bench *sb)
 
 static status *measure(struct save_bench *sb)
 {
-    struct tessera_progress p = TESSERA_PROGRESS;
     uint64_t first;
     double load[3][3] = { 0 };
     if (getloadavg(load[0], 3) < 1)
@@ -427,9 +442,6 @@ static status *measure(struct save_bench *sb)
     TRY(save_and_wait(sb, &first));
     TRY(run_windows(sb));
     sb->rss_peak = mem_peak_rss_bytes();
-    tessera_get_progress(sb->ckpt, &p);
-    sb->staging_peak = p.staging_peak_bytes;
-    sb->staging_cap = p.staging_cap_bytes;
     TRY(run_rates(sb));
     if (getloadavg(load[1], 3) < 1)
         load[1][0] = NAN;
