@@ -40,6 +40,7 @@ struct plan_piece {
     uint32_t tensor;
     int32_t writer;
     uint32_t local;        /* the writer's own piece it is (part of) */
+    uint32_t number;       /* its place among the tensor's pieces, also where the others are not listed */
     struct piece piece;    /* what is stored: equal to that piece, or a run of it when split */
     uint64_t local_offset; /* elements into the writer's local run */
 };
@@ -50,24 +51,28 @@ struct plan {
     struct plan_tensor *tensor; /* sorted by (part, name) */
     struct plan_piece *piece;   /* grouped by tensor, in piece_compare order */
     uint64_t tensor_count, piece_count;
-    uint64_t *rank_bytes; /* [ranks] */
+    uint64_t *rank_bytes; /* [ranks] of the pieces it writes; NULL in a part */
     char *text;
 };
 
 struct plan_options {
-    const int32_t *node_of; /* [ranks] node of each rank, or NULL: one node */
-    uint64_t split_bytes;   /* 0: 4 MiB */
+    const int32_t *node_of;      /* [ranks] node of each rank, or NULL: one node */
+    const uint64_t *extra_bytes; /* [ranks] what each rank stores besides its pieces, or NULL: nothing */
+    uint64_t split_bytes;        /* 0: 4 MiB */
 };
 
-/* desc is sorted in place. Errors name the tensor: INVALID when ranks disagree on shape, dtype, trainable or alias,
+/* Errors name the tensor: INVALID when ranks disagree on shape, dtype, trainable or alias,
  * when pieces overlap or leave a hole (with coordinates), or an alias names no tensor of its part. */
-status *plan_make(struct plan_desc *desc, uint64_t count, const char *text, size_t text_bytes, int ranks,
+status *plan_make(const struct plan_desc *desc, uint64_t count, const char *text, size_t text_bytes, int ranks,
                   const struct plan_options *o, struct plan **out) WARN_UNUSED;
 void plan_free(struct plan *p);
 /* 128-bit fingerprint of one rank's descriptors: names, shapes, dtypes, pieces. */
 struct hash128 plan_fingerprint(const struct plan_desc *desc, uint64_t count, const char *text);
-/* A plan as bytes and back, for sending to other ranks. *buf is the caller's to mem_free. */
+/* A plan as bytes and back, for sending to other ranks. *buf is the caller's to mem_free. A part holds the listed
+ * pieces (ascending; those of one rank, say) and their tensors alone, and no rank_bytes. */
 status *plan_pack(const struct plan *p, void **buf, size_t *bytes) WARN_UNUSED;
+status *plan_pack_part(const struct plan *p, const uint32_t *piece, uint64_t count, void **buf,
+                       size_t *bytes) WARN_UNUSED;
 status *plan_unpack(const void *buf, size_t bytes, struct plan **out) WARN_UNUSED;
 
 #endif

@@ -129,7 +129,7 @@ static status *make_image(const struct plan *p, struct share *s, uint32_t f, str
             continue;
         const struct plan_piece *q = &p->piece[s->piece[i].plan_piece];
         const struct plan_tensor *t = &p->tensor[q->tensor];
-        snprintf(name[n], sizeof name[n], "p%llu", (unsigned long long)(s->piece[i].plan_piece - t->first_piece));
+        snprintf(name[n], sizeof name[n], "p%u", q->number);
         item[n] = (struct h5shard_item){
             .tensor = t->name, .name = name[n], .dtype = t->dtype, .shape = t->shape, .piece = q->piece
         };
