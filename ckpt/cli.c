@@ -407,9 +407,9 @@ static status *do_show(const struct request *r)
 
 /* ---- Verbs and arguments */
 
-/* What a verb takes besides URL and --help. OWN_URLS: all arguments are its own to read; LIST: those after the URL are.
- */
-enum { STEP = 1, JSON = 2, LIST = 4, OWN_URLS = 8, FORCE = 16, DRY_RUN = 32, THREADS = 64 };
+/* What a verb takes besides URL and --help. OWN_URLS: all arguments are its own to read; LIST: those after the URL are;
+ * OWN_WORDS: options too, and there is no URL. */
+enum { STEP = 1, JSON = 2, LIST = 4, OWN_URLS = 8, FORCE = 16, DRY_RUN = 32, THREADS = 64, OWN_WORDS = 128 };
 
 static const struct verb {
     const char *name, *arguments, *help;
@@ -430,6 +430,9 @@ static const struct verb {
     { "rm", "URL STEP... [--force]", "remove steps; the newest valid one only with --force", cli_rm, LIST | FORCE },
     { "gc", "URL [--dry-run] [--age=SECONDS]",
       "remove what dead jobs left, and .bad and .retired steps, older than a day", cli_gc, DRY_RUN },
+    { "plan", "--model NAME --mesh pp=,dp=,tp= [--zero 0|1] [--to MESH] [--json]",
+      "plan a save and a load of a known model (or --synthetic tensors=,pieces=) on any mesh, here", cli_plan,
+      OWN_WORDS },
 };
 enum { VERBS = sizeof verbs / sizeof *verbs };
 
@@ -481,7 +484,7 @@ bool cli_cut_step(char *url, uint64_t *step)
 static status *run_verb(const struct verb *v, struct request *r, char *url)
 {
     uint64_t step;
-    if (v->takes & OWN_URLS)
+    if (v->takes & (OWN_URLS | OWN_WORDS))
         return v->run(r);
     if (cli_cut_step(url, &step)) {
         if (r->has_step && r->step != step)
@@ -502,7 +505,9 @@ static status *run_verb(const struct verb *v, struct request *r, char *url)
 /* One word after the verb. */
 static status *take_argument(const struct verb *v, struct request *r, const char *a)
 {
-    if (strcmp(a, "--json") == 0 && v->takes & JSON) {
+    if (v->takes & OWN_WORDS && r->arguments < CLI_ARGUMENTS) {
+        r->argument[r->arguments++] = a;
+    } else if (strcmp(a, "--json") == 0 && v->takes & JSON) {
         r->json = true;
     } else if (strcmp(a, "--force") == 0 && v->takes & FORCE) {
         r->force = true;
@@ -539,6 +544,8 @@ static status *take_argument(const struct verb *v, struct request *r, const char
 
 static status *run_and_flush(const struct verb *v, struct request *r)
 {
+    if (v->takes & OWN_WORDS)
+        r->url = "";
     if (!r->url)
         return ERR(INVALID, "ckpt %s: which URL? It takes %s", v->name, v->arguments);
     char *copy = mem_strdup(r->url);

@@ -46,24 +46,12 @@ struct load {
 
 /* ---- wants */
 
-static int compare_want(const void *a, const void *b)
-{
-    const struct load_want *x = a, *y = b;
-    if (x->tensor != y->tensor)
-        return x->tensor < y->tensor ? -1 : 1;
-    if (x->rank != y->rank)
-        return x->rank < y->rank ? -1 : 1;
-    return piece_compare(&x->piece, &y->piece);
-}
-
-/* Everybody's wants, sorted, on every rank. */
+/* Everybody's wants, by rank, on every rank. */
 static status *gather_wants(struct load *l, struct load_want *mine, uint64_t count)
 {
     void *all = NULL;
     size_t *counts = NULL, bytes = 0;
     int me = l->c->rank;
-    if (count)
-        qsort(mine, count, sizeof *mine, compare_want);
     TRY(comm_gather_bytes(l->c, mine, count * sizeof *mine, 0, &all, &counts));
     for (int r = 0; me == 0 && r < l->c->size; r++)
         bytes += counts[r];
@@ -75,8 +63,6 @@ static status *gather_wants(struct load *l, struct load_want *mine, uint64_t cou
     }
     l->want = all;
     l->wants = bytes / sizeof *l->want;
-    if (l->wants)
-        qsort(l->want, l->wants, sizeof *l->want, compare_want);
     return NULL; /* the pointers that travelled serve the rank they came from */
 }
 
@@ -95,26 +81,21 @@ static void my_blocks(const struct load *l, uint64_t round, uint64_t *first, uin
     *end = i;
 }
 
-static size_t elem_bytes(const struct load *l, const struct load_want *w)
+static size_t elem_bytes(const struct load *l, const struct load_use *u)
 {
-    return dtype_bytes(l->m->tensor[w->tensor].dtype);
+    return dtype_bytes(l->m->tensor[use_group(&l->plan, u)->tensor].dtype);
 }
 
-static const struct load_want *want_of(const struct load *l, const struct load_use *u)
+/* The i-th rank's want that a use serves. */
+static const struct load_want *want_of(const struct load *l, const struct load_group *g, uint64_t i)
 {
-    return &l->want[l->plan.list.copy[u->copy].wanted];
-}
-
-static size_t use_bytes(const struct load *l, const struct load_use *u)
-{
-    return u->elems * elem_bytes(l, want_of(l, u));
+    return &l->want[l->plan.member[g->first + i]];
 }
 
 static status *damaged(const struct load *l, const struct load_block *b, const char *words)
 {
     const struct meta_piece *p = &l->m->piece[b->piece];
-    const struct load_want *w = want_of(l, &l->plan.use[b->first_use]);
-    const struct meta_tensor *t = &l->m->tensor[w->tensor];
+    const struct meta_tensor *t = &l->m->tensor[use_group(&l->plan, &l->plan.use[b->first_use])->tensor];
     return ERR(CORRUPT, "step %llu: file %s: tensor %s/%s: block at offset %llu: %s", (unsigned long long)l->m->step,
                l->m->file[p->file].name, t->part, t->name,
                (unsigned long long)(p->offset + (uint64_t)b->block * META_BLOCK_BYTES), words);
@@ -214,11 +195,15 @@ static void measure_round(struct load *l, uint64_t round)
     for (uint64_t i = p->round[round]; i < p->round[round + 1]; i++) {
         const struct load_block *b = &p->block[i];
         for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++) {
-            int to = want_of(l, &p->use[k])->rank;
-            if (b->reader == me && to != me)
-                l->send_at[to + 1] += use_bytes(l, &p->use[k]);
-            if (b->reader != me && to == me)
-                l->receive_at[b->reader + 1] += use_bytes(l, &p->use[k]);
+            const struct load_group *g = use_group(p, &p->use[k]);
+            size_t bytes = p->use[k].elems * elem_bytes(l, &p->use[k]);
+            for (uint64_t j = 0; j < g->count; j++) {
+                int to = want_of(l, g, j)->rank;
+                if (b->reader == me && to != me)
+                    l->send_at[to + 1] += bytes;
+                if (b->reader != me && to == me)
+                    l->receive_at[b->reader + 1] += bytes;
+            }
         }
     }
     for (size_t r = 0; r < n; r++) {
@@ -239,13 +224,16 @@ static void pack_round(struct load *l, uint64_t round)
         const unsigned char *src = l->blocks + l->at[i - first];
         for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++) {
             const struct reshard_copy *c = &p->list.copy[p->use[k].copy];
-            const struct load_want *w = &l->want[c->wanted];
-            size_t elem = elem_bytes(l, w);
+            const struct load_group *g = use_group(p, &p->use[k]);
+            size_t elem = elem_bytes(l, &p->use[k]);
             uint64_t per = META_BLOCK_BYTES / elem, lo = b->block * per;
-            if (w->rank == l->c->rank)
-                reshard_apply(c, elem, src, lo, lo + per, w->dst);
-            else
-                l->send_at[w->rank] += reshard_pack(c, elem, src, lo, lo + per, l->send + l->send_at[w->rank]);
+            for (uint64_t j = 0; j < g->count; j++) {
+                const struct load_want *w = want_of(l, g, j);
+                if (w->rank == l->c->rank)
+                    reshard_apply(c, elem, src, lo, lo + per, w->dst);
+                else
+                    l->send_at[w->rank] += reshard_pack(c, elem, src, lo, lo + per, l->send + l->send_at[w->rank]);
+            }
         }
     }
 }
@@ -259,13 +247,15 @@ static void unpack_round(struct load *l, uint64_t round)
             continue;
         for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++) {
             const struct reshard_copy *c = &p->list.copy[p->use[k].copy];
-            const struct load_want *w = &l->want[c->wanted];
-            if (w->rank != l->c->rank)
-                continue;
-            size_t elem = elem_bytes(l, w);
+            const struct load_group *g = use_group(p, &p->use[k]);
+            size_t elem = elem_bytes(l, &p->use[k]);
             uint64_t per = META_BLOCK_BYTES / elem, lo = b->block * per;
-            l->receive_at[b->reader] +=
-                reshard_unpack(c, elem, l->receive + l->receive_at[b->reader], lo, lo + per, w->dst);
+            for (uint64_t j = 0; j < g->count; j++) {
+                const struct load_want *w = want_of(l, g, j);
+                if (w->rank == l->c->rank)
+                    l->receive_at[b->reader] +=
+                        reshard_unpack(c, elem, l->receive + l->receive_at[b->reader], lo, lo + per, w->dst);
+            }
         }
     }
 }

@@ -1,342 +1,483 @@
-/* loadplan: wants -> copies (reshard) -> uses of blocks -> a reader for each block -> rounds. */
+/* loadplan: wants -> groups (holders.c) -> copies (reshard) -> blocks and their uses -> a reader for each -> rounds.
+ *
+ * Invariants: (1) blocks are made in the order of the files, and given to readers in that order; (2) a copy is made
+ * once a group, whatever the number of ranks in it; only the bounds of rounds look at every rank. */
 #include "ckpt/loadplan.h"
 
+#include "ckpt/holders.h"
 #include "comm/base/mem.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+typedef unsigned long long ull;
+
 void load_plan_free(struct load_plan *p)
 {
     reshard_list_free(&p->list);
+    mem_free(p->group);
+    mem_free(p->member);
     mem_free(p->use);
     mem_free(p->block);
     mem_free(p->round);
     *p = (struct load_plan){ 0 };
 }
 
-/* ---- copies */
+/* What is at hand while a plan is made. */
+struct maker {
+    const struct metadata *m;
+    const struct load_want *want;
+    uint64_t wants;
+    int ranks;
+    struct load_plan *p;
+    struct holders holders; /* groups in the order of p->group */
+    uint32_t *place;        /* [pieces] pieces by file and offset */
+    uint64_t *first_copy;   /* [pieces + 1] copies of a piece */
+    uint64_t use_cap, block_cap;
+    struct rank_state *rank; /* [ranks] */
+    uint64_t *assigned;      /* [ranks] bytes to read in all */
+    uint64_t *received;      /* [rounds][ranks] */
+    uint64_t rounds;
+    uint64_t *full; /* [sets] rounds before it have no room left for a block of that set */
+};
 
-static status *add_tensor(const struct metadata *m, uint32_t tensor, const struct load_want *want, uint64_t first,
-                          uint64_t count, struct reshard_list *list)
+struct rank_state {
+    uint64_t round, read, send; /* the round its next block goes to, and what it holds already */
+};
+
+/* ---- groups and copies */
+
+static status *find_groups(struct maker *k)
 {
-    const struct meta_tensor *t = &m->tensor[tensor];
-    struct piece *stored = mem_calloc(t->piece_count + count + 1, sizeof *stored), *wanted = stored + t->piece_count;
-    if (!stored)
-        return ERR(NO_MEMORY, "pieces of %s/%s", t->part, t->name);
+    const struct metadata *m = k->m;
+    struct holders *h = &k->holders;
+    for (uint64_t i = 0; i < k->wants; i++) {
+        const struct load_want *w = &k->want[i];
+        bool fresh;
+        if (w->tensor >= m->tensor_count)
+            return ERR(INTERNAL, "a want of tensor %u of %llu", w->tensor, (ull)m->tensor_count);
+        TRY(holders_add(h, w->tensor, m->tensor[w->tensor].shape.ndim, &w->piece, w->rank, (uint32_t)i, &fresh));
+    }
+    uint32_t *same = mem_array(NULL, m->tensor_count, sizeof *same);
+    const struct shape **shape = mem_array(NULL, m->tensor_count, sizeof *shape);
+    status *st = same && shape ? NULL : ERR(NO_MEMORY, "%llu tensors", (ull)m->tensor_count);
+    for (uint64_t t = 0; !st && t < m->tensor_count; t++) {
+        same[t] = (uint32_t)t;
+        shape[t] = &m->tensor[t].shape;
+    }
+    if (!st)
+        st = holders_close(h, same, m->tensor_count, shape, false);
+    mem_free(same);
+    mem_free(shape);
+    return st;
+}
+
+static status *keep_groups(struct maker *k)
+{
+    struct load_plan *p = k->p;
+    const struct holders *h = &k->holders;
+    p->group = mem_array(NULL, h->groups + 1, sizeof *p->group);
+    p->member = mem_array(NULL, h->entries + 1, sizeof *p->member);
+    if (!p->group || !p->member)
+        return ERR(NO_MEMORY, "%llu wanted pieces", (ull)h->groups);
+    for (uint64_t i = 0; i < h->groups; i++) {
+        const struct holder_group *g = &h->group[h->order[i]];
+        p->group[i] = (struct load_group){ .tensor = g->tensor, .set = g->set, .first = g->first, .count = g->count };
+    }
+    for (uint64_t i = 0; i < h->entries; i++)
+        p->member[i] = h->holder[i].tag;
+    p->groups = h->groups;
+    return NULL;
+}
+
+/* Copies for the groups [first, first + count), all of one tensor. */
+static status *add_tensor(struct maker *k, uint64_t first, uint64_t count, struct piece *room)
+{
+    const struct metadata *m = k->m;
+    struct reshard_list *list = &k->p->list;
+    const struct meta_tensor *t = &m->tensor[k->p->group[first].tensor];
+    struct piece *wanted = room + t->piece_count;
     for (uint64_t i = 0; i < t->piece_count; i++)
-        stored[i] = m->piece[t->first_piece + i].piece;
+        room[i] = m->piece[t->first_piece + i].piece;
     for (uint64_t i = 0; i < count; i++)
-        wanted[i] = want[first + i].piece;
+        wanted[i] = *k->holders.group[k->holders.order[first + i]].piece;
     size_t before = list->count;
-    status *st = reshard_tensor(&t->shape, stored, (uint32_t)t->piece_count, wanted, (uint32_t)count, list);
-    mem_free(stored);
+    status *st = reshard_tensor(&t->shape, room, (uint32_t)t->piece_count, wanted, (uint32_t)count, list);
     for (size_t i = before; !st && i < list->count; i++) {
         list->copy[i].stored += (uint32_t)t->first_piece;
         list->copy[i].wanted += (uint32_t)first;
     }
-    return status_wrap(st, "step %llu: %s/%s", (unsigned long long)m->step, t->part, t->name);
+    return status_wrap(st, "step %llu: %s/%s", (ull)m->step, t->part, t->name);
 }
 
-static status *add_copies(const struct metadata *m, const struct load_want *want, uint64_t count, struct load_plan *p)
+static status *add_copies(struct maker *k)
 {
-    if (m->piece_count > UINT32_MAX || count > UINT32_MAX)
-        return ERR(UNSUPPORTED, "%llu stored and %llu wanted pieces", (unsigned long long)m->piece_count,
-                   (unsigned long long)count);
-    for (uint64_t i = 0, n; i < count; i += n) {
-        for (n = 1; i + n < count && want[i + n].tensor == want[i].tensor; n++)
-            ;
-        TRY(add_tensor(m, want[i].tensor, want, i, n, &p->list));
-    }
-    return NULL;
-}
-
-/* ---- uses: (block, copy) pairs that share elements */
-
-struct pair {
-    uint32_t piece, block, copy;
-    uint32_t place; /* of the piece, when pieces are sorted by file and offset */
-    uint64_t elems;
-};
-
-struct pairs {
-    struct pair *pair;
-    uint64_t count, cap;
-};
-
-static status *add_pair(struct pairs *l, struct pair pair)
-{
-    if (l->count == l->cap) {
-        uint64_t cap = l->cap ? l->cap * 2 : 256;
-        struct pair *more = mem_array(l->pair, cap, sizeof *more);
-        if (!more)
-            return ERR(NO_MEMORY, "uses of %llu blocks", (unsigned long long)cap);
-        l->pair = more;
-        l->cap = cap;
-    }
-    l->pair[l->count++] = pair;
-    return NULL;
-}
-
-static size_t elem_bytes_of(const struct meta_piece *p)
-{
-    uint64_t elems = piece_elems(&p->piece);
-    return elems ? (size_t)(p->bytes / elems) : 1;
-}
-
-static status *add_pairs(const struct metadata *m, const struct reshard_copy *c, uint32_t index, uint32_t place,
-                         struct pairs *l)
-{
-    const struct meta_piece *p = &m->piece[c->stored];
-    uint64_t per = META_BLOCK_BYTES / elem_bytes_of(p), begin, end;
-    reshard_span(c, &begin, &end);
-    for (uint64_t b = begin / per; b * per < end; b++) {
-        uint64_t n = reshard_count(c, b * per, (b + 1) * per);
-        if (n)
-            TRY(add_pair(l, (struct pair){ c->stored, (uint32_t)b, index, place, n }));
-    }
-    return NULL;
-}
-
-static int by_place(const void *a, const void *b, void *arg)
-{
-    const struct metadata *m = arg;
-    uint32_t i = *(const uint32_t *)a, j = *(const uint32_t *)b;
-    const struct meta_piece *x = &m->piece[i], *y = &m->piece[j];
-    if (x->file != y->file)
-        return x->file < y->file ? -1 : 1;
-    if (x->offset != y->offset)
-        return x->offset < y->offset ? -1 : 1;
-    return i < j ? -1 : i > j;
-}
-
-/* place[i]: rank of piece i among all, by file and offset. */
-static status *place_pieces(const struct metadata *m, uint32_t **out)
-{
-    uint64_t n = m->piece_count + 1;
-    uint32_t *place = mem_calloc(n, sizeof *place), *order = mem_calloc(n, sizeof *order);
-    if (!place || !order) {
-        mem_free(place);
-        mem_free(order);
-        return ERR(NO_MEMORY, "places of %llu pieces", (unsigned long long)n);
-    }
-    for (uint64_t i = 0; i < m->piece_count; i++)
-        order[i] = (uint32_t)i;
-    qsort_r(order, m->piece_count, sizeof *order, by_place, (void *)(uintptr_t)m);
-    for (uint64_t i = 0; i < m->piece_count; i++)
-        place[order[i]] = (uint32_t)i;
-    mem_free(order);
-    *out = place;
-    return NULL;
-}
-
-static int compare_pair(const void *a, const void *b)
-{
-    const struct pair *x = a, *y = b;
-    if (x->place != y->place)
-        return x->place < y->place ? -1 : 1;
-    if (x->block != y->block)
-        return x->block < y->block ? -1 : 1;
-    return x->copy < y->copy ? -1 : x->copy > y->copy;
-}
-
-static status *collect_pairs(const struct metadata *m, const struct reshard_list *list, struct pairs *l)
-{
-    uint32_t *place;
-    if (list->count > UINT32_MAX)
-        return ERR(UNSUPPORTED, "%zu copies", list->count);
-    TRY(place_pieces(m, &place));
+    struct load_plan *p = k->p;
+    struct piece *room = NULL;
+    uint64_t cap = 0;
     status *st = NULL;
-    for (size_t i = 0; !st && i < list->count; i++)
-        st = add_pairs(m, &list->copy[i], (uint32_t)i, place[list->copy[i].stored], l);
-    mem_free(place);
-    if (!st && l->count)
-        qsort(l->pair, l->count, sizeof *l->pair, compare_pair);
+    for (uint64_t i = 0, n; !st && i < p->groups; i += n) {
+        for (n = 1; i + n < p->groups && p->group[i + n].tensor == p->group[i].tensor; n++)
+            ;
+        uint64_t need = k->m->tensor[p->group[i].tensor].piece_count + n;
+        if (need > cap) {
+            struct piece *more = mem_array(room, need * 2, sizeof *more);
+            if (!more) {
+                st = ERR(NO_MEMORY, "%llu pieces", (ull)need);
+                break;
+            }
+            room = more;
+            cap = need * 2;
+        }
+        st = add_tensor(k, i, n, room);
+    }
+    mem_free(room);
+    if (!st && p->list.count > UINT32_MAX)
+        st = ERR(UNSUPPORTED, "%zu copies", p->list.count);
     return st;
 }
 
-static status *make_blocks(const struct pairs *l, struct load_plan *p)
+/* ---- blocks */
+
+struct placed {
+    uint64_t offset;
+    uint32_t file, piece;
+};
+
+static int by_place(const void *va, const void *vb)
 {
-    p->use = mem_calloc(l->count + 1, sizeof *p->use);
-    p->block = mem_calloc(l->count + 1, sizeof *p->block);
-    if (!p->use || !p->block)
-        return ERR(NO_MEMORY, "uses of %llu blocks", (unsigned long long)l->count);
-    for (uint64_t i = 0; i < l->count; i++) {
-        const struct pair *q = &l->pair[i];
-        struct load_block *b = p->blocks ? &p->block[p->blocks - 1] : NULL;
-        if (!b || b->piece != q->piece || b->block != q->block) {
-            b = &p->block[p->blocks++];
-            *b = (struct load_block){ .piece = q->piece, .block = q->block, .first_use = i };
+    const struct placed *a = va, *b = vb;
+    if (a->file != b->file)
+        return a->file < b->file ? -1 : 1;
+    if (a->offset != b->offset)
+        return a->offset < b->offset ? -1 : 1;
+    return a->piece < b->piece ? -1 : a->piece > b->piece;
+}
+
+/* place: the pieces that copies are taken from, by file and offset; first_copy: the copies of each. */
+static status *place_pieces(struct maker *k, uint64_t *count)
+{
+    const struct metadata *m = k->m;
+    const struct reshard_list *list = &k->p->list;
+    uint64_t n = 0;
+    struct placed *placed = mem_array(NULL, m->piece_count, sizeof *placed);
+    k->place = mem_array(NULL, m->piece_count, sizeof *k->place);
+    k->first_copy = mem_calloc(m->piece_count + 1, sizeof *k->first_copy);
+    if (!placed || !k->place || !k->first_copy) {
+        mem_free(placed);
+        return ERR(NO_MEMORY, "places of %llu pieces", (ull)m->piece_count);
+    }
+    for (size_t i = 0; i < list->count; i++) /* groups follow the tensors, so copies follow the stored pieces */
+        k->first_copy[list->copy[i].stored + 1]++;
+    bool sorted = true;
+    for (uint64_t i = 0; i < m->piece_count; i++) {
+        if (k->first_copy[i + 1]) {
+            placed[n] = (struct placed){ .offset = m->piece[i].offset, .file = m->piece[i].file, .piece = (uint32_t)i };
+            sorted = sorted && (!n || by_place(&placed[n - 1], &placed[n]) < 0);
+            n++;
         }
-        b->uses++;
-        p->use[p->uses++] = (struct load_use){ .copy = q->copy, .elems = q->elems };
+        k->first_copy[i + 1] += k->first_copy[i];
+    }
+    if (!sorted)
+        qsort(placed, n, sizeof *placed, by_place);
+    for (uint64_t i = 0; i < n; i++)
+        k->place[i] = placed[i].piece;
+    mem_free(placed);
+    *count = n;
+    return NULL;
+}
+
+static size_t elem_bytes_of(const struct metadata *m, const struct load_plan *p, const struct load_block *b)
+{
+    return dtype_bytes(m->tensor[use_group(p, &p->use[b->first_use])->tensor].dtype);
+}
+
+/* Elements of copy c in block b of a payload of `per` elements a block. */
+static uint64_t elems_in(const struct reshard_copy *c, uint64_t b, uint64_t per)
+{
+    uint64_t lo = b * per, hi = lo + per;
+    if (c->ndim > 1 || c->src_stride[0] != 1)
+        return reshard_count(c, lo, hi);
+    uint64_t begin = c->src > lo ? c->src : lo, end = c->src + c->len[0];
+    end = end < hi ? end : hi;
+    return end > begin ? end - begin : 0;
+}
+
+/* The wanted blocks of one stored piece, each with its uses in the order of the copies. A walk over the blocks with the
+ * list of copies that reach into the one at hand: the copies come by where they begin. */
+static status *add_piece(struct maker *k, uint32_t piece, uint32_t *active)
+{
+    const struct metadata *m = k->m;
+    struct load_plan *p = k->p;
+    uint64_t next = k->first_copy[piece], end = k->first_copy[piece + 1], lo, hi, n = 0;
+    const struct meta_tensor *t = &m->tensor[p->group[p->list.copy[next].wanted].tensor];
+    uint64_t per = META_BLOCK_BYTES / dtype_bytes(t->dtype), blocks = meta_blocks(m->piece[piece].bytes);
+    reshard_span(&p->list.copy[next], &lo, &hi);
+    for (uint64_t b = lo / per; b < blocks && (n || next < end); b++) {
+        uint64_t kept = 0, first = p->uses;
+        while (next < end && p->list.copy[next].src < (b + 1) * per)
+            active[n++] = (uint32_t)next++;
+        for (uint64_t i = 0; i < n; i++) {
+            const struct reshard_copy *c = &p->list.copy[active[i]];
+            uint64_t elems = elems_in(c, b, per);
+            reshard_span(c, &lo, &hi);
+            if (hi > (b + 1) * per)
+                active[kept++] = active[i];
+            if (!elems)
+                continue;
+            TRY(array_room(&p->use, p->uses, &k->use_cap, sizeof *p->use));
+            p->use[p->uses++] = (struct load_use){ .copy = active[i], .elems = (uint32_t)elems };
+        }
+        n = kept;
+        if (p->uses == first)
+            continue;
+        TRY(array_room(&p->block, p->blocks, &k->block_cap, sizeof *p->block));
+        p->block[p->blocks++] = (struct load_block){
+            .piece = piece, .block = (uint32_t)b, .first_use = first, .uses = (uint32_t)(p->uses - first)
+        };
     }
     return NULL;
 }
 
-/* ---- readers and rounds */
-
-struct load_rank {
-    uint64_t assigned;          /* bytes to read in all */
-    uint64_t round, read, send; /* the round its next block goes to, and what it holds already */
-    uint64_t wants, wants_of;   /* bytes of the block at hand; wants_of: that block's number + 1 */
-};
-
-static int rank_of_use(const struct load_plan *p, const struct load_want *want, const struct load_use *u)
+static status *add_blocks(struct maker *k)
 {
-    return want[p->list.copy[u->copy].wanted].rank;
+    uint64_t pieces, most = 0;
+    TRY(place_pieces(k, &pieces));
+    for (uint64_t i = 0; i < pieces; i++) {
+        uint64_t n = k->first_copy[k->place[i] + 1] - k->first_copy[k->place[i]];
+        most = n > most ? n : most;
+    }
+    uint32_t *active = mem_array(NULL, most + 1, sizeof *active);
+    status *st = active ? NULL : ERR(NO_MEMORY, "%llu copies", (ull)most);
+    for (uint64_t i = 0; !st && i < pieces; i++)
+        st = add_piece(k, k->place[i], active);
+    mem_free(active);
+    return st;
 }
+
+/* ---- readers */
 
 /* Of the ranks that want it, the one with the least to read; another one only when that one is far ahead of all. */
-static int choose_reader(const struct load_plan *p, const struct load_want *want, const struct load_block *b,
-                         const struct load_rank *rank, int ranks)
+static status *choose_reader(struct maker *k, const struct load_block *b, const struct holder_load *load,
+                             uint32_t everybody, int *out)
 {
-    int best = rank_of_use(p, want, &p->use[b->first_use]), least = 0;
-    for (uint64_t i = 1; i < b->uses; i++) {
-        int r = rank_of_use(p, want, &p->use[b->first_use + i]);
-        if (rank[r].assigned < rank[best].assigned || (rank[r].assigned == rank[best].assigned && r < best))
+    struct holders *h = &k->holders;
+    int best = -1;
+    uint32_t at;
+    for (uint32_t i = 0; i < b->uses; i++) {
+        const struct load_group *g = use_group(k->p, &k->p->use[b->first_use + i]);
+        at = 0;
+        if (g->set != HOLDER_LONE)
+            TRY(holders_least(h, g->set, load, &at));
+        int r = h->holder[g->first + at].rank;
+        if (best < 0 || k->assigned[r] < k->assigned[best] || (k->assigned[r] == k->assigned[best] && r < best))
             best = r;
     }
-    if (rank[best].assigned < READ_AHEAD_BYTES)
-        return best;
-    for (int r = 1; r < ranks; r++)
-        if (rank[r].assigned < rank[least].assigned)
-            least = r;
-    return rank[best].assigned - rank[least].assigned >= READ_AHEAD_BYTES ? least : best;
-}
-
-/* Bytes that each rank has still room for in each round: received[round * ranks + rank]. */
-struct inbox {
-    uint64_t *received;
-    uint64_t rounds;
-    int ranks;
-};
-
-static status *have_round(struct inbox *in, uint64_t round)
-{
-    if (round < in->rounds)
+    *out = best;
+    if (k->assigned[best] < READ_AHEAD_BYTES)
         return NULL;
-    uint64_t rounds = (round + 1) * 2;
-    size_t n = (size_t)in->ranks;
-    uint64_t *more = mem_array(in->received, rounds * n, sizeof *more);
-    if (!more)
-        return ERR(NO_MEMORY, "%llu rounds of %d ranks", (unsigned long long)rounds, in->ranks);
-    memset(more + in->rounds * n, 0, (rounds - in->rounds) * n * sizeof *more);
-    in->received = more;
-    in->rounds = rounds;
+    TRY(holders_least(h, everybody, load, &at));
+    int least = h->holder[h->set[everybody].first + at].rank;
+    if (k->assigned[best] - k->assigned[least] >= READ_AHEAD_BYTES)
+        *out = least;
     return NULL;
 }
 
-/* The first round at or after the reader's in which block b fits everywhere. Uses of one rank lie apart: each is tested
- * by itself. */
-static status *choose_round(const struct load_plan *p, const struct load_want *want, const struct load_block *b,
-                            uint64_t bytes, size_t elem, struct load_rank *reader, struct inbox *in, uint64_t *out)
+/* A set of all ranks, for who has the least to read of all. */
+static status *add_everybody(struct maker *k, uint32_t *out)
 {
-    uint64_t send = 0;
+    struct holders *h = &k->holders;
+    struct holder *more = mem_array(h->holder, h->entries + (uint64_t)k->ranks, sizeof *more);
+    if (!more)
+        return ERR(NO_MEMORY, "%d ranks", k->ranks);
+    h->holder = more;
+    for (int r = 0; r < k->ranks; r++)
+        more[h->entries + (uint64_t)r] = (struct holder){ .rank = r };
+    TRY(array_room(&h->set, h->sets, &h->set_cap, sizeof *h->set));
+    h->set[h->sets] = (struct holder_set){ .first = h->entries, .count = (uint32_t)k->ranks };
+    *out = (uint32_t)h->sets++;
+    return NULL;
+}
+
+/* ---- rounds */
+
+static status *have_round(struct maker *k, uint64_t round)
+{
+    if (round < k->rounds)
+        return NULL;
+    uint64_t rounds = (round + 1) * 2, n = (uint64_t)k->ranks;
+    uint64_t *more = mem_array(k->received, rounds * n, sizeof *more);
+    if (!more)
+        return ERR(NO_MEMORY, "%llu rounds of %d ranks", (ull)rounds, k->ranks);
+    memset(more + k->rounds * n, 0, (rounds - k->rounds) * n * sizeof *more);
+    k->received = more;
+    k->rounds = rounds;
+    return NULL;
+}
+
+/* Every rank of the group has room in that round. Uses of one rank lie apart: each is tested by itself. */
+static bool has_room(const struct maker *k, const struct load_group *g, uint64_t bytes, uint64_t round)
+{
+    const uint64_t *received = k->received + round * (uint64_t)k->ranks;
+    const struct holder *h = k->holders.holder + g->first;
+    for (uint64_t i = 0; i < g->count; i++)
+        if (received[h[i].rank] && received[h[i].rank] + bytes > ROUND_SEND_BYTES)
+            return false;
+    return true;
+}
+
+/* The first round from which on the groups of b may have room, as far as is known. */
+static uint64_t first_round(const struct maker *k, const struct load_block *b)
+{
+    uint64_t round = 0;
+    for (uint32_t i = 0; i < b->uses; i++) {
+        const struct load_group *g = use_group(k->p, &k->p->use[b->first_use + i]);
+        if (g->set != HOLDER_LONE && k->full[g->set] > round)
+            round = k->full[g->set];
+    }
+    return round;
+}
+
+/* The first round at or after the reader's in which block b fits everywhere. */
+static status *choose_round(struct maker *k, const struct load_block *b, uint64_t bytes, size_t elem, uint64_t *out)
+{
+    const struct load_plan *p = k->p;
+    struct rank_state *reader = &k->rank[b->reader];
+    uint64_t send = 0, from = first_round(k, b);
     bytes = bytes < LEAST_READ_BYTES ? LEAST_READ_BYTES : bytes; /* bounds the blocks of a round too */
-    for (uint64_t i = 0; i < b->uses; i++)
-        send += p->use[b->first_use + i].elems * elem;
-    for (uint64_t round = reader->round;; round++) {
-        TRY(have_round(in, round));
+    for (uint32_t i = 0; i < b->uses; i++)
+        send += p->use[b->first_use + i].elems * elem * use_group(p, &p->use[b->first_use + i])->count;
+    for (uint64_t round = reader->round > from ? reader->round : from;; round++) {
+        TRY(have_round(k, round));
         uint64_t read = round == reader->round ? reader->read : 0, sent = round == reader->round ? reader->send : 0;
-        const uint64_t *received = in->received + round * (uint64_t)in->ranks;
-        bool fits = !read || (read + bytes <= ROUND_READ_BYTES && sent + send <= ROUND_SEND_BYTES);
-        for (uint64_t i = 0; fits && i < b->uses; i++) {
-            uint64_t have = received[rank_of_use(p, want, &p->use[b->first_use + i])];
-            fits = !have || have + p->use[b->first_use + i].elems * elem <= ROUND_SEND_BYTES;
+        if (read && (read + bytes > ROUND_READ_BYTES || sent + send > ROUND_SEND_BYTES))
+            continue;
+        bool fits = true;
+        for (uint32_t i = 0; fits && i < b->uses; i++) {
+            const struct load_use *u = &p->use[b->first_use + i];
+            const struct load_group *g = use_group(p, u);
+            fits = has_room(k, g, u->elems * elem, round);
+            /* a whole block's worth was refused: so will the next one be, and a smaller one need not go before it */
+            if (!fits && g->set != HOLDER_LONE && k->full[g->set] == round && u->elems * elem == META_BLOCK_BYTES)
+                k->full[g->set] = round + 1;
         }
         if (!fits)
             continue;
-        reader->round = round;
-        reader->read = read + bytes;
-        reader->send = sent + send;
+        *reader = (struct rank_state){ .round = round, .read = read + bytes, .send = sent + send };
         *out = round;
         return NULL;
     }
 }
 
-static int by_round(const void *a, const void *b)
+static void receive(struct maker *k, const struct load_block *b, size_t elem)
 {
-    const struct load_block *x = a, *y = b;
-    if (x->round != y->round)
-        return x->round < y->round ? -1 : 1;
-    if (x->reader != y->reader)
-        return x->reader < y->reader ? -1 : 1;
-    return x->first_use < y->first_use ? -1 : x->first_use > y->first_use; /* uses follow the places in the files */
+    uint64_t *received = k->received + b->round * (uint64_t)k->ranks;
+    for (uint32_t i = 0; i < b->uses; i++) {
+        const struct load_use *u = &k->p->use[b->first_use + i];
+        const struct load_group *g = use_group(k->p, u);
+        const struct holder *h = k->holders.holder + g->first;
+        for (uint64_t j = 0; j < g->count; j++)
+            received[h[j].rank] += u->elems * elem;
+    }
 }
 
+/* ---- the schedule */
+
 /* Bytes of b that are wanted, equal pieces counted once, at most the block's. */
-static uint64_t unique_in(const struct load_plan *p, const struct load_want *want, const struct load_block *b,
-                          uint64_t bytes, size_t elem)
+static uint64_t unique_in(const struct load_plan *p, const struct load_block *b, uint64_t bytes, size_t elem)
 {
     uint64_t n = 0;
-    for (uint64_t i = 0; i < b->uses && n < bytes; i++) {
-        const struct reshard_copy *c = &p->list.copy[p->use[b->first_use + i].copy];
-        bool first = true;
-        for (uint64_t j = 0; first && j < i; j++) {
-            const struct reshard_copy *d = &p->list.copy[p->use[b->first_use + j].copy];
-            first =
-                !(c->src == d->src && c->dst == d->dst && piece_equal(&want[c->wanted].piece, &want[d->wanted].piece));
-        }
-        n += first ? p->use[b->first_use + i].elems * elem : 0;
-    }
+    for (uint32_t i = 0; i < b->uses && n < bytes; i++)
+        n += p->use[b->first_use + i].elems * elem;
     return n < bytes ? n : bytes;
 }
 
-static status *assign(const struct metadata *m, const struct load_want *want, struct load_plan *p,
-                      struct load_rank *rank, struct inbox *in)
+static status *assign(struct maker *k)
 {
+    struct load_plan *p = k->p;
+    const struct holder_load load = { .bytes = k->assigned };
+    uint32_t everybody;
+    TRY(add_everybody(k, &everybody));
     for (uint64_t i = 0; i < p->blocks; i++) {
         struct load_block *b = &p->block[i];
-        const struct meta_piece *piece = &m->piece[b->piece];
-        uint64_t bytes = block_bytes(piece, b->block), round;
-        size_t elem = elem_bytes_of(piece);
-        b->reader = choose_reader(p, want, b, rank, in->ranks);
-        TRY(choose_round(p, want, b, bytes, elem, &rank[b->reader], in, &round));
+        uint64_t bytes = block_bytes(&k->m->piece[b->piece], b->block), round = 0;
+        size_t elem = elem_bytes_of(k->m, p, b);
+        TRY(choose_reader(k, b, &load, everybody, &b->reader));
+        TRY(choose_round(k, b, bytes, elem, &round));
         b->round = (uint32_t)round;
-        rank[b->reader].assigned += bytes;
-        uint64_t *received = in->received + round * (uint64_t)in->ranks;
-        for (uint64_t k = 0; k < b->uses; k++)
-            received[rank_of_use(p, want, &p->use[b->first_use + k])] += p->use[b->first_use + k].elems * elem;
+        k->assigned[b->reader] += bytes;
+        receive(k, b, elem);
         p->rounds = round + 1 > p->rounds ? round + 1 : p->rounds;
         p->totals.storage_bytes += bytes;
-        p->totals.unique_bytes += unique_in(p, want, b, bytes, elem);
+        p->totals.unique_bytes += unique_in(p, b, bytes, elem);
     }
-    if (p->blocks)
-        qsort(p->block, p->blocks, sizeof *p->block, by_round);
-    p->round = mem_calloc(p->rounds + 1, sizeof *p->round);
-    if (!p->round)
-        return ERR(NO_MEMORY, "%llu rounds", (unsigned long long)p->rounds);
-    for (uint64_t i = 0; i < p->blocks; i++)
-        p->round[p->block[i].round + 1]++;
-    for (uint64_t r = 0; r < p->rounds; r++)
-        p->round[r + 1] += p->round[r];
     return NULL;
 }
 
-static status *schedule(const struct metadata *m, const struct load_want *want, int ranks, struct load_plan *p)
+/* One pass of a radix sort: `to` is `from` by reader or by round, [0, values), and else as before. */
+static void sort_pass(const struct load_block *from, struct load_block *to, uint64_t n, uint64_t *at, uint64_t values,
+                      bool round)
 {
-    struct load_rank *rank = mem_calloc((size_t)ranks, sizeof *rank);
-    struct inbox in = { .ranks = ranks };
-    status *st = rank ? assign(m, want, p, rank, &in) : ERR(NO_MEMORY, "%d ranks", ranks);
-    mem_free(rank);
-    mem_free(in.received);
+    memset(at, 0, (values + 1) * sizeof *at);
+    for (uint64_t i = 0; i < n; i++)
+        at[(round ? from[i].round : (uint32_t)from[i].reader) + 1]++;
+    for (uint64_t v = 0; v < values; v++)
+        at[v + 1] += at[v];
+    for (uint64_t i = 0; i < n; i++)
+        to[at[round ? from[i].round : (uint32_t)from[i].reader]++] = from[i];
+}
+
+/* Blocks by round, then reader; and where each round begins. */
+static status *order_blocks(struct load_plan *p, int ranks)
+{
+    uint64_t values = p->rounds > (uint64_t)ranks ? p->rounds : (uint64_t)ranks;
+    struct load_block *other = mem_array(NULL, p->blocks, sizeof *other);
+    uint64_t *at = mem_array(NULL, values + 1, sizeof *at);
+    p->round = mem_calloc(p->rounds + 1, sizeof *p->round);
+    status *st = other && at && p->round ? NULL : ERR(NO_MEMORY, "%llu blocks", (ull)p->blocks);
+    if (!st && p->blocks) {
+        sort_pass(p->block, other, p->blocks, at, (uint64_t)ranks, false);
+        sort_pass(other, p->block, p->blocks, at, p->rounds, true);
+    }
+    for (uint64_t i = 0; !st && i < p->blocks; i++)
+        p->round[p->block[i].round + 1]++;
+    for (uint64_t r = 0; !st && r < p->rounds; r++)
+        p->round[r + 1] += p->round[r];
+    mem_free(other);
+    mem_free(at);
     return st;
+}
+
+static status *make(struct maker *k)
+{
+    if (k->m->piece_count > UINT32_MAX || k->wants >= UINT32_MAX)
+        return ERR(UNSUPPORTED, "%llu stored and %llu wanted pieces", (ull)k->m->piece_count, (ull)k->wants);
+    TRY(find_groups(k));
+    TRY(keep_groups(k));
+    TRY(add_copies(k));
+    TRY(add_blocks(k));
+    k->rank = mem_calloc((size_t)k->ranks, sizeof *k->rank);
+    k->assigned = mem_calloc((size_t)k->ranks, sizeof *k->assigned);
+    k->full = mem_calloc(k->holders.sets + 1, sizeof *k->full);
+    if (!k->rank || !k->assigned || !k->full)
+        return ERR(NO_MEMORY, "%d ranks", k->ranks);
+    TRY(assign(k));
+    return order_blocks(k->p, k->ranks);
 }
 
 status *load_plan_make(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
                        struct load_plan *out)
 {
     struct load_plan p = { 0 };
-    struct pairs pairs = { 0 };
-    status *st = add_copies(m, want, count, &p);
-    if (!st)
-        st = collect_pairs(m, &p.list, &pairs);
-    if (!st)
-        st = make_blocks(&pairs, &p);
-    mem_free(pairs.pair);
-    if (!st)
-        st = schedule(m, want, ranks, &p);
+    struct maker k = { .m = m, .want = want, .wants = count, .ranks = ranks, .p = &p };
+    status *st = make(&k);
+    holders_free(&k.holders);
+    mem_free(k.place);
+    mem_free(k.first_copy);
+    mem_free(k.rank);
+    mem_free(k.assigned);
+    mem_free(k.received);
+    mem_free(k.full);
     if (st) {
         load_plan_free(&p);
         return st;

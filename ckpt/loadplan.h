@@ -1,5 +1,5 @@
 /* loadplan: who reads which block for whom, in which round. Pure: the metadata and all ranks' wants in, one schedule
- * out, the same on every rank. */
+ * out, the same on every rank. Ranks that want the same piece (a group) are planned for once. */
 #ifndef TESSERA_CKPT_LOADPLAN_H
 #define TESSERA_CKPT_LOADPLAN_H
 
@@ -13,10 +13,17 @@ enum {
     READ_AHEAD_BYTES = 32 << 20  /* how far a reader may be ahead of the least loaded rank before that one helps out */
 };
 
+/* Wants of one piece of one tensor: member[first, + count), by rank. */
+struct load_group {
+    uint32_t tensor;
+    uint32_t set; /* groups of equal sets have the same ranks */
+    uint64_t first, count;
+};
+
 /* One block's elements that one copy takes. */
 struct load_use {
-    uint32_t copy; /* into list */
-    uint64_t elems;
+    uint32_t copy;  /* into list */
+    uint32_t elems; /* at most a block's */
 };
 
 struct load_block {
@@ -24,11 +31,15 @@ struct load_block {
     uint32_t block; /* of that piece's payload */
     int32_t reader;
     uint32_t round;
-    uint64_t first_use, uses;
+    uint32_t uses;
+    uint64_t first_use;
 };
 
 struct load_plan {
-    struct reshard_list list; /* stored: index of the metadata's piece; wanted: index into the wants */
+    struct reshard_list list; /* stored: index of the metadata's piece; wanted: index into group */
+    struct load_group *group;
+    uint32_t *member; /* indices into the wants */
+    uint64_t groups;
     struct load_use *use;
     struct load_block *block; /* by (round, reader, place in the files) */
     uint64_t *round;          /* [rounds + 1] first block of a round */
@@ -36,10 +47,16 @@ struct load_plan {
     struct load_totals totals;
 };
 
-/* want: sorted by (tensor, rank, piece). */
+/* want: in any order, the same on every rank; must stay where it is while the plan is made. */
 status *load_plan_make(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
                        struct load_plan *out) WARN_UNUSED;
 void load_plan_free(struct load_plan *p);
+
+/* The group that a use serves. */
+static inline const struct load_group *use_group(const struct load_plan *p, const struct load_use *u)
+{
+    return &p->group[p->list.copy[u->copy].wanted];
+}
 
 /* A block's place in its piece's payload. */
 static inline uint64_t block_bytes(const struct meta_piece *p, uint32_t block)

@@ -11,18 +11,45 @@
 
 enum { GAP_BYTES = 64 << 10 }; /* zeros worth writing to keep a chunk going */
 
-static int by_capture(const void *a, const void *b, void *plan)
+/* A writer's piece by the order of its state. */
+struct capture {
+    uint64_t local_offset;
+    uint32_t local, piece;
+};
+
+static int by_capture(const void *va, const void *vb)
 {
-    const struct plan *p = plan;
-    uint32_t i = *(const uint32_t *)a, j = *(const uint32_t *)b;
-    const struct plan_piece *x = &p->piece[i], *y = &p->piece[j];
-    if (x->writer != y->writer)
-        return x->writer < y->writer ? -1 : 1;
-    if (x->local != y->local)
-        return x->local < y->local ? -1 : 1;
-    if (x->local_offset != y->local_offset)
-        return x->local_offset < y->local_offset ? -1 : 1;
-    return i < j ? -1 : i > j;
+    const struct capture *a = va, *b = vb;
+    if (a->local != b->local)
+        return a->local < b->local ? -1 : 1;
+    if (a->local_offset != b->local_offset)
+        return a->local_offset < b->local_offset ? -1 : 1;
+    return a->piece < b->piece ? -1 : a->piece > b->piece;
+}
+
+/* Pieces by writer (counted, with r->first as where they begin), then in capture order. */
+static status *sort_by_capture(const struct plan *p, struct roster *r)
+{
+    struct capture *c = mem_array(NULL, p->piece_count, sizeof *c);
+    uint64_t *at = mem_array(NULL, (size_t)p->ranks, sizeof *at);
+    if (!c || !at) {
+        mem_free(c);
+        mem_free(at);
+        return ERR(NO_MEMORY, "roster of %llu pieces", (unsigned long long)p->piece_count);
+    }
+    memcpy(at, r->first, (size_t)p->ranks * sizeof *at);
+    for (uint64_t i = 0; i < p->piece_count; i++) {
+        const struct plan_piece *q = &p->piece[i];
+        c[at[q->writer]++] = (struct capture){ q->local_offset, q->local, (uint32_t)i };
+    }
+    for (int w = 0; w < p->ranks; w++)
+        if (at[w] - r->first[w] > 1)
+            qsort(c + r->first[w], at[w] - r->first[w], sizeof *c, by_capture);
+    for (uint64_t i = 0; i < p->piece_count; i++)
+        r->piece[i] = c[i].piece;
+    mem_free(c);
+    mem_free(at);
+    return NULL;
 }
 
 void roster_free(struct roster *r)
@@ -70,13 +97,16 @@ status *roster_make(const struct plan *p, struct roster *out)
         roster_free(&r);
         return ERR(NO_MEMORY, "roster of %llu pieces", (unsigned long long)p->piece_count);
     }
-    for (uint64_t i = 0; i < p->piece_count; i++) {
-        r.piece[i] = (uint32_t)i;
+    for (uint64_t i = 0; i < p->piece_count; i++)
         r.first[p->piece[i].writer + 1]++;
-    }
     for (size_t i = 0; i < ranks; i++)
         r.first[i + 1] += r.first[i];
-    qsort_r(r.piece, p->piece_count, sizeof *r.piece, by_capture, (void *)(uintptr_t)p);
+    status *st = sort_by_capture(p, &r);
+    if (st) {
+        mem_free(first_of);
+        roster_free(&r);
+        return st;
+    }
     for (int w = 0; w < p->ranks; w++)
         assign_files(p, &r, w, first_of);
     mem_free(first_of);

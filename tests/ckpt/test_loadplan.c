@@ -64,7 +64,8 @@ static void check_complete(const struct fixture *f, const struct load_plan *p)
 {
     uint64_t have[MAX_WANTS] = { 0 };
     for (uint64_t i = 0; i < p->uses; i++)
-        have[p->list.copy[p->use[i].copy].wanted] += p->use[i].elems;
+        for (uint64_t j = 0; j < use_group(p, &p->use[i])->count; j++)
+            have[p->member[use_group(p, &p->use[i])->first + j]] += p->use[i].elems;
     for (uint64_t i = 0; i < f->wants; i++)
         assert_int_equal(have[i], piece_elems(&f->want[i].piece));
 }
@@ -109,9 +110,12 @@ static void check_rounds(const struct fixture *f, const struct load_plan *p)
             reader = b->reader;
             read[reader] += bytes_of(f, b);
             for (uint64_t k = 0; k < b->uses; k++) {
-                uint64_t n = p->use[b->first_use + k].elems * 4;
-                sent[reader] += n;
-                got[f->want[p->list.copy[p->use[b->first_use + k].copy].wanted].rank] += n;
+                const struct load_group *g = use_group(p, &p->use[b->first_use + k]);
+                uint64_t n = (uint64_t)p->use[b->first_use + k].elems * 4;
+                for (uint64_t j = 0; j < g->count; j++) {
+                    sent[reader] += n;
+                    got[f->want[p->member[g->first + j]].rank] += n;
+                }
             }
         }
         for (int k = 0; k < RANKS; k++) {
