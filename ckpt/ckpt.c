@@ -18,6 +18,7 @@
  * A save's path: ckpt.c -> save.c (plan, vote) -> stage.c (copy-out) -> pipeline.c (write) -> keeper.c (commit). A
  * load's: load.c -> loadpipe.c. */
 #include "ckpt/handle.h"
+#include "ckpt/view.h"
 #include "comm/agree.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
@@ -151,7 +152,7 @@ static status *take_lease(tessera *t, uint64_t ids[3])
                                .best = t->o.keep_best,
                                .metric = t->o.keep_metric,
                                .lowest = t->o.keep_lowest != 0 };
-    status *st = keeper_open(t->store, &l, &keep, &t->keeper);
+    status *st = keeper_open(t->store, &l, &keep, t->o.view < 0 ? 0 : t->o.view ? UINT64_MAX : VIEW_PIECES, &t->keeper);
     if (st)
         return status_first(st, lease_give_back(&l));
     if (note[0] && t->o.warn)

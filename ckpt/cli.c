@@ -426,6 +426,8 @@ static const struct verb {
       cli_verify, STEP | THREADS },
     { "diff", "URL [STEP] URL [STEP]",
       "compare two steps: names, types, shapes, every value; exit code 65 if they differ", cli_diff, OWN_URLS },
+    { "view", "URL [STEP]", "write view.h5 of a step (the newest): every tensor whole, for h5py, h5dump, MATLAB",
+      cli_view, STEP },
     { "mark", "URL STEP NAME=VALUE", "set a metric of a committed step, for keep_best", cli_mark, LIST },
     { "rm", "URL STEP... [--force]", "remove steps; the newest valid one only with --force", cli_rm, LIST | FORCE },
     { "gc", "URL [--dry-run] [--age=SECONDS]",

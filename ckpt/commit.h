@@ -11,6 +11,11 @@
 #include "ckpt/metadata.h"
 #include "storage/store.h"
 
+/* Object in a step's directory that view.h makes. Not of the step: whoever removes the step removes it, nobody reads
+ * it.
+ */
+#define COMMIT_VIEW "view.h5"
+
 enum { STEP_DIR_BYTES = 32, MAX_METADATA_BYTES = 1 << 30 };
 
 /* "step-000000000100" */
@@ -116,6 +121,7 @@ struct mark_list {
 status *commit_mark(struct store *s, uint64_t step, const char *metric, double value) WARN_UNUSED;
 status *commit_marks(struct store *s, uint64_t step, struct mark_list *out) WARN_UNUSED;
 void mark_list_free(struct mark_list *l);
+/* Remove the marks and the view of a step, for its number is committed anew. */
 status *commit_drop_marks(struct store *s, uint64_t step) WARN_UNUSED;
 bool commit_is_mark(const char *name); /* an object's name in a step's directory */
 

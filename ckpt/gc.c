@@ -3,7 +3,7 @@
  *
  * Order matters: a directory is listed before its metadata.pb is read, so a file that a commit in between has made
  * count is known to it; and what is young stays, so a job that begins meanwhile is safe, too. Marks (commit_is_mark)
- * belong to a committed step. */
+ * and the view belong to a committed step. */
 #include "ckpt/commit.h"
 #include "comm/base/mem.h"
 
@@ -46,7 +46,7 @@ static bool is_named(const struct metadata *m, const char *name)
 {
     if (!m)
         return false;
-    if (strcmp(name, metadata_name) == 0 || commit_is_mark(name))
+    if (strcmp(name, metadata_name) == 0 || strcmp(name, COMMIT_VIEW) == 0 || commit_is_mark(name))
         return true;
     for (uint64_t i = 0; i < m->file_count; i++)
         if (strcmp(m->file[i].name, name) == 0)

@@ -172,8 +172,7 @@ static herr_t keep_innermost(unsigned n, const H5E_error2_t *e, void *to)
     return 0;
 }
 
-/* The innermost line of this thread's error stack, which is cleared. */
-static status *h5_error(const char *what, const char *on)
+status *h5shard_error(const char *what, const char *on)
 {
     char text[ERROR_BYTES] = "no reason given";
     H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, keep_innermost, text);
@@ -194,9 +193,10 @@ static hid_t float_type(size_t bytes, size_t sign, size_t exp_at, size_t exp_bit
     return t;
 }
 
-/* The file type of a dtype, to be closed. f8e4m3 has no infinities, e8m0 no mantissa and u4x2 two values a byte: HDF5
- * has no such types, so they are bytes. */
-static hid_t file_type(enum dtype t)
+_Static_assert(sizeof(hid_t) == sizeof(int64_t), "h5shard_type gives a hid_t to who includes hdf5.h");
+
+/* f8e4m3 has no infinities, e8m0 no mantissa and u4x2 two values a byte: HDF5 has no such types, so they are bytes. */
+int64_t h5shard_type(enum dtype t)
 {
     switch (t) {
     case DTYPE_F64:
@@ -252,7 +252,7 @@ static status *put_attribute(hid_t object, const char *name, hid_t type, hid_t s
     bool ok = a >= 0 && H5Awrite(a, type, value) >= 0;
     if (a >= 0)
         ok = H5Aclose(a) >= 0 && ok;
-    return ok ? NULL : h5_error("write attribute", name);
+    return ok ? NULL : h5shard_error("write attribute", name);
 }
 
 static status *put_u64s(hid_t object, const char *name, const uint64_t *v, int n)
@@ -260,7 +260,7 @@ static status *put_u64s(hid_t object, const char *name, const uint64_t *v, int n
     hsize_t count = (hsize_t)n;
     hid_t space = H5Screate_simple(1, &count, NULL);
     if (space < 0)
-        return h5_error("describe attribute", name);
+        return h5shard_error("describe attribute", name);
     status *st = put_attribute(object, name, H5T_STD_U64LE, space, v);
     H5Sclose(space);
     return st;
@@ -271,7 +271,7 @@ static status *put_text(hid_t object, const char *name, const char *text)
     hid_t type = H5Tcopy(H5T_C_S1), space = H5Screate(H5S_SCALAR);
     status *st =
         type < 0 || space < 0 || H5Tset_size(type, strlen(text)) < 0 || H5Tset_strpad(type, H5T_STR_NULLPAD) < 0
-            ? h5_error("describe attribute", name)
+            ? h5shard_error("describe attribute", name)
             : put_attribute(object, name, type, space, text);
     if (type >= 0)
         H5Tclose(type);
@@ -327,7 +327,7 @@ static status *open_group(const struct build *b, const char *tensor, hid_t *out)
         at = child;
     }
     if (at < 0)
-        return h5_error("make group", tensor);
+        return h5shard_error("make group", tensor);
     *out = at;
     return NULL;
 }
@@ -354,16 +354,16 @@ static status *add_dataset(const struct build *b, hid_t group, const struct h5sh
     hid_t set = space < 0
                     ? -1
                     : H5Dcreate2(group, it->name, b->type[it->dtype], space, H5P_DEFAULT, b->dataset_list, H5P_DEFAULT);
-    status *st = set < 0 ? h5_error("make dataset", it->tensor) : put_attributes(set, it);
+    status *st = set < 0 ? h5shard_error("make dataset", it->tensor) : put_attributes(set, it);
     if (!st) {
         haddr_t at = piece_elems(&it->piece) ? H5Dget_offset(set) : 0;
         if (at == HADDR_UNDEF)
-            st = h5_error("place dataset", it->tensor);
+            st = h5shard_error("place dataset", it->tensor);
         else
             *offset = at;
     }
     if (set >= 0 && H5Dclose(set) < 0)
-        st = status_first(st, h5_error("close dataset", it->tensor));
+        st = status_first(st, h5shard_error("close dataset", it->tensor));
     if (space >= 0)
         H5Sclose(space);
     return st;
@@ -396,11 +396,11 @@ static status *open_lists(struct build *b)
     if (b->dataset_list < 0 || b->group_list < 0 || H5Pset_layout(b->dataset_list, H5D_CONTIGUOUS) < 0 ||
         H5Pset_alloc_time(b->dataset_list, H5D_ALLOC_TIME_EARLY) < 0 ||
         H5Pset_fill_time(b->dataset_list, H5D_FILL_TIME_NEVER) < 0)
-        return h5_error("set up", "dataset creation");
+        return h5shard_error("set up", "dataset creation");
     for (int t = 1; t < DTYPE_COUNT; t++) {
-        b->type[t] = file_type((enum dtype)t);
+        b->type[t] = h5shard_type((enum dtype)t);
         if (b->type[t] < 0)
-            return h5_error("describe type", dtype_name((enum dtype)t));
+            return h5shard_error("describe type", dtype_name((enum dtype)t));
     }
     return NULL;
 }
@@ -422,7 +422,7 @@ static status *open_file(struct build *b, hid_t id, struct image *m)
     bool ok = access >= 0 && create >= 0 && H5Pset_driver(access, id, &m) >= 0 &&
               H5Pset_libver_bounds(access, H5F_LIBVER_V18, H5F_LIBVER_LATEST) >= 0;
     b->file = ok ? H5Fcreate("image", H5F_ACC_TRUNC, create, access) : -1;
-    status *st = b->file < 0 ? h5_error("make", "a file in memory") : NULL;
+    status *st = b->file < 0 ? h5shard_error("make", "a file in memory") : NULL;
     if (create >= 0)
         H5Pclose(create);
     if (access >= 0)
@@ -441,7 +441,7 @@ static status *run(hid_t id, const struct h5shard_item *item, size_t count, uint
     if (!st)
         st = add_items(&b, item, count, offset);
     if (b.file >= 0 && H5Fclose(b.file) < 0)
-        st = status_first(st, h5_error("close", "a file in memory"));
+        st = status_first(st, h5shard_error("close", "a file in memory"));
     close_lists(&b);
     return st;
 }
@@ -504,9 +504,9 @@ status *h5shard_image(const struct h5shard_item *item, size_t count, struct h5sh
     H5Eget_auto2(H5E_DEFAULT, &print, &print_to);
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
     hid_t id = H5FDregister(&driver);
-    status *st = id < 0 ? h5_error("register", driver.name) : make(id, item, count, out);
+    status *st = id < 0 ? h5shard_error("register", driver.name) : make(id, item, count, out);
     if (id >= 0 && H5FDunregister(id) < 0)
-        st = status_first(st, h5_error("unregister", driver.name));
+        st = status_first(st, h5shard_error("unregister", driver.name));
     H5Eset_auto2(H5E_DEFAULT, print, print_to);
     return st;
 }

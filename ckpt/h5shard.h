@@ -37,4 +37,9 @@ struct h5shard_image {
 status *h5shard_image(const struct h5shard_item *item, size_t count, struct h5shard_image *out) WARN_UNUSED;
 void h5shard_image_free(struct h5shard_image *i);
 
+/* For the view writer: the file type of a dtype (a hid_t, to be closed; negative: libhdf5 failed), and an error with
+ * the innermost line of this thread's error stack, which is cleared: "libhdf5 cannot WHAT ON: ...". */
+int64_t h5shard_type(enum dtype t);
+status *h5shard_error(const char *what, const char *on) WARN_UNUSED;
+
 #endif

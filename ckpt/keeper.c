@@ -1,7 +1,8 @@
-/* keeper: keeper_main sleeps on a condition until there are metrics to store, a commit to write, or the lease is due.
- */
+/* keeper: keeper_main sleeps on a condition until there are metrics to store, a commit to write, the lease is due, or,
+ * last of all, a committed step wants its view. */
 #include "ckpt/keeper.h"
 
+#include "ckpt/view.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 #include "comm/base/thread.h"
@@ -11,6 +12,7 @@
 #include <time.h>
 
 enum job { JOB_NONE, JOB_QUEUED, JOB_DONE };
+enum { VIEWS = 16 };
 
 struct waiting_mark {
     uint64_t step;
@@ -21,6 +23,9 @@ struct keeper {
     struct store *store;
     struct lease lease; /* the thread's alone while it runs */
     struct keep_rules keep;
+    uint64_t view_pieces; /* most of a step whose view is written */
+    uint64_t view[VIEWS]; /* the thread's alone: steps that want theirs, in order */
+    size_t views;
     struct thread thread;
     struct {
         pthread_mutex_t lock;
@@ -65,7 +70,27 @@ static status *commit(struct keeper *k, const struct metadata *m)
         if (st)
             add_note(k, status_wrap(st, "old steps could not be removed"));
     }
+    if (m->piece_count <= k->view_pieces && k->views < VIEWS) /* saves come first: one too many goes without */
+        k->view[k->views++] = m->step;
     return NULL;
+}
+
+/* After the commit was told. It counts without, so what fails is only worth a note. */
+static void write_view(struct keeper *k)
+{
+    struct metadata *m = NULL;
+    const uint64_t step = k->view[0];
+    memmove(k->view, k->view + 1, --k->views * sizeof *k->view);
+    status *st = commit_read_metadata(k->store, step, &m);
+    if (!st)
+        st = view_write(k->store, m);
+    metadata_free(m);
+    if (status_code(st) == ST_NOT_FOUND) { /* removed meanwhile */
+        status_free(st);
+        return;
+    }
+    if (st)
+        add_note(k, status_wrap(st, "step %llu has no view.h5", (unsigned long long)step));
 }
 
 static void set_marks(struct keeper *k, struct waiting_mark *m, size_t count)
@@ -89,7 +114,8 @@ static status *keeper_main(void *arg)
     struct keeper *k = arg;
     const uint64_t period = (uint64_t)k->lease.seconds * 1000000000u / 6; /* half of what lease_renew acts on */
     pthread_mutex_lock(&k->synced.lock);
-    for (uint64_t next = clock_ns() + period; !k->synced.quit || k->synced.job == JOB_QUEUED || k->synced.marks;) {
+    for (uint64_t next = clock_ns() + period;
+         !k->synced.quit || k->synced.job == JOB_QUEUED || k->synced.marks || k->views;) {
         if (k->synced.marks) {
             struct waiting_mark *mark = k->synced.mark;
             size_t marks = k->synced.marks;
@@ -111,6 +137,10 @@ static status *keeper_main(void *arg)
             renew(k);
             pthread_mutex_lock(&k->synced.lock);
             next = clock_ns() + period;
+        } else if (k->views) {
+            pthread_mutex_unlock(&k->synced.lock);
+            write_view(k);
+            pthread_mutex_lock(&k->synced.lock);
         } else {
             wait_until(k, next);
         }
@@ -130,7 +160,8 @@ static void free_keeper(struct keeper *k)
     mem_free(k);
 }
 
-status *keeper_open(struct store *s, const struct lease *l, const struct keep_rules *keep, struct keeper **out)
+status *keeper_open(struct store *s, const struct lease *l, const struct keep_rules *keep, uint64_t view_pieces,
+                    struct keeper **out)
 {
     struct keeper *k = mem_calloc(1, sizeof *k);
     if (!k)
@@ -138,6 +169,11 @@ status *keeper_open(struct store *s, const struct lease *l, const struct keep_ru
     k->store = s;
     k->lease = *l;
     k->keep = *keep;
+    k->view_pieces = view_pieces;
+    status *no_view = view_check(s);
+    if (no_view)
+        k->view_pieces = 0;
+    status_free(no_view);
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);

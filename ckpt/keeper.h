@@ -7,10 +7,12 @@
 
 struct keeper;
 
-/* Take over the lease and start the thread. keep->metric is borrowed. On error the lease stays the caller's. */
-status *keeper_open(struct store *s, const struct lease *l, const struct keep_rules *keep,
+/* Take over the lease and start the thread. keep->metric is borrowed. Steps of up to view_pieces pieces get a view
+ * (view.h) after their commit was told, unless the next commit comes first or the store can have none; 0: no views. On
+ * error the lease stays the caller's. */
+status *keeper_open(struct store *s, const struct lease *l, const struct keep_rules *keep, uint64_t view_pieces,
                     struct keeper **out) WARN_UNUSED;
-/* Finish the commit in hand, stop, give the lease back. NULL is fine. */
+/* Finish the commit in hand and the last step's view, stop, give the lease back. NULL is fine. */
 status *keeper_close(struct keeper *k) WARN_UNUSED;
 
 /* NULL while the lease is ours; else a copy of the reason, once it is lost for good. */
@@ -23,7 +25,8 @@ void keeper_commit(struct keeper *k, const struct metadata *m);
 status *keeper_mark(struct keeper *k, uint64_t step, const char *metric, double value) WARN_UNUSED;
 /* Whether the commit's outcome is there; takes it then. wait: wait for it. False too when none was handed over. */
 bool keeper_outcome(struct keeper *k, bool wait, status **outcome);
-/* A line for people since the last call (retention failed, the lease could not be renewed yet), or NULL. */
+/* A line for people since the last call (retention failed, the lease could not be renewed yet, a view could not be
+ * written), or NULL. */
 status *keeper_note(struct keeper *k) WARN_UNUSED;
 
 #endif

@@ -29,7 +29,8 @@ typedef unsigned long long ull;
 static bool name_is_safe(const char *s)
 {
     size_t n = strlen(s);
-    if (!n || n > NAME_MAX_BYTES || !strcmp(s, ".") || !strcmp(s, "..") || !strcmp(s, "metadata.pb"))
+    if (!n || n > NAME_MAX_BYTES || !strcmp(s, ".") || !strcmp(s, "..") || !strcmp(s, "metadata.pb") ||
+        !strcmp(s, "view.h5"))
         return false;
     return strspn(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-") == n;
 }

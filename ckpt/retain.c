@@ -69,29 +69,8 @@ static status *read_mark(struct store *s, const char *key, struct mark *out)
     return NULL;
 }
 
-/* Call each(key) for the marks of a step. */
-static status *for_marks(struct store *s, uint64_t step, status *(*each)(struct store *s, const char *key, void *arg),
-                         void *arg)
+static status *append_mark(struct store *s, const char *key, struct mark_list *l)
 {
-    char dir[STEP_DIR_BYTES], key[STORE_KEY_BYTES];
-    struct store_list l;
-    commit_step_dir(step, dir);
-    TRY(store_list(s, dir, &l));
-    status *st = NULL;
-    for (size_t i = 0; i < l.count && !st; i++) {
-        if (strncmp(l.entry[i].name, mark_prefix, PREFIX) != 0)
-            continue;
-        st = commit_file_key(step, l.entry[i].name, key);
-        if (!st)
-            st = each(s, key, arg);
-    }
-    store_list_free(&l);
-    return st;
-}
-
-static status *append_mark(struct store *s, const char *key, void *arg)
-{
-    struct mark_list *l = arg;
     struct mark *more = mem_array(l->mark, l->count + 1, sizeof *more);
     if (!more)
         return ERR(NO_MEMORY, "a list of %zu metrics", l->count);
@@ -103,8 +82,20 @@ static status *append_mark(struct store *s, const char *key, void *arg)
 
 status *commit_marks(struct store *s, uint64_t step, struct mark_list *out)
 {
+    char dir[STEP_DIR_BYTES], key[STORE_KEY_BYTES];
     struct mark_list l = { 0 };
-    status *st = for_marks(s, step, append_mark, &l);
+    struct store_list names;
+    commit_step_dir(step, dir);
+    TRY(store_list(s, dir, &names));
+    status *st = NULL;
+    for (size_t i = 0; i < names.count && !st; i++) {
+        if (!commit_is_mark(names.entry[i].name))
+            continue;
+        st = commit_file_key(step, names.entry[i].name, key);
+        if (!st)
+            st = append_mark(s, key, &l);
+    }
+    store_list_free(&names);
     if (st) {
         mark_list_free(&l);
         return st;
@@ -119,15 +110,22 @@ void mark_list_free(struct mark_list *l)
     *l = (struct mark_list){ 0 };
 }
 
-static status *drop_mark(struct store *s, const char *key, void *arg)
-{
-    (void)arg;
-    return store_remove(s, key);
-}
-
 status *commit_drop_marks(struct store *s, uint64_t step)
 {
-    return for_marks(s, step, drop_mark, NULL);
+    char dir[STEP_DIR_BYTES], key[STORE_KEY_BYTES];
+    struct store_list l;
+    commit_step_dir(step, dir);
+    TRY(store_list(s, dir, &l));
+    status *st = NULL;
+    for (size_t i = 0; i < l.count && !st; i++) {
+        if (!commit_is_mark(l.entry[i].name) && strcmp(l.entry[i].name, COMMIT_VIEW) != 0)
+            continue;
+        st = commit_file_key(step, l.entry[i].name, key);
+        if (!st)
+            st = store_remove(s, key);
+    }
+    store_list_free(&l);
+    return st;
 }
 
 bool commit_is_mark(const char *name)

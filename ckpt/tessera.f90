@@ -40,6 +40,7 @@ module tessera
     integer(c_int64_t) :: keep_every = 0
     integer(c_int) :: keep_best = 0, keep_lowest = 0
     type(c_ptr) :: keep_metric = c_null_ptr
+    integer(c_int) :: view = 0
   end type
 
   type, bind(c) :: tessera_tensor

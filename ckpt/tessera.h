@@ -129,11 +129,14 @@ struct tessera_options {
     int keep_best;           /* so many of the steps marked with keep_metric (tessera_mark), the best ones; 0: none */
     int keep_lowest;         /* 1: the best are the smallest values; 0: the largest */
     const char *keep_metric; /* needed with keep_best; may be NULL without */
+    int view; /* view.h5 beside a step's files, for h5py and h5dump: every tensor whole. Written after the commit, by
+               * rank 0's thread, and only where the root is a directory. 0: for steps of up to 20,000 pieces; 1: of any
+               * number; -1: never */
 };
 #define TESSERA_OPTIONS                                                                                                \
     {                                                                                                                  \
         sizeof(struct tessera_options), NULL, -1, 0, 0, 0, 0, 0, 0, 0, NULL, { 0, 0, 0, 0, 0 }, NULL, NULL, 0, 0, 0,   \
-            NULL                                                                                                       \
+            NULL, 0                                                                                                    \
     }
 
 /* Open a root. Collective. Unless read_only, draws a new 64-bit attempt and takes the root's lease: a second live job

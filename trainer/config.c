@@ -109,6 +109,9 @@ static const struct option checkpoint_rows[] = {
         "with each step that has it"),
     ROW(OPT_ENUM, checkpoint_config, keep_order, "keep_order", "highest", 0, 0, "highest|lowest", "",
         "which values of keep_metric are the best"),
+    ROW(OPT_ENUM, checkpoint_config, view, "view", "auto", 0, 0, "auto|always|never", "",
+        "view.h5 beside each step's files: every tensor whole, for h5py and h5dump; auto: for steps of up to 20,000 "
+        "pieces"),
     ROW(OPT_INT, checkpoint_config, writers, "writers", "1", 1, 64, NULL, "", "writer threads of a rank"),
     ROW(OPT_INT, checkpoint_config, lease_seconds, "lease_seconds", "30", 1, 86400, NULL, "s",
         "a job silent for this long is taken for dead"),

@@ -55,6 +55,7 @@ struct memory_config {
 
 enum { ON_ERROR_WARN, ON_ERROR_STOP };
 enum { KEEP_HIGHEST, KEEP_LOWEST };
+enum { VIEW_AUTO, VIEW_ALWAYS, VIEW_NEVER };
 enum { OVERLAP_WAIT, OVERLAP_SKIP, OVERLAP_CANCEL };
 struct checkpoint_config {
     char *url, *resume, *every, *keep_metric;
@@ -63,7 +64,7 @@ struct checkpoint_config {
     int64_t keep_last, keep_every, keep_best, writers, lease_seconds;
     uint64_t staging_bytes, chunk_bytes;
     bool async, rewind, state_hash;
-    int on_error, overlap, keep_order;
+    int on_error, overlap, keep_order, view;
 };
 
 struct config {

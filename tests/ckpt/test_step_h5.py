@@ -49,7 +49,7 @@ def read_step(folder):
         whole[key][index] = value if shape else value[0]
         filled[key][index] += 1
 
-    files = sorted(folder.glob("*.h5"))
+    files = sorted(folder.glob("*-*.h5"))
     job.check(files, f"{folder} has no .h5 files")
     for file in files:
         part = file.name.rsplit("-", 1)[0]
@@ -123,7 +123,7 @@ for tensor in shown["tensors"]:
         if p["bytes"]:
             told.add((name, tensor["name"], p["offset"], p["bytes"], tuple(p["box_offset"]), tuple(p["box_length"]), tuple(p["run"])))
 there = set()
-for file in job.step_dir(tmp / "three" / "ckpt", 2).glob("*.h5"):
+for file in job.step_dir(tmp / "three" / "ckpt", 2).glob("*-*.h5"):
     with h5py.File(file, "r") as f:
 
         def note(name, d):

@@ -25,6 +25,7 @@ int main(void)
     FIELD(options, keep_best);
     FIELD(options, keep_lowest);
     FIELD(options, keep_metric);
+    FIELD(options, view);
     SIZE(options);
     FIELD(tensor, size);
     FIELD(tensor, part);

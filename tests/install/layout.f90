@@ -26,6 +26,7 @@ program layout
   call field('options%keep_best', c_loc(options), c_loc(options%keep_best))
   call field('options%keep_lowest', c_loc(options), c_loc(options%keep_lowest))
   call field('options%keep_metric', c_loc(options), c_loc(options%keep_metric))
+  call field('options%view', c_loc(options), c_loc(options%view))
   print '(a, i0)', 'options ', c_sizeof(options)
   call field('tensor%size', c_loc(tensor), c_loc(tensor%size))
   call field('tensor%part', c_loc(tensor), c_loc(tensor%part))

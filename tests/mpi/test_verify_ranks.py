@@ -38,7 +38,7 @@ def same(status, lines, *arguments):
 
 
 job.check("verified 2 steps" in same(0, 1, root) and ": no damage" in same(0, 1, root, 2), "no summary")
-for file in job.step_dir(root, 2).glob("*.h5"):
+for file in job.step_dir(root, 2).glob("*-*.h5"):
     with open(file, "r+b") as f:
         data = bytearray(f.read())
         for at in range(5, len(data), len(data) // 3):
