@@ -44,6 +44,8 @@ void cli_progress_end(struct cli_progress *p);                  /* wipes the lin
 status *cli_verify(const struct request *r) WARN_UNUSED;
 /* cli_view.c */
 status *cli_view(const struct request *r) WARN_UNUSED;
+/* cli_copy.c */
+status *cli_copy(const struct request *r) WARN_UNUSED;
 /* cli_tidy.c */
 status *cli_mark(const struct request *r) WARN_UNUSED;
 status *cli_rm(const struct request *r) WARN_UNUSED;

@@ -60,8 +60,7 @@ status *match_options(const struct tessera_load_options *in, struct tessera_load
     return NULL;
 }
 
-/* The last pattern that fits decides; before the first one, everything is in if it is a negation. */
-static bool selected(const char *const *patterns, const char *text)
+bool match_selected(const char *const *patterns, const char *text)
 {
     bool in = !patterns || !*patterns || **patterns == '!';
     for (; patterns && *patterns; patterns++) {
@@ -176,7 +175,7 @@ static status *want_piece(const struct match *x, const struct state_piece *p, ui
 static status *look_at(struct match *x, const struct state_piece *p, struct match_fill *f, struct match_bounce *bounce)
 {
     char part[PART_BYTES], detail[DETAIL_BYTES];
-    if (!selected(x->o->parts, p->part) || !selected(x->o->names, p->name))
+    if (!match_selected(x->o->parts, p->part) || !match_selected(x->o->names, p->name))
         return NULL;
     TRY(stored_part(x->o, p->part, part));
     x->mark[x->m->tensor_count] = MARK_WANTED;
@@ -233,7 +232,7 @@ static status *note_unexpected(struct match *x)
 {
     for (uint64_t i = 0; i < x->m->tensor_count; i++) {
         const struct meta_tensor *t = &x->m->tensor[i];
-        if (x->mark[i] == MARK_PART && selected(x->o->names, t->name))
+        if (x->mark[i] == MARK_PART && match_selected(x->o->names, t->name))
             TRY(note(x, TESSERA_UNEXPECTED, t->part, t->name, ""));
     }
     return NULL;

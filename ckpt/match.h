@@ -34,6 +34,9 @@ struct match_fill {
 };
 void match_fill_free(struct match_fill *f, size_t pieces);
 
+/* Whether a list of patterns (tessera_load_options) lets a text in: the last pattern that fits decides; before the
+ * first one, everything is in if it is a negation, or there is none. */
+bool match_selected(const char *const *patterns, const char *text);
 /* A checked copy of the caller's options with NULL as the defaults. INVALID. */
 status *match_options(const struct tessera_load_options *in, struct tessera_load_options *out) WARN_UNUSED;
 
