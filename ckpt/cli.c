@@ -588,7 +588,7 @@ status *ckpt_cli_ranks(struct comm *c, int argc, char **argv)
             return NULL;
         }
         char joined[32];
-        bool apart = strcmp(argv[i], "-j") == 0 && i + 1 < argc; /* "-j N" is "-jN" */
+        bool apart = v->takes & THREADS && strcmp(argv[i], "-j") == 0 && i + 1 < argc; /* "-j N" is "-jN" */
         if (apart)
             snprintf(joined, sizeof joined, "-j%s", argv[++i]);
         TRY(take_argument(v, &r, apart ? joined : argv[i]));
