@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Wrong input: each row of the table below must end the program with a non-zero status and exactly one error line that names the facts, on one
-rank and, where ranks could disagree, on two."""
+"""Wrong input: each row of the table below must end the program with a non-zero status and exactly one error line that names the facts, without
+mpirun and, where ranks could disagree, on two."""
 
 import os
 import pathlib
@@ -36,7 +36,7 @@ def one_error(name, status, output, want, words):
 ALONE = (0,)  # no mpirun: for what no rank could see otherwise than another
 
 
-def train(name, config, overrides, want, words, ranks=(1, 2)):
+def train(name, config, overrides, want, words, ranks=(0, 2)):
     for n in ranks:
         if n == 0:
             out, err = job.tool("train", config, *overrides, status=None)

@@ -3,6 +3,7 @@
 set -eu
 program=$TESSERA_BUILD/tests/test_comm_suite
 export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_leaks=0}" # under that sanitizer: the MPI library has leaks of its own
+unset OMPI_MCA_pml OMPI_MCA_btl # as a user's jobs find them
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 

@@ -118,16 +118,10 @@ def write_config(folder, name, data, **change):
 # ---- jobs
 
 
-# mpirun otherwise waits a second or two after each job that failed, dead as it is; and looks for networks at each start.
-MPI_QUICK = {"OMPI_MCA_odls_base_sigkill_timeout": "0", "OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,vader"}
-
-
-def environment(quick=True):
+def environment():
     env = dict(os.environ)
     if os.geteuid() == 0:
         env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
-    if quick:
-        env.update(MPI_QUICK)
     return env
 
 
@@ -152,14 +146,14 @@ def rank_pids(mpirun):
 
 
 class Job:
-    """mpirun -np RANKS tessera ARGUMENTS; its output is in `output`. environ: variables that only the ranks get. quick: see MPI_QUICK."""
+    """mpirun -np RANKS tessera ARGUMENTS; its output is in `output`. environ: variables that only the ranks get."""
 
-    def __init__(self, ranks, *arguments, environ=None, quick=True):
+    def __init__(self, ranks, *arguments, environ=None):
         self.ranks = ranks
         self.log = tempfile.TemporaryFile("w+", errors="replace")
         only = [word for name, value in (environ or {}).items() for word in ("-x", f"{name}={value}")]
         command = ["mpirun", "--oversubscribe", "--bind-to", "none", *only, "-np", str(ranks), TESSERA, *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, env=environment(quick))
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, env=environment())
         _running.append(self)
 
     @property
