@@ -128,12 +128,18 @@ static void reshard_case(int from, int to, bool posix, uint64_t staging, uint64_
     root_close(&r);
 }
 
+#ifdef __SANITIZE_THREAD__
+enum { EVERY = 3 }; /* all cuts save and all load; that sanitizer looks at threads, not at cuts */
+#else
+enum { EVERY = 1 };
+#endif
+
 static void test_reshard_grid(void **state)
 {
     (void)state;
     for (int from = 0; from < CUTS; from++)
         for (int to = 0; to < CUTS; to++)
-            if ((from + to) % 3 || (from + to) % 6 == 0)
+            if (((from + to) % 3 || (from + to) % 6 == 0) && (from + 2 * to) % EVERY == 0)
                 reshard_case(from, to, (from + to) % 4 == 0, 0, 0);
 }
 

@@ -164,10 +164,16 @@ static status *fault_job(struct comm *world, void *arg)
     return NULL;
 }
 
+#ifdef __SANITIZE_THREAD__
+enum { EVERY = 2 }; /* the same threads over a slower store show that sanitizer nothing new */
+#else
+enum { EVERY = 1 };
+#endif
+
 static void test_every_fault(void **state)
 {
     (void)state;
-    for (int c = 0; c < 8; c++) {
+    for (int c = 0; c < 8; c += EVERY) { /* c & 1: on disk */
         struct root r = root_open(c & 1);
         int size = c & 4 ? 3 : 1;
         struct lines warned = { .text = "" };
