@@ -199,7 +199,7 @@ static status *before_overwrite(void *arg, const void *addr, size_t bytes)
     return t->ckpt ? tessera_fence(t->ckpt, addr, bytes, NULL) : NULL;
 }
 
-/* TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656, eq. 4): ref <- alpha theta + (1 - alpha) ref. */
+/* TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656; TRL): ref <- alpha theta + (1 - alpha) ref. */
 static status *sync_reference(struct trainer *t)
 {
     const struct algo_choice *c = &t->cfg->algo;

@@ -84,6 +84,10 @@ static status *config_of(const struct golden_kind *k, const struct golden_case *
     TRY(set_number(out, "beta", json_object_get(c->inputs, "beta")));
     TRY(set_number(out, "label_smoothing", json_object_get(c->inputs, "label_smoothing")));
     TRY(set_number(out, "simpo_gamma", json_object_get(c->inputs, "gamma")));
+    TRY(set_number(out, "simpo_gamma", json_object_get(c->inputs, "simpo_gamma")));
+    const json_t *weights = json_object_get(c->inputs, "weights");
+    TRY(set_number(out, "weight", json_array_get(weights, 0)));
+    TRY(set_number(out, "weight_2", json_array_get(weights, 1)));
     TRY(set_number(out, k->tau, json_object_get(c->inputs, "tau")));
     TRY(set_number(out, k->alpha, json_object_get(c->inputs, "alpha")));
     const char *order = strstr(c->name, "alpha_"); /* fdpo_alpha_0.5 has its order in its name only */
@@ -97,12 +101,13 @@ static status *config_of(const struct golden_kind *k, const struct golden_case *
 struct pairs {
     size_t n;
     double *lw, *ll, *rw, *rl, *nw, *nl; /* [n]; lengths NULL if the case has none */
+    double *ww, *wl;                     /* [n] WPO's log-weights; NULL if the case has none */
     double tokens;                       /* sum of nw */
 };
 
 static void pairs_fini(struct pairs *p)
 {
-    double *of[] = { p->lw, p->ll, p->rw, p->rl, p->nw, p->nl };
+    double *of[] = { p->lw, p->ll, p->rw, p->rl, p->nw, p->nl, p->ww, p->wl };
     for (size_t i = 0; i < sizeof of / sizeof of[0]; i++)
         mem_free(of[i]);
 }
@@ -113,6 +118,10 @@ static status *pairs_read(const json_t *inputs, struct pairs *p)
     TRY(numbers_of(inputs, "policy_rejected_logps", &p->n, &p->ll));
     TRY(numbers_of(inputs, "ref_chosen_logps", &p->n, &p->rw));
     TRY(numbers_of(inputs, "ref_rejected_logps", &p->n, &p->rl));
+    if (json_object_get(inputs, "chosen_log_weights")) {
+        TRY(numbers_of(inputs, "chosen_log_weights", &p->n, &p->ww));
+        TRY(numbers_of(inputs, "rejected_log_weights", &p->n, &p->wl));
+    }
     if (!json_object_get(inputs, "chosen_lengths"))
         return NULL;
     TRY(numbers_of(inputs, "chosen_lengths", &p->n, &p->nw));
@@ -156,6 +165,8 @@ static void put_losses(json_t *o, const struct pref_config *c, const struct pair
     for (size_t i = 0; i < p->n; i++) {
         struct pref_pair x = pair_at(p, i);
         struct pref_value y = pref_loss(c, &x, kl);
+        if (p->ww)
+            y = pref_wpo(y, (double[]){ p->ww[i], p->wl[i] });
         loss[i] = y.loss;
         dw[i] = y.d[PREF_CHOSEN] / n;
         dl[i] = y.d[PREF_REJECTED] / n;
@@ -277,6 +288,96 @@ static status *run_kto(const struct golden_kind *k, const struct golden_case *c,
     return st;
 }
 
+/* ---- KTO by algo_kto itself: a row is a token of its own, with the sum as its log-probability ---- */
+
+struct kto_rows {
+    size_t n;
+    double *policy, *ref, *label, *mismatched, *mismatched_ref;
+    struct dataset data;
+    struct pack pack;
+    float *logp, *dlogp;
+    double *scratch;
+    void *config;
+};
+
+static void kto_rows_fini(struct kto_rows *k)
+{
+    void *of[] = { k->policy,         k->ref,      k->label,    k->mismatched,  k->mismatched_ref,
+                   k->data.desirable, k->data.seq, k->pack.row, k->pack.offset, k->pack.target,
+                   k->logp,           k->dlogp,    k->scratch,  k->config };
+    for (size_t i = 0; i < sizeof of / sizeof of[0]; i++)
+        mem_free(of[i]);
+}
+
+static status *kto_rows_read(const json_t *inputs, const struct algo_ops *ops, struct kto_rows *k)
+{
+    static const char *const options[] = { "beta", "desirable_weight", "undesirable_weight" };
+    TRY(numbers_of(inputs, "policy_logps", &k->n, &k->policy));
+    TRY(numbers_of(inputs, "ref_logps", &k->n, &k->ref));
+    TRY(numbers_of(inputs, "labels", &k->n, &k->label));
+    TRY(numbers_of(inputs, "mismatched_policy_logps", &k->n, &k->mismatched));
+    TRY(numbers_of(inputs, "mismatched_ref_logps", &k->n, &k->mismatched_ref));
+    k->data = (struct dataset){ .kind = DATASET_LABELLED, .sequences = 2, .rows = k->n };
+    k->data.desirable = mem_calloc(k->n, 1);
+    k->data.seq = mem_calloc(2 * k->n, sizeof *k->data.seq);
+    k->pack = (struct pack){ .data = &k->data, .rows = (uint32_t)k->n, .sides = 1 };
+    k->pack.in.seg.count = (int32_t)k->n;
+    k->pack.in.tokens = (int64_t)k->n;
+    k->pack.row = mem_calloc(k->n, sizeof *k->pack.row);
+    k->pack.offset = mem_calloc(k->n + 1, sizeof *k->pack.offset);
+    k->pack.target = mem_calloc(k->n, sizeof *k->pack.target);
+    k->logp = mem_calloc(k->n, sizeof *k->logp);
+    k->dlogp = mem_calloc(k->n, sizeof *k->dlogp);
+    k->scratch = mem_calloc(4 * k->n, sizeof *k->scratch);
+    k->config = mem_calloc(1, ops->config_bytes);
+    if (!k->data.desirable || !k->data.seq || !k->pack.row || !k->pack.offset || !k->pack.target || !k->logp ||
+        !k->dlogp || !k->scratch || !k->config)
+        return ERR(NO_MEMORY, "%zu rows", k->n);
+    for (size_t i = 0; i < k->n; i++) {
+        k->data.desirable[i] = k->label[i] != 0;
+        k->pack.row[i] = i;
+        k->pack.offset[i + 1] = (int32_t)i + 1;
+    }
+    TRY(options_defaults(ops->options, k->config));
+    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
+        char text[40];
+        snprintf(text, sizeof text, "%.17g", number_of(inputs, options[i]));
+        TRY(options_set(ops->options, options[i], text, k->config, "inputs"));
+    }
+    return NULL;
+}
+
+static status *put_kto_rows(const struct golden_case *c, struct kto_rows *k, json_t **got)
+{
+    const struct algo_ops *ops;
+    TRY(algo_lookup("kto", &ops));
+    TRY(kto_rows_read(c->inputs, ops, k));
+    double statistic, metric[ALGO_METRICS];
+    struct batch_counts counts = algo_count(&k->data, k->pack.row, k->n);
+    counts.statistic = &statistic;
+    for (size_t i = 0; i < k->n; i++)
+        k->logp[i] = (float)k->mismatched[i];
+    ops->statistic(k->config, &k->pack, k->logp, k->mismatched_ref, k->scratch, &statistic);
+    for (size_t i = 0; i < k->n; i++)
+        k->logp[i] = (float)k->policy[i];
+    ops->loss(k->config, &k->pack, k->logp, NULL, k->ref, &counts, k->scratch, k->dlogp, metric);
+    json_t *o = json_object();
+    put(o, "grad_policy_logps", floats(k->dlogp, k->n));
+    for (int i = 0; i < ops->metric_count; i++)
+        put(o, ops->metrics[i].name, number(metric[i] / algo_divisor(&counts, ops->metrics[i].per)));
+    *got = o;
+    return NULL;
+}
+
+static status *run_kto_rows(const struct golden_kind *kind, const struct golden_case *c, json_t **got)
+{
+    (void)kind;
+    struct kto_rows k = { 0 };
+    status *st = put_kto_rows(c, &k, got);
+    kto_rows_fini(&k);
+    return st;
+}
+
 /* ---- LD-DPO sums, in the f32 tokens of training ---- */
 
 static status *ld_sum(const json_t *inputs, const char *key, const char *other, json_t **out)
@@ -319,6 +420,7 @@ struct scorer {
     float *x, *dx, *w; /* [n, v], [n, v], [v, v] */
     int32_t *target;   /* [n] */
     float *logp;       /* [n] */
+    float *stats;      /* [4, n] entropy, logit, log_square, top */
 };
 
 static void scorer_fini(struct scorer *s)
@@ -328,6 +430,7 @@ static void scorer_fini(struct scorer *s)
     mem_free(s->w);
     mem_free(s->target);
     mem_free(s->logp);
+    mem_free(s->stats);
 }
 
 static status *scorer_init(struct scorer *s, const json_t *rows)
@@ -342,7 +445,8 @@ static status *scorer_init(struct scorer *s, const json_t *rows)
     s->w = mem_calloc(v * v, sizeof *s->w);
     s->target = mem_calloc(n, sizeof *s->target);
     s->logp = mem_calloc(n, sizeof *s->logp);
-    if (!s->x || !s->dx || !s->w || !s->target || !s->logp)
+    s->stats = mem_calloc(4 * n, sizeof *s->stats);
+    if (!s->x || !s->dx || !s->w || !s->target || !s->logp || !s->stats)
         return ERR(NO_MEMORY, "%zu x %zu logits", n, v);
     for (size_t i = 0; i < n; i++) {
         const json_t *row = json_array_get(rows, i);
@@ -364,10 +468,14 @@ static status *scorer_run(struct scorer *s, float temperature, const float *dlog
     struct tape *t;
     TRY(tape_open(NULL, NULL, 0, &t));
     tape_begin(t, TAPE_TRAIN);
-    struct tensor *y = op_logprob(t, &x, &w, s->target, temperature);
+    struct logprob_stats stats;
+    struct tensor *y = op_logprob_stats(t, &x, &w, s->target, temperature, &stats);
     status *st = tape_end(t);
     if (!st)
         memcpy(s->logp, y->data, (size_t)s->n * sizeof *s->logp);
+    const float *const of[] = { stats.entropy, stats.logit, stats.log_square, stats.top };
+    for (size_t i = 0; !st && i < sizeof of / sizeof of[0]; i++)
+        memcpy(s->stats + i * (size_t)s->n, of[i], (size_t)s->n * sizeof *s->stats);
     if (!st && dlogp)
         st = tape_backward(t, y, dlogp, TAPE_BACKWARD_ALL);
     tape_close(t);
@@ -404,6 +512,9 @@ static status *put_tokens(const struct golden_case *c, struct scorer *s, json_t 
         json_array_append_new(grads, floats(s->dx + i * (size_t)s->v, (size_t)s->v));
     *got = json_pack("{s:o, s:o, s:o, s:o}", "per_token_logps", floats(s->logp, n), "masked_sum", number(sum),
                      "masked_mean", number(sum / (double)scored), "grad_logits", grads);
+    static const char *const names[] = { "entropy", "mean_logit", "log_sum_square", "top1" };
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        put(*got, names[i], floats(s->stats + i * n, n));
     return NULL;
 }
 
@@ -474,11 +585,16 @@ const struct golden_kind golden_rl[] = {
     PAIRS("apo_zero", NULL, "loss=apo_zero", NULL, NULL),
     PAIRS("apo_down", NULL, "loss=apo_down", NULL, NULL),
     PAIRS("discopop", NULL, "loss=discopop", "discopop_tau", NULL),
+    PAIRS("alphapo", NULL, "loss=alphapo", NULL, "alphapo_alpha"),
+    PAIRS("mpo", "weights", "loss=sigmoid loss_2=bco_pair", NULL, NULL),
+    PAIRS("wpo", "chosen_log_weights", "loss=sigmoid wpo=true", NULL, NULL),
     PAIRS("fdpo_reverse_kl", NULL, "loss=sigmoid f_divergence=reverse_kl", NULL, NULL),
     PAIRS("fdpo_forward_kl", NULL, "loss=sigmoid f_divergence=forward_kl", NULL, NULL),
     PAIRS("fdpo_js", NULL, "loss=sigmoid f_divergence=js", NULL, NULL),
     PAIRS("fdpo_alpha", NULL, "loss=sigmoid f_divergence=alpha", NULL, "f_alpha"),
     { "kto_unpaired", PAIR_KEYS " z0", "z0", GOLDEN_F64, run_kto, "", NULL, NULL },
+    { "kto_labelled", "policy_logps ref_logps labels mismatched_policy_logps mismatched_ref_logps", "labels",
+      GOLDEN_F32, run_kto_rows, "", NULL, NULL },
     { "ld_dpo", "chosen_token_logps rejected_token_logps ld_alpha", "ld_alpha", GOLDEN_F32, run_ld, "", NULL, NULL },
     { "token_logps", "logits input_ids completion_mask", "completion_mask", GOLDEN_F32, run_tokens, "", NULL, NULL },
     { "temperature", "logits token temperature", "temperature", GOLDEN_F32, run_temperature, "", NULL, NULL },

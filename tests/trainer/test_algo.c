@@ -328,6 +328,9 @@ static const struct family family[] = {
     { "f_divergence=forward_kl", 0.689474123904 },
     { "f_divergence=js", 0.688449623237 },
     { "f_divergence=alpha", 0.685708792815 },
+    { "loss=alphapo beta=2", 0.997889290969 },
+    { "weight=0.8 loss_2=bco_pair weight_2=0.2 nll_alpha=1", 0.821644195512 + 2.47222222222222 }, /* MPO */
+    { "loss=simpo loss_2=kto_pair loss_3=rpo weight_3=0.5", NAN },
     { "ld_alpha=0.5", NAN },
     { "ld_alpha=0 nll_alpha=1", NAN },
     { "loss=ipo_sum ld_alpha=0.25 nll_alpha=0.7 nll_norm=token", NAN },
@@ -429,6 +432,52 @@ static void test_ld_sums(void **state)
     algo_sums(algo("sft"), NULL, &f->p, f->logp, sums);
     mem_free(config);
     mem_free(plain);
+    fixture_drop(f);
+}
+
+/* WPO weighs a pair's loss and its slopes, not the NLL; the weight is e^ of means over either side's tokens. */
+static void test_wpo(void **state)
+{
+    (void)state;
+    const struct algo_ops *ops = algo("dpo");
+    struct fixture *f = fixture_make(2, lengths);
+    void *plain = dpo_settings(""), *wpo = dpo_settings("wpo=true"), *both = dpo_settings("wpo=true nll_alpha=0.5");
+    static float log_square[TOKENS_MAX], none[TOKENS_MAX];
+    struct logprob_stats tok = { none, none, log_square, none };
+    double scratch[4 * SEGMENTS], metric[ALGO_METRICS], want = 0, weight[ROWS];
+    float dlogp[TOKENS_MAX];
+    struct batch_counts counts = algo_count(&f->d, all_rows, ROWS);
+    lay_out(f, all_rows, ROWS, policy);
+    for (int i = 0; i < TOKENS_MAX; i++)
+        log_square[i] = -(float)(i * 7 % 13) / 8;
+    for (uint32_t r = 0; r < ROWS; r++) {
+        double log_weight = 0, loss[ALGO_METRICS];
+        for (uint32_t s = 2 * r; s < 2 * r + 2; s++) {
+            double sum = policy[s];
+            for (int32_t i = f->p.offset[s]; i < f->p.offset[s + 1]; i++)
+                sum -= f->p.target[i] >= 0 ? (double)log_square[i] : 0;
+            log_weight += sum / lengths[s];
+        }
+        weight[r] = exp(log_weight);
+        lay_out(f, all_rows + r, 1, policy);
+        ops->loss(plain, &f->p, f->logp, NULL, reference + 2 * r, &counts, scratch, NULL, loss);
+        want += weight[r] * loss[0];
+        lay_out(f, all_rows, ROWS, policy);
+    }
+    ops->loss(plain, &f->p, f->logp, NULL, reference, &counts, scratch, dlogp, metric);
+    ops->loss(wpo, &f->p, f->logp, &tok, reference, &counts, scratch, f->dlogp, metric);
+    near(metric[0], want, 1e-12);
+    for (uint32_t s = 0; s < SEGMENTS; s++)
+        for (int32_t i = f->p.offset[s]; i < f->p.offset[s + 1]; i++)
+            if (f->p.target[i] >= 0)
+                near((double)f->dlogp[i], weight[s / 2] * (double)dlogp[i], 1e-7 * fabs((double)f->dlogp[i]));
+    ops->loss(both, &f->p, f->logp, &tok, reference, &counts, scratch, f->dlogp, metric);
+    near(metric[0], want + 0.5 * 2.47222222222222, 1e-12);
+    ops->loss(wpo, &f->p, f->logp, NULL, reference, &counts, scratch, f->dlogp, metric);
+    assert_true(isnan(metric[0]));
+    mem_free(plain);
+    mem_free(wpo);
+    mem_free(both);
     fixture_drop(f);
 }
 
@@ -765,6 +814,7 @@ int main(void)
         cmocka_unit_test(test_family_differences),
         cmocka_unit_test(test_ld_sums),
         cmocka_unit_test(test_wants),
+        cmocka_unit_test(test_wpo),
         cmocka_unit_test(test_lookup_and_options),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -61,13 +61,16 @@ static const struct known {
     { "loss=apo_zero", 0.993747726211, 1 },
     { "loss=apo_down", 0.995829693099, 1 },
     { "loss=discopop", 0.839841211442, 0.5 * LN2 + 0.5 },
+    { "loss=alphapo beta=2", 0.997889290969, NAN },
     { "loss=hinge beta=0.75", 0.854166666667, 1 },
+    { "weight=0.8 loss_2=bco_pair weight_2=0.2", 0.821644195512, 1.2 * LN2 },
+    { "loss=sppo_hard weight=0 loss_3=nca_pair", 1.38146321273, 2 * LN2 },
     { "loss=sigmoid reference_free=true", 0.655951171819, NAN },
     { "loss=sigmoid f_divergence=forward_kl", 0.689474123904, LN2 },
     { "loss=sigmoid f_divergence=js", 0.688449623237, LN2 },
     { "loss=sigmoid f_divergence=alpha f_alpha=0.5", 0.685708792815, LN2 },
 };
-enum { KNOWN = sizeof known / sizeof known[0], LOSSES = 19 };
+enum { KNOWN = sizeof known / sizeof known[0], LOSSES = 20 };
 
 static const struct pref_pair given[3] = { { { -12.5, -14.0 }, { -13.0, -13.5 }, { 5, 6 } },
                                            { { -20.0, -18.5 }, { -19.0, -19.25 }, { 8, 7 } },
@@ -174,7 +177,11 @@ static void test_slopes(void **state)
                                         "loss=kto_pair reference_free=true",
                                         "loss=discopop discopop_tau=1.5",
                                         "loss=robust label_smoothing=0.45",
-                                        "loss=simpo simpo_gamma=0" };
+                                        "loss=simpo simpo_gamma=0",
+                                        "loss=alphapo alphapo_alpha=-0.7",
+                                        "loss=alphapo alphapo_alpha=0 simpo_gamma=1",
+                                        "loss=simpo weight=0.3 loss_2=sigmoid weight_2=2 loss_3=orpo weight_3=0.7",
+                                        "loss=kto_pair weight=3 loss_2=alphapo loss_3=ipo weight_3=0.01" };
     const char *const betas[] = { "0.01", "0.1", "1.7" };
     uint32_t seed = 7;
     for (int k = 0; k < KNOWN + (int)(sizeof more / sizeof more[0]); k++)
@@ -192,6 +199,54 @@ static void test_slopes(void **state)
                 check_slopes(settings, &c, &x, kl, 1e-5);
             }
         }
+}
+
+/* Terms add up with their weights, whatever each of them reads. */
+static void test_terms(void **state)
+{
+    (void)state;
+    struct pref_config all = config_of("loss=simpo weight=0.5 loss_2=kto_pair weight_2=3 loss_3=cpo weight_3=0.25");
+    struct pref_config one[PREF_TERMS] = { config_of("loss=simpo"), config_of("loss=kto_pair"), config_of("loss=cpo") };
+    const double weight[PREF_TERMS] = { 0.5, 3, 0.25 };
+    assert_true(pref_uses_kl(&all) && pref_uses_reference(&all) && pref_nll_alpha(&all) == 0.25);
+    for (int i = 0; i < 3; i++) {
+        struct pref_value sum = { 0 }, got = pref_loss(&all, &given[i], given_kl);
+        for (int k = 0; k < PREF_TERMS; k++) {
+            struct pref_value y = pref_loss(&one[k], &given[i], given_kl);
+            sum.loss += weight[k] * y.loss;
+            sum.d[0] += weight[k] * y.d[0];
+            sum.d[1] += weight[k] * y.d[1];
+        }
+        near("terms", got.loss, sum.loss, 1e-14);
+        near("terms", got.d[0], sum.d[0], 1e-15);
+        near("terms", got.d[1], sum.d[1], 1e-15);
+    }
+    struct pref_value y = { 2, { -3, 0.5 } }, w = pref_wpo(y, (double[]){ LN2, -2 * LN2 });
+    near("wpo", w.loss, 1, 1e-15);
+    near("wpo", w.d[0], -1.5, 1e-15);
+    near("wpo", w.d[1], 0.25, 1e-15);
+    assert_true(isnan(pref_wpo(y, (double[]){ 0, NAN }).loss));
+}
+
+/* AlphaPO becomes SimPO as alpha goes to 0, from either side. */
+static void test_alphapo_ends(void **state)
+{
+    (void)state;
+    static const char *const near_0[] = { "0", "1e-7", "-1e-7" };
+    for (size_t a = 0; a < 3; a++)
+        for (int i = 0; i < 3; i++) {
+            struct pref_config c = config_of("loss=alphapo"), simpo = config_of("loss=simpo");
+            assert_null(options_set(&pref_options, "alphapo_alpha", near_0[a], &c, "test"));
+            struct pref_value x = pref_loss(&c, &given[i], NULL), y = pref_loss(&simpo, &given[i], NULL);
+            near(near_0[a], x.loss, y.loss, 1e-6);
+            near(near_0[a], x.d[0], y.d[0], 1e-6);
+            near(near_0[a], x.d[1], y.d[1], 1e-6);
+        }
+    struct pref_config c = config_of("loss=alphapo beta=1e-6 alphapo_alpha=1 simpo_gamma=0");
+    for (double ratio = -82; ratio <= -78; ratio++) { /* the power stops at e^80 */
+        struct pref_value y = pref_loss(&c, &(struct pref_pair){ { ratio, 0 }, { 0, 0 }, { 1, 1 } }, NULL);
+        assert_true(ratio > -80 ? y.d[0] < -1e20 : y.d[0] == 0);
+    }
 }
 
 /* The hinge is flat beyond the margin, and on it. */
@@ -336,12 +391,20 @@ static void test_check(void **state)
                     { "f_divergence=alpha f_alpha=1", "reverse_kl" },
                     { "loss=ipo ld_alpha=0.5", "ld_alpha" },
                     { "loss=orpo ld_alpha=0", "orpo" },
-                    { "loss=kto_pair ld_alpha=0.9", "kto_pair" } };
+                    { "loss=kto_pair ld_alpha=0.9", "kto_pair" },
+                    { "loss_2=ipo ld_alpha=0.5", "algo.loss ipo" },
+                    { "loss_3=simpo f_divergence=js", "algo.loss simpo" },
+                    { "loss=simpo loss_2=orpo reference_free=true", "no reference" },
+                    { "loss_3=exo_pair", "above 0" },
+                    { "loss_2=hinge label_smoothing=0.1", "label_smoothing" } };
     static const char *const fine[] = { "loss=cdpo",
                                         "loss=cdpo label_smoothing=0.49",
                                         "reference_free=true ld_alpha=0.3",
                                         "loss=hinge f_divergence=alpha f_alpha=2 ld_alpha=0",
                                         "f_alpha=1",
+                                        "loss=simpo loss_2=sigmoid reference_free=true",
+                                        "loss=hinge loss_2=cdpo label_smoothing=0.1 ld_alpha=0.5",
+                                        "loss=simpo loss_3=kto_pair wpo=true",
                                         "loss=kto_pair reference_free=true nll_alpha=2",
                                         "loss=rpo nll_alpha=0.5 nll_norm=token" };
     for (size_t i = 0; i < sizeof refused / sizeof refused[0]; i++) {
@@ -360,13 +423,14 @@ static void test_check(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_known),      cmocka_unit_test(test_all_losses_are_here),
-        cmocka_unit_test(test_slopes),     cmocka_unit_test(test_at_reference),
-        cmocka_unit_test(test_hinge_ends), cmocka_unit_test(test_far_out),
-        cmocka_unit_test(test_nll),        cmocka_unit_test(test_kto_and_kl),
-        cmocka_unit_test(test_ld_sum),     cmocka_unit_test(test_rewards_and_reference),
-        cmocka_unit_test(test_check),      cmocka_unit_test(test_not_a_number),
-        cmocka_unit_test(test_clamp),
+        cmocka_unit_test(test_known),        cmocka_unit_test(test_all_losses_are_here),
+        cmocka_unit_test(test_slopes),       cmocka_unit_test(test_at_reference),
+        cmocka_unit_test(test_hinge_ends),   cmocka_unit_test(test_far_out),
+        cmocka_unit_test(test_nll),          cmocka_unit_test(test_kto_and_kl),
+        cmocka_unit_test(test_ld_sum),       cmocka_unit_test(test_rewards_and_reference),
+        cmocka_unit_test(test_check),        cmocka_unit_test(test_not_a_number),
+        cmocka_unit_test(test_clamp),        cmocka_unit_test(test_terms),
+        cmocka_unit_test(test_alphapo_ends),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -54,6 +54,19 @@ static void dpo_sums(const void *config, const struct pack *p, const float *logp
     }
 }
 
+/* Mean over segment s's scored tokens of log p(token) - log sum_v p(v)^2. NAN if nobody looked at the logits: a weight
+ * that is wanted and unknown must not look like one. */
+static double log_weight(const struct pack *p, uint32_t s, const float *logp, const struct logprob_stats *tok)
+{
+    double sum = tok ? 0 : NAN, n = 0;
+    for (int32_t i = p->offset[s]; tok && i < p->offset[s + 1]; i++)
+        if (p->target[i] >= 0) {
+            sum += (double)logp[i] - (double)tok->log_square[i];
+            n++;
+        }
+    return n > 0 ? sum / n : sum;
+}
+
 /* Row r of a pack; ref may be NULL if it is not used. */
 static struct pref_pair pair_of(const struct pack *p, uint32_t r, const double *sums, const double *ref)
 {
@@ -124,6 +137,8 @@ static void dpo_loss(const void *config, const struct pack *p, const float *logp
         uint32_t w = 2 * r, l = 2 * r + 1;
         struct pref_pair x = pair_of(p, r, sum, ref);
         struct pref_value y = pref_loss(c, &x, kl);
+        if (c->wpo)
+            y = pref_wpo(y, (double[]){ log_weight(p, w, logp, tok), log_weight(p, l, logp, tok) });
         double reward[PREF_REWARDS], nll = pref_nll(c, plain[w], x.length[PREF_CHOSEN], mean_length, &nll_slope);
         pref_rewards(c, &x, reward);
         for (int j = 0; j < PREF_REWARDS; j++)

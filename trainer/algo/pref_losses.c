@@ -81,6 +81,34 @@ static struct pref_value simpo(const struct pref_config *c, const struct scores 
     return of_z(c, nls(z), -sg(-z));
 }
 
+/* e^x with x at most EXP_MAX (as TRL's clamp for f32), and its slope. */
+static const double EXP_MAX = 80;
+static double exp_clamped(double x, double *slope)
+{
+    double e = exp(x > EXP_MAX ? EXP_MAX : x);
+    *slope = x < EXP_MAX ? e : 0;
+    return e;
+}
+
+/* AlphaPO (Gupta et al. 2025, arXiv:2501.03884): SimPO with r = (1 - p^-a) / a of the average probability p in
+ * place of log p, which it becomes as a goes to 0. */
+static double alpha_reward(double log_p, double a, double *slope)
+{
+    if (a == 0) {
+        *slope = 1;
+        return log_p;
+    }
+    double e = exp_clamped(-a * log_p, slope);
+    return (1 - e) / a;
+}
+
+static struct pref_value alphapo(const struct pref_config *c, const struct scores *x)
+{
+    double dw, dl, a = c->alphapo_alpha, w = alpha_reward(x->w, a, &dw), l = alpha_reward(x->l, a, &dl);
+    struct pref_value y = simpo(c, &(struct scores){ .w = w, .l = l });
+    return (struct pref_value){ y.loss, { y.d[0] * dw, y.d[1] * dl } };
+}
+
 /* log odds of an average log-probability a, and its slope 1 / (1 - e^a). f32 log-probabilities cannot tell e^a from 1
  * beyond ODDS_MAX, where odds are infinite. */
 static const double ODDS_MAX = -0x1p-24;
@@ -172,7 +200,7 @@ enum {
 
 #define CHOICES                                                                                                        \
     "sigmoid|cdpo|robust|hinge|ipo|ipo_sum|sigmoid_norm|simpo|cpo|orpo|rpo|kto_pair|bco_pair|nca_pair|sppo_hard|"      \
-    "exo_pair|apo_zero|apo_down|discopop"
+    "exo_pair|apo_zero|apo_down|discopop|alphapo"
 
 static const struct loss_row {
     const char *name;
@@ -199,6 +227,7 @@ static const struct loss_row {
     { "apo_zero", REFERENCE, 0, apo_zero },
     { "apo_down", REFERENCE, 0, apo_down },
     { "discopop", REFERENCE | DIFFERENCE, 0, discopop },
+    { "alphapo", AVERAGE, 0, alphapo },
 };
 
 #define ROW(type, field, key, def, min, max, choices, help)                                                            \
@@ -207,6 +236,11 @@ static const struct loss_row {
     }
 static const struct option options[] = {
     ROW(OPT_ENUM, loss, "loss", "sigmoid", 0, 0, CHOICES, "the loss of a pair (docs/recipes.md has the formulas)"),
+    ROW(OPT_FLOAT, weight[0], "weight", "1", 0, 1e3, NULL, "weight of loss"),
+    ROW(OPT_ENUM, more[0], "loss_2", "none", 0, 0, "none|" CHOICES, "a second loss, added to the first"),
+    ROW(OPT_FLOAT, weight[1], "weight_2", "1", 0, 1e3, NULL, "weight of loss_2"),
+    ROW(OPT_ENUM, more[1], "loss_3", "none", 0, 0, "none|" CHOICES, "a third loss, added to the others"),
+    ROW(OPT_FLOAT, weight[2], "weight_3", "1", 0, 1e3, NULL, "weight of loss_3"),
     ROW(OPT_FLOAT, beta, "beta", "0.1", 1e-6, 1e3, NULL,
         "strength of the pull towards the reference; rewards are beta times log-ratios; tau of ipo, lambda of orpo"),
     ROW(OPT_FLOAT, label_smoothing, "label_smoothing", "0", 0, 0.5, NULL,
@@ -216,35 +250,57 @@ static const struct option options[] = {
         "the divergence from the reference that the loss is derived from"),
     ROW(OPT_FLOAT, f_alpha, "f_alpha", "0.5", -10, 10, NULL, "order of the alpha divergence, not 1"),
     ROW(OPT_FLOAT, nll_alpha, "nll_alpha", "-1", -1, 1e3, NULL,
-        "weight of the chosen sequences' negative log-likelihood; negative: 1 for rpo, orpo and cpo, 0 for the others"),
+        "weight of the chosen sequences' negative log-likelihood; negative: 1 (times the loss's weight) for rpo, orpo "
+        "and cpo, 0 for the others"),
     ROW(OPT_ENUM, nll_norm, "nll_norm", "sequence", 0, 0, "sequence|token",
         "mean of that term: over tokens of a sequence, then sequences; or over all chosen tokens of the step"),
     ROW(OPT_FLOAT, ld_alpha, "ld_alpha", "1", 0, 1, NULL,
         "LD-DPO: weight of the tokens by which the longer sequence of a pair is longer"),
-    ROW(OPT_FLOAT, simpo_gamma, "simpo_gamma", "0.5", 0, 1e3, NULL, "margin of simpo"),
+    ROW(OPT_FLOAT, simpo_gamma, "simpo_gamma", "0.5", 0, 1e3, NULL, "margin of simpo and alphapo"),
+    ROW(OPT_FLOAT, alphapo_alpha, "alphapo_alpha", "0.25", -10, 10, NULL, "shape of alphapo's reward; 0: simpo"),
     ROW(OPT_FLOAT, discopop_tau, "discopop_tau", "0.05", 1e-6, 1e3, NULL, "temperature of discopop's blend"),
+    ROW(OPT_BOOL, wpo, "wpo", "false", 0, 0, NULL,
+        "WPO: weight pairs by how likely the policy finds both their sequences"),
 };
 const struct option_table pref_options = { "algo", options, sizeof options / sizeof options[0] };
 
+/* Term i of the pair's loss, or NULL. */
+static const struct loss_row *term(const struct pref_config *c, int i)
+{
+    return i == 0 ? &table[c->loss] : c->more[i - 1] ? &table[c->more[i - 1] - 1] : NULL;
+}
+
+/* Flags that one term has at least. */
+static unsigned any_flags(const struct pref_config *c)
+{
+    unsigned flags = 0;
+    for (int i = 0; i < PREF_TERMS; i++)
+        flags |= term(c, i) ? term(c, i)->flags : 0;
+    return flags;
+}
+
 bool pref_uses_reference(const struct pref_config *c)
 {
-    return (table[c->loss].flags & REFERENCE) && !c->reference_free;
+    return (any_flags(c) & REFERENCE) && !c->reference_free;
 }
 
 bool pref_uses_kl(const struct pref_config *c)
 {
-    return table[c->loss].flags & KL;
+    return any_flags(c) & KL;
 }
 
 double pref_nll_alpha(const struct pref_config *c)
 {
-    return c->nll_alpha < 0 ? table[c->loss].nll_alpha : c->nll_alpha;
+    double own = 0;
+    for (int i = 0; i < PREF_TERMS; i++)
+        own += term(c, i) ? c->weight[i] * term(c, i)->nll_alpha : 0;
+    return c->nll_alpha < 0 ? own : c->nll_alpha;
 }
 
 static status *check_smoothing(const struct pref_config *c, const struct loss_row *r)
 {
     double e = c->label_smoothing;
-    if (e != 0 && !(r->flags & SMOOTHING)) /* a sigmoid that smooths is cdpo to some, plain to others: name which */
+    if (e != 0 && !(any_flags(c) & SMOOTHING)) /* a sigmoid that smooths is cdpo to some, plain to others: name which */
         return ERR(INVALID, "algo.label_smoothing %g has no part in algo.loss %s: it is for cdpo, robust and exo_pair",
                    e, r->name);
     if (e >= 0.5)
@@ -254,13 +310,12 @@ static status *check_smoothing(const struct pref_config *c, const struct loss_ro
     return NULL;
 }
 
-status *pref_check(const struct pref_config *c)
+static status *check_term(const struct pref_config *c, const struct loss_row *r)
 {
-    const struct loss_row *r = &table[c->loss];
     TRY(check_smoothing(c, r));
-    if (c->reference_free && !(r->flags & REFERENCE))
+    if (c->reference_free && !(any_flags(c) & REFERENCE))
         return ERR(INVALID, "algo.reference_free: algo.loss %s has no reference to leave out", r->name);
-    if (c->f_divergence != PREF_REVERSE_KL && !((r->flags & DIFFERENCE) && pref_uses_reference(c)))
+    if (c->f_divergence != PREF_REVERSE_KL && !((r->flags & DIFFERENCE) && !c->reference_free))
         return ERR(
             INVALID,
             "algo.f_divergence is for losses of the difference of two summed log-ratios to a reference (sigmoid, "
@@ -276,20 +331,19 @@ status *pref_check(const struct pref_config *c)
     return NULL;
 }
 
+status *pref_check(const struct pref_config *c)
+{
+    for (int i = 0; i < PREF_TERMS; i++)
+        if (term(c, i))
+            TRY(check_term(c, term(c, i)));
+    return NULL;
+}
+
 /* ---- from log-probabilities to losses ---- */
 
 double pref_ratio(const struct pref_config *c, const struct pref_pair *x, enum pref_side side)
 {
     return x->policy[side] - (pref_uses_reference(c) ? x->reference[side] : 0);
-}
-
-/* e^x with x at most EXP_MAX (as TRL's clamp for f32), and its slope. */
-static const double EXP_MAX = 80;
-static double exp_clamped(double x, double *slope)
-{
-    double e = exp(x > EXP_MAX ? EXP_MAX : x);
-    *slope = x < EXP_MAX ? e : 0;
-    return e;
 }
 
 /* f-DPO (Wang et al. 2023, arXiv:2309.16240): f'(e^x) up to a constant, for the generator f of the divergence. */
@@ -311,26 +365,50 @@ static double diverge(const struct pref_config *c, double x, double *slope)
     return x;
 }
 
-static double score(const struct pref_config *c, const struct pref_pair *x, enum pref_side side, double *slope)
+static double score(const struct pref_config *c, const struct loss_row *r, const struct pref_pair *x,
+                    enum pref_side side, double *slope)
 {
-    double ratio = pref_ratio(c, x, side), n = x->length[side];
-    if (!(table[c->loss].flags & AVERAGE))
+    bool reference = (r->flags & REFERENCE) && !c->reference_free;
+    double ratio = x->policy[side] - (reference ? x->reference[side] : 0), n = x->length[side];
+    if (!(r->flags & AVERAGE))
         return diverge(c, ratio, slope);
     *slope = n > 0 ? 1 / n : 0;
     return n > 0 ? ratio / n : 0;
 }
 
-struct pref_value pref_loss(const struct pref_config *c, const struct pref_pair *x, const double *kl)
+static struct pref_value term_loss(const struct pref_config *c, const struct loss_row *r, const struct pref_pair *x,
+                                   const double *kl)
 {
     double slope[2];
-    struct scores s = { .w = score(c, x, PREF_CHOSEN, &slope[PREF_CHOSEN]),
-                        .l = score(c, x, PREF_REJECTED, &slope[PREF_REJECTED]),
+    struct scores s = { .w = score(c, r, x, PREF_CHOSEN, &slope[PREF_CHOSEN]),
+                        .l = score(c, r, x, PREF_REJECTED, &slope[PREF_REJECTED]),
                         .kl_w = kl ? kl[PREF_CHOSEN] : 0,
                         .kl_l = kl ? kl[PREF_REJECTED] : 0 };
-    struct pref_value y = table[c->loss].f(c, &s);
+    struct pref_value y = r->f(c, &s);
     y.d[PREF_CHOSEN] *= slope[PREF_CHOSEN];
     y.d[PREF_REJECTED] *= slope[PREF_REJECTED];
     return y;
+}
+
+struct pref_value pref_loss(const struct pref_config *c, const struct pref_pair *x, const double *kl)
+{
+    struct pref_value sum = { 0 };
+    for (int i = 0; i < PREF_TERMS; i++) {
+        const struct loss_row *r = term(c, i);
+        if (!r)
+            continue;
+        struct pref_value y = term_loss(c, r, x, kl);
+        sum.loss += c->weight[i] * y.loss;
+        for (int side = 0; side < 2; side++)
+            sum.d[side] += c->weight[i] * y.d[side];
+    }
+    return sum;
+}
+
+struct pref_value pref_wpo(struct pref_value y, const double log_weight[2])
+{
+    double w = exp(log_weight[PREF_CHOSEN] + log_weight[PREF_REJECTED]);
+    return (struct pref_value){ w * y.loss, { w * y.d[PREF_CHOSEN], w * y.d[PREF_REJECTED] } };
 }
 
 double pref_kl(double sum_of_ratios, double rows)

@@ -4,7 +4,8 @@
  * A pair's log-probabilities become two scores: the log-ratio to the reference (or the plain log-probability, for
  * losses without one), divided by the sequence's length if the loss averages, mapped by the f-divergence. The row's
  * function makes loss and slopes of the two scores; slopes with respect to log-probabilities follow by the chain rule.
- * A step's loss is the mean of its pairs' losses, plus nll_alpha times the negative log-likelihood of the chosen. */
+ * A step's loss is the mean of its pairs' losses, plus nll_alpha times the negative log-likelihood of the chosen.
+ * A pair's loss is one row of the table times its weight, or a sum of up to three. */
 #ifndef TESSERA_TRAINER_ALGO_PREF_LOSSES_H
 #define TESSERA_TRAINER_ALGO_PREF_LOSSES_H
 
@@ -13,9 +14,13 @@
 enum pref_nll_norm { PREF_NLL_SEQUENCE, PREF_NLL_TOKEN };
 enum pref_divergence { PREF_REVERSE_KL, PREF_FORWARD_KL, PREF_JS, PREF_ALPHA };
 
+enum { PREF_TERMS = 3 };
+
 struct pref_config {
-    int loss;    /* row of the table: index into pref_options' choices */
-    double beta; /* IPO's tau, ORPO's lambda */
+    int loss;                  /* row of the table: index into pref_options' choices */
+    int more[PREF_TERMS - 1];  /* further terms: 0 none, else 1 + row */
+    double weight[PREF_TERMS]; /* of loss, of more */
+    double beta;               /* IPO's tau, ORPO's lambda */
     double label_smoothing;
     bool reference_free;
     int f_divergence; /* enum pref_divergence */
@@ -23,7 +28,8 @@ struct pref_config {
     double nll_alpha; /* negative: the loss's own */
     int nll_norm;     /* enum pref_nll_norm */
     double ld_alpha;
-    double simpo_gamma, discopop_tau;
+    double simpo_gamma, discopop_tau, alphapo_alpha;
+    bool wpo;
 };
 
 extern const struct option_table pref_options; /* section "algo" */
@@ -46,14 +52,17 @@ struct pref_value {
     double loss, d[2]; /* d loss / d policy[side] */
 };
 
-/* Loss of a pair without the NLL term. kl may be NULL where pref_uses_kl is false. */
+/* Loss of a pair without the NLL term and WPO's weight. kl may be NULL where pref_uses_kl is false. */
 struct pref_value pref_loss(const struct pref_config *c, const struct pref_pair *x, const double *kl);
-/* policy - reference of a side, or policy where the reference is not used. */
+/* policy - reference of a side, or policy where no term reads the reference. */
 double pref_ratio(const struct pref_config *c, const struct pref_pair *x, enum pref_side side);
+/* WPO (Zhou et al. 2024, arXiv:2406.11827, eq. 2, as TRL): y times e^(log_weight[0] + log_weight[1]), each the
+ * mean over a side's scored tokens of log p(token) - log sum_v p(v)^2. The weight takes no part in gradients. */
+struct pref_value pref_wpo(struct pref_value y, const double log_weight[2]);
 /* max(0, mean of the ratios): an estimate of KL(policy || reference) that takes no part in gradients. 0 for no rows. */
 double pref_kl(double sum_of_ratios, double rows);
 
-/* Weight of the NLL term: the config's or the loss's own. */
+/* Weight of the NLL term: the config's or the losses' own. */
 double pref_nll_alpha(const struct pref_config *c);
 /* NLL of a chosen sequence, normalised so that the mean over a step's pairs is the batch's, and its slope by
  * chosen_sum. sequence: -sum / length (Iterative RPO, arXiv:2404.19733). token: -sum / mean_length, where mean_length =
