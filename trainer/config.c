@@ -42,6 +42,8 @@ static const struct option data_rows[] = {
 };
 static const struct option algo_rows[] = {
     ROW(OPT_STRING, algo_choice, kind, "kind", NULL, 0, 0, NULL, "", "the algorithm: sft, dpo, kto"),
+    ROW(OPT_STRING, algo_choice, preset, "preset", "", 0, 0, NULL, "",
+        "published settings (listed below) for the keys of this section that are not set here; empty: none"),
     ROW(OPT_INT, algo_choice, warmup_sft_steps, "warmup_sft_steps", "0", 0, 1e9, NULL, "steps",
         "SFT steps before the algorithm starts, part of train.steps"),
     ROW(OPT_FLOAT, algo_choice, warmup_sft_lr, "warmup_sft_lr", "0", 0, 1, NULL, "",
@@ -304,6 +306,27 @@ static status *apply_one(struct sections *all, const struct assignment *a)
     return options_set(owner->table, a->key, a->value, owner->base, a->where);
 }
 
+/* Apply the settings of the preset that is asked for, as if they stood before all others. */
+static status *apply_preset(struct sections *all, const struct algo_ops *algo, const struct assignments *l)
+{
+    const char *where = "", *name = value_of(l, "algo", "preset", &where);
+    char legal[512] = "", value[64];
+    struct assignment a = { .section = "algo", .value = value };
+    if (!name || !*name)
+        return NULL;
+    const struct algo_preset *p = algo->presets;
+    for (size_t n = 0; p && p->name && strcmp(p->name, name); p++)
+        n += (size_t)snprintf(legal + n, sizeof legal - n, "%s%s", n ? ", " : "", p->name);
+    if (!p || !p->name)
+        return ERR(INVALID, "%s: algo.preset: algo.kind %s has no preset \"%s\" (legal: %s)", where, algo->name, name,
+                   p ? legal : "none");
+    snprintf(a.where, sizeof a.where, "%.100s: algo.preset %s", where, name);
+    int used;
+    for (const char *at = p->settings; sscanf(at, " %63[^=]=%63s%n", a.key, value, &used) == 2; at += used)
+        TRY(apply_one(all, &a));
+    return NULL;
+}
+
 static status *check_required(const struct sections *all, const struct assignments *l, const char *name)
 {
     for (int i = 0; i < all->count; i++) {
@@ -412,6 +435,7 @@ static status *fill(struct config *c, const struct assignments *l, const char *n
     struct sections all = sections_of(c);
     for (int i = 0; i < all.count; i++)
         TRY(options_defaults(all.s[i].table, all.s[i].base));
+    TRY(apply_preset(&all, c->algo_ops, l));
     for (size_t i = 0; i < l->count; i++)
         TRY(apply_one(&all, &l->a[i]));
     TRY(check_required(&all, l, name));
@@ -569,6 +593,13 @@ status *config_compare(const struct config *c, const char *stored, char *note, s
     return *refused ? ERR(INVALID, "the checkpoint was written by another run (stored -> now): %s", refused) : NULL;
 }
 
+static void help_presets(const struct algo_ops *algo, FILE *to)
+{
+    fprintf(to, "# presets of algo.kind: %s\n", algo->name);
+    for (const struct algo_preset *p = algo->presets; p && p->name; p++)
+        fprintf(to, "#   algo.preset=%-18s %s  (%s)\n", p->name, p->settings, p->source);
+}
+
 void config_help(FILE *to)
 {
     static const struct option_table *const common[] = { &top_table,      &run_table,    &data_table,
@@ -584,5 +615,6 @@ void config_help(FILE *to)
         if (algo_registry[i]->options) {
             fprintf(to, "\n# with algo.kind: %s\n", algo_registry[i]->name);
             options_help(algo_registry[i]->options, to);
+            help_presets(algo_registry[i], to);
         }
 }

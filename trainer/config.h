@@ -29,7 +29,7 @@ struct data_config {
 };
 
 struct algo_choice {
-    char *kind;
+    char *kind, *preset;
     int64_t warmup_sft_steps;
     double warmup_sft_lr;
     int reference;

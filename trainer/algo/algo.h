@@ -39,6 +39,13 @@ struct algo_metric {
     enum metric_per per;
 };
 
+/* Published settings under a name (algo.preset): what a config does not set itself. Rows end with a nameless one. */
+struct algo_preset {
+    const char *name;     /* "simpo" */
+    const char *settings; /* options of section "algo", the algorithm's or the common ones: "loss=simpo beta=2" */
+    const char *source;   /* where the values are from */
+};
+
 struct algo_ops {
     const char *name;
     enum dataset_kind data; /* DATASET_LABELLED: packs of `loss` hold the completions, those of `statistic` the
@@ -56,6 +63,7 @@ struct algo_ops {
                  const double *ref, const struct batch_counts *counts, double *scratch, float *dlogp, double *metric);
 
     /* ---- optional: NULL where an algorithm has no use for it ---- */
+    const struct algo_preset *presets;
     status *(*check)(const void *config);       /* INVALID: what single option rows cannot say */
     bool (*reference_free)(const void *config); /* true: with this config no reference is needed */
     /* What a reference value is, and `ref` above must hold: one number a sequence of the pack. Ask algo_sums. */

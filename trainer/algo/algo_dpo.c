@@ -9,6 +9,36 @@
 
 #include <math.h>
 
+/* Values that make the algorithm; learning rates and batches are those of models of billions of parameters. Where the
+ * source is TRL, its documentation attributes the values to the paper. */
+static const struct algo_preset presets[] = {
+    { "dpo", "loss=sigmoid beta=0.1", "Rafailov et al. 2023, arXiv:2305.18290, B" },
+    { "robust", "loss=robust beta=0.01 label_smoothing=0.1", "Chowdhury et al. 2024, arXiv:2403.00409, B; TRL" },
+    { "slic", "loss=hinge beta=0.1", "Zhao et al. 2023, arXiv:2305.10425; beta of TRL" },
+    { "ipo", "loss=ipo beta=0.1", "Azar et al. 2023, arXiv:2310.12036; beta and averages of TRL" },
+    { "tulu3", "loss=sigmoid_norm beta=5", "Lambert et al. 2024, arXiv:2411.15124" },
+    { "simpo", "loss=simpo beta=2 simpo_gamma=1",
+      "Meng et al. 2024, arXiv:2405.14734, Llama-3-Base: gamma / beta 0.5" },
+    { "alphapo", "loss=alphapo beta=2.5 simpo_gamma=0.1 alphapo_alpha=0.25",
+      "Gupta et al. 2025, arXiv:2501.03884, table 3, Mistral-Instruct; TRL" },
+    { "cpo", "loss=cpo beta=0.1 nll_alpha=1", "Xu et al. 2024, arXiv:2401.08417" },
+    { "orpo", "loss=orpo beta=0.1 nll_alpha=1 nll_norm=token", "Hong et al. 2024, arXiv:2403.07691, lambda 0.1; TRL" },
+    { "rpo", "loss=rpo beta=0.1 nll_alpha=1 nll_norm=sequence", "Pang et al. 2024, arXiv:2404.19733" },
+    { "kto_pair", "loss=kto_pair beta=0.1", "Ethayarajh et al. 2024, arXiv:2402.01306; TRL before 0.12" },
+    { "bco", "loss=bco_pair beta=0.01", "Jung et al. 2024, arXiv:2404.04656, C; TRL" },
+    { "nca", "loss=nca_pair beta=0.01", "Chen et al. 2024, arXiv:2402.05369, C; TRL" },
+    { "sppo", "loss=sppo_hard beta=0.001", "Wu et al. 2024, arXiv:2405.00675: eta 1000" },
+    { "exo", "loss=exo_pair beta=0.1 label_smoothing=0.001", "Ji et al. 2024, arXiv:2402.00856, B; smoothing of TRL" },
+    { "apo_zero", "loss=apo_zero beta=0.1", "D'Oosterlinck et al. 2024, arXiv:2408.06266, 5.2; TRL" },
+    { "apo_down", "loss=apo_down beta=0.1", "D'Oosterlinck et al. 2024, arXiv:2408.06266, 5.2; TRL" },
+    { "discopop", "loss=discopop beta=0.05 discopop_tau=0.05", "Lu et al. 2024, arXiv:2406.08414, B.1 and E; TRL" },
+    { "mpo", "loss=sigmoid weight=0.8 loss_2=bco_pair weight_2=0.2 nll_alpha=1 nll_norm=token beta=0.1",
+      "Wang et al. 2024, arXiv:2411.10442: weights 0.8, 0.2, 1; TRL" },
+    { "tr_dpo", "loss=sigmoid beta=0.1 reference=live ref_sync_steps=512 ref_sync_alpha=0.6",
+      "Gorbatovski et al. 2024, arXiv:2404.09656; steps and alpha of TRL" },
+    { 0 },
+};
+
 static const struct algo_metric metrics[] = {
     { "loss", PER_STEP },
     { "rewards/chosen", PER_ROW },
@@ -171,6 +201,7 @@ const struct algo_ops algo_dpo_ops = {
     .data = DATASET_PREFS,
     .needs_reference = true,
     .options = &pref_options,
+    .presets = presets,
     .config_bytes = sizeof(struct pref_config),
     .metrics = metrics,
     .metric_count = COUNT,

@@ -33,6 +33,13 @@ static const struct option options[] = {
 };
 static const struct option_table kto_options = { "algo", options, sizeof options / sizeof options[0] };
 
+static const struct algo_preset presets[] = {
+    { "kto", "loss=kto beta=0.1 desirable_weight=1 undesirable_weight=1",
+      "Ethayarajh et al. 2024, arXiv:2402.01306; TRL" },
+    { "apo_zero_unpaired", "loss=apo_zero_unpaired beta=0.1", "D'Oosterlinck et al. 2024, arXiv:2408.06266, 5.2" },
+    { 0 },
+};
+
 /* Those of chosen and rejected are means over the step's desirable and undesirable rows; null where it has none. */
 static const struct algo_metric metrics[] = {
     { "loss", PER_STEP },
@@ -123,6 +130,7 @@ const struct algo_ops algo_kto_ops = {
     .data = DATASET_LABELLED,
     .needs_reference = true,
     .options = &kto_options,
+    .presets = presets,
     .config_bytes = sizeof(struct kto_config),
     .metrics = metrics,
     .metric_count = COUNT,
