@@ -133,6 +133,17 @@ for file in job.step_dir(tmp / "three" / "ckpt", 2).glob("*-*.h5"):
 
         f.visititems(note)
 job.check(told == there, f"metadata and HDF5 disagree: {sorted(told ^ there)[:4]}")
+
+# The view, written beside the step by the run itself, shows the same whole tensors.
+with h5py.File(job.step_dir(tmp / "three" / "ckpt", 2) / "view.h5", "r") as f:
+    for (part, name), value in three.items():
+        d = f[f"{part.replace('.', '/')}/{name}"]
+        job.check(d.is_virtual and d.shape == value.shape and d[()].tobytes() == value.tobytes(), f"the view's {part}/{name}")
+    job.check(f["model/lm_head.weight"] == f["model/model.embed_tokens.weight"], "the view's tied weights")
+path = job.write_config(tmp, "plain", tmp / "data", checkpoint_every=1, checkpoint_view="never", **SHORT)
+job.run(2, path)
+job.check(job.committed(tmp / "plain" / "ckpt") == [1, 2] and not list((tmp / "plain" / "ckpt").glob("*/view.h5")), "a view that was not wanted")
+
 aliases = {t["name"]: t["alias_of"] for t in shown["tensors"] if t["alias_of"]}
 job.check(aliases == {"lm_head.weight": "model.embed_tokens.weight"}, f"tied weights are shown as {aliases}")
 job.say(f"passed: {len(three)} tensors of a step of three ranks")

@@ -221,6 +221,62 @@ static int write_root(const char *root)
     return st ? 1 : 0;
 }
 
+/* Step 1 of one tensor of so many MiB, all zero, of two pieces in files that take no room: rows [0, 1/2) and the rest.
+ */
+static int write_large(const char *root, uint64_t mib)
+{
+    enum { HEADER = 100 };
+    struct store *s;
+    const uint64_t half = mib << 19, blocks = mib / 2;
+    char key[2][STORE_KEY_BYTES];
+    void *zero = mem_calloc(1, META_BLOCK_BYTES);
+    uint32_t *crc = mem_calloc(2 * blocks, sizeof *crc);
+    struct meta_file file[2];
+    struct meta_piece piece[2];
+    struct meta_tensor t = { .part = (char *)(size_t) "model",
+                             .name = (char *)(size_t) "w",
+                             .dtype = DTYPE_F32,
+                             .shape = { 2, { 2 * mib, 1 << 17 } },
+                             .piece_count = 2 };
+    status *st = store_open(root, true, &s);
+    for (uint64_t i = 0; i < 2 * blocks; i++)
+        crc[i] = crc32c(0, zero, META_BLOCK_BYTES);
+    for (int i = 0; i < 2 && !st; i++) {
+        struct store_writer *w = NULL;
+        commit_shard_key(1, "model", i, 0xaa, key[i]);
+        file[i] = (struct meta_file){ .name = strchr(key[i], '/') + 1, .bytes = 4096 + half, .header_bytes = HEADER };
+        file[i].header_crc = crc32c(0, zero, HEADER);
+        piece[i] = (struct meta_piece){ { { { (uint64_t)i * mib, 0 }, { mib, 1 << 17 } }, 0, half / 4 },
+                                        (uint32_t)i,
+                                        4096,
+                                        half,
+                                        (uint64_t)i * blocks };
+        st = store_writer_open(s, key[i], 4096 + half, &w);
+        if (!st)
+            st = store_writer_finish(w);
+    }
+    struct metadata m = { .run_id = 1,
+                          .attempt = 0xaa,
+                          .step = 1,
+                          .mesh = { { 1, 2, 1, 1, 1 } },
+                          .world = 2,
+                          .file = file,
+                          .tensor = &t,
+                          .piece = piece,
+                          .crc = crc,
+                          .file_count = 2,
+                          .tensor_count = 1,
+                          .piece_count = 2,
+                          .crc_count = 2 * blocks };
+    if (!st)
+        st = commit_put(s, &m);
+    if (st)
+        fprintf(stderr, "%s\n", status_message(st));
+    mem_free(zero);
+    mem_free(crc);
+    return st ? 1 : 0;
+}
+
 /* ---- Tests */
 
 static bool there(struct store *s, const char *key)
@@ -382,6 +438,8 @@ int main(int argc, char **argv)
 {
     if (argc == 3 && strcmp(argv[1], "write") == 0)
         return write_root(argv[2]);
+    if (argc == 4 && strcmp(argv[1], "large") == 0)
+        return write_large(argv[2], strtoull(argv[3], NULL, 10));
     const struct CMUnitTest tests[] = { cmocka_unit_test(test_when), cmocka_unit_test(test_other_stores),
                                         cmocka_unit_test(test_anew), cmocka_unit_test(test_collisions),
                                         cmocka_unit_test(test_many) };
