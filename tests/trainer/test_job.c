@@ -275,6 +275,60 @@ static void the_reference_follows(void **state)
     status_free(st);
 }
 
+/* Desirable rows with prompts of their own; one row's completion may be another. */
+static void write_labelled(const char *name, int rows, int other)
+{
+    char path[128];
+    snprintf(path, sizeof path, "%s/data/%s", root, name);
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    for (int i = 0; i < rows; i++)
+        fprintf(f, "{\"prompt\": \"p%d\", \"completion\": \"%s%d\", \"label\": true}\n", i, i == other ? "x" : "c",
+                i * i * i);
+    assert_int_equal(fclose(f), 0);
+}
+
+/* Reference values of other tokens than the data's are refused; a live reference has none to go stale. */
+static void a_stale_reference_is_an_error(void **state)
+{
+    (void)state;
+    char text[2048], path[128];
+    snprintf(path, sizeof path, "data.labelled=%s/data/stale.jsonl", root);
+    for (int live = 0; live < 2; live++) {
+        make_config(text, sizeof text, live ? "fresh" : "stale");
+        const char *o[] = { "algo.kind=kto", path, live ? "algo.reference=live" : "algo.reference=precomputed",
+                            "train.steps=5" };
+        write_labelled("stale.jsonl", 9, -1);
+        assert_int_equal(run(text, 2, 4, o).saved, 5);
+        write_labelled("stale.jsonl", 9, 7);
+        struct job j = { .config = text, .override_count = 3 };
+        memcpy(j.overrides, o, 3 * sizeof *o);
+        status *st = comm_threads_run(3, run_rank, &j);
+        if (live) {
+            must(st);
+            continue;
+        }
+        assert_int_equal(status_code(st), ST_INVALID);
+        assert_non_null(strstr(status_message(st), "row 6 are stale")); /* row 7 is its mismatched one */
+        status_free(st);
+    }
+}
+
+/* The baseline is of mismatched sequences: where all rows are alike desirable, not the mean of what is trained. */
+static void the_baseline_is_of_mismatched_sequences(void **state)
+{
+    (void)state;
+    char text[2048], path[128];
+    snprintf(path, sizeof path, "data.labelled=%s/data/alike.jsonl", root);
+    write_labelled("alike.jsonl", 8, -1);
+    make_config(text, sizeof text, "alike");
+    const char *o[] = { "algo.kind=kto", path, "optim.lr=5e-3", "checkpoint.url=", "train.steps=9" };
+    (void)run(text, 2, 5, o);
+    double kl = metric("alike", 9, "kl"), matched = metric("alike", 9, "rewards/chosen") / 0.2;
+    assert_true(kl > 0.1 * matched && fabs(kl - matched) > 1e-3 * matched); /* near, and not the same */
+    assert_true(isnan(metric("alike", 9, "rewards/margins")) && isnan(metric("alike", 9, "rewards/rejected")));
+}
+
 /* Every metric is a mean over the step: the same bits on any ranks, the same number in packs of any size. */
 static void metrics_do_not_depend_on_cuts(void **state)
 {
@@ -358,6 +412,8 @@ int main(void)
         cmocka_unit_test(live_and_precomputed_references_agree),
         cmocka_unit_test(the_reference_follows),
         cmocka_unit_test(metrics_do_not_depend_on_cuts),
+        cmocka_unit_test(a_stale_reference_is_an_error),
+        cmocka_unit_test(the_baseline_is_of_mismatched_sequences),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
 }
