@@ -571,7 +571,7 @@ static void test_complaints(void **state)
     bad(w, "", ST_INVALID, "what shall be done? (legal: prepare gsm8k");
     bad(w, "prepaer", ST_INVALID, "\"prepaer\" is no verb (legal: prepare, show, help)");
     bad(w, "prepare", ST_INVALID, "which data? (legal: prepare gsm8k");
-    bad(w, "prepare mnist @/x", ST_INVALID, "\"mnist\" is no data we know (legal: gsm8k, arithmetic)");
+    bad(w, "prepare mnist @/x", ST_INVALID, "\"mnist\" is no data we know (legal: gsm8k, arithmetic, sort)");
     bad(w, "prepare gsm8k @/x", ST_INVALID, "two folders are needed");
     bad(w, "prepare arithmetic", ST_INVALID, "a folder is needed");
     bad(w, "prepare arithmetic @/x row=3", ST_INVALID,

@@ -8,7 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static const char *const names[OUT_FILES] = { "sft.jsonl", "prefs_train.jsonl", "prefs_heldout.jsonl" };
+static const char *const names[OUT_FILES] = { "sft.jsonl", "prefs_train.jsonl", "prefs_heldout.jsonl", "tasks.jsonl" };
 
 /* mkdir -p */
 static status *make_folders(const char *dir)
@@ -59,9 +59,14 @@ status *outset_open(struct outset *o, const char *dir)
 {
     *o = (struct outset){ 0 };
     TRY(make_folders(dir));
-    for (int i = 0; i < OUT_FILES; i++)
+    for (int i = 0; i < OUT_TASKS; i++)
         TRY(open_file(&o->file[i], dir, names[i]));
     return NULL;
+}
+
+status *outset_open_tasks(struct outset *o, const char *dir)
+{
+    return open_file(&o->file[OUT_TASKS], dir, names[OUT_TASKS]);
 }
 
 static int put_bytes(const char *p, size_t n, void *arg)
@@ -103,6 +108,17 @@ status *outset_pair(struct outset *o, bool heldout, struct text prompt, struct t
     return put_row(f, row);
 }
 
+status *outset_task(struct outset *o, struct text prompt, struct text answer)
+{
+    return put_row(&o->file[OUT_TASKS],
+                   json_pack("{s:s%, s:s%}", "prompt", prompt.p, prompt.n, "answer", answer.p, answer.n));
+}
+
+static int file_count(const struct outset *o)
+{
+    return o->file[OUT_TASKS].path ? OUT_FILES : OUT_TASKS;
+}
+
 /* All bytes on the disk, under the temporary name. */
 static status *flush_file(struct outfile *f)
 {
@@ -117,9 +133,9 @@ static status *flush_file(struct outfile *f)
 
 status *outset_commit(struct outset *o)
 {
-    for (int i = 0; i < OUT_FILES; i++)
+    for (int i = 0; i < file_count(o); i++)
         TRY(flush_file(&o->file[i]));
-    for (int i = 0; i < OUT_FILES; i++) {
+    for (int i = 0; i < file_count(o); i++) {
         struct outfile *f = &o->file[i];
         if (rename(f->temp, f->path))
             return ERR_SYS(errno, "%s: cannot rename to %s", f->temp, f->path);
@@ -131,10 +147,11 @@ status *outset_commit(struct outset *o)
 
 void outset_summary(const struct outset *o)
 {
-    for (int i = 0; i < OUT_FILES; i++) {
+    static const char *const what[OUT_FILES] = { "solutions", "pairs", "pairs", "tasks" };
+    for (int i = 0; i < file_count(o); i++) {
         const struct outfile *f = &o->file[i];
-        printf("%s: %llu %s", f->path, (unsigned long long)f->rows, i == OUT_SFT ? "solutions" : "pairs");
-        if (i != OUT_SFT)
+        printf("%s: %llu %s", f->path, (unsigned long long)f->rows, what[i]);
+        if (i == OUT_TRAIN || i == OUT_HELDOUT)
             printf(" of %llu problems", (unsigned long long)f->problems);
         printf(", %llu bytes\n", (unsigned long long)f->bytes);
     }

@@ -1,7 +1,7 @@
-/* outfile: the three JSONL files that `data prepare` makes, all or none.
+/* outfile: the JSONL files that `data prepare` makes, all or none: three, and tasks.jsonl where answers can be checked.
  *
- * Rows go to temporary files in the folder; outset_commit flushes and syncs all three before it renames the first, so a
- * full disk leaves what was there before. */
+ * Rows go to temporary files in the folder; outset_commit flushes and syncs all of them before it renames the first, so
+ * a full disk leaves what was there before. */
 #ifndef TESSERA_TRAINER_DATA_OUTFILE_H
 #define TESSERA_TRAINER_DATA_OUTFILE_H
 
@@ -12,7 +12,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
-enum outset_file { OUT_SFT, OUT_TRAIN, OUT_HELDOUT, OUT_FILES };
+enum outset_file { OUT_SFT, OUT_TRAIN, OUT_HELDOUT, OUT_TASKS, OUT_FILES };
 
 struct outfile {
     char *path, *temp;
@@ -22,15 +22,18 @@ struct outfile {
     int64_t last_problem;
 };
 struct outset {
-    struct outfile file[OUT_FILES];
+    struct outfile file[OUT_FILES]; /* OUT_TASKS without a path: this set has none */
 };
 
 /* Make `dir` (and what is missing above it) and the temporary files. Errors name the path. */
 status *outset_open(struct outset *o, const char *dir) WARN_UNUSED;
+/* The fourth file too: tasks.jsonl, prompts with the answers that count as right (trainer/data/tasks.h). */
+status *outset_open_tasks(struct outset *o, const char *dir) WARN_UNUSED;
 status *outset_sft(struct outset *o, struct text prompt, struct text completion) WARN_UNUSED;
 /* A preference row. All pairs of one problem are to be put one after the other. */
 status *outset_pair(struct outset *o, bool heldout, struct text prompt, struct text chosen, struct text rejected,
                     int64_t problem) WARN_UNUSED;
+status *outset_task(struct outset *o, struct text prompt, struct text answer) WARN_UNUSED;
 status *outset_commit(struct outset *o) WARN_UNUSED;
 /* A line a file on stdout: path, rows, problems, bytes. */
 void outset_summary(const struct outset *o);

@@ -1,4 +1,4 @@
-/* prepare: the command line of `tessera data`. The work is in gsm8k.c, arithmetic.c and show.c. */
+/* prepare: the command line of `tessera data`. The work is in gsm8k.c, arithmetic.c, sort.c and show.c. */
 #include "trainer/data/prepare.h"
 
 #include "trainer/data/sources.h"
@@ -8,6 +8,7 @@
 
 static const char usage_gsm8k[] = "prepare gsm8k SOURCE_DIR OUT_DIR [key=value ...]";
 static const char usage_arithmetic[] = "prepare arithmetic OUT_DIR [key=value ...]";
+static const char usage_sort[] = "prepare sort OUT_DIR [key=value ...]";
 static const char usage_show[] = "show FILE [N]";
 
 status *parse_words(const struct option_table *t, void *base, int argc, char **argv, const char *where)
@@ -27,7 +28,7 @@ status *parse_words(const struct option_table *t, void *base, int argc, char **a
 static status *prepare(int argc, char **argv)
 {
     if (argc < 2)
-        return ERR(INVALID, "data prepare: which data? (legal: %s; %s)", usage_gsm8k, usage_arithmetic);
+        return ERR(INVALID, "data prepare: which data? (legal: %s; %s; %s)", usage_gsm8k, usage_arithmetic, usage_sort);
     if (!strcmp(argv[1], "gsm8k")) {
         if (argc < 4)
             return ERR(INVALID, "data prepare gsm8k: two folders are needed (%s)", usage_gsm8k);
@@ -38,7 +39,12 @@ static status *prepare(int argc, char **argv)
             return ERR(INVALID, "data prepare arithmetic: a folder is needed (%s)", usage_arithmetic);
         return prepare_arithmetic(argv[2], argc - 3, argv + 3);
     }
-    return ERR(INVALID, "data prepare: \"%.100s\" is no data we know (legal: gsm8k, arithmetic)", argv[1]);
+    if (!strcmp(argv[1], "sort")) {
+        if (argc < 3)
+            return ERR(INVALID, "data prepare sort: a folder is needed (%s)", usage_sort);
+        return prepare_sort(argv[2], argc - 3, argv + 3);
+    }
+    return ERR(INVALID, "data prepare: \"%.100s\" is no data we know (legal: gsm8k, arithmetic, sort)", argv[1]);
 }
 
 static status *show(int argc, char **argv)
@@ -54,6 +60,8 @@ static void help(void)
     options_help(&gsm8k_options, stdout);
     printf("\ntessera data %s\n", usage_arithmetic);
     options_help(&arithmetic_options, stdout);
+    printf("\ntessera data %s\n", usage_sort);
+    options_help(&sort_options, stdout);
     printf("\ntessera data %s\n", usage_show);
 }
 
@@ -61,7 +69,8 @@ status *data_cli(int argc, char **argv)
 {
     status *st = NULL;
     if (argc < 1)
-        return ERR(INVALID, "data: what shall be done? (legal: %s; %s; %s)", usage_gsm8k, usage_arithmetic, usage_show);
+        return ERR(INVALID, "data: what shall be done? (legal: %s; %s; %s; %s)", usage_gsm8k, usage_arithmetic,
+                   usage_sort, usage_show);
     if (!strcmp(argv[0], "prepare"))
         st = prepare(argc, argv);
     else if (!strcmp(argv[0], "show"))

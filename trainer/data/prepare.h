@@ -21,6 +21,11 @@
  *       same forms; the rejected solution goes wrong at one step and carries the mistake on. Problems of the held-out
  *       file are in neither other file.
  *
+ *   prepare sort OUT_DIR [rows=20000] [heldout=500] [digits=5] [seed=0]
+ *       digits to put in order, "52819=" -> "12589": the same three files (the rejected answer has one digit replaced)
+ *       and tasks.jsonl {"prompt", "answer"} of the held-out prompts. Whether a prompt is held out follows from its own
+ *       hash alone, so no training file has a prompt of a held-out one, whatever seed and sizes made either.
+ *
  *   show FILE [N]
  *       the first N rows with token counts, and a summary (rows, tokens, longest, dropped)
  *
