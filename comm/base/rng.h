@@ -21,6 +21,7 @@ enum rng_stream {
     RNG_AUGMENT = 8,
     RNG_SAMPLER = 9,
     RNG_BOOTSTRAP = 10, /* confidence intervals */
+    RNG_GENERATE = 11,  /* tokens: sample = the sequence's number, element = the token's place in its completion */
 };
 
 /* The block function: out[4] from counter[4] and key[2]. */

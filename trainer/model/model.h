@@ -56,6 +56,12 @@ struct model_input {
     struct kv_cache *cache; /* [layers], or NULL */
 };
 
+/* What a cache of keys and values needs to know. */
+struct kv_shape {
+    int32_t layers, kv_heads, head_dim;
+    int64_t max_positions;
+};
+
 struct model;
 struct model_ops {
     const char *name;
@@ -67,6 +73,7 @@ struct model_ops {
                               const struct model_input *in);               /* final hidden states [N, C], normalised */
     struct tensor *(*head)(struct model *m);                               /* output matrix [V, C] */
     double (*flops_per_token)(const struct model *m, double mean_context); /* forward; multiply-adds count 2 */
+    struct kv_shape (*kv_shape)(const struct model *m);
     int (*layers)(const struct model *m);
     void (*close)(struct model *m); /* frees impl */
 };

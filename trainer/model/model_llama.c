@@ -244,6 +244,12 @@ static double llama_flops(const struct model *m, double mean_context)
     return 2 * ((double)c->layers * layer + hidden * (double)c->vocab);
 }
 
+static struct kv_shape llama_kv_shape(const struct model *m)
+{
+    const struct llama_config *c = &((const struct llama *)m->impl)->c;
+    return (struct kv_shape){ (int32_t)c->layers, (int32_t)c->kv_heads, (int32_t)c->head_dim, c->max_positions };
+}
+
 static int llama_layers(const struct model *m)
 {
     return (int)((const struct llama *)m->impl)->c.layers;
@@ -263,6 +269,7 @@ const struct model_ops model_llama_ops = {
     .forward = llama_forward,
     .head = llama_head,
     .flops_per_token = llama_flops,
+    .kv_shape = llama_kv_shape,
     .layers = llama_layers,
     .close = llama_close,
 };
