@@ -37,6 +37,8 @@ static const struct option data_rows[] = {
         "JSONL of prompt/completion/label rows, for KTO"),
     ROW(OPT_STRING, data_config, heldout, "heldout", "", 0, 0, NULL, "",
         "JSONL of preference rows for evaluation; empty: none"),
+    ROW(OPT_STRING, data_config, tasks, "tasks", "", 0, 0, NULL, "",
+        "JSONL of prompt/answer rows: evaluation by generating the answers; empty: none"),
     ROW(OPT_INT, data_config, max_length, "max_length", "1024", 8, 1 << 20, NULL, "tokens",
         "longer sequences are cut at their end"),
 };
@@ -65,7 +67,7 @@ static const struct option train_rows[] = {
     ROW(OPT_INT, train_config, lanes, "lanes", "8", 1, 64, NULL, "",
         "summation lanes of deterministic mode: a power of two, at least dp"),
     ROW(OPT_INT, train_config, eval_every, "eval_every", "0", 0, 1e12, NULL, "steps",
-        "evaluate on data.heldout; 0: only at the end"),
+        "evaluate on data.heldout and data.tasks; 0: only where the algorithm starts and at the end"),
     ROW(OPT_INT, train_config, log_every, "log_every", "10", 1, 1e12, NULL, "steps", "steps between progress lines"),
     ROW(OPT_FLOAT, train_config, max_seconds, "max_seconds", "0", 0, 1e9, NULL, "s",
         "wall-clock limit: save and stop once the run is this old; 0: none"),
@@ -107,8 +109,8 @@ static const struct option checkpoint_rows[] = {
     ROW(OPT_INT, checkpoint_config, keep_best, "keep_best", "0", 0, 1e6, NULL, "steps",
         "with keep_last: so many steps with the best keep_metric stay too; 0: none"),
     ROW(OPT_STRING, checkpoint_config, keep_metric, "keep_metric", "", 0, 0, NULL, "",
-        "a step metric of metrics.jsonl, or eval/logps/accuracy, eval/rewards/accuracy, eval/logps/margin; stored "
-        "with each step that has it"),
+        "a step metric of metrics.jsonl, or eval/logps/accuracy, eval/rewards/accuracy, eval/logps/margin, "
+        "eval/task/accuracy; stored with each step that has it"),
     ROW(OPT_ENUM, checkpoint_config, keep_order, "keep_order", "highest", 0, 0, "highest|lowest", "",
         "which values of keep_metric are the best"),
     ROW(OPT_ENUM, checkpoint_config, view, "view", "auto", 0, 0, "auto|always|never", "",
@@ -343,7 +345,9 @@ static status *check_required(const struct sections *all, const struct assignmen
 
 static status *check_keep(const struct config *c, const char *name)
 {
-    static const char *const evaluated[] = { "eval/logps/accuracy", "eval/rewards/accuracy", "eval/logps/margin" };
+    enum { TASK = 3 };
+    static const char *const evaluated[] = { "eval/logps/accuracy", "eval/rewards/accuracy", "eval/logps/margin",
+                                             "eval/task/accuracy" };
     const struct checkpoint_config *k = &c->checkpoint;
     const struct algo_ops *a = c->algo_ops;
     if (k->keep_last == 0 && (k->keep_every || k->keep_best))
@@ -353,17 +357,18 @@ static status *check_keep(const struct config *c, const char *name)
     char legal[512] = "";
     for (size_t i = 0; i < sizeof evaluated / sizeof *evaluated; i++)
         if (!strcmp(k->keep_metric, evaluated[i]))
-            return *c->data.heldout
+            return *(i == TASK ? c->data.tasks : c->data.heldout)
                        ? NULL
-                       : ERR(INVALID, "%s: checkpoint.keep_metric: %s needs data.heldout", name, k->keep_metric);
+                       : ERR(INVALID, "%s: checkpoint.keep_metric: %s needs data.%s", name, k->keep_metric,
+                             i == TASK ? "tasks" : "heldout");
     for (int i = 0; i < a->metric_count; i++) {
         if (!strcmp(k->keep_metric, a->metrics[i].name))
             return NULL;
         size_t n = strlen(legal);
         snprintf(legal + n, sizeof legal - n, "%s, ", a->metrics[i].name);
     }
-    return ERR(INVALID, "%s: checkpoint.keep_metric: \"%s\" is not one of %s%s, %s, %s", name, k->keep_metric, legal,
-               evaluated[0], evaluated[1], evaluated[2]);
+    return ERR(INVALID, "%s: checkpoint.keep_metric: \"%s\" is not one of %s%s, %s, %s, %s", name, k->keep_metric,
+               legal, evaluated[0], evaluated[1], evaluated[2], evaluated[TASK]);
 }
 
 /* What single rows cannot say. */

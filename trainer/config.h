@@ -24,7 +24,7 @@ struct run_config {
 };
 
 struct data_config {
-    char *sft, *prefs, *labelled, *heldout;
+    char *sft, *prefs, *labelled, *heldout, *tasks;
     int64_t max_length;
 };
 

@@ -216,6 +216,7 @@ static status *open_all(struct trainer *t)
         st = open_model(t, ranks_here);
     TRY(comm_agree(t->world, st));
     TRY(dry_runs(t));
+    TRY(comm_agree(t->world, task_eval_open(t)));
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
     TRY(open_zero(t));
     TRY(open_checkpoint(t));
@@ -247,6 +248,7 @@ status *trainer_close(struct trainer *t)
     status *st = t->ckpt ? tessera_close(t->ckpt) : NULL;
     tessera_state_free(t->state);
     zero_close(t->zero);
+    task_eval_close(t);
     tape_close(t->tape);
     model_close(t->ref_model);
     model_close(t->model);

@@ -76,6 +76,8 @@ status *trainer_enter_phase(struct trainer *t, int phase)
         TRY(compute_references(t));
         TRY(evaluate_heldout(t));
     }
+    if (phase == t->phases - 1)
+        TRY(evaluate_tasks(t));
     metrics_begin(t->metrics, "phase", t->step);
     metrics_text(t->metrics, "name", t->phase[phase].name);
     metrics_end(t->metrics);
@@ -379,8 +381,10 @@ static status *one_step(struct trainer *t)
     save_cost_step(&t->cost, saving, r.seconds);
     TRY(count_allocations(t, &r));
     report(t, &r);
-    if (evaluation_due(t))
+    if (evaluation_due(t)) {
         TRY(evaluate_heldout(t));
+        TRY(evaluate_tasks(t));
+    }
     int next = trainer_phase_at(t, t->step);
     if (next != t->current && t->step < (uint64_t)t->cfg->train.steps)
         TRY(trainer_enter_phase(t, next)); /* before the save, so that it holds the references */

@@ -53,6 +53,7 @@ struct trainer {
     float *dlogp;                      /* [tokens of the largest pack] */
     double *scalar;                    /* [K * ALGO_METRICS] metrics of own micro-batches */
     double *heldout_sums;              /* [heldout rows * 2] */
+    struct task_eval *task_eval;       /* NULL: no data.tasks */
 
     tessera *ckpt; /* NULL: no checkpoints */
     tessera_state *state;
@@ -94,6 +95,14 @@ struct interval {
 };
 status *bootstrap_by_group(const uint8_t *right, const uint64_t *group, uint64_t n, uint64_t seed,
                            struct interval *out) WARN_UNUSED;
+
+/* evaluate_tasks.c */
+/* Read data.tasks, if given, and take memory to generate for it. Closing accepts what a failed open left. */
+status *task_eval_open(struct trainer *t) WARN_UNUSED;
+void task_eval_close(struct trainer *t);
+/* Greedy completions of data.tasks, logged as event "eval" with the share that is exactly the answer. Once a step;
+ * without tasks nothing happens. Collective. */
+status *evaluate_tasks(struct trainer *t) WARN_UNUSED;
 
 /* state.c: the one list of what is saved */
 status *state_build(struct trainer *t)

@@ -1,0 +1,89 @@
+/* evaluate_tasks: held-out task accuracy: how many prompts of data.tasks the model completes, each time with its most
+ * likely token, to exactly the answer. Ranks take equal runs of the tasks; batches of them change no bit. */
+#include "trainer/trainer.h"
+
+#include "comm/agree.h"
+#include "comm/base/mem.h"
+#include "trainer/data/tasks.h"
+#include "trainer/data/tokenizer.h"
+#include "trainer/rollout/generate.h"
+
+#include <inttypes.h>
+
+enum { TASK_BATCH = 64 };
+
+struct task_eval {
+    struct tasks *tasks;
+    struct generator *generator;
+    struct prompt prompt[TASK_BATCH];
+    struct completion completion[TASK_BATCH];
+    uint64_t evaluated_step; /* UINT64_MAX: none */
+};
+
+status *task_eval_open(struct trainer *t)
+{
+    const struct data_config *c = &t->cfg->data;
+    if (!*c->tasks)
+        return NULL;
+    struct task_eval *e = t->task_eval = mem_calloc(1, sizeof *e);
+    if (!e)
+        return ERR(NO_MEMORY, "%s: an evaluation", c->tasks);
+    e->evaluated_step = UINT64_MAX;
+    TRY(tasks_open(c->tasks, (uint32_t)c->max_length, &e->tasks));
+    uint64_t rows = e->tasks->rows;
+    /* one token more than the longest answer has would be wrong whatever it is */
+    return status_wrap(generator_open(t->model, t->tape, rows < TASK_BATCH ? (int32_t)rows : TASK_BATCH,
+                                      (int32_t)e->tasks->longest_prompt, (int32_t)e->tasks->longest_answer,
+                                      &e->generator),
+                       "%s", c->tasks);
+}
+
+void task_eval_close(struct trainer *t)
+{
+    if (!t->task_eval)
+        return;
+    generator_close(t->task_eval->generator);
+    tasks_close(t->task_eval->tasks);
+    mem_free(t->task_eval);
+    t->task_eval = NULL;
+}
+
+/* Of tasks [begin, end): how many are solved. */
+static status *count_solved(struct task_eval *e, uint64_t begin, uint64_t end, uint64_t *solved)
+{
+    const struct generate_options greedy = { .eos = TOKEN_EOS };
+    const struct tasks *k = e->tasks;
+    for (uint64_t first = begin; first < end; first += TASK_BATCH) {
+        int32_t n = (int32_t)(end - first < TASK_BATCH ? end - first : TASK_BATCH);
+        for (int32_t i = 0; i < n; i++) {
+            const struct task *task = &k->task[first + (uint64_t)i];
+            e->prompt[i] = (struct prompt){ .token = k->token + task->begin, .count = (int32_t)task->prompt };
+        }
+        TRY(generate(e->generator, &greedy, e->prompt, n, e->completion));
+        for (int32_t i = 0; i < n; i++)
+            *solved += tasks_solved(k, first + (uint64_t)i, e->completion[i].token, e->completion[i].count);
+    }
+    return NULL;
+}
+
+status *evaluate_tasks(struct trainer *t)
+{
+    struct task_eval *e = t->task_eval;
+    if (!e || e->evaluated_step == t->step)
+        return NULL;
+    uint64_t begin, end, solved = 0, rows = e->tasks->rows;
+    layout_cut(rows, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &begin, &end);
+    TRY(comm_agree(t->dp, count_solved(e, begin, end, &solved)));
+    TRY(comm_allreduce(t->dp, &solved, 1, COMM_U64, COMM_SUM, NULL));
+    e->evaluated_step = t->step;
+    double accuracy = (double)solved / (double)rows;
+    trainer_watch(t, "eval/task/accuracy", accuracy);
+    metrics_begin(t->metrics, "eval", t->step);
+    metrics_integer(t->metrics, "tasks", rows);
+    metrics_integer(t->metrics, "task/solved", solved);
+    metrics_number(t->metrics, "task/accuracy", accuracy);
+    metrics_end(t->metrics);
+    metrics_say(t->metrics, "step %" PRIu64 ": held-out task accuracy %.4f (%" PRIu64 " of %" PRIu64 " answers exact)",
+                t->step, accuracy, solved, rows);
+    return NULL;
+}
