@@ -103,6 +103,33 @@ static void test_live_root(void **state)
     root_close(&to);
 }
 
+/* Another attempt takes the root over in the middle, as it may after a long stop of this process. */
+static void take_over(void *arg, uint64_t bytes, uint64_t total)
+{
+    struct store *to = arg;
+    assert_true(bytes <= total);
+    assert_ok(store_put(to, "LEASE/0000000002", "attempt=00000000000000bb\n", 25, STORE_REPLACE));
+}
+
+static void test_lost_lease(void **state)
+{
+    (void)state;
+    struct root from = root_open(false), to = root_open(true);
+    struct copy_options o = { .progress = take_over, .progress_arg = to.store };
+    struct copy_result r;
+    assert_ok(fake_step_commit(from.store, STEP, 0xa1));
+    status *st = copy_step(from.store, STEP, to.store, &o, &r);
+    assert_int_equal(status_code(st), ST_CANCELLED);
+    status_free(st);
+    assert_int_equal(listed(to.store), 0);
+    struct store_list left;
+    assert_ok(store_list(to.store, "step-000000000007", &left));
+    assert_int_equal(left.count, 0);
+    store_list_free(&left);
+    root_close(&from);
+    root_close(&to);
+}
+
 /* Each operation of either store fails once, before or after it is done: the copy fails and nothing is listed, or what
  * is listed is whole; the next copy is. Returns how many operations there are. */
 static int fail_each(bool source, enum fault_mode mode)
@@ -162,6 +189,6 @@ static void test_faults(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = { cmocka_unit_test(test_what_is_read), cmocka_unit_test(test_live_root),
-                                        cmocka_unit_test(test_faults) };
+                                        cmocka_unit_test(test_lost_lease), cmocka_unit_test(test_faults) };
     return cmocka_run_group_tests_name("copy", tests, NULL, NULL);
 }

@@ -212,10 +212,11 @@ static status *save(struct store *store, uint64_t step, int at, int view, int ke
 
 static int write_root(const char *root)
 {
-    struct store *s;
+    struct store *s = NULL;
     status *st = store_open(root, true, &s);
     for (int i = 0; i < MESHES && !st; i++)
         st = save(s, (uint64_t)i + 1, i, 0, 0);
+    store_close(s);
     if (st)
         fprintf(stderr, "%s\n", status_message(st));
     return st ? 1 : 0;
@@ -226,7 +227,7 @@ static int write_root(const char *root)
 static int write_large(const char *root, uint64_t mib)
 {
     enum { HEADER = 100 };
-    struct store *s;
+    struct store *s = NULL;
     const uint64_t half = mib << 19, blocks = mib / 2;
     char key[2][STORE_KEY_BYTES];
     void *zero = mem_calloc(1, META_BLOCK_BYTES);
@@ -270,6 +271,7 @@ static int write_large(const char *root, uint64_t mib)
                           .crc_count = 2 * blocks };
     if (!st)
         st = commit_put(s, &m);
+    store_close(s);
     if (st)
         fprintf(stderr, "%s\n", status_message(st));
     mem_free(zero);
