@@ -24,6 +24,7 @@
 #include "comm/base/mem.h"
 
 #include <string.h>
+#include <unistd.h>
 
 /* Structs of the public API as first released: no caller has smaller ones. */
 enum {
@@ -166,6 +167,10 @@ static status *take_lease(tessera *t, uint64_t ids[3])
 static status *open_writing(tessera *t)
 {
     uint64_t ids[3] = { 0 };
+    char host[256] = "";
+    if (gethostname(host, sizeof host - 1) != 0)
+        host[0] = 0; /* then all such ranks count as one node */
+    TRY(nodes_open(t->x, host, &t->nodes));
     TRY(comm_agree(t->x, t->x->rank == 0 ? take_lease(t, ids) : NULL));
     TRY(comm_bcast(t->x, ids, sizeof ids, 0, NULL));
     t->attempt = ids[0];
@@ -197,10 +202,17 @@ static status *free_handle(tessera *t)
     mem_free((char *)(uintptr_t)t->o.url);
     mem_free((char *)(uintptr_t)t->o.build);
     mem_free((char *)(uintptr_t)t->o.keep_metric);
+    nodes_close(&t->nodes);
     comm_close(t->ticks);
     comm_close(t->x);
     mem_free(t);
     return st;
+}
+
+status *ckpt_set_node(tessera *t, const char *host)
+{
+    nodes_close(&t->nodes);
+    return nodes_open(t->x, host, &t->nodes);
 }
 
 status *ckpt_open(const struct tessera_options *o, struct comm *world, struct device *dev, struct store *s,

@@ -54,6 +54,20 @@ void commit_shard_key(uint64_t step, const char *part, int writer, uint64_t atte
     snprintf(key, STORE_KEY_BYTES, "%s/%s-%05d.%016" PRIx64 ".h5", dir, text, writer, attempt);
 }
 
+bool commit_parse_writer(const char *name, int32_t *writer)
+{
+    const char *dash = strrchr(name, '-');
+    int64_t n = 0;
+    if (!dash || dash[1] < '0' || dash[1] > '9')
+        return false;
+    for (dash++; *dash >= '0' && *dash <= '9' && n <= INT32_MAX; dash++)
+        n = n * 10 + (*dash - '0');
+    if (*dash != '.' || n > INT32_MAX)
+        return false;
+    *writer = (int32_t)n;
+    return true;
+}
+
 status *commit_file_key(uint64_t step, const char *name, char key[STORE_KEY_BYTES])
 {
     char dir[STEP_DIR_BYTES];

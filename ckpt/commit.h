@@ -26,6 +26,9 @@ bool commit_parse_dir(const char *name, uint64_t *step);
  * is cut and its hash added */
 void commit_shard_key(uint64_t step, const char *part, int writer, uint64_t attempt, char key[STORE_KEY_BYTES]);
 
+/* The writer in the name of a shard file (without its directory); false for anything else. */
+bool commit_parse_writer(const char *name, int32_t *writer);
+
 /* "step-000000000100/NAME" of a file that a metadata file names. CORRUPT if that is no key inside the step's directory.
  */
 status *commit_file_key(uint64_t step, const char *name, char key[STORE_KEY_BYTES]) WARN_UNUSED;

@@ -6,6 +6,7 @@
 #include "ckpt/ckpt.h"
 #include "ckpt/keeper.h"
 #include "ckpt/match.h"
+#include "ckpt/nodes.h"
 #include "ckpt/pipeline.h"
 #include "ckpt/vote.h"
 
@@ -79,6 +80,7 @@ struct tessera {
     struct mesh mesh;
     struct comm *ticks; /* only the ticks' reductions */
     struct comm *x;     /* all else */
+    struct nodes nodes; /* of x; writing handles */
     struct device *dev;
     struct store *store;
     bool own_dev, own_store;
@@ -133,6 +135,9 @@ void save_forget(tessera *t, bool keep);
  * nobody has one (the save was cancelled). Fails only with the transport. */
 status *save_undo(tessera *t, status **outcome) WARN_UNUSED;
 void save_drop_plan(tessera *t);
+/* Collective, after a load of t->meta into s: if the step was saved on the same mesh from a state like s on every rank,
+ * its plan is the cached one from here on. Fails only with the transport. */
+status *save_adopt_step(tessera *t, tessera_state *s) WARN_UNUSED;
 
 /* ---- load.c */
 status *load_set_newest(tessera *t) WARN_UNUSED; /* Collective: what rank 0's listing shows */

@@ -250,7 +250,7 @@ static status *continue_from(tessera *t, uint64_t step)
     return NULL;
 }
 
-static status *load_checked(tessera *t, const tessera_state *s, uint64_t step, const struct tessera_load_options *o)
+static status *load_checked(tessera *t, tessera_state *s, uint64_t step, const struct tessera_load_options *o)
 {
     uint64_t start = clock_ns();
     struct load_totals totals = { 0 };
@@ -264,6 +264,8 @@ static status *load_checked(tessera *t, const tessera_state *s, uint64_t step, c
         st = status_first(st, step_set_add(&t->bad, step, st));
     if (!st && writing)
         st = continue_from(t, step);
+    if (!st && writing)
+        st = save_adopt_step(t, s);
     if (st) {
         if (status_code(st) == ST_CORRUPT) { /* do not trust it again without another look */
             metadata_free(t->meta);

@@ -422,6 +422,8 @@ status *metadata_encode(const struct metadata *m, void **buf, size_t *bytes)
     w.msg.n_mesh = MESH_AXES;
     w.msg.world = m->world;
     w.msg.build = m->build ? m->build : (char *)(uintptr_t)no_build;
+    w.msg.state_print = m->state_print;
+    w.msg.n_state_print = m->state_print ? 2 * (size_t)m->world : 0;
     w.msg.part = take(&w, m->tensor_count + m->blob_count, sizeof *w.msg.part);
     write_files(&w, m);
     write_tensors(&w, m);
@@ -600,6 +602,20 @@ static status *read_blobs(const Tessera__Metadata *msg, struct metadata *m)
     return NULL;
 }
 
+static status *read_prints(const Tessera__Metadata *msg, struct metadata *m)
+{
+    size_t n = msg->n_state_print;
+    if (!n)
+        return NULL;
+    if (n != 2 * (uint64_t)msg->world)
+        return ERR(CORRUPT, "%zu words of fingerprints for %u ranks", n, msg->world);
+    m->state_print = mem_array(NULL, n, sizeof *m->state_print);
+    if (!m->state_print)
+        return ERR(NO_MEMORY, "fingerprints of %u ranks", msg->world);
+    memcpy(m->state_print, msg->state_print, n * sizeof *m->state_print);
+    return NULL;
+}
+
 static status *read_message(const Tessera__Metadata *msg, struct metadata *m)
 {
     m->run_id = msg->run_id;
@@ -613,6 +629,7 @@ static status *read_message(const Tessera__Metadata *msg, struct metadata *m)
     for (int a = 0; a < MESH_AXES; a++)
         m->mesh.size[a] = msg->mesh[a] <= INT32_MAX ? (int)msg->mesh[a] : 0;
     TRY(keep(&m->build, msg->build));
+    TRY(read_prints(msg, m));
     TRY(read_files(msg, m));
     TRY(read_tensors(msg, m));
     TRY(read_pieces(msg, m));
@@ -687,6 +704,7 @@ void metadata_free(struct metadata *m)
     mem_free(m->piece);
     mem_free(m->crc);
     mem_free(m->blob);
+    mem_free(m->state_print);
     mem_free(m->build);
     mem_free(m);
 }

@@ -57,6 +57,7 @@ struct metadata {
     struct meta_piece *piece;   /* grouped by tensor */
     uint32_t *crc;
     struct meta_blob *blob;
+    uint64_t *state_print; /* [2 world] fingerprint (a, b) of each rank's descriptors, or NULL: unknown */
     uint64_t file_count, tensor_count, piece_count, crc_count, blob_count;
 };
 

@@ -514,6 +514,7 @@ void plan_free(struct plan *p)
     mem_free(p->tensor);
     mem_free(p->piece);
     mem_free(p->rank_bytes);
+    mem_free(p->rank_print);
     mem_free(p->text);
     mem_free(p);
 }

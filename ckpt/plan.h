@@ -51,7 +51,8 @@ struct plan {
     struct plan_tensor *tensor; /* sorted by (part, name) */
     struct plan_piece *piece;   /* grouped by tensor, in piece_compare order */
     uint64_t tensor_count, piece_count;
-    uint64_t *rank_bytes; /* [ranks] of the pieces it writes; NULL in a part */
+    uint64_t *rank_bytes;       /* [ranks] of the pieces it writes; NULL in a part */
+    struct hash128 *rank_print; /* [ranks] plan_fingerprint of each; NULL where nobody has set it; not packed */
     char *text;
 };
 

@@ -8,6 +8,7 @@
  */
 #include "ckpt/handle.h"
 #include "ckpt/stage.h"
+#include "ckpt/together.h"
 
 #include "comm/agree.h"
 #include "comm/base/clock.h"
@@ -86,110 +87,6 @@ void save_drop_plan(tessera *t)
     t->cache = (struct cached_plan){ .made = t->cache.made };
 }
 
-/* This rank's descriptors as bytes: u64 count, u64 text bytes, descriptors, text. */
-static status *pack_descriptors(const tessera_state *s, void **buf, size_t *bytes)
-{
-    size_t descs = s->count * sizeof *s->desc, n = 16 + descs + s->text_bytes;
-    unsigned char *p = mem_alloc(n);
-    if (!p)
-        return ERR(NO_MEMORY, "descriptors of %zu bytes", n);
-    put_u64(p, s->count);
-    put_u64(p + 8, s->text_bytes);
-    if (descs)
-        memcpy(p + 16, s->desc, descs);
-    if (s->text_bytes)
-        memcpy(p + 16 + descs, s->text, s->text_bytes);
-    *buf = p;
-    *bytes = n;
-    return NULL;
-}
-
-/* All ranks' descriptors joined: texts one behind another, offsets moved, ranks set. */
-static status *join_descriptors(const unsigned char *all, const size_t *counts, int ranks, struct plan_desc **desc,
-                                uint64_t *count, char **text, size_t *text_bytes)
-{
-    uint64_t n = 0;
-    size_t bytes = 0;
-    const unsigned char *at = all;
-    for (int r = 0; r < ranks; at += counts[r++]) {
-        n += get_u64(at);
-        bytes += get_u64(at + 8);
-    }
-    struct plan_desc *d = mem_calloc(n ? n : 1, sizeof *d);
-    char *t = mem_alloc(bytes + 1);
-    if (!d || !t) {
-        mem_free(d);
-        mem_free(t);
-        return ERR(NO_MEMORY, "descriptors of %llu pieces", (unsigned long long)n);
-    }
-    n = 0;
-    bytes = 0;
-    at = all;
-    for (int r = 0; r < ranks; at += counts[r++]) {
-        uint64_t mine = get_u64(at);
-        size_t mine_text = get_u64(at + 8);
-        if (mine)
-            memcpy(d + n, at + 16, mine * sizeof *d);
-        if (mine_text)
-            memcpy(t + bytes, at + 16 + mine * sizeof *d, mine_text);
-        for (uint64_t i = 0; i < mine; i++, n++) {
-            d[n].part += bytes;
-            d[n].name += bytes;
-            d[n].alias += d[n].alias == UINT64_MAX ? 0 : bytes;
-            d[n].rank = r;
-        }
-        bytes += mine_text;
-    }
-    t[bytes] = 0;
-    *desc = d;
-    *count = n;
-    *text = t;
-    *text_bytes = bytes;
-    return NULL;
-}
-
-static status *plan_joined(const unsigned char *all, const size_t *counts, int ranks, void **buf, size_t *bytes)
-{
-    struct plan_desc *desc = NULL;
-    char *text = NULL;
-    uint64_t count;
-    size_t text_bytes;
-    struct plan *plan = NULL;
-    TRY(join_descriptors(all, counts, ranks, &desc, &count, &text, &text_bytes));
-    status *st = plan_make(desc, count, text, text_bytes, ranks, NULL, &plan);
-    if (!st)
-        st = plan_pack(plan, buf, bytes);
-    plan_free(plan);
-    mem_free(desc);
-    mem_free(text);
-    return st;
-}
-
-/* Gather at rank 0, plan there, broadcast. Collective; an error is agreed. */
-static status *plan_together(tessera *t, const tessera_state *s, struct plan **out)
-{
-    void *mine = NULL, *all = NULL, *packed = NULL;
-    size_t *counts = NULL, mine_bytes = 0, bytes = 0;
-    status *st = t->save.error ? status_copy(t->save.error) : pack_descriptors(s, &mine, &mine_bytes);
-    st = comm_agree(t->x, st);
-    if (!st)
-        st = comm_gather_bytes(t->x, mine, mine_bytes, 0, &all, &counts);
-    if (!st) {
-        if (t->x->rank == 0)
-            st = plan_joined(all, counts, t->x->size, &packed, &bytes);
-        st = comm_agree(t->x, st);
-    }
-    if (!st)
-        st = comm_bcast_bytes(t->x, &packed, &bytes, 0);
-    if (!st)
-        st = comm_agree(t->x, plan_unpack(packed, bytes, out));
-    mem_free(mine);
-    mem_free(all);
-    mem_free(counts);
-    mem_free(packed);
-    return st;
-}
-
 /* The largest chunk that leaves room for two in the staging cap, beside what pipeline_prepare takes first. */
 static uint64_t chunk_bytes_for(const struct tessera_options *o)
 {
@@ -220,10 +117,30 @@ static status *replan(tessera *t)
     save_drop_plan(t);
     t->cache.made++;
     struct plan *plan = NULL;
-    TRY(plan_together(t, t->save.state, &plan));
+    TRY(plan_together(&t->nodes, t->save.state, t->save.error ? status_copy(t->save.error) : NULL, &plan));
     t->cache.plan = plan;
     status *st = comm_agree(t->x, adopt(t, t->save.state));
     if (st)
+        save_drop_plan(t);
+    return st;
+}
+
+status *save_adopt_step(tessera *t, tessera_state *s)
+{
+    if (t->cache.plan)
+        return NULL;
+    struct plan *plan = NULL;
+    uint64_t none = !s || memcmp(&t->mesh, &t->meta->mesh, sizeof t->mesh) != 0;
+    status *st = none ? NULL : state_describe(s);
+    if (!st && !none)
+        st = plan_of_step(t->meta, s, t->x->rank, t->x->size, &plan);
+    t->cache.plan = plan;
+    if (!st && plan)
+        st = adopt(t, s);
+    none = st || !plan;
+    status_free(st); /* no harm done: the next save plans */
+    st = comm_allreduce(t->x, &none, 1, COMM_U64, COMM_MAX, NULL);
+    if (st || none)
         save_drop_plan(t);
     return st;
 }

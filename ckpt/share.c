@@ -11,47 +11,6 @@
 
 enum { GAP_BYTES = 64 << 10 }; /* zeros worth writing to keep a chunk going */
 
-/* A writer's piece by the order of its state. */
-struct capture {
-    uint64_t local_offset;
-    uint32_t local, piece;
-};
-
-static int by_capture(const void *va, const void *vb)
-{
-    const struct capture *a = va, *b = vb;
-    if (a->local != b->local)
-        return a->local < b->local ? -1 : 1;
-    if (a->local_offset != b->local_offset)
-        return a->local_offset < b->local_offset ? -1 : 1;
-    return a->piece < b->piece ? -1 : a->piece > b->piece;
-}
-
-/* Pieces by writer (counted, with r->first as where they begin), then in capture order. */
-static status *sort_by_capture(const struct plan *p, struct roster *r)
-{
-    struct capture *c = mem_array(NULL, p->piece_count, sizeof *c);
-    uint64_t *at = mem_array(NULL, (size_t)p->ranks, sizeof *at);
-    if (!c || !at) {
-        mem_free(c);
-        mem_free(at);
-        return ERR(NO_MEMORY, "roster of %llu pieces", (unsigned long long)p->piece_count);
-    }
-    memcpy(at, r->first, (size_t)p->ranks * sizeof *at);
-    for (uint64_t i = 0; i < p->piece_count; i++) {
-        const struct plan_piece *q = &p->piece[i];
-        c[at[q->writer]++] = (struct capture){ q->local_offset, q->local, (uint32_t)i };
-    }
-    for (int w = 0; w < p->ranks; w++)
-        if (at[w] - r->first[w] > 1)
-            qsort(c + r->first[w], at[w] - r->first[w], sizeof *c, by_capture);
-    for (uint64_t i = 0; i < p->piece_count; i++)
-        r->piece[i] = c[i].piece;
-    mem_free(c);
-    mem_free(at);
-    return NULL;
-}
-
 void roster_free(struct roster *r)
 {
     mem_free(r->piece);
@@ -101,12 +60,16 @@ status *roster_make(const struct plan *p, struct roster *out)
         r.first[p->piece[i].writer + 1]++;
     for (size_t i = 0; i < ranks; i++)
         r.first[i + 1] += r.first[i];
-    status *st = sort_by_capture(p, &r);
-    if (st) {
+    uint64_t *at = mem_array(NULL, ranks, sizeof *at);
+    if (!at) {
         mem_free(first_of);
         roster_free(&r);
-        return st;
+        return ERR(NO_MEMORY, "roster of %zu ranks", ranks);
     }
+    memcpy(at, r.first, ranks * sizeof *at);
+    for (uint64_t i = 0; i < p->piece_count; i++)
+        r.piece[at[p->piece[i].writer]++] = (uint32_t)i;
+    mem_free(at);
     for (int w = 0; w < p->ranks; w++)
         assign_files(p, &r, w, first_of);
     mem_free(first_of);
@@ -121,6 +84,7 @@ void share_free(struct share *s)
     for (uint64_t i = 0; s->file && i < s->files; i++)
         h5shard_image_free(&s->file[i].image);
     mem_free(s->piece);
+    mem_free(s->by_plan);
     mem_free(s->source);
     mem_free(s->file);
     mem_free(s->segment);
@@ -129,10 +93,35 @@ void share_free(struct share *s)
     mem_free(s);
 }
 
-static void fill_pieces(const struct plan *p, const struct roster *r, int rank, struct share *s)
+/* An entry of the roster by the order of the state. */
+struct capture {
+    uint64_t local_offset, entry;
+    uint32_t local;
+};
+
+static int by_capture(const void *va, const void *vb)
 {
+    const struct capture *a = va, *b = vb;
+    if (a->local != b->local)
+        return a->local < b->local ? -1 : 1;
+    if (a->local_offset != b->local_offset)
+        return a->local_offset < b->local_offset ? -1 : 1;
+    return a->entry < b->entry ? -1 : a->entry > b->entry;
+}
+
+static status *fill_pieces(const struct plan *p, const struct roster *r, int rank, struct share *s)
+{
+    struct capture *c = mem_array(NULL, s->pieces, sizeof *c);
+    if (!c)
+        return ERR(NO_MEMORY, "share of %llu pieces", (unsigned long long)s->pieces);
     for (uint64_t i = 0; i < s->pieces; i++) {
-        uint64_t e = r->first[rank] + i;
+        const struct plan_piece *q = &p->piece[r->piece[r->first[rank] + i]];
+        c[i] = (struct capture){ .local_offset = q->local_offset, .entry = r->first[rank] + i, .local = q->local };
+    }
+    if (s->pieces)
+        qsort(c, s->pieces, sizeof *c, by_capture);
+    for (uint64_t i = 0; i < s->pieces; i++) {
+        uint64_t e = c[i].entry;
         const struct plan_piece *q = &p->piece[r->piece[e]];
         const struct plan_tensor *t = &p->tensor[q->tensor];
         s->piece[i] = (struct share_piece){ .plan_piece = r->piece[e],
@@ -146,7 +135,10 @@ static void fill_pieces(const struct plan *p, const struct roster *r, int rank, 
         s->crcs += meta_blocks(s->piece[i].bytes);
         s->payload_bytes += s->piece[i].bytes;
         s->file[r->file[e]].part = t->part;
+        s->by_plan[e - r->first[rank]] = (uint32_t)i;
     }
+    mem_free(c);
+    return NULL;
 }
 
 /* The HDF5 image of file f, and with it the offsets of its pieces. */
@@ -259,6 +251,7 @@ status *share_make(const struct plan *p, const struct roster *r, int rank, uint6
     s->files = r->files[rank];
     size_t n = s->pieces ? s->pieces : 1, blocks = r->crcs[rank];
     s->piece = mem_calloc(n, sizeof *s->piece);
+    s->by_plan = mem_calloc(n, sizeof *s->by_plan);
     s->source = mem_calloc(n, sizeof *s->source);
     s->file = mem_calloc(s->files ? s->files : 1, sizeof *s->file);
     s->crc = mem_calloc(blocks ? blocks : 1, sizeof *s->crc);
@@ -266,12 +259,12 @@ status *share_make(const struct plan *p, const struct roster *r, int rank, uint6
     s->segment = mem_calloc(n + blocks, sizeof *s->segment);
     s->chunk = mem_calloc(n + blocks + s->files, sizeof *s->chunk);
     status *st = NULL;
-    if (!s->piece || !s->source || !s->file || !s->crc || !s->segment || !s->chunk)
+    if (!s->piece || !s->by_plan || !s->source || !s->file || !s->crc || !s->segment || !s->chunk)
         st = ERR(NO_MEMORY, "share of %zu pieces", n);
-    if (!st) {
-        fill_pieces(p, r, rank, s);
+    if (!st)
+        st = fill_pieces(p, r, rank, s);
+    if (!st)
         st = make_images(p, s);
-    }
     if (st) {
         share_free(s);
         return st;

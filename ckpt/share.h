@@ -13,9 +13,10 @@
 #include "ckpt/metadata.h"
 #include "ckpt/plan.h"
 
-/* Which pieces each rank writes, in capture order, and into which of its files: the same on every rank. */
+/* Which pieces each rank writes, and into which of its files. Rank 0 knows it of all ranks, others of themselves,
+ * alike: it follows from a writer's pieces in the order of the plan. */
 struct roster {
-    uint32_t *piece; /* [piece_count] plan pieces by (writer, local, local_offset) */
+    uint32_t *piece; /* [piece_count] plan pieces by writer, then as in the plan */
     uint32_t *file;  /* [piece_count] file of that entry, counted within its writer: one a part, by first appearance */
     uint64_t *first; /* [ranks + 1] a writer's entries */
     uint32_t *files; /* [ranks] */
@@ -65,7 +66,8 @@ struct share_file {
 };
 
 struct share {
-    struct share_piece *piece; /* [pieces] in capture order */
+    struct share_piece *piece; /* [pieces] in capture order: by (local, local_offset) */
+    uint32_t *by_plan;         /* [pieces] the same in the roster's order: indices into piece */
     struct share_source *source;
     struct share_file *file;
     struct share_segment *segment;

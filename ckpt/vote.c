@@ -74,9 +74,12 @@ static void write_message(const struct vote *v, int rank, const struct share *s,
         put_u64(at + 16, s->file[f].header_crc);
     }
     for (uint64_t i = 0; i < s->pieces; i++, at += 8)
-        put_u64(at, s->piece[i].offset);
-    for (uint64_t i = 0; i < s->crcs; i++, at += 4)
-        put_u32(at, s->crc[i]);
+        put_u64(at, s->piece[s->by_plan[i]].offset);
+    for (uint64_t i = 0; i < s->pieces; i++) {
+        const struct share_piece *p = &s->piece[s->by_plan[i]];
+        for (uint64_t b = 0; b < meta_blocks(p->bytes); b++, at += 4)
+            put_u32(at, s->crc[p->first_crc + b]);
+    }
     at = m + blobs_at(v->roster, rank);
     if (rank == 0)
         return; /* its blobs stay where they are */
@@ -247,7 +250,8 @@ status *vote_metadata(struct vote *v, struct comm *c, const struct vote_facts *f
                             .time_ns = clock_wall_ns(),
                             .mesh = f->mesh,
                             .world = (uint32_t)c->size,
-                            .build = (char *)(uintptr_t)f->build };
+                            .build = (char *)(uintptr_t)f->build,
+                            .state_print = (uint64_t *)(void *)v->plan->rank_print };
     status *st = allocate(v, c, own, m);
     if (!st)
         put_tensors(v->plan, m);
