@@ -416,6 +416,15 @@ static void fewer_tasks_than_ranks(void **state)
     assert_int_equal(at[2][1], j.solved);
 }
 
+static void keeping_by_it_needs_tasks(void **state)
+{
+    (void)state;
+    char text[2048], *none[] = { "data.tasks=" };
+    struct config *cfg;
+    snprintf(text, sizeof text, config, root, "x", root, root, root, "tasks.jsonl", root, "x");
+    refused(config_parse(text, strlen(text), "job", 1, none, &cfg), "eval/task/accuracy needs data.tasks");
+}
+
 static int setup(void **state)
 {
     (void)state;
@@ -440,6 +449,7 @@ int main(void)
         cmocka_unit_test(task_files),
         cmocka_unit_test(accuracy_is_that_of_plain_decoding),
         cmocka_unit_test(fewer_tasks_than_ranks),
+        cmocka_unit_test(keeping_by_it_needs_tasks),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
