@@ -2,6 +2,7 @@
  * printer. */
 #include "ckpt/ckpt.h"
 #include "tests/ckpt/fake_step.h"
+#include "tests/support/cli_run.h"
 
 #include <fcntl.h>
 #include <setjmp.h>
@@ -15,19 +16,10 @@
 #define HARD_NAME "a\"b\\c\n\t\x01\x7f\xc3\xa9\xff\xe2\x82 z"
 #define HARD_JSON "a\\\"b\\\\c\\u000a\\u0009\\u0001\\u007f\xc3\xa9\\ufffd\\ufffd\\ufffd z"
 
-struct fixture {
-    char dir[64], out[80];
-    char text[16384]; /* what the last command printed */
-    enum status_code code;
-    char message[1100];
-};
-
-static void setup(struct fixture *f)
+static void setup(struct cli *f)
 {
     struct store *s;
-    snprintf(f->dir, sizeof f->dir, "/tmp/tessera-cli-XXXXXX");
-    assert_non_null(mkdtemp(f->dir));
-    snprintf(f->out, sizeof f->out, "%s/out", f->dir);
+    cli_open(f);
     char root[80];
     snprintf(root, sizeof root, "%s/root", f->dir);
     assert_null(store_open(root, true, &s));
@@ -40,52 +32,8 @@ static void setup(struct fixture *f)
     store_close(s);
 }
 
-static void teardown(const struct fixture *f)
-{
-    char command[96];
-    snprintf(command, sizeof command, "rm -rf %s", f->dir);
-    assert_int_equal(system(command), 0);
-}
-
-/* Run the words of `line` ("%" becomes the fixture's directory) with standard output in a file. */
-static void run(struct fixture *f, const char *line)
-{
-    char words[512] = "", *argv[16], *save = NULL;
-    int argc = 0;
-    for (const char *p = line; *p; p++) {
-        size_t n = strlen(words);
-        snprintf(words + n, sizeof words - n, *p == '%' ? "%s" : "%.1s", *p == '%' ? f->dir : p);
-    }
-    for (char *w = strtok_r(words, " ", &save); w; w = strtok_r(NULL, " ", &save))
-        argv[argc++] = w;
-    argv[argc] = NULL;
-    fflush(stdout);
-    int keep = dup(1), fd = open(f->out, O_RDWR | O_CREAT | O_TRUNC, 0600);
-    assert_true(keep >= 0 && fd >= 0);
-    dup2(fd, 1);
-    status *st = ckpt_cli(argc, argv);
-    fflush(stdout);
-    dup2(keep, 1);
-    close(keep);
-    ssize_t n = pread(fd, f->text, sizeof f->text - 1, 0);
-    close(fd);
-    f->text[n > 0 ? n : 0] = 0;
-    f->code = status_code(st);
-    snprintf(f->message, sizeof f->message, "%s", status_message(st));
-    status_free(st);
-}
-
-static void expect(struct fixture *f, const char *line, enum status_code code, const char *words)
-{
-    run(f, line);
-    const char *where = code == ST_OK ? f->text : f->message;
-    if (f->code != code || !strstr(where, words))
-        fail_msg("ckpt %s: wanted %s \"%s\", got %s \"%s\", and on stdout: %s", line, status_code_name(code), words,
-                 status_code_name(f->code), f->message, f->text);
-}
-
 /* The last output as `d` in Python; `check` must hold. */
-static void expect_json(const struct fixture *f, const char *check)
+static void expect_json(const struct cli *f, const char *check)
 {
     char command[1024];
     snprintf(command, sizeof command,
@@ -96,10 +44,10 @@ static void expect_json(const struct fixture *f, const char *check)
 
 static void test_usage(void **state)
 {
-    struct fixture *f = *state;
+    struct cli *f = *state;
     static const char *const wrong[] = { "", "lst", "list %/root", "-x", "--json" };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        expect(f, wrong[i], ST_INVALID, "ls, show, verify");
+        cli_expect(f, wrong[i], ST_INVALID, "ls, show, verify");
         assert_null(strchr(f->message, '\n')); /* one clear line */
         assert_string_equal(f->text, "");
     }
@@ -115,11 +63,11 @@ static void test_usage(void **state)
                                                    "show %/root/step-000000000100 200",
                                                    "show s3x://nowhere/x" };
     for (size_t i = 0; i < sizeof wrong_arguments / sizeof *wrong_arguments; i++)
-        expect(f, wrong_arguments[i], ST_INVALID, "");
-    expect(f, "verify %/root --json", ST_INVALID, "URL [STEP]");
-    expect(f, "ls %/nothing", ST_NOT_FOUND, "nothing");
-    expect(f, "--help", ST_OK, "verify");
-    expect(f, "ls --help", ST_OK, "usage: tessera ckpt ls");
+        cli_expect(f, wrong_arguments[i], ST_INVALID, "");
+    cli_expect(f, "verify %/root --json", ST_INVALID, "URL [STEP]");
+    cli_expect(f, "ls %/nothing", ST_NOT_FOUND, "nothing");
+    cli_expect(f, "--help", ST_OK, "verify");
+    cli_expect(f, "ls --help", ST_OK, "usage: tessera ckpt ls");
     assert_int_equal(access(f->out, F_OK), 0);
     char path[96];
     snprintf(path, sizeof path, "%s/nothing", f->dir);
@@ -128,13 +76,13 @@ static void test_usage(void **state)
 
 static void test_ls(void **state)
 {
-    struct fixture *f = *state;
-    expect(f, "ls %/root", ST_OK, "100");
+    struct cli *f = *state;
+    cli_expect(f, "ls %/root", ST_OK, "100");
     assert_non_null(strstr(f->text, "STEP"));
     assert_non_null(strstr(f->text, "00000000000000a1"));
     assert_non_null(strstr(f->text, "extra,model,policy/optim,rng"));
     assert_null(strstr(f->text, "DAMAGED"));
-    expect(f, "ls %/root --json", ST_OK, "");
+    cli_expect(f, "ls %/root --json", ST_OK, "");
     expect_json(f, "[s[\"step\"] for s in d] == [100, 200, 300]");
     expect_json(
         f, "all(s[\"tensors\"] == 5 and s[\"files\"] == 2 and s[\"blobs\"] == 2 and s[\"damage\"] is None for s in d)");
@@ -145,42 +93,42 @@ static void test_ls(void **state)
     char path[256];
     snprintf(path, sizeof path, "rm %s/root/step-000000000200/model-*", f->dir);
     assert_int_equal(system(path), 0);
-    expect(f, "ls %/root", ST_OK, "DAMAGED: step 200: file model-00000.00000000000000a1.h5 is missing");
+    cli_expect(f, "ls %/root", ST_OK, "DAMAGED: step 200: file model-00000.00000000000000a1.h5 is missing");
     assert_non_null(strstr(f->text, "         300  "));
-    expect(f, "--json ls %/root", ST_INVALID, "");
-    expect(f, "ls --json %/root", ST_OK, "");
+    cli_expect(f, "--json ls %/root", ST_INVALID, "");
+    cli_expect(f, "ls --json %/root", ST_OK, "");
     expect_json(f, "\"missing\" in d[1][\"damage\"] and d[1][\"step\"] == 200 and d[2][\"damage\"] is None");
     snprintf(path, sizeof path, "rm -r %s/root/step-*", f->dir);
     assert_int_equal(system(path), 0);
-    expect(f, "ls %/root", ST_OK, "no committed step");
-    expect(f, "ls %/root --json", ST_OK, "");
+    cli_expect(f, "ls %/root", ST_OK, "no committed step");
+    cli_expect(f, "ls %/root --json", ST_OK, "");
     expect_json(f, "d == []");
-    expect(f, "show %/root", ST_NOT_FOUND, "no committed step");
-    expect(f, "verify %/root", ST_NOT_FOUND, "no committed step");
+    cli_expect(f, "show %/root", ST_NOT_FOUND, "no committed step");
+    cli_expect(f, "verify %/root", ST_NOT_FOUND, "no committed step");
 }
 
 static void test_show(void **state)
 {
-    struct fixture *f = *state;
-    expect(f, "show %/root", ST_OK, "step 300");
+    struct cli *f = *state;
+    cli_expect(f, "show %/root", ST_OK, "step 300");
     assert_non_null(strstr(f->text, "model big  f32[3,200001]  2400012 bytes in 2 pieces\n"));
     assert_non_null(strstr(f->text, "model norm  u8[5]  5 bytes in 1 piece\n"));
     assert_non_null(strstr(f->text, "model tied  u8[5]  alias of norm  frozen\n"));
     assert_non_null(strstr(f->text, "policy/optim t  f64[]  8 bytes in 1 piece\n"));
     assert_non_null(strstr(f->text, "rng state  of rank 1  3 bytes"));
-    expect(f, "show %/root 100", ST_OK, "step 100");
-    expect(f, "show file:%/root/step-000000000100", ST_OK, "step 100");
-    expect(f, "show %/root/step-000000000100/", ST_OK, "step 100");
-    expect(f, "show %/root/step-000000000100 100", ST_OK, "step 100");
-    expect(f, "show %/root 150", ST_NOT_FOUND, "from 100 to 300");
-    expect(f, "show %/root 200", ST_OK,
-           "model a\"b\\c????\xc3\xa9??? z  f32"); /* no control character reaches a terminal */
+    cli_expect(f, "show %/root 100", ST_OK, "step 100");
+    cli_expect(f, "show file:%/root/step-000000000100", ST_OK, "step 100");
+    cli_expect(f, "show %/root/step-000000000100/", ST_OK, "step 100");
+    cli_expect(f, "show %/root/step-000000000100 100", ST_OK, "step 100");
+    cli_expect(f, "show %/root 150", ST_NOT_FOUND, "from 100 to 300");
+    cli_expect(f, "show %/root 200", ST_OK,
+               "model a\"b\\c????\xc3\xa9??? z  f32"); /* no control character reaches a terminal */
 }
 
 static void test_show_json(void **state)
 {
-    struct fixture *f = *state;
-    expect(f, "show %/root 200 --json", ST_OK, HARD_JSON);
+    struct cli *f = *state;
+    cli_expect(f, "show %/root 200 --json", ST_OK, HARD_JSON);
     expect_json(f, "d[\"step\"] == 200 and d[\"world\"] == 2 and d[\"mesh\"] == dict(pp=1, dp=2, ep=1, cp=1, tp=1) and "
                    "d[\"build\"] == \"v0 \\\"test\\\"\"");
     expect_json(f, "[t[\"name\"] for t in d[\"tensors\"]][1:] == [\"norm\", \"tied\", \"a.empty\", \"t\"]");
@@ -199,7 +147,7 @@ static void test_show_json(void **state)
                    "name=\"state\", rank=1, bytes=3)]");
 }
 
-static void flip(const struct fixture *f, const char *file, off_t at)
+static void flip(const struct cli *f, const char *file, off_t at)
 {
     char path[160];
     unsigned char byte;
@@ -222,45 +170,45 @@ static int count_lines(const char *text)
 
 static void test_verify(void **state)
 {
-    struct fixture *f = *state;
-    expect(f, "verify %/root", ST_OK, "verified 3 steps, 6 files, 15 tensors");
+    struct cli *f = *state;
+    cli_expect(f, "verify %/root", ST_OK, "verified 3 steps, 6 files, 15 tensors");
     assert_non_null(strstr(f->text, "no damage"));
     assert_int_equal(count_lines(f->text), 1);
-    expect(f, "verify %/root 200", ST_OK, "verified 1 step, 2 files, 5 tensors");
+    cli_expect(f, "verify %/root 200", ST_OK, "verified 1 step, 2 files, 5 tensors");
     flip(f, "step-000000000200/policy.optim-00000.00000000000000a1.h5", 4096);
     flip(f, "step-000000000200/model-00000.00000000000000a1.h5", 0);
     flip(f, "step-000000000300/model-00000.00000000000000a1.h5", 3500);
-    expect(f, "verify %/root", ST_CORRUPT, "3 damages in 2 steps");
+    cli_expect(f, "verify %/root", ST_CORRUPT, "3 damages in 2 steps");
     assert_int_equal(count_lines(f->text), 4); /* three damages and the summary */
     assert_non_null(strstr(f->text, "step 200: policy.optim-00000.00000000000000a1.h5: tensor policy/optim/t: "));
     assert_non_null(strstr(f->text, "step 200: model-00000.00000000000000a1.h5: header: "));
     assert_non_null(strstr(f->text, "step 300: model-00000.00000000000000a1.h5: padding: byte at offset 3500"));
-    expect(f, "verify %/root 100", ST_OK, "no damage");
-    expect(f, "verify %/root/step-000000000300", ST_CORRUPT, "1 damage in 1 step");
-    expect(f, "verify %/root 400", ST_NOT_FOUND, "step 400");
+    cli_expect(f, "verify %/root 100", ST_OK, "no damage");
+    cli_expect(f, "verify %/root/step-000000000300", ST_CORRUPT, "1 damage in 1 step");
+    cli_expect(f, "verify %/root 400", ST_NOT_FOUND, "step 400");
     flip(f, "step-000000000100/metadata.pb", 40);
-    expect(f, "verify %/root 100", ST_CORRUPT, "1 damage");
+    cli_expect(f, "verify %/root 100", ST_CORRUPT, "1 damage");
     assert_non_null(strstr(f->text, "step 100: metadata.pb: "));
 }
 
 /* Relative URLs, whole and cut at the step. */
 static void test_relative(void **state)
 {
-    struct fixture *f = *state;
+    struct cli *f = *state;
     char *here = getcwd(NULL, 0), root[80];
     snprintf(root, sizeof root, "%s/root", f->dir);
     assert_int_equal(chdir(root), 0);
-    expect(f, "show step-000000000100", ST_OK, "step 100");
-    expect(f, "show file:step-000000000100", ST_OK, "step 100");
-    expect(f, "show ./step-000000000100", ST_OK, "step 100");
-    expect(f, "show .", ST_OK, "step 300");
+    cli_expect(f, "show step-000000000100", ST_OK, "step 100");
+    cli_expect(f, "show file:step-000000000100", ST_OK, "step 100");
+    cli_expect(f, "show ./step-000000000100", ST_OK, "step 100");
+    cli_expect(f, "show .", ST_OK, "step 300");
     assert_int_equal(chdir(here), 0);
     free(here);
 }
 
 static void test_full_stdout(void **state)
 {
-    struct fixture *f = *state;
+    struct cli *f = *state;
     char url[96], verb[] = "show", json[] = "--json", *argv[] = { verb, url, json, NULL };
     snprintf(url, sizeof url, "%s/root", f->dir);
     fflush(stdout);
@@ -278,7 +226,7 @@ static void test_full_stdout(void **state)
 
 static int each_setup(void **state)
 {
-    struct fixture *f = mem_calloc(1, sizeof *f);
+    struct cli *f = mem_calloc(1, sizeof *f);
     setup(f);
     *state = f;
     return 0;
@@ -286,7 +234,7 @@ static int each_setup(void **state)
 
 static int each_teardown(void **state)
 {
-    teardown(*state);
+    cli_close(*state);
     mem_free(*state);
     return 0;
 }

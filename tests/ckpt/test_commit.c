@@ -3,6 +3,7 @@
  * exchanged. */
 #include "ckpt/commit.h"
 #include "tests/ckpt/fake_step.h"
+#include "tests/support/test_root.h"
 
 #include <inttypes.h>
 #include <setjmp.h>
@@ -10,22 +11,6 @@
 #include <unistd.h>
 
 #include <cmocka.h>
-
-#define OK(expr)                                                                                                       \
-    do {                                                                                                               \
-        status *ok_ = (expr);                                                                                          \
-        if (ok_)                                                                                                       \
-            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(ok_)), status_message(ok_));                    \
-    } while (0)
-
-/* The code, and that the message holds `words` ("" for any). */
-#define FAILS(want, words, expr)                                                                                       \
-    do {                                                                                                               \
-        status *st_ = (expr);                                                                                          \
-        if (status_code(st_) != (want) || !strstr(status_message(st_), words))                                         \
-            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(st_)), status_message(st_));                    \
-        status_free(st_);                                                                                              \
-    } while (0)
 
 enum { A = 0xaaaa, B = 0xbbbb };
 
@@ -42,8 +27,7 @@ struct fixture {
 static void fixture_open(struct fixture *f, const struct store_ops *ops)
 {
     char uri[96];
-    snprintf(f->dir, sizeof f->dir, "/tmp/tessera-commit-XXXXXX");
-    assert_non_null(mkdtemp(f->dir));
+    folder_make(f->dir);
     snprintf(uri, sizeof uri, "%s:%s", ops->scheme, strcmp(ops->scheme, "file") == 0 ? f->dir : "");
     OK(store_open(uri, true, &f->s));
     f->real = f->s->ops;
@@ -53,10 +37,8 @@ static void fixture_open(struct fixture *f, const struct store_ops *ops)
 
 static void fixture_close(struct fixture *f)
 {
-    char command[96];
     store_close(f->s);
-    snprintf(command, sizeof command, "rm -rf %s", f->dir);
-    assert_int_equal(system(command), 0);
+    folder_remove(f->dir);
 }
 
 static void each_store(void (*check)(struct fixture *f))

@@ -4,6 +4,7 @@
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 #include "comm/base/thread.h"
+#include "tests/support/test_root.h"
 
 #include <fcntl.h>
 #include <inttypes.h>
@@ -19,21 +20,6 @@
 
 #include <cmocka.h>
 
-#define OK(expr)                                                                                                       \
-    do {                                                                                                               \
-        status *ok_ = (expr);                                                                                          \
-        if (ok_)                                                                                                       \
-            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(ok_)), status_message(ok_));                    \
-    } while (0)
-
-#define FAILS(want, words, expr)                                                                                       \
-    do {                                                                                                               \
-        status *st_ = (expr);                                                                                          \
-        if (status_code(st_) != (want) || !strstr(status_message(st_), words))                                         \
-            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(st_)), status_message(st_));                    \
-        status_free(st_);                                                                                              \
-    } while (0)
-
 struct fixture {
     char dir[64], uri[96];
     struct store *s;
@@ -41,18 +27,15 @@ struct fixture {
 
 static void fixture_open(struct fixture *f, const struct store_ops *ops)
 {
-    snprintf(f->dir, sizeof f->dir, "/tmp/tessera-lease-XXXXXX");
-    assert_non_null(mkdtemp(f->dir));
+    folder_make(f->dir);
     snprintf(f->uri, sizeof f->uri, "%s:%s", ops->scheme, strcmp(ops->scheme, "file") == 0 ? f->dir : "");
     OK(store_open(f->uri, true, &f->s));
 }
 
 static void fixture_close(struct fixture *f)
 {
-    char command[96];
     store_close(f->s);
-    snprintf(command, sizeof command, "rm -rf %s", f->dir);
-    assert_int_equal(system(command), 0);
+    folder_remove(f->dir);
 }
 
 static void each_store(void (*check)(struct fixture *f), const char *scheme)

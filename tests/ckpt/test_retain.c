@@ -2,6 +2,7 @@
  * and marks; ties, signs, missing and broken marks; marks that must not outlive what they speak of; and failures at
  * every removal, after which the newest step and every listed one must be whole. */
 #include "tests/ckpt/fake_step.h"
+#include "tests/support/test_root.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -9,20 +10,6 @@
 #include <unistd.h>
 
 #include <cmocka.h>
-
-#define OK(expr)                                                                                                       \
-    do {                                                                                                               \
-        status *ok_ = (expr);                                                                                          \
-        if (ok_)                                                                                                       \
-            fail_msg("%s: %s", #expr, status_message(ok_));                                                            \
-    } while (0)
-#define FAILS(want, words, expr)                                                                                       \
-    do {                                                                                                               \
-        status *st_ = (expr);                                                                                          \
-        if (status_code(st_) != (want) || !strstr(status_message(st_), words))                                         \
-            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(st_)), status_message(st_));                    \
-        status_free(st_);                                                                                              \
-    } while (0)
 
 enum { STEPS = 12, A = 0xaaaa, B = 0xbbbb };
 
@@ -60,8 +47,7 @@ static status *limited_remove_tree(struct store *s, const char *dir)
 static void fixture_open(struct fixture *f, const char *scheme)
 {
     char uri[96];
-    snprintf(f->dir, sizeof f->dir, "/tmp/tessera-retain-XXXXXX");
-    assert_non_null(mkdtemp(f->dir));
+    folder_make(f->dir);
     snprintf(uri, sizeof uri, "%s:%s", scheme, strcmp(scheme, "file") == 0 ? f->dir : "");
     OK(store_open(uri, true, &f->s));
     f->real = f->s->ops;
@@ -74,10 +60,8 @@ static void fixture_open(struct fixture *f, const char *scheme)
 
 static void fixture_close(struct fixture *f)
 {
-    char command[96];
     store_close(f->s);
-    snprintf(command, sizeof command, "rm -rf %s", f->dir);
-    assert_int_equal(system(command), 0);
+    folder_remove(f->dir);
 }
 
 /* The smallest step that can be committed: no files. */

@@ -2,6 +2,7 @@
  * files, what is young, what is unknown), and values that were changed by hand at known places. */
 #include "ckpt/ckpt.h"
 #include "tests/ckpt/fake_step.h"
+#include "tests/support/cli_run.h"
 
 #include <fcntl.h>
 #include <math.h>
@@ -11,23 +12,15 @@
 
 #include <cmocka.h>
 
-#define OK(expr)                                                                                                       \
-    do {                                                                                                               \
-        status *ok_ = (expr);                                                                                          \
-        if (ok_)                                                                                                       \
-            fail_msg("%s: %s", #expr, status_message(ok_));                                                            \
-    } while (0)
-
 struct fixture {
-    char dir[64], out[80];
+    struct cli cli;
     struct store *s;
-    char text[16384];
 };
 
 static void shell(const struct fixture *f, const char *command)
 {
     char line[1024];
-    snprintf(line, sizeof line, "cd %s && %s", f->dir, command);
+    snprintf(line, sizeof line, "cd %s && %s", f->cli.dir, command);
     if (system(line) != 0)
         fail_msg("%s", line);
 }
@@ -36,10 +29,8 @@ static int each_setup(void **state)
 {
     struct fixture *f = mem_calloc(1, sizeof *f);
     char root[80];
-    snprintf(f->dir, sizeof f->dir, "/tmp/tessera-tidy-XXXXXX");
-    assert_non_null(mkdtemp(f->dir));
-    snprintf(f->out, sizeof f->out, "%s/out", f->dir);
-    snprintf(root, sizeof root, "%s/root", f->dir);
+    cli_open(&f->cli);
+    snprintf(root, sizeof root, "%s/root", f->cli.dir);
     OK(store_open(root, true, &f->s));
     for (uint64_t step = 100; step <= 300; step += 100)
         OK(fake_step_commit(f->s, step, 0xa1));
@@ -50,41 +41,10 @@ static int each_setup(void **state)
 static int each_teardown(void **state)
 {
     struct fixture *f = *state;
-    char command[96];
     store_close(f->s);
-    snprintf(command, sizeof command, "rm -rf %s", f->dir);
-    assert_int_equal(system(command), 0);
+    cli_close(&f->cli);
     mem_free(f);
     return 0;
-}
-
-/* "%" is the fixture's folder. */
-static void expect(struct fixture *f, const char *line, enum status_code code, const char *words)
-{
-    char text[512] = "", *argv[16], *save = NULL;
-    int argc = 0;
-    for (const char *p = line; *p; p++) {
-        size_t n = strlen(text);
-        snprintf(text + n, sizeof text - n, *p == '%' ? "%s" : "%.1s", *p == '%' ? f->dir : p);
-    }
-    for (char *w = strtok_r(text, " ", &save); w; w = strtok_r(NULL, " ", &save))
-        argv[argc++] = w;
-    argv[argc] = NULL;
-    fflush(stdout);
-    int keep = dup(1), fd = open(f->out, O_RDWR | O_CREAT | O_TRUNC, 0600);
-    assert_true(keep >= 0 && fd >= 0);
-    dup2(fd, 1);
-    status *st = ckpt_cli(argc, argv);
-    fflush(stdout);
-    dup2(keep, 1);
-    close(keep);
-    ssize_t n = pread(fd, f->text, sizeof f->text - 1, 0);
-    close(fd);
-    f->text[n > 0 ? n : 0] = 0;
-    if (status_code(st) != code || !strstr(code == ST_OK ? f->text : status_message(st), words))
-        fail_msg("ckpt %s: wanted %s \"%s\", got %s \"%s\", and on stdout: %s", line, status_code_name(code), words,
-                 status_code_name(status_code(st)), status_message(st), f->text);
-    status_free(st);
 }
 
 static void expect_steps(const struct fixture *f, const char *want)
@@ -111,46 +71,46 @@ static void test_mark(void **state)
 {
     struct fixture *f = *state;
     struct mark_list l;
-    expect(f, "mark %/root 100 eval/accuracy=0.75", ST_OK, "");
-    expect(f, "mark %/root/step-000000000100 loss=-1e-3", ST_OK, "");
+    cli_expect(&f->cli, "mark %/root 100 eval/accuracy=0.75", ST_OK, "");
+    cli_expect(&f->cli, "mark %/root/step-000000000100 loss=-1e-3", ST_OK, "");
     OK(commit_marks(f->s, 100, &l));
     assert_int_equal(l.count, 2);
     assert_string_equal(l.mark[0].name, "eval/accuracy");
     assert_true(l.mark[0].value == 0.75 && l.mark[1].value == -1e-3);
     mark_list_free(&l);
-    expect(f, "show %/root 100", ST_OK, "metrics\n  eval/accuracy  0.75\n  loss  -0.001\n");
-    expect(f, "show %/root 100 --json", ST_OK, "\"metrics\":{\"eval/accuracy\":0.75,\"loss\":-0.001}}");
-    expect(f, "show %/root 200 --json", ST_OK, "\"metrics\":{}}");
-    expect(f, "mark %/root 150 loss=1", ST_NOT_FOUND, "150");
+    cli_expect(&f->cli, "show %/root 100", ST_OK, "metrics\n  eval/accuracy  0.75\n  loss  -0.001\n");
+    cli_expect(&f->cli, "show %/root 100 --json", ST_OK, "\"metrics\":{\"eval/accuracy\":0.75,\"loss\":-0.001}}");
+    cli_expect(&f->cli, "show %/root 200 --json", ST_OK, "\"metrics\":{}}");
+    cli_expect(&f->cli, "mark %/root 150 loss=1", ST_NOT_FOUND, "150");
     static const char *const wrong[] = { "mark %/root",          "mark %/root 100",         "mark %/root loss=1",
                                          "mark %/root 100 loss", "mark %/root 100 loss=",   "mark %/root 100 loss=x",
                                          "mark %/root 100 =1",   "mark %/root 100 loss=nan" };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
-        expect(f, wrong[i], ST_INVALID, "");
+        cli_expect(&f->cli, wrong[i], ST_INVALID, "");
 }
 
 static void test_rm(void **state)
 {
     struct fixture *f = *state;
-    expect(f, "rm %/root", ST_INVALID, "which steps");
-    expect(f, "rm %/root 100 300", ST_INVALID, "newest valid");
-    expect(f, "rm %/root 100 250", ST_NOT_FOUND, "250");
+    cli_expect(&f->cli, "rm %/root", ST_INVALID, "which steps");
+    cli_expect(&f->cli, "rm %/root 100 300", ST_INVALID, "newest valid");
+    cli_expect(&f->cli, "rm %/root 100 250", ST_NOT_FOUND, "250");
     expect_steps(f, "100 200 300"); /* all or nothing */
     struct lease l;
     char note[NOTE_BYTES];
     OK(lease_take(f->s, 30, &l, note));
-    expect(f, "rm %/root 100", ST_EXISTS, "live job");
+    cli_expect(&f->cli, "rm %/root 100", ST_EXISTS, "live job");
     OK(lease_give_back(&l));
     expect_steps(f, "100 200 300");
-    expect(f, "rm %/root 100", ST_OK, "removed step 100");
+    cli_expect(&f->cli, "rm %/root 100", ST_OK, "removed step 100");
     expect_steps(f, "200 300");
     shell(f, "test ! -e root/step-000000000100");
     /* with 300 damaged, 200 is the one to keep */
     shell(f, "rm root/step-000000000300/model-*");
-    expect(f, "rm %/root 200", ST_INVALID, "step 200 is the newest valid");
-    expect(f, "rm %/root 300", ST_OK, "removed step 300");
+    cli_expect(&f->cli, "rm %/root 200", ST_INVALID, "step 200 is the newest valid");
+    cli_expect(&f->cli, "rm %/root 300", ST_OK, "removed step 300");
     expect_latest(f, "step-000000000200\n");
-    expect(f, "rm %/root 200 --force", ST_OK, "removed step 200");
+    cli_expect(&f->cli, "rm %/root 200 --force", ST_OK, "removed step 200");
     expect_steps(f, "");
     shell(f, "test ! -e root/LATEST");
     OK(lease_take(f->s, 30, &l, note)); /* was given back: no wait, no note */
@@ -174,24 +134,25 @@ static void test_gc(void **state)
     struct fixture *f = *state;
     OK(commit_mark(f->s, 200, "loss", 1));
     litter(f);
-    expect(f, "gc %/root", ST_OK, "removed 0 objects"); /* all is younger than a day, but for temporary files */
+    cli_expect(&f->cli, "gc %/root", ST_OK,
+               "removed 0 objects"); /* all is younger than a day, but for temporary files */
     shell(f, "test $(ls -A root/step-000000000200 | wc -l) = 5");
     shell(f, "find root -type f | sort | xargs sha256sum >before");
-    expect(f, "gc %/root --age=0 --dry-run", ST_OK, "would remove 6 objects");
+    cli_expect(&f->cli, "gc %/root --age=0 --dry-run", ST_OK, "would remove 6 objects");
     shell(f, "rm root/.tmp-* 2>/dev/null; find root -type f ! -path '*LEASE*' | sort | xargs sha256sum >after;"
              "grep -v LEASE before | diff - after");
-    expect(f, "gc %/root --age=0", ST_OK, "removed 6 objects");
+    cli_expect(&f->cli, "gc %/root --age=0", ST_OK, "removed 6 objects");
     shell(f,
           "cd root && test ! -e step-000000000400 && test ! -e step-000000000500 &&"
           " test ! -e step-000000000050.bad-00000000000000b2 && test ! -e step-000000000060.retired-00000000000000b2");
     shell(f, "cd root && test -e other/file && test -e notes.h5 && test -d step-1.bad-1 &&"
              " test -e step-000000000200/mark.loss && test $(ls -A step-000000000200 | wc -l) = 4");
-    expect(f, "gc %/root --age=0", ST_OK, "removed 0 objects");
-    expect(f, "verify %/root", ST_OK, "no damage");
+    cli_expect(&f->cli, "gc %/root --age=0", ST_OK, "removed 0 objects");
+    cli_expect(&f->cli, "verify %/root", ST_OK, "no damage");
     expect_steps(f, "100 200 300");
-    expect(f, "gc %/root/step-000000000100", ST_INVALID, "root");
-    expect(f, "gc %/root --age=x", ST_INVALID, "seconds");
-    expect(f, "gc %/root 100", ST_INVALID, "too many");
+    cli_expect(&f->cli, "gc %/root/step-000000000100", ST_INVALID, "root");
+    cli_expect(&f->cli, "gc %/root --age=x", ST_INVALID, "seconds");
+    cli_expect(&f->cli, "gc %/root 100", ST_INVALID, "too many");
 }
 
 /* Beside a live job: its attempt's files, temporary files and empty directories stay. */
@@ -204,24 +165,24 @@ static void test_gc_live(void **state)
     OK(lease_take(f->s, 30, &l, note));
     snprintf(line, sizeof line, "echo 7 >root/step-000000000400/model-00000.%016llx.h5", (unsigned long long)l.attempt);
     shell(f, line);
-    expect(f, "gc %/root --age=0", ST_OK, "left alone");
+    cli_expect(&f->cli, "gc %/root --age=0", ST_OK, "left alone");
     shell(f, "cd root && test $(ls -A step-000000000400 | wc -l) = 1 && test -d step-000000000500 &&"
              " test -e step-000000000200/.tmp-0123456789abcdef-model-00000.00000000000000b2.h5 &&"
              " test ! -e step-000000000200/model-00000.00000000000000b2.h5");
     OK(lease_check(&l)); /* still the job's */
     OK(lease_give_back(&l));
-    expect(f, "gc %/root --age=0", ST_OK, "removed");
+    cli_expect(&f->cli, "gc %/root --age=0", ST_OK, "removed");
     shell(f, "cd root && test ! -e step-000000000400");
     /* a damaged metadata.pb: nobody knows what belongs to it */
     shell(f, "cd root/step-000000000300 && echo x >>metadata.pb && echo 8 >model-00009.00000000000000b2.h5");
-    expect(f, "gc %/root --age=0", ST_OK, "removed 0 objects");
+    cli_expect(&f->cli, "gc %/root --age=0", ST_OK, "removed 0 objects");
     shell(f, "cd root/step-000000000300 && test $(ls | wc -l) = 4");
 }
 
 static void put_float(const struct fixture *f, const char *root, uint64_t offset, float v)
 {
     char path[200];
-    snprintf(path, sizeof path, "%s/%s/step-000000000100/model-00000.00000000000000a1.h5", f->dir, root);
+    snprintf(path, sizeof path, "%s/%s/step-000000000100/model-00000.00000000000000a1.h5", f->cli.dir, root);
     int fd = open(path, O_RDWR);
     assert_true(fd >= 0);
     assert_int_equal(pwrite(fd, &v, sizeof v, (off_t)offset), sizeof v);
@@ -232,39 +193,39 @@ static void test_diff(void **state)
 {
     struct fixture *f = *state;
     shell(f, "cp -r root copy");
-    expect(f, "diff %/root 100 %/copy 100", ST_OK, "steps 100 and 100: 5 tensors alike, 0 not");
-    expect(f, "diff %/root %/copy", ST_OK, "steps 300 and 300");
-    expect(f, "diff %/root@200 %/copy/step-000000000200", ST_OK, "steps 200 and 200");
-    expect(f, "diff %/root 100 %/copy 200", ST_INVALID, "differ");
+    cli_expect(&f->cli, "diff %/root 100 %/copy 100", ST_OK, "steps 100 and 100: 5 tensors alike, 0 not");
+    cli_expect(&f->cli, "diff %/root %/copy", ST_OK, "steps 300 and 300");
+    cli_expect(&f->cli, "diff %/root@200 %/copy/step-000000000200", ST_OK, "steps 200 and 200");
+    cli_expect(&f->cli, "diff %/root 100 %/copy 200", ST_INVALID, "differ");
     /* big is f32[3, 200001]: its second piece, elements 550000 on, begins at 2211840 (test_cli.c) */
     for (int i = 0; i < 2; i++) {
         put_float(f, i ? "copy" : "root", 4096, i ? 1.5f : 1);
         put_float(f, i ? "copy" : "root", 2211840 + 4 * 50002, i ? -3 : 5.25f);
     }
-    expect(f, "diff %/root 100 %/copy 100", ST_INVALID, "1 tensor differs");
-    assert_non_null(strstr(f->text, "differs  model/big.weight  2 of 600003 elements, max abs difference 8.25\n"));
-    assert_non_null(strstr(f->text, "4 tensors alike, 1 not"));
+    cli_expect(&f->cli, "diff %/root 100 %/copy 100", ST_INVALID, "1 tensor differs");
+    assert_non_null(strstr(f->cli.text, "differs  model/big.weight  2 of 600003 elements, max abs difference 8.25\n"));
+    assert_non_null(strstr(f->cli.text, "4 tensors alike, 1 not"));
     put_float(f, "copy", 4096, NAN);
-    expect(f, "diff %/copy 100 %/root 100", ST_INVALID, "1 tensor differs");
-    assert_non_null(strstr(f->text, "max abs difference nan"));
+    cli_expect(&f->cli, "diff %/copy 100 %/root 100", ST_INVALID, "1 tensor differs");
+    assert_non_null(strstr(f->cli.text, "max abs difference nan"));
     struct store *s;
     char root[80];
-    snprintf(root, sizeof root, "%s/third", f->dir);
+    snprintf(root, sizeof root, "%s/third", f->cli.dir);
     OK(store_open(root, true, &s));
     struct fake_step *x = fake_step_make(100, 0xa1, "bog.weight");
     OK(fake_step_put_files(s, x));
     OK(commit_put(s, &x->m));
     fake_step_free(x);
     store_close(s);
-    expect(f, "diff %/root 100 %/third", ST_INVALID, "2 tensors differ");
-    assert_non_null(strstr(f->text, "only in the first   model/big.weight\n"));
-    assert_non_null(strstr(f->text, "only in the second  model/bog.weight\n"));
+    cli_expect(&f->cli, "diff %/root 100 %/third", ST_INVALID, "2 tensors differ");
+    assert_non_null(strstr(f->cli.text, "only in the first   model/big.weight\n"));
+    assert_non_null(strstr(f->cli.text, "only in the second  model/bog.weight\n"));
     static const char *const wrong[] = { "diff", "diff %/root", "diff %/root 100", "diff %/root 100 %/copy 100 100",
                                          "diff %/root@100 200 %/copy" };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
-        expect(f, wrong[i], ST_INVALID, "");
-    expect(f, "diff %/root 100 %/copy 150", ST_NOT_FOUND, "150");
-    expect(f, "diff %/root 100 %/none 150", ST_NOT_FOUND, "none");
+        cli_expect(&f->cli, wrong[i], ST_INVALID, "");
+    cli_expect(&f->cli, "diff %/root 100 %/copy 150", ST_NOT_FOUND, "150");
+    cli_expect(&f->cli, "diff %/root 100 %/none 150", ST_NOT_FOUND, "none");
 }
 
 #define CASE(t) cmocka_unit_test_setup_teardown(t, each_setup, each_teardown)

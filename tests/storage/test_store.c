@@ -3,6 +3,7 @@
 #include "comm/base/mem.h"
 #include "comm/base/thread.h"
 #include "storage/store.h"
+#include "tests/support/test_root.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -14,21 +15,6 @@
 
 #include <cmocka.h>
 
-#define OK(expr)                                                                                                       \
-    do {                                                                                                               \
-        status *ok_ = (expr);                                                                                          \
-        if (ok_)                                                                                                       \
-            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(ok_)), status_message(ok_));                    \
-    } while (0)
-
-#define FAILS(want, expr)                                                                                              \
-    do {                                                                                                               \
-        status *st_ = (expr);                                                                                          \
-        if (status_code(st_) != (want))                                                                                \
-            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(st_)), status_message(st_));                    \
-        status_free(st_);                                                                                              \
-    } while (0)
-
 struct fixture {
     char dir[64], uri[128];
     struct store *s;
@@ -36,8 +22,7 @@ struct fixture {
 
 static void fixture_open(struct fixture *f, const struct store_ops *ops)
 {
-    snprintf(f->dir, sizeof f->dir, "/tmp/tessera-store-XXXXXX");
-    assert_non_null(mkdtemp(f->dir));
+    folder_make(f->dir);
     if (strcmp(ops->scheme, "file") == 0)
         snprintf(f->uri, sizeof f->uri, "file:%s/a/root", f->dir);
     else
@@ -47,10 +32,8 @@ static void fixture_open(struct fixture *f, const struct store_ops *ops)
 
 static void fixture_close(struct fixture *f)
 {
-    char command[128];
     store_close(f->s);
-    snprintf(command, sizeof command, "rm -rf %s", f->dir);
-    assert_int_equal(system(command), 0);
+    folder_remove(f->dir);
 }
 
 /* Byte i of a test object. */
@@ -93,10 +76,10 @@ static void expect_list(struct store *s, const char *dir, const char *names)
 static void check_objects(struct store *s)
 {
     struct store_info info;
-    FAILS(ST_NOT_FOUND, store_stat(s, "none", &info));
+    FAILS(ST_NOT_FOUND, "", store_stat(s, "none", &info));
     char byte;
-    FAILS(ST_NOT_FOUND, store_get(s, "none", 0, &byte, 1));
-    FAILS(ST_NOT_FOUND, store_get(s, "no/such/key", 0, &byte, 1));
+    FAILS(ST_NOT_FOUND, "", store_get(s, "none", 0, &byte, 1));
+    FAILS(ST_NOT_FOUND, "", store_get(s, "no/such/key", 0, &byte, 1));
 
     uint64_t before, after;
     OK(store_now(s, &before));
@@ -106,7 +89,7 @@ static void check_objects(struct store *s)
     assert_int_equal(info.bytes, 5);
     assert_false(info.is_dir);
     assert_true(before <= info.mtime_ns && info.mtime_ns <= after);
-    FAILS(ST_EXISTS, store_put(s, "one", "second!", 7, STORE_EXCLUSIVE));
+    FAILS(ST_EXISTS, "", store_put(s, "one", "second!", 7, STORE_EXCLUSIVE));
     expect_text(s, "one", "first");
     OK(store_put(s, "one", "second!", 7, STORE_REPLACE));
     expect_text(s, "one", "second!");
@@ -116,19 +99,19 @@ static void check_objects(struct store *s)
     expect_text(s, "deep/er/empty", "");
     OK(store_stat(s, "deep/er", &info));
     assert_true(info.is_dir);
-    FAILS(ST_NOT_FOUND, store_get(s, "deep/er", 0, &byte, 1));
+    FAILS(ST_NOT_FOUND, "", store_get(s, "deep/er", 0, &byte, 1));
     void *buf;
     size_t n;
-    FAILS(ST_NOT_FOUND, store_get_all(s, "deep", 10, &buf, &n));
+    FAILS(ST_NOT_FOUND, "", store_get_all(s, "deep", 10, &buf, &n));
     OK(store_put(s, "long", "0123456789", 10, STORE_REPLACE));
-    FAILS(ST_CORRUPT, store_get_all(s, "long", 9, &buf, &n));
+    FAILS(ST_CORRUPT, "", store_get_all(s, "long", 9, &buf, &n));
     OK(store_get_all(s, "long", 10, &buf, &n));
     mem_free(buf);
 
     OK(store_remove(s, "one"));
     OK(store_remove(s, "one"));
     OK(store_remove(s, "no/such/key"));
-    FAILS(ST_NOT_FOUND, store_stat(s, "one", &info));
+    FAILS(ST_NOT_FOUND, "", store_stat(s, "one", &info));
     OK(store_put(s, "one", "back", 4, STORE_EXCLUSIVE));
     expect_text(s, "one", "back");
 }
@@ -147,10 +130,10 @@ static void check_ranges(struct store *s)
             assert_memory_equal(got, all + cut[i], n);
             assert_int_equal(got[n], 0xee);
         }
-    FAILS(ST_CORRUPT, store_get(s, "d/ranges", 0, got, N + 1));
-    FAILS(ST_CORRUPT, store_get(s, "d/ranges", N, got, 1));
-    FAILS(ST_CORRUPT, store_get(s, "d/ranges", UINT64_MAX / 4, got, 1));
-    FAILS(ST_INVALID, store_get(s, "d/ranges", UINT64_MAX, got, 1));
+    FAILS(ST_CORRUPT, "", store_get(s, "d/ranges", 0, got, N + 1));
+    FAILS(ST_CORRUPT, "", store_get(s, "d/ranges", N, got, 1));
+    FAILS(ST_CORRUPT, "", store_get(s, "d/ranges", UINT64_MAX / 4, got, 1));
+    FAILS(ST_INVALID, "", store_get(s, "d/ranges", UINT64_MAX, got, 1));
     status *st = store_get(s, "d/ranges", N - 1, got, 2);
     assert_non_null(strstr(status_message(st), "d/ranges"));
     assert_non_null(strstr(status_message(st), "12305")); /* the length found */
@@ -175,10 +158,10 @@ static void check_lists(struct store *s)
     assert_int_equal(l.entry[0].info.bytes, 1);
     assert_true(l.entry[0].info.mtime_ns > 0);
     store_list_free(&l);
-    FAILS(ST_INVALID, store_list(s, "/", &l));
-    FAILS(ST_INVALID, store_list(s, "..", &l));
+    FAILS(ST_INVALID, "", store_list(s, "/", &l));
+    FAILS(ST_INVALID, "", store_list(s, "..", &l));
 
-    FAILS(ST_EXISTS, store_remove(s, "b"));
+    FAILS(ST_EXISTS, "", store_remove(s, "b"));
     expect_list(s, "b", "1 1.h5 10 2");
     OK(store_remove_tree(s, "b"));
     OK(store_remove_tree(s, "b"));
@@ -190,7 +173,7 @@ static void check_lists(struct store *s)
     expect_list(s, "", "B a");
     OK(store_remove_tree(s, "a")); /* an object is a tree of one */
     expect_list(s, "", "B");
-    FAILS(ST_INVALID, store_remove_tree(s, ""));
+    FAILS(ST_INVALID, "", store_remove_tree(s, ""));
 }
 
 static void check_rename(struct store *s)
@@ -201,16 +184,16 @@ static void check_rename(struct store *s)
     OK(store_put(s, "from/sub/2", "two", 3, STORE_EXCLUSIVE));
     OK(store_put(s, "from2/1", "other", 5, STORE_EXCLUSIVE)); /* begins alike and must stay */
     OK(store_put(s, "taken/1", "taken", 5, STORE_EXCLUSIVE));
-    FAILS(ST_EXISTS, store_rename_tree(s, "from", "taken"));
-    FAILS(ST_NOT_FOUND, store_rename_tree(s, "missing", "to"));
-    FAILS(ST_INVALID, store_rename_tree(s, "from", "../to"));
-    FAILS(ST_INVALID, store_rename_tree(s, "../from", "to"));
+    FAILS(ST_EXISTS, "", store_rename_tree(s, "from", "taken"));
+    FAILS(ST_NOT_FOUND, "", store_rename_tree(s, "missing", "to"));
+    FAILS(ST_INVALID, "", store_rename_tree(s, "from", "../to"));
+    FAILS(ST_INVALID, "", store_rename_tree(s, "../from", "to"));
     OK(store_rename_tree(s, "from", "to.bad-1"));
     expect_list(s, "", "from2/ taken/ to.bad-1/");
     expect_text(s, "to.bad-1/1", "one");
     expect_text(s, "to.bad-1/sub/2", "two");
     expect_text(s, "taken/1", "taken");
-    FAILS(ST_NOT_FOUND, store_rename_tree(s, "from", "again"));
+    FAILS(ST_NOT_FOUND, "", store_rename_tree(s, "from", "again"));
 }
 
 static void check_writer(struct store *s)
@@ -224,12 +207,12 @@ static void check_writer(struct store *s)
     OK(store_write(w, 9000, all + 9000, 1000)); /* out of order, up to the end */
     OK(store_write(w, 0, all, 100));
     OK(store_write(w, 100, all, 0));
-    FAILS(ST_NOT_FOUND, store_stat(s, "step/part.h5", &info));
+    FAILS(ST_NOT_FOUND, "", store_stat(s, "step/part.h5", &info));
     expect_list(s, "step", "");
-    FAILS(ST_INVALID, store_write(w, N, all, 1));
-    FAILS(ST_INVALID, store_write(w, N - 1, all, 2));
-    FAILS(ST_INVALID, store_write(w, UINT64_MAX, all, 2));
-    FAILS(ST_INVALID, store_write(w, 1, all, SIZE_MAX));
+    FAILS(ST_INVALID, "", store_write(w, N, all, 1));
+    FAILS(ST_INVALID, "", store_write(w, N - 1, all, 2));
+    FAILS(ST_INVALID, "", store_write(w, UINT64_MAX, all, 2));
+    FAILS(ST_INVALID, "", store_write(w, 1, all, SIZE_MAX));
     OK(store_writer_finish(w));
     expect_list(s, "step", "part.h5");
     OK(store_stat(s, "step/part.h5", &info));
@@ -254,8 +237,8 @@ static void check_writer(struct store *s)
     OK(store_writer_open(s, "empty", 0, &w));
     OK(store_writer_finish(w));
     expect_text(s, "empty", "");
-    FAILS(ST_INVALID, store_writer_open(s, "../x", 1, &w));
-    FAILS(ST_INVALID, store_writer_open(s, "big", UINT64_MAX, &w));
+    FAILS(ST_INVALID, "", store_writer_open(s, "../x", 1, &w));
+    FAILS(ST_INVALID, "", store_writer_open(s, "big", UINT64_MAX, &w));
     mem_free(all);
     mem_free(got);
 }
@@ -273,18 +256,18 @@ static void check_keys(struct store *s)
                                 "\xc3\xa9", "a*",   ".tmp-x", "a/.tmp-0123", segment, longest };
     struct store_info info;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        FAILS(ST_INVALID, store_check_key(bad[i]));
-        FAILS(ST_INVALID, store_put(s, bad[i], "x", 1, STORE_REPLACE));
-        FAILS(ST_INVALID, store_stat(s, bad[i], &info));
-        FAILS(ST_INVALID, store_remove(s, bad[i]));
+        FAILS(ST_INVALID, "", store_check_key(bad[i]));
+        FAILS(ST_INVALID, "", store_put(s, bad[i], "x", 1, STORE_REPLACE));
+        FAILS(ST_INVALID, "", store_stat(s, bad[i], &info));
+        FAILS(ST_INVALID, "", store_remove(s, bad[i]));
     }
-    FAILS(ST_INVALID, store_check_key(NULL));
+    FAILS(ST_INVALID, "", store_check_key(NULL));
     expect_list(s, "", "");
     longest[STORE_KEY_BYTES] = 0; /* one too long, then the longest */
-    FAILS(ST_INVALID, store_check_key(longest));
+    FAILS(ST_INVALID, "", store_check_key(longest));
     longest[STORE_KEY_BYTES - 1] = 0;
     segment[256] = 0; /* one too long, then the longest that every file system takes */
-    FAILS(ST_INVALID, store_check_key(segment));
+    FAILS(ST_INVALID, "", store_check_key(segment));
     segment[255] = 0;
     const char *const good[] = { "a", "...", ".hidden", "a.b", "-", "_", "AZaz09._-", "x/.y/z", segment, longest };
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
@@ -445,25 +428,25 @@ static void test_open(void **state)
 {
     (void)state;
     struct store *s;
-    FAILS(ST_INVALID, store_open("", true, &s));
-    FAILS(ST_INVALID, store_open(NULL, true, &s));
+    FAILS(ST_INVALID, "", store_open("", true, &s));
+    FAILS(ST_INVALID, "", store_open(NULL, true, &s));
     status *st = store_open("gopher://x/y", true, &s);
     assert_int_equal(status_code(st), ST_INVALID);
     assert_non_null(strstr(status_message(st), "file:"));
     assert_non_null(strstr(status_message(st), "mem:"));
     status_free(st);
-    FAILS(ST_INVALID, store_open("mem:x", true, &s));
-    FAILS(ST_INVALID, store_open("file:", true, &s));
-    FAILS(ST_INVALID, store_open("file://host/path", true, &s));
-    FAILS(ST_NOT_FOUND, store_open("file:/tmp/tessera-no-such-directory", false, &s));
-    FAILS(ST_NOT_FOUND, store_open("/tmp/tessera-no-such-directory", false, &s));
+    FAILS(ST_INVALID, "", store_open("mem:x", true, &s));
+    FAILS(ST_INVALID, "", store_open("file:", true, &s));
+    FAILS(ST_INVALID, "", store_open("file://host/path", true, &s));
+    FAILS(ST_NOT_FOUND, "", store_open("file:/tmp/tessera-no-such-directory", false, &s));
+    FAILS(ST_NOT_FOUND, "", store_open("/tmp/tessera-no-such-directory", false, &s));
     status *dev = store_open("/proc/self/nothing/here", true, &s); /* cannot be made, by root neither */
     assert_non_null(dev);
     assert_non_null(strstr(status_message(dev), "/proc/self/nothing"));
     status_free(dev);
 
-    char dir[] = "/tmp/tessera-open-XXXXXX", text[128], command[128];
-    assert_non_null(mkdtemp(dir));
+    char dir[FOLDER_BYTES], text[128];
+    folder_make(dir);
     static const char *const forms[] = {
         "%s/x/y", "file:%s/x/y", "file://%s/x/y", "%s//x/y/", "file:%s/x//y", "/%s/x/y"
     };
@@ -477,7 +460,7 @@ static void test_open(void **state)
         store_close(s);
     }
     snprintf(text, sizeof text, "%s/x/y/k", dir);
-    FAILS(ST_INVALID, store_open(text, false, &s)); /* a file */
+    FAILS(ST_INVALID, "", store_open(text, false, &s)); /* a file */
     assert_int_equal(chdir(dir), 0);
     OK(store_open("rel/root", true, &s)); /* a relative path; what follows must not depend on the working directory */
     assert_int_equal(chdir("/"), 0);
@@ -488,8 +471,7 @@ static void test_open(void **state)
     expect_text(s, "k", "rel");
     store_close(s);
     store_close(NULL);
-    snprintf(command, sizeof command, "rm -rf %s", dir);
-    assert_int_equal(system(command), 0);
+    folder_remove(dir);
 }
 
 /* ---- What only a directory has: files that others see */
@@ -516,12 +498,12 @@ static void test_posix_temporaries(void **state)
         if (strcmp(store_registry[i]->scheme, "file") == 0)
             fixture_open(&f, store_registry[i]);
     OK(store_put(f.s, "step/x", "x", 1, STORE_REPLACE));
-    FAILS(ST_EXISTS, store_put(f.s, "step/x", "x", 1, STORE_EXCLUSIVE));
+    FAILS(ST_EXISTS, "", store_put(f.s, "step/x", "x", 1, STORE_EXCLUSIVE));
     OK(store_now(f.s, &ns));
     assert_int_equal(count_files(f.dir), 1); /* no temporary stays, after an error neither */
-    FAILS(ST_INVALID, store_put(f.s, "step/x/below", "x", 1, STORE_REPLACE));
-    FAILS(ST_IO, store_put(f.s, "step", "x", 1, STORE_REPLACE)); /* a directory is there */
-    FAILS(ST_EXISTS, store_put(f.s, "step", "x", 1, STORE_EXCLUSIVE));
+    FAILS(ST_INVALID, "", store_put(f.s, "step/x/below", "x", 1, STORE_REPLACE));
+    FAILS(ST_IO, "", store_put(f.s, "step", "x", 1, STORE_REPLACE)); /* a directory is there */
+    FAILS(ST_EXISTS, "", store_put(f.s, "step", "x", 1, STORE_EXCLUSIVE));
     assert_int_equal(count_files(f.dir), 1);
 
     OK(store_writer_open(f.s, "step/model.aaaa.h5", 1, &w[0]));
@@ -531,9 +513,9 @@ static void test_posix_temporaries(void **state)
     expect_list(f.s, "step", "x");
     OK(store_sweep(f.s, "step", "aaaa"));
     OK(store_sweep(f.s, "nowhere", "aaaa"));
-    FAILS(ST_INVALID, store_sweep(f.s, "step", ""));
+    FAILS(ST_INVALID, "", store_sweep(f.s, "step", ""));
     assert_int_equal(count_files(f.dir), 3);
-    FAILS(ST_NOT_FOUND, store_writer_finish(w[0])); /* it was taken for dead */
+    FAILS(ST_NOT_FOUND, "", store_writer_finish(w[0])); /* it was taken for dead */
     OK(store_writer_finish(w[1]));
     OK(store_writer_finish(w[2]));
     expect_list(f.s, "step", "model.bbbb.h5 x");
@@ -654,24 +636,24 @@ static void test_loops_and_retries(void **state)
     OK(store_get(&s, "k", 1, got, 63));
     assert_memory_equal(got, all + 1, 63);
     h.busy = 0;
-    FAILS(ST_CORRUPT, store_get(&s, "k", 1, got, 64));
+    FAILS(ST_CORRUPT, "", store_get(&s, "k", 1, got, 64));
     h.most = 0; /* an empty transfer is the end when reading and an error when writing, never a loop */
-    FAILS(ST_CORRUPT, store_get(&s, "k", 0, got, 1));
+    FAILS(ST_CORRUPT, "", store_get(&s, "k", 0, got, 1));
     OK(store_writer_open(&s, "k", 64, &w));
-    FAILS(ST_INTERNAL, store_write(w, 0, all, 1));
+    FAILS(ST_INTERNAL, "", store_write(w, 0, all, 1));
     store_writer_abort(w);
 
     h.busy = 1000;
     h.calls = 0;
-    FAILS(ST_UNAVAILABLE, store_put(&s, "k", "x", 1, STORE_REPLACE));
+    FAILS(ST_UNAVAILABLE, "", store_put(&s, "k", "x", 1, STORE_REPLACE));
     assert_in_range(h.calls, 2, 20); /* again, but not for ever */
     OK(store_writer_open(&s, "k", 64, &w));
     h.calls = 0;
-    FAILS(ST_UNAVAILABLE, store_writer_finish(w));
+    FAILS(ST_UNAVAILABLE, "", store_writer_finish(w));
     assert_int_equal(h.calls, 1); /* it has consumed its writer */
     h.busy = 2;
     expect_list(&s, "", "a b");
-    FAILS(ST_UNSUPPORTED, store_rename_tree(&s, "a", "b"));
+    FAILS(ST_UNSUPPORTED, "", store_rename_tree(&s, "a", "b"));
     OK(store_sweep(&s, "a", "b"));
 }
 

@@ -3,6 +3,7 @@
  * written. */
 #include "comm/base/mem.h"
 #include "storage/store.h"
+#include "tests/support/test_root.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -16,13 +17,6 @@
 #include <unistd.h>
 
 #include <cmocka.h>
-
-#define OK(expr)                                                                                                       \
-    do {                                                                                                               \
-        status *ok_ = (expr);                                                                                          \
-        if (ok_)                                                                                                       \
-            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(ok_)), status_message(ok_));                    \
-    } while (0)
 
 enum { DISK = 1 << 20, OBJECT = 100 << 10, BIG = 2 << 20 };
 

@@ -18,6 +18,25 @@ void assert_ok(status *st)
     assert_true(good);
 }
 
+static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *where)
+{
+    (void)st;
+    (void)type;
+    (void)where;
+    return remove(path);
+}
+
+void folder_make(char dir[FOLDER_BYTES])
+{
+    snprintf(dir, FOLDER_BYTES, "/tmp/tessera-test-XXXXXX");
+    assert_non_null(mkdtemp(dir));
+}
+
+void folder_remove(const char *dir)
+{
+    assert_int_equal(nftw(dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS), 0);
+}
+
 struct root root_open(bool posix)
 {
     struct root r = { .path = "" };
@@ -31,17 +50,9 @@ struct root root_open(bool posix)
     return r;
 }
 
-static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *where)
-{
-    (void)st;
-    (void)type;
-    (void)where;
-    return remove(path);
-}
-
 void root_close(struct root *r)
 {
     store_close(r->store);
     if (r->path[0])
-        assert_int_equal(nftw(r->path, remove_entry, 16, FTW_DEPTH | FTW_PHYS), 0);
+        folder_remove(r->path);
 }

@@ -1,4 +1,5 @@
-/* test_root: a store for one test: memory, or a directory beside the test that is removed after it. */
+/* test_root: a store for one test: memory, or a directory beside the test that is removed after it; a folder for one
+ * test; and what every test says of a status. */
 #ifndef TESSERA_TESTS_SUPPORT_TEST_ROOT_H
 #define TESSERA_TESTS_SUPPORT_TEST_ROOT_H
 
@@ -13,7 +14,29 @@ struct root {
 struct root root_open(bool posix);
 void root_close(struct root *r);
 
+enum { FOLDER_BYTES = 64 };
+/* A new folder under /tmp, and its removal with all that is in it. */
+void folder_make(char dir[FOLDER_BYTES]);
+void folder_remove(const char *dir);
+
 /* assert that st is NULL; prints it otherwise. */
 void assert_ok(status *st);
+
+/* The same with the expression, for files that include cmocka.h. */
+#define OK(expr)                                                                                                       \
+    do {                                                                                                               \
+        status *ok_ = (expr);                                                                                          \
+        if (ok_)                                                                                                       \
+            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(ok_)), status_message(ok_));                    \
+    } while (0)
+
+/* It fails with the code, and the message holds `words` ("" for any). */
+#define FAILS(want, words, expr)                                                                                       \
+    do {                                                                                                               \
+        status *st_ = (expr);                                                                                          \
+        if (status_code(st_) != (want) || !strstr(status_message(st_), words))                                         \
+            fail_msg("%s: %s: %s", #expr, status_code_name(status_code(st_)), status_message(st_));                    \
+        status_free(st_);                                                                                              \
+    } while (0)
 
 #endif
