@@ -57,7 +57,7 @@ static int train(int argc, char **argv)
         log_status(&log, LOG_ERROR, st);
         return status_exit_code(st);
     }
-    st = argc ? train_config(world, &log, argc, argv) : ERR(INVALID, "train: which CONFIG?\n%s", usage);
+    st = argc ? train_config(world, &log, argc, argv) : ERR(INVALID, "train: which CONFIG? (tessera --help)");
     /* what reaches this point is the same on all ranks */
     if (world->rank == 0)
         log_status(&log, LOG_ERROR, st);
@@ -125,8 +125,10 @@ int main(int argc, char **argv)
         st = data_cli(argc - 2, argv + 2);
     else if (!strcmp(verb, "--help") || !strcmp(verb, "help"))
         fputs(usage, stdout);
+    else if (*verb)
+        st = ERR(INVALID, "unknown verb \"%s\" (legal: train, ckpt, data, bench; tessera --help)", verb);
     else
-        st = ERR(INVALID, "unknown verb \"%s\"\n%s", verb, usage);
+        st = ERR(INVALID, "which verb? (legal: train, ckpt, data, bench; tessera --help)");
     log_status(&log, LOG_ERROR, st);
     int code = status_exit_code(st);
     status_free(st);

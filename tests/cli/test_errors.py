@@ -154,8 +154,8 @@ train("other model and batch", good, ["model.hidden=64", "train.global_batch=16"
 
 # --- the command line
 for name, arguments, want, words in (
-    ("no verb", [], [INVALID], ["verb"]),
-    ("unknown verb", ["trian"], [INVALID], ["trian"]),
+    ("no verb", [], [INVALID], ["verb", "train"]),
+    ("unknown verb", ["trian"], [INVALID], ["trian", "train"]),
     ("no config named", ["train"], [INVALID], ["CONFIG"]),
     ("ckpt, no verb", ["ckpt"], [INVALID], ["ls", "show", "verify"]),
     ("ckpt, unknown verb", ["ckpt", "list", tmp], [INVALID], ["list", "ls"]),
