@@ -36,7 +36,7 @@ struct event {
 struct crash_trace {
     pthread_mutex_t lock;
     char root[PATH_MAX];
-    size_t events, used, marks;
+    size_t events, used, marks, direct_writes;
     bool full;
     struct event event[MAX_EVENTS];
     size_t marked_at[MAX_MARKS]; /* number of events before the mark */
@@ -235,6 +235,8 @@ ssize_t __wrap_pwrite(int fd, const void *buf, size_t n, off_t offset)
     char path[PATH_MAX];
     struct crash_trace *t = enter(fd, NULL, path);
     ssize_t k = __real_pwrite(fd, buf, n, offset);
+    if (t && k > 0)
+        t->direct_writes += (fcntl(fd, F_GETFL) & O_DIRECT) != 0;
     if (t)
         WRAPPED(t, k > 0, WRITE, path, NULL, (uint64_t)offset, buf, (uint64_t)k);
     return k;
@@ -460,6 +462,11 @@ static status *resolve(const struct crash_trace *t, size_t count, struct op *op)
 }
 
 /* ---- Crashing */
+
+size_t crash_direct_writes(const struct crash_trace *t)
+{
+    return t->direct_writes;
+}
 
 size_t crash_syncs(const struct crash_trace *t)
 {

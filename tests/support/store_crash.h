@@ -44,6 +44,8 @@ void crash_record(struct crash_trace *t, const char *path);
 /* Note what the program has told its user by now. */
 void crash_mark(struct crash_trace *t, int what, uint64_t a, uint64_t b);
 
+/* How many writes went by O_DIRECT. Until they are synced they may be lost or torn like any other. */
+size_t crash_direct_writes(const struct crash_trace *t);
 /* How many syncs there were. Crash n is the one in which sync n, and all after it, did not happen; crash crash_syncs
  * comes after everything. */
 size_t crash_syncs(const struct crash_trace *t);
