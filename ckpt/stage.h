@@ -91,6 +91,7 @@ struct stage_view {
     bool captured;
     uint64_t captured_bytes, cap_bytes, peak_bytes;
 };
+/* One consistent look at the save in flight, or the last one. captured: nothing reads a tensor any more. */
 void stage_look(struct stage *g, struct stage_view *out);
 
 #endif
