@@ -151,6 +151,8 @@ def check_kill(source, tmp):
         if to.exists():
             assert "no committed step" in tool("ls", to)
         tool("copy", source, 5, to)
+    else:
+        tool("view", to, 5)  # it may have died between the commit and the view
     check_values(to, 5, ALL)
     assert "no damage" in tool("verify", to)
     tool("gc", to, "--age=0")
