@@ -11,7 +11,10 @@
  *
  * A problem with pairs is held out if the hash of its question, keyed by the seed, is among the round(heldout x n)
  * smallest of the n such problems; equal questions are always on one side. If a problem has
- * more pairs than `pairs`, those with the smallest keyed hashes are taken. */
+ * more pairs than `pairs`, those with the smallest keyed hashes are taken.
+ *
+ * folds=K cuts all those problems, sorted by the same hash, into K parts of (nearly) as many problems: part k is fold
+ * k's test file, part k + 1 (mod K) its validation file, the others its training file. */
 #include "comm/base/bytes.h"
 #include "comm/base/mem.h"
 #include "trainer/data/outfile.h"
@@ -24,7 +27,7 @@
 
 struct gsm8k {
     double heldout;
-    int64_t pairs, seed;
+    int64_t pairs, folds, seed;
     int annotations; /* 0: strip, 1: keep */
 };
 
@@ -33,6 +36,8 @@ static const struct option rows[] = {
     { "heldout", OPT_FLOAT, "0.2", 0, 1, NULL, "", "share of the problems that go to prefs_heldout.jsonl",
       AT(heldout) },
     { "pairs", OPT_INT, "4", 1, 1e6, NULL, "", "most pairs of one problem", AT(pairs) },
+    { "folds", OPT_INT, "0", 0, MAX_FOLDS, NULL, "",
+      "also foldK_train, _validation and _test.jsonl of so many folds by problem, at least 3; 0: none", AT(folds) },
     { "seed", OPT_INT, "0", 0, 0, NULL, "", "another seed holds out other problems", AT(seed) },
     { "annotations", OPT_ENUM, "strip", 0, 0, "strip|keep", "", "what becomes of <<48/2=24>>", AT(annotations) },
 };
@@ -242,7 +247,24 @@ static int by_key(const void *a, const void *b)
     return (x->key > y->key) - (x->key < y->key);
 }
 
-static status *write_pairs(const struct problem *p, const struct gsm8k *g, bool heldout, struct outset *out)
+/* Which problems go where: those with a key below heldout are held out; part k of the folds ends at fold[k]. */
+struct cuts {
+    uint64_t heldout, fold[MAX_FOLDS];
+};
+
+/* A pair of a problem in part `part`, to each fold's file that wants it. */
+static status *put_in_folds(const struct problem *p, const struct pair *pair, const struct gsm8k *g, int part,
+                            struct outset *out)
+{
+    int folds = (int)g->folds;
+    for (int k = 0; k < folds; k++) {
+        enum fold_part to = part == k ? FOLD_TEST : part == (k + 1) % folds ? FOLD_VALIDATION : FOLD_TRAIN;
+        TRY(outset_fold_pair(out, k, to, text_of(p->prompt), text_of(pair->chosen), text_of(pair->rejected), p->row));
+    }
+    return NULL;
+}
+
+static status *write_pairs(const struct problem *p, const struct gsm8k *g, const struct cuts *cuts, struct outset *out)
 {
     size_t n = 0, most = (size_t)g->pairs;
     struct pair *pair = mem_calloc(p->correct * p->wrong, sizeof *pair);
@@ -259,8 +281,15 @@ static status *write_pairs(const struct problem *p, const struct gsm8k *g, bool 
     }
     qsort(pair, n, sizeof *pair, by_key);
     status *st = NULL;
-    for (size_t i = 0; !st && i < n && i < most; i++)
-        st = outset_pair(out, heldout, text_of(p->prompt), text_of(pair[i].chosen), text_of(pair[i].rejected), p->row);
+    int part = 0;
+    while (part + 1 < g->folds && p->key >= cuts->fold[part])
+        part++;
+    for (size_t i = 0; !st && i < n && i < most; i++) {
+        st = outset_pair(out, p->key < cuts->heldout, text_of(p->prompt), text_of(pair[i].chosen),
+                         text_of(pair[i].rejected), p->row);
+        if (!st)
+            st = put_in_folds(p, &pair[i], g, part, out);
+    }
     mem_free(pair);
     return st;
 }
@@ -273,8 +302,14 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Problems with a key below *limit are held out. Equal questions have equal keys, so they stay together. */
-static status *split(const struct problems *all, double share, uint64_t *limit)
+/* The key of the problem at place `at` of n in their order: those before it have smaller ones. Equal questions have
+ * equal keys, so they stay together. */
+static uint64_t key_at(const uint64_t *key, size_t n, size_t at)
+{
+    return at < n ? key[at] : UINT64_MAX;
+}
+
+static status *split(const struct problems *all, const struct gsm8k *g, struct cuts *out)
 {
     size_t n = 0;
     uint64_t *key = mem_calloc(all->count, sizeof *key);
@@ -284,20 +319,21 @@ static status *split(const struct problems *all, double share, uint64_t *limit)
         if (all->p[i].correct && all->p[i].wrong)
             key[n++] = all->p[i].key;
     qsort(key, n, sizeof *key, ascending);
-    size_t held = (size_t)lround(share * (double)n);
-    *limit = held < n ? key[held] : UINT64_MAX;
+    out->heldout = key_at(key, n, (size_t)lround(g->heldout * (double)n));
+    for (size_t k = 0; k < (size_t)g->folds; k++)
+        out->fold[k] = key_at(key, n, (k + 1) * n / (size_t)g->folds);
     mem_free(key);
     return NULL;
 }
 
 static status *write_preferences(const struct problems *all, const struct gsm8k *g, struct outset *out)
 {
-    uint64_t limit = 0;
-    TRY(split(all, g->heldout, &limit));
+    struct cuts cuts = { 0 };
+    TRY(split(all, g, &cuts));
     for (size_t i = 0; i < all->count; i++) {
         const struct problem *p = &all->p[i];
         if (p->correct && p->wrong)
-            TRY(write_pairs(p, g, p->key < limit, out));
+            TRY(write_pairs(p, g, &cuts, out));
     }
     return NULL;
 }
@@ -345,7 +381,14 @@ status *prepare_gsm8k(const char *source, const char *out, int argc, char **argv
     struct gsm8k g;
     struct outset files;
     TRY(parse_words(&gsm8k_options, &g, argc, argv, "data prepare gsm8k"));
+    if (g.folds == 1 || g.folds == 2)
+        return ERR(INVALID,
+                   "data prepare gsm8k: folds: %d leave no room for training, validation and test (legal: 0, "
+                   "3 to %d)",
+                   (int)g.folds, (int)MAX_FOLDS);
     status *st = outset_open(&files, out);
+    if (!st)
+        st = outset_open_folds(&files, out, (int)g.folds);
     if (!st)
         st = convert(source, &g, &files);
     if (!st) {

@@ -69,6 +69,17 @@ status *outset_open_tasks(struct outset *o, const char *dir)
     return open_file(&o->file[OUT_TASKS], dir, names[OUT_TASKS]);
 }
 
+status *outset_open_folds(struct outset *o, const char *dir, int folds)
+{
+    static const char *const part[FOLD_PARTS] = { "train", "validation", "test" };
+    for (int i = 0; i < folds * FOLD_PARTS; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "fold%d_%s.jsonl", i / FOLD_PARTS, part[i % FOLD_PARTS]);
+        TRY(open_file(&o->file[OUT_FILES + i], dir, name));
+    }
+    return NULL;
+}
+
 static int put_bytes(const char *p, size_t n, void *arg)
 {
     struct outfile *f = arg;
@@ -97,10 +108,9 @@ status *outset_sft(struct outset *o, struct text prompt, struct text completion)
                    json_pack("{s:s%, s:s%}", "prompt", prompt.p, prompt.n, "completion", completion.p, completion.n));
 }
 
-status *outset_pair(struct outset *o, bool heldout, struct text prompt, struct text chosen, struct text rejected,
-                    int64_t problem)
+static status *put_pair(struct outfile *f, struct text prompt, struct text chosen, struct text rejected,
+                        int64_t problem)
 {
-    struct outfile *f = &o->file[heldout ? OUT_HELDOUT : OUT_TRAIN];
     json_t *row = json_pack("{s:s%, s:s%, s:s%, s:I}", "prompt", prompt.p, prompt.n, "chosen", chosen.p, chosen.n,
                             "rejected", rejected.p, rejected.n, "problem", (json_int_t)problem);
     f->problems += problem != f->last_problem;
@@ -108,15 +118,22 @@ status *outset_pair(struct outset *o, bool heldout, struct text prompt, struct t
     return put_row(f, row);
 }
 
+status *outset_pair(struct outset *o, bool heldout, struct text prompt, struct text chosen, struct text rejected,
+                    int64_t problem)
+{
+    return put_pair(&o->file[heldout ? OUT_HELDOUT : OUT_TRAIN], prompt, chosen, rejected, problem);
+}
+
+status *outset_fold_pair(struct outset *o, int fold, enum fold_part part, struct text prompt, struct text chosen,
+                         struct text rejected, int64_t problem)
+{
+    return put_pair(&o->file[OUT_FILES + fold * FOLD_PARTS + (int)part], prompt, chosen, rejected, problem);
+}
+
 status *outset_task(struct outset *o, struct text prompt, struct text answer)
 {
     return put_row(&o->file[OUT_TASKS],
                    json_pack("{s:s%, s:s%}", "prompt", prompt.p, prompt.n, "answer", answer.p, answer.n));
-}
-
-static int file_count(const struct outset *o)
-{
-    return o->file[OUT_TASKS].path ? OUT_FILES : OUT_TASKS;
 }
 
 /* All bytes on the disk, under the temporary name. */
@@ -133,11 +150,12 @@ static status *flush_file(struct outfile *f)
 
 status *outset_commit(struct outset *o)
 {
-    for (int i = 0; i < file_count(o); i++)
-        TRY(flush_file(&o->file[i]));
-    for (int i = 0; i < file_count(o); i++) {
+    for (int i = 0; i < OUT_SLOTS; i++)
+        if (o->file[i].path)
+            TRY(flush_file(&o->file[i]));
+    for (int i = 0; i < OUT_SLOTS; i++) {
         struct outfile *f = &o->file[i];
-        if (rename(f->temp, f->path))
+        if (f->path && rename(f->temp, f->path))
             return ERR_SYS(errno, "%s: cannot rename to %s", f->temp, f->path);
         mem_free(f->temp);
         f->temp = NULL;
@@ -147,11 +165,13 @@ status *outset_commit(struct outset *o)
 
 void outset_summary(const struct outset *o)
 {
-    static const char *const what[OUT_FILES] = { "solutions", "pairs", "pairs", "tasks" };
-    for (int i = 0; i < file_count(o); i++) {
+    for (int i = 0; i < OUT_SLOTS; i++) {
         const struct outfile *f = &o->file[i];
-        printf("%s: %llu %s", f->path, (unsigned long long)f->rows, what[i]);
-        if (i == OUT_TRAIN || i == OUT_HELDOUT)
+        if (!f->path)
+            continue;
+        const char *what = i == OUT_SFT ? "solutions" : i == OUT_TASKS ? "tasks" : "pairs";
+        printf("%s: %llu %s", f->path, (unsigned long long)f->rows, what);
+        if (i != OUT_SFT && i != OUT_TASKS)
             printf(" of %llu problems", (unsigned long long)f->problems);
         printf(", %llu bytes\n", (unsigned long long)f->bytes);
     }
@@ -159,7 +179,7 @@ void outset_summary(const struct outset *o)
 
 void outset_close(struct outset *o)
 {
-    for (int i = 0; i < OUT_FILES; i++) {
+    for (int i = 0; i < OUT_SLOTS; i++) {
         struct outfile *f = &o->file[i];
         if (f->file)
             (void)fclose(f->file); /* given up */

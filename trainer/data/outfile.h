@@ -1,4 +1,5 @@
-/* outfile: the JSONL files that `data prepare` makes, all or none: three, and tasks.jsonl where answers can be checked.
+/* outfile: the JSONL files that `data prepare` makes, all or none: three, tasks.jsonl where answers can be checked, and
+ * three more for each fold.
  *
  * Rows go to temporary files in the folder; outset_commit flushes and syncs all of them before it renames the first, so
  * a full disk leaves what was there before. */
@@ -21,18 +22,26 @@ struct outfile {
     uint64_t problems; /* of the preference files: how many were begun */
     int64_t last_problem;
 };
+/* The three files of fold k: foldK_train.jsonl, foldK_validation.jsonl, foldK_test.jsonl. */
+enum fold_part { FOLD_TRAIN, FOLD_VALIDATION, FOLD_TEST, FOLD_PARTS };
+enum { MAX_FOLDS = 20, OUT_SLOTS = OUT_FILES + MAX_FOLDS * FOLD_PARTS };
+
 struct outset {
-    struct outfile file[OUT_FILES]; /* OUT_TASKS without a path: this set has none */
+    struct outfile file[OUT_SLOTS]; /* without a path: this set has none of that kind */
 };
 
 /* Make `dir` (and what is missing above it) and the temporary files. Errors name the path. */
 status *outset_open(struct outset *o, const char *dir) WARN_UNUSED;
 /* The fourth file too: tasks.jsonl, prompts with the answers that count as right (trainer/data/tasks.h). */
 status *outset_open_tasks(struct outset *o, const char *dir) WARN_UNUSED;
+/* And those of `folds` folds, at most MAX_FOLDS. */
+status *outset_open_folds(struct outset *o, const char *dir, int folds) WARN_UNUSED;
 status *outset_sft(struct outset *o, struct text prompt, struct text completion) WARN_UNUSED;
 /* A preference row. All pairs of one problem are to be put one after the other. */
 status *outset_pair(struct outset *o, bool heldout, struct text prompt, struct text chosen, struct text rejected,
                     int64_t problem) WARN_UNUSED;
+status *outset_fold_pair(struct outset *o, int fold, enum fold_part part, struct text prompt, struct text chosen,
+                         struct text rejected, int64_t problem) WARN_UNUSED;
 status *outset_task(struct outset *o, struct text prompt, struct text answer) WARN_UNUSED;
 status *outset_commit(struct outset *o) WARN_UNUSED;
 /* A line a file on stdout: path, rows, problems, bytes. */

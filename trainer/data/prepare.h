@@ -6,12 +6,13 @@
 
 /* argv[0] is the verb:
  *
- *   prepare gsm8k SOURCE_DIR OUT_DIR [heldout=0.2] [pairs=4] [seed=0] [annotations=strip]
+ *   prepare gsm8k SOURCE_DIR OUT_DIR [heldout=0.2] [pairs=4] [folds=0] [seed=0] [annotations=strip]
  *       SOURCE_DIR/train.jsonl {"question", "answer"} -> sft.jsonl {"prompt", "completion"}
  *       SOURCE_DIR/example_model_solutions.jsonl -> prefs_train.jsonl, prefs_heldout.jsonl
  *       {"prompt", "chosen", "rejected", "problem"}: chosen = a solution marked correct, rejected = one of the same
  *       problem marked wrong, duplicates dropped, at most `pairs` pairs a problem, a `heldout` share of the problems
- *       (keyed by the seed and the question's hash) in the second file, never in both.
+ *       (keyed by the seed and the question's hash) in the second file, never in both. folds=K also writes all pairs
+ *       K times, cut by problem: foldK_train.jsonl, foldK_validation.jsonl, foldK_test.jsonl.
  *       Prompt "Question: ...\nAnswer:\n". Calculator annotations <<...>> are taken out unless annotations=keep; a last
  *       line "#### 18" becomes "A: 18", the form of the model solutions. Those belong to problems of GSM8K's test
  *       split: no GSM8K score may be reported after training on them.
