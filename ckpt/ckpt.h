@@ -18,6 +18,10 @@ uint64_t ckpt_attempt(const tessera *t);
 /* Plans this handle has made so far: a save that finds its plan in the cache makes none. */
 uint64_t ckpt_plans_made(const tessera *t);
 
+/* The committed step with the best value of `metric` (tessera_mark), the later one of equal ones. Steps without it do
+ * not count. Collective. NOT_FOUND: no step has it. */
+status *ckpt_best(tessera *t, const char *metric, bool lowest, uint64_t *step) WARN_UNUSED;
+
 /* `tessera ckpt VERB ...`: argv[0] is the verb. Prints results to stdout; returns the error for main to
  * print. Not collective. */
 status *ckpt_cli(int argc, char **argv) WARN_UNUSED;

@@ -349,3 +349,46 @@ status *tessera_list_steps(tessera *t, uint64_t *step, size_t room, size_t *coun
         mem_free(buf);
     return st;
 }
+
+/* Keep (step, value) if the step's metric is the best so far. */
+static status *best_of_step(struct store *s, uint64_t step, const char *metric, bool lowest, bool *any,
+                            uint64_t *best_step, double *best)
+{
+    struct mark_list l = { 0 };
+    TRY(commit_marks(s, step, &l));
+    for (size_t i = 0; i < l.count; i++) {
+        double v = l.mark[i].value;
+        if (strcmp(l.mark[i].name, metric) != 0 || (*any && (lowest ? v > *best : v < *best)))
+            continue;
+        *any = true;
+        *best = v;
+        *best_step = step;
+    }
+    mark_list_free(&l);
+    return NULL;
+}
+
+static status *find_best(struct store *s, const char *metric, bool lowest, uint64_t *step)
+{
+    struct step_list l = { 0 };
+    bool any = false;
+    double best = 0;
+    TRY(commit_list(s, &l));
+    status *st = NULL;
+    for (size_t i = 0; !st && i < l.count; i++) /* ascending */
+        st = best_of_step(s, l.step[i], metric, lowest, &any, step, &best);
+    if (!st && !any)
+        st = ERR(NOT_FOUND, "none of the %zu committed steps has the metric %s", l.count, metric);
+    step_list_free(&l);
+    return st;
+}
+
+status *ckpt_best(tessera *t, const char *metric, bool lowest, uint64_t *step)
+{
+    uint64_t found = 0;
+    TRY(save_settle(t));
+    TRY(comm_agree(t->x, t->x->rank == 0 ? find_best(t->store, metric, lowest, &found) : NULL));
+    TRY(comm_bcast(t->x, &found, sizeof found, 0, NULL));
+    *step = found;
+    return NULL;
+}

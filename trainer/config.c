@@ -109,7 +109,7 @@ static const struct option checkpoint_rows[] = {
     ROW(OPT_INT, checkpoint_config, keep_best, "keep_best", "0", 0, 1e6, NULL, "steps",
         "with keep_last: so many steps with the best keep_metric stay too; 0: none"),
     ROW(OPT_STRING, checkpoint_config, keep_metric, "keep_metric", "", 0, 0, NULL, "",
-        "a step metric of metrics.jsonl, or eval/logps/accuracy, eval/rewards/accuracy, eval/logps/margin, "
+        "a step metric of metrics.jsonl, or eval/loss, eval/logps/accuracy, eval/rewards/accuracy, eval/logps/margin, "
         "eval/task/accuracy; stored with each step that has it"),
     ROW(OPT_ENUM, checkpoint_config, keep_order, "keep_order", "highest", 0, 0, "highest|lowest", "",
         "which values of keep_metric are the best"),
@@ -132,12 +132,22 @@ static const struct option checkpoint_rows[] = {
         "what a failed save does to training"),
 };
 
+static const struct option eval_rows[] = {
+    ROW(OPT_STRING, eval_config, step, "step", "newest", 0, 0, NULL, "",
+        "tessera eval: whose weights: newest, best (by checkpoint.keep_metric), or a step number"),
+    ROW(OPT_STRING, eval_config, reference, "reference", "", 0, 0, NULL, "",
+        "tessera eval: against whose: a step number, 0 for initial weights; empty: those the algorithm began from"),
+    ROW(OPT_STRING, eval_config, pairs, "pairs", "", 0, 0, NULL, "",
+        "tessera eval: JSONL file to write, a line a pair; empty: none"),
+};
+
 static const struct option_table top_table = TABLE("", top_rows), run_table = TABLE("run", run_rows),
                                  data_table = TABLE("data", data_rows), algo_table = TABLE("algo", algo_rows),
                                  train_table = TABLE("train", train_rows),
                                  parallel_table = TABLE("parallel", parallel_rows),
                                  memory_table = TABLE("memory", memory_rows),
-                                 checkpoint_table = TABLE("checkpoint", checkpoint_rows);
+                                 checkpoint_table = TABLE("checkpoint", checkpoint_rows),
+                                 eval_table = TABLE("eval", eval_rows);
 
 /* A section's rows and the struct they fill. "algo" has two: the common one and the algorithm's own. */
 struct section {
@@ -145,7 +155,7 @@ struct section {
     void *base;
     const char *chosen_by; /* "" or the kind that brings it, for messages */
 };
-enum { MAX_SECTIONS = 12, MAX_SEEN = 256 };
+enum { MAX_SECTIONS = 16, MAX_SEEN = 256 };
 
 struct sections {
     struct section s[MAX_SECTIONS];
@@ -172,6 +182,7 @@ static struct sections sections_of(struct config *c)
     add_section(&all, &parallel_table, &c->parallel);
     add_section(&all, &memory_table, &c->memory);
     add_section(&all, &checkpoint_table, &c->checkpoint);
+    add_section(&all, &eval_table, &c->eval);
     return all;
 }
 
@@ -345,9 +356,9 @@ static status *check_required(const struct sections *all, const struct assignmen
 
 static status *check_keep(const struct config *c, const char *name)
 {
-    enum { TASK = 3 };
-    static const char *const evaluated[] = { "eval/logps/accuracy", "eval/rewards/accuracy", "eval/logps/margin",
-                                             "eval/task/accuracy" };
+    enum { TASK = 4 };
+    static const char *const evaluated[] = { "eval/loss", "eval/logps/accuracy", "eval/rewards/accuracy",
+                                             "eval/logps/margin", "eval/task/accuracy" };
     const struct checkpoint_config *k = &c->checkpoint;
     const struct algo_ops *a = c->algo_ops;
     if (k->keep_last == 0 && (k->keep_every || k->keep_best))
@@ -367,8 +378,8 @@ static status *check_keep(const struct config *c, const char *name)
         size_t n = strlen(legal);
         snprintf(legal + n, sizeof legal - n, "%s, ", a->metrics[i].name);
     }
-    return ERR(INVALID, "%s: checkpoint.keep_metric: \"%s\" is not one of %s%s, %s, %s, %s", name, k->keep_metric,
-               legal, evaluated[0], evaluated[1], evaluated[2], evaluated[TASK]);
+    return ERR(INVALID, "%s: checkpoint.keep_metric: \"%s\" is not one of %s%s, %s, %s, %s, %s", name, k->keep_metric,
+               legal, evaluated[0], evaluated[1], evaluated[2], evaluated[3], evaluated[TASK]);
 }
 
 /* What single rows cannot say. */
@@ -560,8 +571,8 @@ static bool defines_state(const char *key)
 /* Where a text's key ends the run, it is not news. */
 static bool is_place(const char *key)
 {
-    return !strncmp(key, "checkpoint.", 11) || !strncmp(key, "run.", 4) || !strcmp(key, "threads") ||
-           !strcmp(key, "train.max_seconds");
+    return !strncmp(key, "checkpoint.", 11) || !strncmp(key, "run.", 4) || !strncmp(key, "eval.", 5) ||
+           !strcmp(key, "threads") || !strcmp(key, "train.max_seconds");
 }
 
 static const char *find_line(const char *text, const char *key, size_t key_len, size_t *value_len)
@@ -609,7 +620,8 @@ void config_help(FILE *to)
 {
     static const struct option_table *const common[] = { &top_table,      &run_table,    &data_table,
                                                          &algo_table,     &train_table,  &optim_options,
-                                                         &parallel_table, &memory_table, &checkpoint_table };
+                                                         &parallel_table, &memory_table, &checkpoint_table,
+                                                         &eval_table };
     for (size_t i = 0; i < sizeof common / sizeof common[0]; i++)
         options_help(common[i], to);
     for (int i = 0; model_registry[i]; i++) {

@@ -53,6 +53,10 @@ struct memory_config {
     uint64_t activations;
 };
 
+struct eval_config { /* tessera eval */
+    char *step, *reference, *pairs;
+};
+
 enum { ON_ERROR_WARN, ON_ERROR_STOP };
 enum { KEEP_HIGHEST, KEEP_LOWEST };
 enum { VIEW_AUTO, VIEW_ALWAYS, VIEW_NEVER };
@@ -77,6 +81,7 @@ struct config {
     struct parallel_config parallel;
     struct memory_config memory;
     struct checkpoint_config checkpoint;
+    struct eval_config eval;
     const struct model_ops *model_ops;
     const struct algo_ops *algo_ops;
     void *model, *algo_own; /* the model's and the algorithm's structs */

@@ -5,6 +5,7 @@
 #include "comm/base/mem.h"
 #include "comm/base/rng.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,7 +19,28 @@ static uint32_t chunk_rows(const struct trainer *t, const struct dataset *d, uin
     return (uint32_t)n;
 }
 
-static status *forward_sums(struct trainer *t, struct model *m, struct pack *p, double *sums)
+/* Each row's loss as if it were the whole batch: the pack seen through a window of one row. */
+static void row_losses(struct trainer *t, const struct pack *p, const float *logp, const double *ref, double *loss)
+{
+    const struct phase *now = &t->phase[t->phases - 1];
+    double metric[ALGO_METRICS];
+    for (uint32_t r = 0; r < p->rows; r++) {
+        struct pack one = *p;
+        one.rows = 1;
+        one.row = p->row + r;
+        one.offset = p->offset + 2 * r;
+        one.in.seg.offset = one.offset;
+        one.in.seg.count = 2;
+        struct batch_counts counts = algo_count(p->data, one.row, 1);
+        now->algo->loss(now->algo_config, &one, logp, NULL, ref ? ref + 2 * r : NULL, &counts, t->scratch, NULL,
+                        metric);
+        loss[r] = metric[0];
+    }
+}
+
+/* loss: NULL if it is not wanted. */
+static status *forward_sums(struct trainer *t, struct model *m, struct pack *p, double *sums, const double *ref,
+                            double *loss)
 {
     tape_begin(t->tape, TAPE_FORWARD);
     struct tensor *h = m->ops->forward(m, t->tape, &p->in);
@@ -26,23 +48,37 @@ static status *forward_sums(struct trainer *t, struct model *m, struct pack *p, 
     TRY(tape_end(t->tape));
     const struct phase *now = &t->phase[t->phases - 1]; /* the algorithm's own sums, in its warm-up too */
     algo_sums(now->algo, now->algo_config, p, lp->data, sums);
+    if (loss)
+        row_losses(t, p, lp->data, ref, loss);
     return NULL;
 }
 
-status *evaluate_logps(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p, double *sums)
+/* ref, loss: of preferences, or NULL. */
+static status *evaluate_rows(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p, double *sums,
+                             const double *ref, double *loss)
 {
     uint64_t mb = (uint64_t)t->cfg->train.micro_batch, chunks = (d->rows + mb - 1) / mb, begin, end;
     size_t per_row = (size_t)d->sequences;
     memset(sums, 0, d->rows * per_row * sizeof *sums);
+    if (loss)
+        memset(loss, 0, d->rows * sizeof *loss);
     layout_cut(chunks, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &begin, &end);
     status *st = NULL;
     for (uint64_t k = begin; k < end && !st; k++) {
         pack_build(p, p->row, chunk_rows(t, d, k, p->row));
-        st = forward_sums(t, m, p, sums + k * mb * per_row);
+        st = forward_sums(t, m, p, sums + k * mb * per_row, ref ? ref + k * mb * per_row : NULL,
+                          loss ? loss + k * mb : NULL);
     }
     st = comm_agree(t->dp, st);
     /* every value is one rank's; the others add zero, so the sum is exact in any order */
-    return st ? st : comm_allreduce(t->dp, sums, d->rows * per_row, COMM_F64, COMM_SUM, NULL);
+    if (!st)
+        st = comm_allreduce(t->dp, sums, d->rows * per_row, COMM_F64, COMM_SUM, NULL);
+    return st || !loss ? st : comm_allreduce(t->dp, loss, d->rows, COMM_F64, COMM_SUM, NULL);
+}
+
+status *evaluate_logps(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p, double *sums)
+{
+    return evaluate_rows(t, m, d, p, sums, NULL, NULL);
 }
 
 static int by_group(const void *a, const void *b)
@@ -111,51 +147,78 @@ status *bootstrap_by_group(const uint8_t *right, const uint64_t *group, uint64_t
     return st;
 }
 
-status *evaluate_heldout(struct trainer *t)
+/* A mean that is exact where all values are equal. */
+static void add_to_mean(double *mean, double x, uint64_t before)
+{
+    *mean += (x - *mean) / (double)(before + 1);
+}
+
+/* Whether the algorithm's loss of a held-out pair can be told. */
+static bool has_loss(const struct trainer *t)
+{
+    const struct phase *p = &t->phase[t->phases - 1];
+    return p->algo->data == DATASET_PREFS && (t->ref_heldout.rows || !algo_needs_reference(p->algo, p->algo_config));
+}
+
+status *evaluate_pairs(struct trainer *t, struct evaluation *out)
 {
     const struct dataset *d = t->heldout;
-    if (!d)
-        return NULL;
-    TRY(evaluate_logps(t, t->model, d, &t->heldout_pack, t->heldout_sums));
     if (t->ref_live && !t->ref_heldout_known)
         TRY(evaluate_logps(t, t->ref_model, d, &t->heldout_pack, t->ref_heldout.logp));
     t->ref_heldout_known = t->ref_live;
+    const double *now = t->heldout_sums, *ref = t->ref_heldout.rows ? t->ref_heldout.logp : NULL;
+    bool loss = has_loss(t);
+    TRY(evaluate_rows(t, t->model, d, &t->heldout_pack, t->heldout_sums, ref, loss ? t->heldout_loss : NULL));
     uint8_t *right = mem_calloc(d->rows, 1);
     TRY(comm_agree(t->world, right ? NULL : ERR(NO_MEMORY, "evaluation of %llu rows", (unsigned long long)d->rows)));
-    const double *now = t->heldout_sums, *ref = t->ref_heldout.logp;
-    double margin = 0, preferred = 0;
+    struct evaluation e = { .loss = loss ? 0 : (double)NAN };
     for (uint64_t i = 0; i < d->rows; i++) {
         double delta = now[2 * i] - now[2 * i + 1];
-        preferred += delta > 0;
-        if (!t->ref_heldout.rows)
-            continue;
-        delta -= ref[2 * i] - ref[2 * i + 1];
-        margin += delta;
+        e.preferred += delta > 0;
+        delta -= ref ? ref[2 * i] - ref[2 * i + 1] : 0;
+        e.margin += delta;
         right[i] = delta > 0;
+        if (loss)
+            add_to_mean(&e.loss, t->heldout_loss[i], i);
     }
-    struct interval ci;
-    status *st = bootstrap_by_group(right, d->group, d->rows, (uint64_t)t->cfg->run.seed, &ci);
+    status *st = bootstrap_by_group(right, d->group, d->rows, (uint64_t)t->cfg->run.seed, &e.accuracy);
     mem_free(right);
     TRY(comm_agree(t->world, st));
-    double n = (double)d->rows;
+    e.preferred /= (double)d->rows;
+    e.margin /= (double)d->rows;
+    *out = e;
+    return NULL;
+}
+
+status *evaluate_heldout(struct trainer *t)
+{
+    if (!t->heldout)
+        return NULL;
+    struct evaluation e;
+    TRY(evaluate_pairs(t, &e));
+    unsigned long long step = t->step, rows = t->heldout->rows;
     metrics_begin(t->metrics, "eval", t->step);
-    metrics_integer(t->metrics, "rows", d->rows);
-    metrics_number(t->metrics, "logps/accuracy", preferred / n);
-    trainer_watch(t, "eval/logps/accuracy", preferred / n);
+    metrics_integer(t->metrics, "rows", t->heldout->rows);
+    metrics_number(t->metrics, "logps/accuracy", e.preferred);
+    trainer_watch(t, "eval/logps/accuracy", e.preferred);
+    if (has_loss(t)) {
+        trainer_watch(t, "eval/loss", e.loss);
+        metrics_number(t->metrics, "loss", e.loss);
+    }
     if (t->ref_heldout.rows) {
-        trainer_watch(t, "eval/rewards/accuracy", ci.mean);
-        trainer_watch(t, "eval/logps/margin", margin / n);
-        metrics_number(t->metrics, "rewards/accuracy", ci.mean);
-        metrics_number(t->metrics, "rewards/accuracy_lo", ci.lo);
-        metrics_number(t->metrics, "rewards/accuracy_hi", ci.hi);
-        metrics_number(t->metrics, "logps/margin", margin / n);
+        trainer_watch(t, "eval/rewards/accuracy", e.accuracy.mean);
+        trainer_watch(t, "eval/logps/margin", e.margin);
+        metrics_number(t->metrics, "rewards/accuracy", e.accuracy.mean);
+        metrics_number(t->metrics, "rewards/accuracy_lo", e.accuracy.lo);
+        metrics_number(t->metrics, "rewards/accuracy_hi", e.accuracy.hi);
+        metrics_number(t->metrics, "logps/margin", e.margin);
         metrics_say(t->metrics,
-                    "step %llu: held-out reward accuracy %.4f (95 %% interval by problem %.4f to %.4f, %llu pairs); "
-                    "chosen more likely than rejected: %.4f",
-                    (unsigned long long)t->step, ci.mean, ci.lo, ci.hi, (unsigned long long)d->rows, preferred / n);
+                    "step %llu: held-out reward accuracy %.4f (95 %% interval by problem %.4f to %.4f, %llu pairs), "
+                    "loss %.6f; chosen more likely than rejected: %.4f",
+                    step, e.accuracy.mean, e.accuracy.lo, e.accuracy.hi, rows, e.loss, e.preferred);
     } else {
         metrics_say(t->metrics, "step %llu: held-out pairs whose chosen solution is the more likely one: %.4f of %llu",
-                    (unsigned long long)t->step, preferred / n, (unsigned long long)d->rows);
+                    step, e.preferred, rows);
     }
     metrics_end(t->metrics);
     return NULL;

@@ -1,4 +1,4 @@
-/* tessera: the program. `tessera train CONFIG [key=value ...]`, `tessera ckpt ...`, `tessera data ...`,
+/* tessera: the program. `tessera train|eval CONFIG [key=value ...]`, `tessera ckpt ...`, `tessera data ...`,
  * `tessera bench ...`. Errors are printed here, once. */
 #include "ckpt/ckpt.h"
 #include "comm/agree.h"
@@ -15,6 +15,7 @@ static const char usage[] =
     "usage: tessera train CONFIG [key=value ...]     train, under mpirun or srun; resumes from "
     "the newest valid checkpoint\n"
     "       tessera train --help-config              every key of a config\n"
+    "       tessera eval CONFIG [eval.step=best ...] score the held-out pairs under saved weights\n"
     "       tessera ckpt VERB URL ...                look at checkpoints, compare and tidy them (tessera ckpt --help)\n"
     "       tessera data prepare|show ...            make and look at training data\n"
     "       tessera bench save|load ...              under mpirun: rates, and what saves cost\n";
@@ -41,6 +42,37 @@ static status *train_config(struct comm *world, const struct log *log, int argc,
     st = status_first(st, trainer_close(t));
     config_free(cfg);
     return st;
+}
+
+static status *eval_config(struct comm *world, const struct log *log, int argc, char **argv)
+{
+    struct config *cfg = NULL;
+    TRY(config_load(world, argv[0], argc - 1, argv + 1, &cfg));
+    struct trainer *t = NULL;
+    status *st = trainer_open_eval(cfg, world, log, &t);
+    if (!st)
+        st = trainer_eval(t);
+    st = status_first(st, trainer_close(t));
+    config_free(cfg);
+    return st;
+}
+
+static int eval(int argc, char **argv)
+{
+    struct log log = { LOG_INFO, -1 };
+    struct comm *world = NULL;
+    status *st = comm_open(backend_of(argc, argv), NULL, NULL, &world);
+    if (st) {
+        log_status(&log, LOG_ERROR, st);
+        return status_exit_code(st);
+    }
+    st = argc ? eval_config(world, &log, argc, argv) : ERR(INVALID, "eval: which CONFIG?\n%s", usage);
+    if (world->rank == 0)
+        log_status(&log, LOG_ERROR, st);
+    int code = status_exit_code(st);
+    status_free(st);
+    comm_close(world);
+    return code;
 }
 
 static int train(int argc, char **argv)
@@ -115,6 +147,8 @@ int main(int argc, char **argv)
     const char *verb = argc > 1 ? argv[1] : "";
     if (!strcmp(verb, "train"))
         return train(argc - 2, argv + 2);
+    if (!strcmp(verb, "eval"))
+        return eval(argc - 2, argv + 2);
     if (!strcmp(verb, "bench"))
         return bench(argc - 2, argv + 2);
     if (!strcmp(verb, "ckpt"))

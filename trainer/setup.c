@@ -70,7 +70,8 @@ static status *open_scratch(struct trainer *t)
     t->scratch = mem_array(NULL, (size_t)segments * 5, sizeof *t->scratch);
     t->scalar = mem_calloc((size_t)k * ALGO_METRICS, sizeof *t->scalar);
     t->heldout_sums = t->heldout ? mem_array(NULL, t->heldout->rows * 2, sizeof *t->heldout_sums) : NULL;
-    return t->dlogp && t->scratch && t->scalar && (!t->heldout || t->heldout_sums)
+    t->heldout_loss = t->heldout ? mem_array(NULL, t->heldout->rows, sizeof *t->heldout_loss) : NULL;
+    return t->dlogp && t->scratch && t->scalar && (!t->heldout || (t->heldout_sums && t->heldout_loss))
                ? NULL
                : ERR(NO_MEMORY, "work space of a step");
 }
@@ -155,13 +156,18 @@ static status *dry_runs(struct trainer *t)
     return comm_agree(t->world, st);
 }
 
-static status *open_zero(struct trainer *t)
+static status *open_mesh(struct trainer *t)
 {
     const struct config *c = t->cfg;
     t->mesh = (struct mesh){ { (int)c->parallel.pp, (int)c->parallel.dp, (int)c->parallel.ep, (int)c->parallel.cp,
                                (int)c->parallel.tp } };
     TRY(mesh_init(&t->mesh, t->world->size));
-    TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->dp));
+    return mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->dp);
+}
+
+static status *open_zero(struct trainer *t)
+{
+    const struct config *c = t->cfg;
     struct zero_options o = { .stage = (int)c->parallel.zero,
                               .deterministic = c->train.deterministic,
                               .lanes = (int)c->train.lanes,
@@ -177,13 +183,14 @@ static void say_warning(void *arg, const char *line)
     metrics_say(t->metrics, "warning: %s", line);
 }
 
-static status *open_checkpoint(struct trainer *t)
+static status *open_checkpoint(struct trainer *t, bool read_only)
 {
     const struct checkpoint_config *c = &t->cfg->checkpoint;
     if (!*c->url)
         return NULL;
     struct tessera_options o = TESSERA_OPTIONS;
     o.url = c->url;
+    o.read_only = read_only;
     o.keep_last = (int)c->keep_last;
     o.keep_every = (uint64_t)c->keep_every;
     o.keep_best = (int)c->keep_best;
@@ -218,12 +225,45 @@ static status *open_all(struct trainer *t)
     TRY(dry_runs(t));
     TRY(comm_agree(t->world, task_eval_open(t)));
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
+    TRY(open_mesh(t));
     TRY(open_zero(t));
-    TRY(open_checkpoint(t));
+    TRY(open_checkpoint(t, false));
     return state_resume(t);
 }
 
-status *trainer_open(struct config *cfg, struct comm *world, const struct log *log, struct trainer **out)
+/* One phase without data: the algorithm, for its sums and its loss. */
+static status *open_eval_data(struct trainer *t)
+{
+    const struct config *c = t->cfg;
+    if (c->algo_ops->data != DATASET_PREFS || !*c->data.heldout || !*c->checkpoint.url)
+        return ERR(INVALID, "eval needs %s",
+                   c->algo_ops->data != DATASET_PREFS ? "an algorithm of preference pairs (algo.kind: dpo)"
+                   : !*c->data.heldout                ? "data.heldout: the pairs to evaluate"
+                                                      : "checkpoint.url: where the weights are");
+    TRY(dataset_open(c->data.heldout, DATASET_PREFS, (uint32_t)c->data.max_length, &t->heldout));
+    t->phase[0] = (struct phase){ .name = c->algo_ops->name, .algo = c->algo_ops, .algo_config = c->algo_own };
+    t->phases = 1;
+    TRY(pack_init(&t->heldout_pack, t->heldout, (uint32_t)c->train.micro_batch));
+    TRY(ref_logps_init(&t->ref_heldout, t->heldout));
+    return open_scratch(t);
+}
+
+static status *open_for_eval(struct trainer *t)
+{
+    int ranks_here = 1;
+    TRY(count_local_ranks(t->world, &ranks_here));
+    status *st = open_eval_data(t);
+    if (!st)
+        st = open_model(t, ranks_here);
+    TRY(comm_agree(t->world, st));
+    TRY(comm_agree(t->world, dry_run(t, &t->heldout_pack)));
+    params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
+    TRY(open_mesh(t));
+    return open_checkpoint(t, true);
+}
+
+static status *open_trainer(struct config *cfg, struct comm *world, const struct log *log,
+                            status *(*open)(struct trainer *), struct trainer **out)
 {
     struct trainer *t = mem_calloc(1, sizeof *t);
     TRY(comm_agree(world, t ? NULL : ERR(NO_MEMORY, "trainer")));
@@ -238,7 +278,17 @@ status *trainer_open(struct config *cfg, struct comm *world, const struct log *l
                            .resumed_from = UINT64_MAX,
                            .tick = TESSERA_TICK };
     *out = t; /* also on error: trainer_close accepts what is there */
-    return open_all(t);
+    return open(t);
+}
+
+status *trainer_open(struct config *cfg, struct comm *world, const struct log *log, struct trainer **out)
+{
+    return open_trainer(cfg, world, log, open_all, out);
+}
+
+status *trainer_open_eval(struct config *cfg, struct comm *world, const struct log *log, struct trainer **out)
+{
+    return open_trainer(cfg, world, log, open_for_eval, out);
 }
 
 status *trainer_close(struct trainer *t)
@@ -269,6 +319,7 @@ status *trainer_close(struct trainer *t)
     mem_free(t->scratch);
     mem_free(t->scalar);
     mem_free(t->heldout_sums);
+    mem_free(t->heldout_loss);
     metrics_close(t->metrics);
     mem_free(t);
     return st;

@@ -331,6 +331,27 @@ status *state_save(struct trainer *t, bool needed)
     return t->cfg->checkpoint.async ? NULL : state_finish(t);
 }
 
+/* --- reading */
+
+status *state_load_weights(struct trainer *t, uint64_t step, const char *part)
+{
+    const struct params *ps = &t->model->params;
+    char role[64];
+    snprintf(role, sizeof role, "model=%s", part);
+    const char *const roles[] = { role, NULL };
+    struct tessera_load_options o = TESSERA_LOAD_OPTIONS;
+    o.roles = roles;
+    o.allow = TESSERA_ALLOW_UNEXPECTED; /* names that share their memory with another */
+    tessera_state_free(t->state);
+    t->state = NULL;
+    status *st = tessera_state_new(t->ckpt, &t->state);
+    for (int i = 0; i < ps->count && !st; i++)
+        if (ps->p[i].alias < 0)
+            st = add_param(t, ps, &ps->p[i]);
+    TRY(comm_agree(t->world, st));
+    return tessera_load_parts(t->ckpt, t->state, step, &o);
+}
+
 /* --- resuming */
 
 static status *blob_of(struct trainer *t, const char *part, const char *name, size_t bytes, const unsigned char **out)

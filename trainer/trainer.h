@@ -54,6 +54,7 @@ struct trainer {
     double *scalar;                    /* [K * ALGO_METRICS] metrics of own micro-batches */
     double *heldout_sums;              /* [heldout rows * 2] */
     struct task_eval *task_eval;       /* NULL: no data.tasks */
+    double *heldout_loss;              /* [heldout rows] */
 
     tessera *ckpt; /* NULL: no checkpoints */
     tessera_state *state;
@@ -76,6 +77,13 @@ struct trainer {
 
 /* Everything but the first step: data, model, optimiser, checkpoint root, resume. Collective. */
 status *trainer_open(struct config *cfg, struct comm *world, const struct log *log, struct trainer **out) WARN_UNUSED;
+/* Only what an evaluation of data.heldout needs, with initial weights and the checkpoint root to read from; nothing is
+ * written. The algorithm must be one of pairs. Collective. */
+status *trainer_open_eval(struct config *cfg, struct comm *world, const struct log *log,
+                          struct trainer **out) WARN_UNUSED;
+/* `tessera eval`: the weights that section eval names, on data.heldout: one JSON object on stdout, and eval.pairs.
+ * Collective. */
+status *trainer_eval(struct trainer *t) WARN_UNUSED;
 /* Train to the last step, evaluate, save. Collective. */
 status *trainer_run(struct trainer *t) WARN_UNUSED;
 /* Waits for the save in flight. Accepts a half-open trainer. Collective. */
@@ -86,8 +94,6 @@ status *trainer_close(struct trainer *t) WARN_UNUSED;
  * all ranks. Collective. */
 status *evaluate_logps(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p,
                        double *sums) WARN_UNUSED;
-/* Reward accuracy on data.heldout, logged as event "eval". Without held-out data nothing happens. Collective. */
-status *evaluate_heldout(struct trainer *t) WARN_UNUSED;
 /* Fraction of right[i] over n rows with a 95 % percentile bootstrap over groups (2,000 resamples, Philox stream
  * RNG_BOOTSTRAP). */
 struct interval {
@@ -95,6 +101,19 @@ struct interval {
 };
 status *bootstrap_by_group(const uint8_t *right, const uint64_t *group, uint64_t n, uint64_t seed,
                            struct interval *out) WARN_UNUSED;
+/* Of data.heldout: the mean loss of a pair, each taken as a batch of its own (NAN: there is none, as before the
+ * algorithm's reference is known, or with a loss that needs a whole batch's KL), the share of pairs whose log-ratio
+ * grew more (or fell less) for the chosen side, with its interval, that growth's mean, and the share of pairs whose
+ * chosen side is the likelier one. A constant loss has exactly that mean. */
+struct evaluation {
+    double loss, margin, preferred;
+    struct interval accuracy;
+};
+/* Score data.heldout under the present weights, with t->ref_heldout as the reference (rows 0: none); what single pairs
+ * have stays in heldout_sums and heldout_loss. Collective. */
+status *evaluate_pairs(struct trainer *t, struct evaluation *out) WARN_UNUSED;
+/* The same, logged as event "eval". Without held-out data nothing happens. Collective. */
+status *evaluate_heldout(struct trainer *t) WARN_UNUSED;
 
 /* evaluate_tasks.c */
 /* Read data.tasks, if given, and take memory to generate for it. Closing accepts what a failed open left. */
@@ -115,6 +134,8 @@ status *state_resume(struct trainer *t) WARN_UNUSED; /* from the newest valid st
  * ask for; what the last call's asked for is in t->tick.flag[TICK_ASK], t->tick.flag[TICK_TIMED]. Collective */
 enum { TICK_ASK, TICK_TIMED };
 status *state_tick(struct trainer *t) WARN_UNUSED;
+/* The parameters alone, from `part` of a step ("model", "ref/model"). Collective. */
+status *state_load_weights(struct trainer *t, uint64_t step, const char *part) WARN_UNUSED;
 status *state_finish(struct trainer *t) WARN_UNUSED; /* wait for the save in flight. Collective */
 uint32_t state_weights_crc(const struct trainer *t); /* of the block of parameters */
 
