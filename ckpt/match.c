@@ -24,6 +24,7 @@ struct match {
     const tessera_state *s;
     const struct tessera_load_options *o;
     uint8_t *mark;            /* [tensors of the step + 1], enum mark; the last: whether anything was selected */
+    uint8_t *behind;          /* [the state's pieces] 1: an alias has asked for it */
     struct state_bytes found; /* entries: the list's number, name, NUL, what is wrong, NUL */
 };
 
@@ -172,6 +173,31 @@ static status *want_piece(const struct match *x, const struct state_piece *p, ui
     return NULL;
 }
 
+/* An alias whose target is not chosen, or is nowhere: the target's memory, which is its own, is filled from what is
+ * stored under the alias' name, or else under the target's. Once, however many aliases ask. */
+static status *look_behind(struct match *x, const struct state_piece *alias, int64_t found, const char *part,
+                           struct match_fill *f)
+{
+    char detail[DETAIL_BYTES];
+    if (match_selected(x->o->names, alias->alias_of))
+        return NULL; /* it is loaded by itself */
+    if (found < 0)
+        found = metadata_find(x->m, part, alias->alias_of);
+    if (found < 0)
+        return note(x, TESSERA_MISSING, alias->part, alias->name, "");
+    x->mark[found] = MARK_WANTED;
+    for (size_t i = 0; i < x->s->count; i++) {
+        const struct state_piece *p = &x->s->piece[i];
+        if (strcmp(p->name, alias->alias_of) != 0 || strcmp(p->part, alias->part) != 0 || p->alias_of || x->behind[i])
+            continue;
+        x->behind[i] = 1;
+        if (!fits(x, p, &x->m->tensor[found], detail))
+            return note(x, TESSERA_MISSHAPEN, alias->part, alias->name, detail);
+        TRY(want_piece(x, p, (uint64_t)found, f, &f->bounce[i]));
+    }
+    return NULL;
+}
+
 static status *look_at(struct match *x, const struct state_piece *p, struct match_fill *f, struct match_bounce *bounce)
 {
     char part[PART_BYTES], detail[DETAIL_BYTES];
@@ -184,7 +210,7 @@ static status *look_at(struct match *x, const struct state_piece *p, struct matc
     if (found >= 0)
         x->mark[found] = MARK_WANTED;
     if (p->alias_of) /* its bytes are its target's */
-        return NULL;
+        return look_behind(x, p, found, part, f);
     if (found < 0)
         return note(x, TESSERA_MISSING, p->part, p->name, "");
     if (!fits(x, p, &x->m->tensor[found], detail))
@@ -201,7 +227,8 @@ static status *look(struct match *x, struct match_fill *f)
     x->mark = mem_calloc(x->m->tensor_count + 1, 1);
     f->want = mem_calloc(n + 1, sizeof *f->want);
     f->bounce = mem_calloc(n + 1, sizeof *f->bounce);
-    if (!x->mark || !f->want || !f->bounce)
+    x->behind = mem_calloc(n + 1, 1);
+    if (!x->mark || !x->behind || !f->want || !f->bounce)
         return ERR(NO_MEMORY, "a load of %zu pieces", n);
     for (size_t i = 0; i < n; i++)
         TRY(look_at(x, &x->s->piece[i], f, &f->bounce[i]));
@@ -381,6 +408,7 @@ status *match_state(struct comm *c, const struct device *dev, const struct metad
     if (!st)
         st = comm_agree(c, judge(&x, lists));
     mem_free(x.mark);
+    mem_free(x.behind);
     mem_free(x.found.data);
     return st;
 }

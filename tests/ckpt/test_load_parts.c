@@ -305,6 +305,79 @@ static status *cast_job(struct comm *world, void *arg)
     return tessera_close(t);
 }
 
+/* ---- tied weights: "head.weight" is stored as an alias of "embed.weight" */
+
+static status *tied_load(tessera *t, struct some *s, const char *only, int allow)
+{
+    struct tessera_load_options o = TESSERA_LOAD_OPTIONS;
+    o.names = only ? (const char *const[]){ only, NULL } : NULL;
+    o.allow = allow;
+    return tessera_load_parts(t, s->state, 3, &o);
+}
+
+static status *alias_job(struct comm *world, void *arg)
+{
+    static const uint64_t wrong[2] = { ROWS, COLS + 1 };
+    const char *model = "policy/model";
+    tessera *t;
+    struct some s;
+    TRY(open_root(world, arg, true, &t));
+    /* an alias in both: only the alias is chosen, or only the target; strided, and cast */
+    for (int k = 0; k < 8; k++) {
+        int type = k & 4 ? TESSERA_F64 : TESSERA_F32;
+        TRY(begin(world, &s));
+        TRY(add(&s, model, "head.weight", type, NULL, false, "embed.weight")); /* before its target */
+        TRY(add(&s, model, "embed.weight", type, NULL, k & 2, NULL));
+        TRY(add(&s, model, "head.again", type, NULL, false, "embed.weight"));
+        TRY(tied_load(t, &s, k & 1 ? "head.*" : "embed.*", TESSERA_ALLOW_CAST));
+        TRY(holds(&s, 1, EMBED, TESSERA_F32));
+        TRY(check_lists(t, &(struct lists){ { NULL } }));
+        tessera_state_free(s.state);
+    }
+    /* stored as an alias, wanted as a tensor of its own: with its target, and alone */
+    TRY(begin(world, &s));
+    TRY(add(&s, model, "head.weight", TESSERA_F32, NULL, false, NULL));
+    TRY(add(&s, model, "embed.weight", TESSERA_F32, NULL, false, NULL));
+    TRY(tied_load(t, &s, "head.weight", 0));
+    TRY(holds(&s, 0, EMBED, TESSERA_F32));
+    TRY(holds(&s, 1, -1, 0));
+    TRY(tied_load(t, &s, "*.weight", 0));
+    TRY(holds(&s, 0, EMBED, TESSERA_F32));
+    TRY(holds(&s, 1, EMBED, TESSERA_F32));
+    tessera_state_free(s.state);
+    /* stored as tensors of their own, wanted as an alias: the target's bytes, or, chosen alone, the alias' */
+    TRY(begin(world, &s));
+    TRY(add(&s, "teacher/model", "embed.weight", TESSERA_F16, NULL, false, NULL));
+    TRY(add(&s, "teacher/model", "layer.0.norm", TESSERA_F16, NULL, false, "embed.weight"));
+    TRY(tied_load(t, &s, NULL, 0));
+    TRY(holds(&s, 0, T_EMBED, TESSERA_F16));
+    TRY(tied_load(t, &s, "layer.0.norm", TESSERA_ALLOW_CAST));
+    TRY(holds(&s, 0, T_NORM, TESSERA_F32));
+    EXPECT_ERROR(tied_load(t, &s, "layer.0.norm", 0), INVALID, "1 misshapen: teacher/model/layer.0.norm");
+    tessera_state_free(s.state);
+    /* nowhere; under the target's name alone; of another shape */
+    TRY(begin(world, &s));
+    TRY(add(&s, model, "nowhere", TESSERA_F32, NULL, false, NULL));
+    TRY(add(&s, model, "tied", TESSERA_F32, NULL, false, "nowhere"));
+    EXPECT_ERROR(tied_load(t, &s, "tied", 0), NOT_FOUND, "1 missing: policy/model/tied");
+    tessera_state_free(s.state);
+    TRY(begin(world, &s));
+    TRY(add(&s, model, "embed.weight", TESSERA_F32, NULL, false, NULL));
+    TRY(add(&s, model, "new.name", TESSERA_F32, NULL, false, "embed.weight"));
+    TRY(tied_load(t, &s, "new.name", 0));
+    TRY(holds(&s, 0, EMBED, TESSERA_F32));
+    tessera_state_free(s.state);
+    TRY(begin(world, &s));
+    TRY(add(&s, model, "embed.weight", TESSERA_F32, wrong, false, NULL));
+    struct tessera_tensor a = TESSERA_TENSOR;
+    a.part = model, a.name = "head.weight", a.dtype = TESSERA_F32, a.ndim = 2, a.alias_of = "embed.weight";
+    a.shape[0] = wrong[0], a.shape[1] = wrong[1];
+    TRY(tessera_state_add_tensor(s.state, &a));
+    EXPECT_ERROR(tied_load(t, &s, "head.weight", 0), INVALID, "1 misshapen: policy/model/head.weight has shape");
+    tessera_state_free(s.state);
+    return tessera_close(t);
+}
+
 /* ---- lists: what one rank alone wants counts for all */
 
 static status *lists_job(struct comm *world, void *arg)
@@ -489,6 +562,12 @@ static void test_casts(void **state)
     each(cast_job);
 }
 
+static void test_aliases(void **state)
+{
+    (void)state;
+    each(alias_job);
+}
+
 static void test_lists(void **state)
 {
     (void)state;
@@ -516,8 +595,9 @@ static void test_listing(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_select), cmocka_unit_test(test_roles),      cmocka_unit_test(test_casts),
-        cmocka_unit_test(test_lists),  cmocka_unit_test(test_many_names), cmocka_unit_test(test_listing),
+        cmocka_unit_test(test_select),  cmocka_unit_test(test_roles), cmocka_unit_test(test_casts),
+        cmocka_unit_test(test_aliases), cmocka_unit_test(test_lists), cmocka_unit_test(test_many_names),
+        cmocka_unit_test(test_listing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
