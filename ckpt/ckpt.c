@@ -184,6 +184,7 @@ static status *open_writing(tessera *t)
 
 static status *free_handle(tessera *t)
 {
+    pin_close(t->pin);
     pipeline_close(t->pipe);
     status *st = keeper_close(t->keeper);
     vote_metadata_free(t->save.metadata);

@@ -2,8 +2,8 @@
  * (tables) and for programs (--json), on stdout.
  *
  * A verb is a row of `verbs`. Texts that come out of a checkpoint (names, build) are printed with control characters
- * replaced, or escaped in JSON, for whoever made the file may be no friend. ls, show, verify and diff write
- * nothing. */
+ * replaced, or escaped in JSON, for whoever made the file may be no friend. ls and show write nothing, verify and
+ * diff nothing but a reader's pin (pin.h). */
 #include "ckpt/cli.h"
 #include "ckpt/ckpt.h"
 #include "ckpt/commit.h"
@@ -110,12 +110,51 @@ static void print_shape(const char *name, int ndim, const uint64_t dim[LAYOUT_DI
 
 /* ---- What a step sums up to */
 
+/* Of its own files. */
 static uint64_t file_bytes(const struct metadata *m)
 {
     uint64_t n = 0;
     for (uint64_t i = 0; i < m->file_count; i++)
-        n += m->file[i].bytes;
+        n += m->file[i].owner ? 0 : m->file[i].bytes;
     return n;
+}
+
+static uint64_t own_files(const struct metadata *m)
+{
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < m->file_count; i++)
+        n += m->file[i].owner == 0;
+    return n;
+}
+
+/* "step 10", "step 10 of file:/PATH" */
+static void print_owner(const struct meta_owner *o)
+{
+    printf("step %" PRIu64, o->step);
+    if (o->url)
+        fputs(" of ", stdout);
+    cli_print(o->url ? o->url : "");
+}
+
+static void owner_json(const struct meta_owner *o)
+{
+    printf("{\"step\":%" PRIu64 ",\"run\":\"%016" PRIx64 "\",\"attempt\":\"%016" PRIx64 "\",\"url\":", o->step,
+           o->run_id, o->attempt);
+    if (o->url)
+        print_json(o->url);
+    else
+        fputs("null", stdout);
+    putchar('}');
+}
+
+static void owners_json(const struct metadata *m)
+{
+    fputs("\"owners\":[", stdout);
+    for (uint64_t i = 0; i < m->owner_count; i++) {
+        fputs(i ? "," : "", stdout);
+        owner_json(&m->owner[i]);
+    }
+    putchar(']');
 }
 
 static int by_text(const void *a, const void *b)
@@ -164,7 +203,7 @@ static status *ls_row(const struct metadata *m, bool json)
     if (json)
         printf("{\"step\":%" PRIu64 ",\"bytes\":%" PRIu64 ",\"files\":%" PRIu64 ",\"tensors\":%" PRIu64
                ",\"blobs\":%" PRIu64 ",\"parts\":[",
-               m->step, file_bytes(m), m->file_count, m->tensor_count, m->blob_count);
+               m->step, file_bytes(m), own_files(m), m->tensor_count, m->blob_count);
     else
         printf("%12" PRIu64 "  %10s  %7" PRIu64 "  %016" PRIx64 "  %7s  ", m->step, size, m->tensor_count, m->attempt,
                age);
@@ -180,10 +219,16 @@ static status *ls_row(const struct metadata *m, bool json)
     if (json) {
         fputs("],", stdout);
         print_ids_json(m);
+        putchar(',');
+        owners_json(m);
         fputs(",\"damage\":null}", stdout);
-    } else {
-        putchar('\n');
+        return NULL;
     }
+    for (uint64_t i = 0; i < m->owner_count; i++) {
+        fputs(i ? ", " : "  refers to ", stdout);
+        print_owner(&m->owner[i]);
+    }
+    putchar('\n');
     return NULL;
 }
 
@@ -281,6 +326,19 @@ static void show_tensor_json(const struct metadata *m, const struct meta_tensor 
         print_json(t->alias_of);
     else
         fputs("null", stdout);
+    fputs(",\"reference\":", stdout);
+    const struct meta_owner *o = metadata_owner(m, t);
+    if (o) {
+        fputs("{\"part\":", stdout);
+        print_json(t->owner_part);
+        fputs(",\"name\":", stdout);
+        print_json(t->owner_name);
+        fputs(",\"owner\":", stdout);
+        owner_json(o);
+        putchar('}');
+    } else {
+        fputs("null", stdout);
+    }
     printf(",\"bytes\":%" PRIu64 ",\"pieces\":[", tensor_bytes(m, t));
     for (uint64_t i = 0; i < t->piece_count; i++) {
         const struct meta_piece *p = &m->piece[t->first_piece + i];
@@ -305,9 +363,12 @@ static void show_json(const struct metadata *m, const struct mark_list *marks)
     for (uint64_t i = 0; i < m->file_count; i++) {
         fputs(i ? ",\n{\"name\":" : "\n{\"name\":", stdout);
         print_json(m->file[i].name);
-        printf(",\"bytes\":%" PRIu64 ",\"header_bytes\":%" PRIu64 "}", m->file[i].bytes, m->file[i].header_bytes);
+        printf(",\"bytes\":%" PRIu64 ",\"header_bytes\":%" PRIu64 ",\"step\":%" PRIu64 "}", m->file[i].bytes,
+               m->file[i].header_bytes, m->file[i].owner ? m->owner[m->file[i].owner - 1].step : m->step);
     }
-    fputs("],\n\"tensors\":[", stdout);
+    fputs("],\n", stdout);
+    owners_json(m);
+    fputs(",\n\"tensors\":[", stdout);
     for (uint64_t i = 0; i < m->tensor_count; i++) {
         fputs(i ? ",\n" : "\n", stdout);
         show_tensor_json(m, &m->tensor[i]);
@@ -344,7 +405,17 @@ static void show_tensor(const struct metadata *m, const struct meta_tensor *t)
         printf("  %" PRIu64 " bytes in %" PRIu64 " piece%s", tensor_bytes(m, t), t->piece_count,
                t->piece_count == 1 ? "" : "s");
     }
-    puts(t->trainable ? "" : "  frozen");
+    fputs(t->trainable ? "" : "  frozen", stdout);
+    const struct meta_owner *o = metadata_owner(m, t);
+    if (o) {
+        fputs("  in ", stdout);
+        print_owner(o);
+        fputs(" as ", stdout);
+        cli_print(t->owner_part);
+        putchar(' ');
+        cli_print(t->owner_name);
+    }
+    putchar('\n');
 }
 
 static void show_plain(const struct metadata *m)
@@ -355,13 +426,18 @@ static void show_plain(const struct metadata *m)
     mesh_text(&m->mesh, mesh, sizeof mesh);
     printf("step %" PRIu64 "  %s in %" PRIu64 " files  %s old\nrun %016" PRIx64 "  attempt %016" PRIx64
            "  parent %016" PRIx64 "\nranks %u  %s  build ",
-           m->step, size, m->file_count, age, m->run_id, m->attempt, m->parent_attempt, m->world, mesh);
+           m->step, size, own_files(m), age, m->run_id, m->attempt, m->parent_attempt, m->world, mesh);
     cli_print(m->build ? m->build : "");
     printf("\nfiles (%" PRIu64 ")\n", m->file_count);
     for (uint64_t i = 0; i < m->file_count; i++) {
         fputs("  ", stdout);
         cli_print(m->file[i].name);
-        printf("  %" PRIu64 " bytes\n", m->file[i].bytes);
+        printf("  %" PRIu64 " bytes", m->file[i].bytes);
+        if (m->file[i].owner) {
+            fputs("  of ", stdout);
+            print_owner(&m->owner[m->file[i].owner - 1]);
+        }
+        putchar('\n');
     }
     printf("tensors (%" PRIu64 ")\n", m->tensor_count);
     for (uint64_t i = 0; i < m->tensor_count; i++)
@@ -421,7 +497,8 @@ static const struct verb {
     { "show", "URL [STEP] [--json]", "one step (the newest): files, tensors with type, shape and pieces, blobs",
       do_show, STEP | JSON },
     { "verify", "URL [STEP] [-j N]",
-      "read every byte of one or all steps with N threads; one line a damage, and exit code 71 if there is any. Under "
+      "read every byte of one or all steps, also what lies in others, with N threads; one line a damage, and exit code "
+      "71 if there is any. Under "
       "mpirun the ranks share the work",
       cli_verify, STEP | THREADS },
     { "diff", "URL [STEP] URL [STEP]",

@@ -6,6 +6,8 @@
  * that. */
 #include "ckpt/cast.h"
 #include "ckpt/cli.h"
+#include "ckpt/pin.h"
+#include "ckpt/refs.h"
 #include "ckpt/reshard.h"
 #include "comm/base/mem.h"
 
@@ -20,6 +22,8 @@ struct side {
     struct store *store;
     uint64_t step;
     struct metadata *m;
+    struct origins from;
+    struct pin *pin;
 };
 
 struct diff {
@@ -46,8 +50,9 @@ static status *read_elems(const struct side *s, const struct meta_piece *p, size
                           void *out)
 {
     char key[STORE_KEY_BYTES];
-    TRY(commit_file_key(s->step, s->m->file[p->file].name, key));
-    return store_get(s->store, key, p->offset + lo * elem, out, (size_t)((hi - lo) * elem));
+    const struct meta_file *f = &s->m->file[p->file];
+    TRY(origins_key(s->m, f, key));
+    return store_get(origins_store(&s->from, f), key, p->offset + lo * elem, out, (size_t)((hi - lo) * elem));
 }
 
 /* One copy of b's elements to their places in run_b, a bounded part of the stored run at a time. */
@@ -261,7 +266,11 @@ static status *open_side(const struct request *r, int *at, struct side *out)
         st = ERR(NOT_FOUND, "%s: no committed step", text);
     out->step = has_step || st ? step : l.step[l.count - 1];
     step_list_free(&l);
-    return st ? st : status_wrap(commit_read(out->store, out->step, &out->m), "%s", text);
+    if (!st)
+        status_free(pin_open(out->store, out->step, 0, &out->pin)); /* better with one, and fine without */
+    if (!st)
+        st = status_wrap(commit_read(out->store, out->step, &out->m), "%s", text);
+    return st ? st : origins_open(out->store, out->m, &out->from);
 }
 
 static status *run_diff(const struct request *r, struct diff *d)
@@ -292,6 +301,10 @@ status *cli_diff(const struct request *r)
     mem_free(d.run_a);
     mem_free(d.run_b);
     mem_free(d.read);
+    pin_close(d.a.pin);
+    pin_close(d.b.pin);
+    origins_close(&d.a.from);
+    origins_close(&d.b.from);
     metadata_free(d.a.m);
     metadata_free(d.b.m);
     store_close(d.a.store);

@@ -4,6 +4,7 @@
  * moment is. gc holds it too where it is free; beside a live job it spares that job's attempt. mark needs none
  * (retain.c). */
 #include "ckpt/cli.h"
+#include "ckpt/pin.h"
 #include "comm/base/mem.h"
 
 #include <inttypes.h>
@@ -60,6 +61,34 @@ static status *newest_valid(struct store *s, const struct step_list *l, uint64_t
     return NULL;
 }
 
+/* Refuse what a step that stays has bytes in, always, and what somebody reads just now, without --force. */
+static status *check_needed(const struct request *r, const struct step_list *l, const uint64_t *asked, int count)
+{
+    struct step_list pins;
+    status *st = NULL;
+    for (size_t i = 0; i < l->count && !st; i++) {
+        struct metadata *m = NULL;
+        if (is_asked(asked, count, l->step[i]))
+            continue;
+        st = commit_read_owners(r->store, l->step[i], &m);
+        for (uint64_t k = 0; m && k < m->owner_count && !st; k++)
+            if (!m->owner[k].url && is_asked(asked, count, m->owner[k].step))
+                st = ERR(INVALID,
+                         "step %" PRIu64 " owns bytes of step %" PRIu64
+                         ": remove that one, too, or neither; nothing was removed",
+                         m->owner[k].step, l->step[i]);
+        metadata_free(m);
+    }
+    TRY(st);
+    TRY(pins_read(r->store, false, &pins));
+    for (int i = 0; i < count && !st && !r->force; i++)
+        if (pins_hold(&pins, asked[i]))
+            st = ERR(INVALID, "step %" PRIu64 " is being read: --force removes it all the same; nothing was removed",
+                     asked[i]);
+    step_list_free(&pins);
+    return st;
+}
+
 /* Refuse before anything is removed. */
 static status *check_rm(const struct request *r, const uint64_t *asked, int count)
 {
@@ -74,6 +103,8 @@ static status *check_rm(const struct request *r, const uint64_t *asked, int coun
     }
     TRY(commit_list(r->store, &l));
     status *st = newest_valid(r->store, &l, &newest, &any);
+    if (!st)
+        st = check_needed(r, &l, asked, count);
     step_list_free(&l);
     if (!st && any && !r->force && is_asked(asked, count, newest))
         st = ERR(INVALID, "step %" PRIu64 " is the newest valid one: --force removes it, too; nothing was removed",
@@ -81,9 +112,17 @@ static status *check_rm(const struct request *r, const uint64_t *asked, int coun
     return st;
 }
 
-static status *remove_steps(const struct request *r, const uint64_t *asked, int count)
+static int newest_first(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x > y ? -1 : x < y;
+}
+
+/* The newest first: a step goes before what owns bytes of it. */
+static status *remove_steps(const struct request *r, uint64_t *asked, int count)
 {
     TRY(check_rm(r, asked, count));
+    qsort(asked, (size_t)count, sizeof *asked, newest_first);
     for (int i = 0; i < count; i++) {
         TRY(commit_remove(r->store, asked[i]));
         printf("removed step %" PRIu64 "\n", asked[i]);

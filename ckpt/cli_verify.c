@@ -3,6 +3,7 @@
  * What is found goes to standard output, as if one thread had read all; figures and progress to standard error. Under
  * mpirun rank 0 lists the steps and prints. */
 #include "ckpt/cli.h"
+#include "ckpt/pin.h"
 #include "ckpt/verify.h"
 #include "comm/agree.h"
 #include "comm/base/clock.h"
@@ -100,7 +101,11 @@ static status *verify_steps(const struct request *r, const struct step_list *l, 
                                     .found = print_damage,
                                     .progress = leads ? cli_progress_add : NULL,
                                     .progress_arg = &p };
+        struct pin *pin = NULL; /* a step stays while it is looked at, if we may say so */
+        if (leads)
+            status_free(pin_open(r->store, l->step[i], 0, &pin));
         status *st = verify_step(r->store, l->step[i], &o, &one);
+        pin_close(pin);
         cli_progress_end(&p);
         if (st)
             return st;

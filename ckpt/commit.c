@@ -8,7 +8,7 @@
  *
  * What a step's directory holds besides its metadata.pb's files (orphans of dead attempts) belongs to nobody and is not
  * read. */
-#include "ckpt/commit.h"
+#include "ckpt/refs.h"
 #include "comm/base/bytes.h"
 #include "comm/base/mem.h"
 
@@ -176,24 +176,6 @@ status *commit_read_metadata(struct store *s, uint64_t step, struct metadata **o
     return NULL;
 }
 
-static status *check_length(struct store *s, uint64_t step, const struct meta_file *f)
-{
-    char key[STORE_KEY_BYTES];
-    struct store_info info = { 0 };
-    TRY(commit_file_key(step, f->name, key));
-    status *st = store_stat(s, key, &info);
-    if (status_code(st) == ST_NOT_FOUND || (!st && info.is_dir)) {
-        status_free(st);
-        return ERR(CORRUPT, "step %" PRIu64 ": file %s is missing", step, f->name);
-    }
-    if (st)
-        return st;
-    if (info.bytes != f->bytes)
-        return ERR(CORRUPT, "step %" PRIu64 ": file %s has %" PRIu64 " bytes, not %" PRIu64, step, f->name, info.bytes,
-                   f->bytes);
-    return NULL;
-}
-
 status *commit_read(struct store *s, uint64_t step, struct metadata **out)
 {
     struct metadata *m;
@@ -204,14 +186,31 @@ status *commit_read(struct store *s, uint64_t step, struct metadata **out)
     }
     if (st)
         return st;
-    for (uint64_t i = 0; i < m->file_count && !st; i++)
-        st = check_length(s, step, &m->file[i]);
+    st = refs_check_files(s, m, false);
     if (st) {
         metadata_free(m);
         return st;
     }
     *out = m;
     return NULL;
+}
+
+status *commit_read_owners(struct store *s, uint64_t step, struct metadata **out)
+{
+    char key[STORE_KEY_BYTES];
+    unsigned char head[META_HEAD_BYTES];
+    struct metadata *m = NULL;
+    TRY(commit_file_key(step, metadata_name, key));
+    status *st = store_get(s, key, 0, head, sizeof head);
+    if (!st && metadata_may_refer(head))
+        st = commit_read_metadata(s, step, &m);
+    if (status_code(st) == ST_NOT_FOUND || status_code(st) == ST_CORRUPT) {
+        status_free(st);
+        st = NULL;
+    }
+    if (!st)
+        *out = m;
+    return st;
 }
 
 /* ---- Committing */

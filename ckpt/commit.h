@@ -77,8 +77,8 @@ struct step_list {
 };
 status *commit_list(struct store *s, struct step_list *out) WARN_UNUSED;
 void step_list_free(struct step_list *l);
-/* Read and check one step's metadata and the lengths of all its files. NOT_FOUND: not committed; CORRUPT names the
- * file. */
+/* Read and check one step's metadata and the lengths of all files that it names, its own and its owners'. NOT_FOUND:
+ * not committed; CORRUPT names the file, and the tensor that lies in an owner's. */
 status *commit_read(struct store *s, uint64_t step, struct metadata **out) WARN_UNUSED;
 /* Put metadata.pb exclusively, then LATEST (a hint: its failure is none). If a metadata.pb of another attempt is there
  * (a zombie's), its bytes go to metadata.pb.ATTEMPT first. EXISTS: our own attempt's. After any other error the step is
@@ -87,6 +87,9 @@ status *commit_read(struct store *s, uint64_t step, struct metadata **out) WARN_
 status *commit_put(struct store *s, const struct metadata *m) WARN_UNUSED;
 /* Read one step's metadata without a look at its files. NOT_FOUND, CORRUPT, UNSUPPORTED. */
 status *commit_read_metadata(struct store *s, uint64_t step, struct metadata **out) WARN_UNUSED;
+/* The same if the step may have owners; else, and where it is not committed or damaged, NULL: it keeps no other step.
+ */
+status *commit_read_owners(struct store *s, uint64_t step, struct metadata **out) WARN_UNUSED;
 /* Let LATEST name the newest committed step again, after a removal. */
 status *commit_point_latest(struct store *s) WARN_UNUSED;
 /* Whether the step has a metadata.pb. */
@@ -105,7 +108,8 @@ struct keep_rules {
     bool lowest;        /* the best is the smallest */
 };
 /* Apply the rules to `newest`, which the caller has just committed and which stays, and to the committed steps before
- * it. Nothing is removed if `newest` is not committed; steps above it are left alone. */
+ * it. Whatever the rules say, steps that readers have pinned and those that own bytes of a step that stays do so, too.
+ * Nothing is removed if `newest` is not committed; steps above it are left alone. */
 status *commit_retain(struct store *s, uint64_t newest, const struct keep_rules *k) WARN_UNUSED;
 
 /* Metrics of committed steps, for keep_rules.best. Names are letters, digits and "._-/"; names that differ in '/'

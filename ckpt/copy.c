@@ -10,6 +10,7 @@
 
 #include "ckpt/commit.h"
 #include "ckpt/match.h"
+#include "ckpt/refs.h"
 #include "ckpt/reshard.h"
 #include "ckpt/share.h"
 #include "ckpt/view.h"
@@ -32,8 +33,9 @@ struct cached_block {
 
 struct copy {
     const struct copy_options *o;
-    struct store *from, *to;
+    struct store *to;
     struct metadata *m; /* the source's */
+    struct origins origins;
     struct lease lease;
     struct mesh mesh;
     bool *selected; /* [tensors] */
@@ -223,13 +225,17 @@ static status *read_block(struct copy *c, const struct meta_tensor *t, uint64_t 
     uint64_t at = block * META_BLOCK_BYTES, left = p->bytes - at;
     size_t n = left < META_BLOCK_BYTES ? (size_t)left : META_BLOCK_BYTES;
     char key[STORE_KEY_BYTES];
-    TRY(commit_file_key(c->m->step, c->m->file[p->file].name, key));
-    TRY(store_get(c->from, key, p->offset + at, to, n));
+    const struct meta_file *f = &c->m->file[p->file];
+    TRY(origins_key(c->m, f, key));
+    TRY(store_get(origins_store(&c->origins, f), key, p->offset + at, to, n));
     uint32_t crc = crc32c(0, to, n), want = c->m->crc[p->first_crc + block];
+    char words[REFS_WORDS];
+    refs_words(c->m, f, words);
     if (crc != want)
         return ERR(CORRUPT,
-                   "step %" PRIu64 ": %s: tensor %s/%s: checksum of %zu bytes at offset %" PRIu64 " is %08x, not %08x",
-                   c->m->step, c->m->file[p->file].name, t->part, t->name, n, p->offset + at, crc, want);
+                   "step %" PRIu64 ": %s%s: tensor %s/%s: checksum of %zu bytes at offset %" PRIu64
+                   " is %08x, not %08x",
+                   c->m->step, words, f->name, t->part, t->name, n, p->offset + at, crc, want);
     c->r.read_bytes += n;
     return NULL;
 }
@@ -463,6 +469,7 @@ static void free_copy(struct copy *c)
     mem_free(c->selected);
     roster_free(&c->roster);
     plan_free(c->plan);
+    origins_close(&c->origins);
     metadata_free(c->m);
     mem_free(c);
 }
@@ -495,13 +502,14 @@ status *copy_step(struct store *from, uint64_t step, struct store *to, const str
     if (!c)
         return ERR(NO_MEMORY, "a copy");
     c->o = o;
-    c->from = from;
     c->to = to;
     status *st = commit_read(from, step, &c->m);
     if (!st) {
         c->mesh = o->recut ? o->mesh : c->m->mesh;
         st = select_tensors(c);
     }
+    if (!st)
+        st = origins_open(from, c->m, &c->origins);
     if (!st)
         st = copy_under_lease(c);
     if (!st) {

@@ -3,8 +3,10 @@
  *
  * Order matters: a directory is listed before its metadata.pb is read, so a file that a commit in between has made
  * count is known to it; and what is young stays, so a job that begins meanwhile is safe, too. Marks (commit_is_mark)
- * and the view belong to a committed step. */
+ * and the view belong to a committed step. What was set aside (.bad, .retired) of a step that a reader has pinned stays
+ * for now; pins that have expired go. */
 #include "ckpt/commit.h"
+#include "ckpt/pin.h"
 #include "comm/base/mem.h"
 
 #include <inttypes.h>
@@ -19,6 +21,7 @@ struct gc {
     void (*found)(void *arg, const char *key, uint64_t bytes);
     void *arg;
     uint64_t now_ns;
+    struct step_list pins;
     struct gc_result r;
 };
 
@@ -49,7 +52,7 @@ static bool is_named(const struct metadata *m, const char *name)
     if (strcmp(name, metadata_name) == 0 || strcmp(name, COMMIT_VIEW) == 0 || commit_is_mark(name))
         return true;
     for (uint64_t i = 0; i < m->file_count; i++)
-        if (strcmp(m->file[i].name, name) == 0)
+        if (!m->file[i].owner && strcmp(m->file[i].name, name) == 0)
             return true;
     return false;
 }
@@ -130,16 +133,15 @@ static status *collect_aside(struct gc *g, const struct store_entry *dir)
 }
 
 /* "step-000000000100.bad-..." */
-static bool is_aside(const char *name)
+static bool is_aside(const char *name, uint64_t *step)
 {
     char head[STEP_DIR_BYTES];
-    uint64_t step;
     const char *dot = strchr(name, '.');
     if (!dot || (size_t)(dot - name) >= sizeof head ||
         (strncmp(dot, ".bad-", 5) != 0 && strncmp(dot, ".retired-", 9) != 0))
         return false;
     snprintf(head, sizeof head, "%.*s", (int)(dot - name), name);
-    return commit_parse_dir(head, &step);
+    return commit_parse_dir(head, step);
 }
 
 status *commit_gc(struct store *s, const struct gc_options *o,
@@ -149,17 +151,18 @@ status *commit_gc(struct store *s, const struct gc_options *o,
     struct store_list l;
     TRY(store_now(s, &g.now_ns));
     TRY(store_list(s, "", &l));
-    status *st = NULL;
+    status *st = pins_read(s, !o->dry_run, &g.pins);
     for (size_t i = 0; i < l.count && !st; i++) {
         uint64_t step;
         if (!l.entry[i].info.is_dir)
             continue;
         if (commit_parse_dir(l.entry[i].name, &step))
             st = collect_step(&g, step, &l.entry[i]);
-        else if (is_aside(l.entry[i].name))
+        else if (is_aside(l.entry[i].name, &step) && !pins_hold(&g.pins, step))
             st = collect_aside(&g, &l.entry[i]);
     }
     store_list_free(&l);
+    step_list_free(&g.pins);
     if (!st)
         *out = g.r;
     return st;

@@ -7,7 +7,9 @@
 #include "ckpt/keeper.h"
 #include "ckpt/match.h"
 #include "ckpt/nodes.h"
+#include "ckpt/pin.h"
 #include "ckpt/pipeline.h"
+#include "ckpt/refs.h"
 #include "ckpt/vote.h"
 
 /* The reduction of a tick: maxima over ranks. */
@@ -56,8 +58,21 @@ struct cached_plan {
     struct plan *plan;
     struct roster roster;
     struct share *share;
+    struct refs refs;           /* rank 0: what its tensors by reference are made of */
     struct hash128 fingerprint; /* of this rank's state */
     uint64_t made;              /* plans made so far */
+    /* agreed */
+    bool refers;         /* it has tensors by reference */
+    bool stale;          /* what it refers to may be gone: not to be used again */
+    bool frozen_written; /* frozen tensors are written by it */
+    int compared;        /* how often the newest step was looked at for frozen tensors of this state (frozen.c) */
+};
+
+/* Which pieces of the newest step were found in the memory of frozen tensors. m NULL: there is nothing to refer to. */
+struct frozen {
+    uint64_t step;
+    struct metadata *m;
+    uint8_t *found; /* [pieces of m] */
 };
 
 struct ticking {
@@ -100,8 +115,11 @@ struct tessera {
     struct metadata *meta; /* what find or load settled on; agreed */
     bool meta_stale;       /* that step was saved again since: its blobs may still be looked at, a load reads it anew */
     struct step_set bad;   /* rank 0: steps found damaged */
+    struct pin *pin;       /* rank 0 of a read-only handle: on the step that was found and is not yet loaded */
+    bool lost;             /* the last load failed because its step was removed meanwhile; agreed */
     struct tessera_load_report report;
-    struct match_lists lists; /* of the last load; agreed */
+    struct match_lists lists;                  /* of the last load; agreed */
+    struct tessera_reference stored_reference; /* what tessera_stored_at gave out */
 };
 
 /* INVALID on every rank unless all gave the same value. Collective. */
@@ -139,7 +157,23 @@ void save_drop_plan(tessera *t);
  * its plan is the cached one from here on. Fails only with the transport. */
 status *save_adopt_step(tessera *t, tessera_state *s) WARN_UNUSED;
 
+/* ---- frozen.c */
+
+/* The cached plan writes frozen tensors, and the newest step is one that may have them. Agreed. */
+bool frozen_due(const tessera *t);
+/* For a new plan. Collective; the error is agreed. */
+status *frozen_compare(tessera *t, const tessera_state *s, struct frozen *out) WARN_UNUSED;
+void frozen_free(struct frozen *f);
+/* Rank 0: let the descriptors of what was found refer to it. The texts may move. */
+status *frozen_refer(const struct frozen *f, struct plan_desc *desc, uint64_t count, char **text,
+                     size_t *text_bytes) WARN_UNUSED;
+/* Of the whole plan: whether it has tensors by reference, whether it writes frozen ones. */
+void frozen_note_plan(const struct plan *p, uint8_t flags[2]);
+
 /* ---- load.c */
+/* Rank 0 has *m (NULL: none; ignored elsewhere, and after an error st of its own, which is taken); afterwards every
+ * rank has it. Collective; the error is agreed, and nobody has one then. */
+status *load_share_metadata(tessera *t, struct metadata **m, status *st) WARN_UNUSED;
 status *load_set_newest(tessera *t) WARN_UNUSED; /* Collective: what rank 0's listing shows */
 void step_set_remove(struct step_set *s, uint64_t step);
 void step_set_free(struct step_set *s);

@@ -54,6 +54,17 @@ status *tessera_stored_at(tessera *t, uint64_t i, struct tessera_tensor *d)
     d->name = m->name;
     d->frozen = !m->trainable;
     d->alias_of = m->alias_of;
+    if (d->size < STATE_REFERENCE_BYTES)
+        return NULL;
+    const struct meta_owner *o = metadata_owner(t->meta, m);
+    t->stored_reference = (struct tessera_reference)TESSERA_REFERENCE;
+    if (o) {
+        t->stored_reference.url = o->url;
+        t->stored_reference.step = o->step;
+        t->stored_reference.part = m->owner_part;
+        t->stored_reference.name = m->owner_name;
+    }
+    d->reference = o ? &t->stored_reference : NULL;
     return NULL;
 }
 

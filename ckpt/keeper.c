@@ -2,6 +2,7 @@
  * last of all, a committed step wants its view. */
 #include "ckpt/keeper.h"
 
+#include "ckpt/refs.h"
 #include "ckpt/view.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
@@ -64,6 +65,8 @@ static void renew(struct keeper *k)
 static status *commit(struct keeper *k, const struct metadata *m)
 {
     TRY(lease_check(&k->lease));
+    if (m->owner_count)
+        TRY(refs_check_files(k->store, m, true));
     TRY(commit_put(k->store, m));
     if (k->keep.last > 0) { /* the step counts already: what fails from here is only worth a note */
         status *st = commit_retain(k->store, m->step, &k->keep);

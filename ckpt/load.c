@@ -1,7 +1,9 @@
 /* load: which step, which tensors, and what happens to the steps passed over. loadpipe.c moves the bytes.
  *
  * Rank 0 looks at storage and decides; the others get its decision and the metadata by broadcast. A step found damaged
- * is passed over from then on (`bad`, rank 0), and retired once a writing handle has loaded an older one. */
+ * is passed over from then on (`bad`, rank 0), and retired once a writing handle has loaded an older one. A read-only
+ * handle pins what it reads (pin.h); a step that is removed all the same while it is read is not damaged but gone, and
+ * tessera_load_newest takes a newer one. */
 #include "ckpt/handle.h"
 #include "ckpt/loadpipe.h"
 #include "comm/agree.h"
@@ -102,6 +104,31 @@ status *load_set_newest(tessera *t)
     return NULL;
 }
 
+/* Rank 0 of a read-only handle: hold on to a step. */
+static status *pin_for(tessera *t, uint64_t step)
+{
+    if (!t->o.read_only || (t->pin && pin_step(t->pin) == step))
+        return NULL;
+    pin_close(t->pin);
+    t->pin = NULL;
+    return pin_open(t->store, step, 0, &t->pin);
+}
+
+/* Rank 0: st (taken) if it is not damage, or the step is still committed; NOT_FOUND if it was removed meanwhile. */
+static status *damaged_or_gone(tessera *t, uint64_t step, status *st)
+{
+    bool committed = true;
+    if (status_code(st) != ST_CORRUPT)
+        return st;
+    status *look = commit_is_committed(t->store, step, &committed);
+    if (look || committed) {
+        status_free(look);
+        return st;
+    }
+    status_free(st);
+    return ERR(NOT_FOUND, "step %llu was removed while it was read", (unsigned long long)step);
+}
+
 /* Rank 0: the newest step at or below at_most whose metadata and file lengths check out. `seen` counts damaged ones. */
 static status *find_valid(tessera *t, uint64_t at_most, struct choice *c, struct metadata **m)
 {
@@ -110,7 +137,8 @@ static status *find_valid(tessera *t, uint64_t at_most, struct choice *c, struct
         TRY(newest_listed(t, at_most, c));
         if (!c->found)
             return NULL;
-        status *st = commit_read(t->store, c->step, m);
+        TRY(pin_for(t, c->step));
+        status *st = damaged_or_gone(t, c->step, commit_read(t->store, c->step, m));
         if (status_code(st) == ST_NOT_FOUND) { /* retention took it meanwhile: list again */
             status_free(st);
             continue;
@@ -121,25 +149,31 @@ static status *find_valid(tessera *t, uint64_t at_most, struct choice *c, struct
     }
 }
 
-/* Rank 0 has m (NULL elsewhere, and on rank 0 when st is set); afterwards every rank has it in t->meta. Takes both. */
-static status *spread_metadata(tessera *t, struct metadata *m, status *st)
+status *load_share_metadata(tessera *t, struct metadata **m, status *st)
 {
     void *buf = NULL;
     size_t bytes = 0;
-    if (!st && t->x->rank == 0)
-        st = metadata_encode(m, &buf, &bytes);
+    if (!st && t->x->rank == 0 && *m)
+        st = metadata_encode(*m, &buf, &bytes);
     st = comm_agree(t->x, st);
     if (!st)
         st = comm_bcast_bytes(t->x, &buf, &bytes, 0);
-    if (!st && t->x->rank != 0)
-        st = metadata_decode(buf, bytes, &m);
+    if (!st && t->x->rank != 0 && bytes)
+        st = metadata_decode(buf, bytes, m);
     mem_free(buf);
     if (t->x->size > 1) /* a transport error fails here again */
         st = comm_agree(t->x, st);
     if (st) {
-        metadata_free(m);
-        return st;
+        metadata_free(*m);
+        *m = NULL;
     }
+    return st;
+}
+
+/* Rank 0 has m (NULL elsewhere, and on rank 0 when st is set); afterwards every rank has it in t->meta. Takes both. */
+static status *spread_metadata(tessera *t, struct metadata *m, status *st)
+{
+    TRY(load_share_metadata(t, &m, st));
     metadata_free(t->meta);
     t->meta = m;
     t->meta_stale = false;
@@ -169,10 +203,11 @@ static status *select_step(tessera *t, uint64_t step)
     if (t->meta && t->meta->step == step && !t->meta_stale)
         return NULL;
     struct metadata *m = NULL;
-    status *st = t->x->rank == 0 ? commit_read(t->store, step, &m) : NULL;
-    if (status_code(st) == ST_CORRUPT) {
+    status *st = t->x->rank == 0 ? pin_for(t, step) : NULL;
+    if (!st && t->x->rank == 0)
+        st = damaged_or_gone(t, step, commit_read(t->store, step, &m));
+    if (status_code(st) == ST_CORRUPT)
         st = status_first(st, step_set_add(&t->bad, step, st));
-    }
     return spread_metadata(t, m, st);
 }
 
@@ -246,8 +281,30 @@ static status *continue_from(tessera *t, uint64_t step)
     t->has_newest = true;
     t->newest = step;
     t->newest_is_ours = t->meta->attempt == t->attempt;
+    t->cache.stale = t->cache.refers;
     t->parent = t->meta->attempt;
     return NULL;
+}
+
+/* All ranks have st, of a load that failed: was the step removed meanwhile? Sets t->lost. Collective. */
+static status *tell_lost(tessera *t, uint64_t step, status *st)
+{
+    uint8_t gone = 0;
+    if (status_code(st) != ST_CORRUPT || !t->o.read_only)
+        return st;
+    if (t->x->rank == 0) {
+        status *look = damaged_or_gone(t, step, status_copy(st));
+        gone = status_code(look) == ST_NOT_FOUND;
+        status_free(look);
+    }
+    status *transport = comm_bcast(t->x, &gone, sizeof gone, 0, NULL);
+    if (transport)
+        return status_first(transport, st);
+    if (!gone)
+        return st;
+    t->lost = true;
+    status_free(st);
+    return ERR(NOT_FOUND, "step %llu was removed while it was read", (unsigned long long)step);
 }
 
 static status *load_checked(tessera *t, tessera_state *s, uint64_t step, const struct tessera_load_options *o)
@@ -255,11 +312,14 @@ static status *load_checked(tessera *t, tessera_state *s, uint64_t step, const s
     uint64_t start = clock_ns();
     struct load_totals totals = { 0 };
     bool writing = !t->o.read_only;
+    t->lost = false;
     TRY(handle_same(t, "load: step", step));
     TRY(select_step(t, step));
     if (writing)
         TRY(comm_agree(t->x, t->x->rank == 0 ? refuse_newer(t, step) : NULL));
-    status *st = load_state(t, s, o, &totals);
+    status *st = tell_lost(t, step, load_state(t, s, o, &totals));
+    pin_close(t->pin);
+    t->pin = NULL;
     if (status_code(st) == ST_CORRUPT && t->x->rank == 0)
         st = status_first(st, step_set_add(&t->bad, step, st));
     if (!st && writing)
@@ -267,7 +327,7 @@ static status *load_checked(tessera *t, tessera_state *s, uint64_t step, const s
     if (!st && writing)
         st = save_adopt_step(t, s);
     if (st) {
-        if (status_code(st) == ST_CORRUPT) { /* do not trust it again without another look */
+        if (status_code(st) == ST_CORRUPT || t->lost) { /* do not trust it again without another look */
             metadata_free(t->meta);
             t->meta = NULL;
         }
@@ -307,9 +367,10 @@ status *tessera_load_newest(tessera *t, tessera_state *s, uint64_t *step)
         status *st = tessera_load(t, s, found);
         if (!st)
             *step = found;
-        if (status_code(st) != ST_CORRUPT)
+        if (status_code(st) != ST_CORRUPT && !t->lost)
             return st;
-        handle_warn(t, status_wrap(st, "falling back past step %llu", (unsigned long long)found));
+        const char *what = t->lost ? "looking for a newer one than" : "falling back past";
+        handle_warn(t, status_wrap(st, "%s step %llu", what, (unsigned long long)found));
     }
 }
 
@@ -322,6 +383,7 @@ status *tessera_rewind(tessera *t, uint64_t step)
     TRY(comm_agree(t->x, t->x->rank == 0 ? retire_above(t, step, step == TESSERA_NEWEST) : NULL));
     metadata_free(t->meta);
     t->meta = NULL;
+    t->cache.stale = t->cache.refers;
     return load_set_newest(t);
 }
 

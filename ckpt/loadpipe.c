@@ -4,8 +4,8 @@
  */
 #include "ckpt/loadpipe.h"
 
-#include "ckpt/commit.h"
 #include "ckpt/loadplan.h"
+#include "ckpt/refs.h"
 #include "comm/agree.h"
 #include "comm/base/bytes.h"
 #include "comm/base/mem.h"
@@ -26,8 +26,8 @@ struct run {
 
 struct load {
     struct comm *c;
-    struct store *s;
     const struct metadata *m;
+    struct origins from;    /* where its files lie */
     struct load_want *want; /* [wants] of all ranks; dst only where rank is ours */
     uint64_t wants;
     struct load_plan plan;
@@ -96,8 +96,10 @@ static status *damaged(const struct load *l, const struct load_block *b, const c
 {
     const struct meta_piece *p = &l->m->piece[b->piece];
     const struct meta_tensor *t = &l->m->tensor[use_group(&l->plan, &l->plan.use[b->first_use])->tensor];
-    return ERR(CORRUPT, "step %llu: file %s: tensor %s/%s: block at offset %llu: %s", (unsigned long long)l->m->step,
-               l->m->file[p->file].name, t->part, t->name,
+    char owner[REFS_WORDS];
+    refs_words(l->m, &l->m->file[p->file], owner);
+    return ERR(CORRUPT, "step %llu: %sfile %s: tensor %s/%s: block at offset %llu: %s", (unsigned long long)l->m->step,
+               owner, l->m->file[p->file].name, t->part, t->name,
                (unsigned long long)(p->offset + (uint64_t)b->block * META_BLOCK_BYTES), words);
 }
 
@@ -146,11 +148,10 @@ static status *check_block(const struct load *l, const struct load_block *b, con
 
 static status *read_run(const struct load *l, const struct run *r)
 {
-    char dir[STEP_DIR_BYTES], key[STORE_KEY_BYTES];
-    commit_step_dir(l->m->step, dir);
-    if (snprintf(key, sizeof key, "%s/%s", dir, l->m->file[l->m->piece[r->block->piece].file].name) >= (int)sizeof key)
-        return damaged(l, r->block, "its name is too long");
-    status *st = store_get(l->s, key, r->offset, r->out, r->bytes);
+    char key[STORE_KEY_BYTES];
+    const struct meta_file *f = &l->m->file[l->m->piece[r->block->piece].file];
+    TRY(origins_key(l->m, f, key));
+    status *st = store_get(origins_store(&l->from, f), key, r->offset, r->out, r->bytes);
     if (status_code(st) == ST_CORRUPT || status_code(st) == ST_NOT_FOUND) {
         status *named = damaged(l, r->block, status_message(st));
         status_free(st);
@@ -330,6 +331,7 @@ static status *allocate(struct load *l)
 static void free_load(struct load *l)
 {
     workers_close(l->workers);
+    origins_close(&l->from);
     load_plan_free(&l->plan);
     mem_free(l->want);
     mem_free(l->blocks);
@@ -346,13 +348,15 @@ static void free_load(struct load *l)
 status *loadpipe_run(struct comm *c, struct store *s, const struct metadata *m, struct load_want *want, uint64_t count,
                      struct load_totals *out)
 {
-    struct load l = { .c = c, .s = s, .m = m };
+    struct load l = { .c = c, .m = m };
     for (uint64_t i = 0; i < count; i++)
         want[i].rank = c->rank;
     TRY(gather_wants(&l, want, count));
     status *st = load_plan_make(m, l.want, l.wants, c->size, &l.plan);
     if (!st)
         st = allocate(&l);
+    if (!st)
+        st = origins_open(s, m, &l.from);
     st = comm_agree(c, st);
     if (!st) {
         st = run_rounds(&l);

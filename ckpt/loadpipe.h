@@ -25,8 +25,9 @@ struct load_totals {
                                block's bytes */
 };
 
-/* Fill every rank's wants from step m->step in s. `want` is sorted in place. Collective; the error is agreed.
- * CORRUPT names step, file, tensor and offset. After an error the contents of the destinations are undefined. */
+/* Fill every rank's wants from step m->step in s, and from its owners. `want` is sorted in place. Collective; the error
+ * is agreed. CORRUPT names step, file, tensor and offset. After an error the contents of the destinations are
+ * undefined. */
 status *loadpipe_run(struct comm *c, struct store *s, const struct metadata *m, struct load_want *want, uint64_t count,
                      struct load_totals *out) WARN_UNUSED;
 

@@ -35,9 +35,28 @@ static bool name_is_safe(const char *s)
     return strspn(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-") == n;
 }
 
+static status *check_owners(const struct metadata *m, enum status_code code)
+{
+    for (uint64_t i = 0; i < m->owner_count; i++) {
+        const struct meta_owner *o = &m->owner[i];
+        if (!o->url && o->step >= m->step)
+            return BAD(code, "step %llu owns bytes of step %llu of the same root, which is not after it", (ull)o->step,
+                       (ull)m->step);
+        if (o->url && (!*o->url || strlen(o->url) >= META_URL_BYTES))
+            return BAD(code, "owner %llu has a URL of %zu bytes", (ull)i, strlen(o->url));
+        for (const char *c = o->url; c && *c; c++)
+            if ((unsigned char)*c < 0x20 || *c == 0x7f)
+                return BAD(code, "owner %llu has a control character in its URL", (ull)i);
+    }
+    return NULL;
+}
+
 static int compare_file(const void *a, const void *b)
 {
-    return strcmp((*(const struct meta_file *const *)a)->name, (*(const struct meta_file *const *)b)->name);
+    const struct meta_file *x = *(const struct meta_file *const *)a, *y = *(const struct meta_file *const *)b;
+    if (x->owner != y->owner)
+        return x->owner < y->owner ? -1 : 1;
+    return strcmp(x->name, y->name);
 }
 
 static status *check_files(const struct metadata *m, enum status_code code)
@@ -53,11 +72,13 @@ static status *check_files(const struct metadata *m, enum status_code code)
         else if (f->header_bytes > f->bytes)
             st = BAD(code, "file %s has a header of %llu bytes and %llu in all", f->name, (ull)f->header_bytes,
                      (ull)f->bytes);
+        else if (f->owner > m->owner_count)
+            st = BAD(code, "file %s is of owner %u of %llu", f->name, f->owner, (ull)m->owner_count);
     }
     if (!st && m->file_count)
         qsort(sorted, m->file_count, sizeof *sorted, compare_file);
     for (uint64_t i = 1; i < m->file_count && !st; i++)
-        if (!strcmp(sorted[i]->name, sorted[i - 1]->name))
+        if (!compare_file(&sorted[i], &sorted[i - 1]))
             st = BAD(code, "file %s is listed twice", sorted[i]->name);
     mem_free(sorted);
     return st;
@@ -87,6 +108,23 @@ static status *check_piece(const struct metadata *m, const struct meta_tensor *t
     if (p->first_crc > m->crc_count || meta_blocks(bytes) > m->crc_count - p->first_crc)
         return BAD(code, "a piece has checksums [%llu, +%llu) of %llu", (ull)p->first_crc, (ull)meta_blocks(bytes),
                    (ull)m->crc_count);
+    return NULL;
+}
+
+/* All pieces of a tensor lie in files of one step, this one or its owner. */
+static status *check_reference(const struct metadata *m, const struct meta_tensor *t, enum status_code code)
+{
+    bool by_reference = t->owner_name != NULL;
+    if (!t->owner_part != !t->owner_name || (by_reference && (!*t->owner_part || !*t->owner_name)))
+        return BAD(code, "its owner calls it nothing");
+    if (by_reference && (t->alias_of || !t->piece_count))
+        return BAD(code, "it is by reference and %s", t->alias_of ? "an alias" : "has no bytes");
+    for (uint64_t i = t->first_piece; i < t->first_piece + t->piece_count; i++) {
+        uint32_t first = m->file[m->piece[t->first_piece].file].owner, owner = m->file[m->piece[i].file].owner;
+        if (owner != first || !owner != !by_reference)
+            return BAD(code, "a piece lies in a file of owner %u, its first one in one of %u, and it is %sby reference",
+                       owner, first, by_reference ? "" : "not ");
+    }
     return NULL;
 }
 
@@ -140,11 +178,10 @@ static status *check_tensor(const struct metadata *m, const struct meta_tensor *
         return BAD(code, "its dtype is %d", (int)t->dtype);
     if (!ok || __builtin_mul_overflow(volume, dtype_bytes(t->dtype), &bytes) || bytes > INT64_MAX)
         return BAD(code, "its shape has more than 2^63 - 1 bytes");
-    if (t->alias_of)
-        return check_alias(m, t, code);
     for (uint64_t i = t->first_piece; i < t->first_piece + t->piece_count; i++)
         TRY(check_piece(m, t, &m->piece[i], code));
-    return check_tiles(m, t, code);
+    TRY(check_reference(m, t, code));
+    return t->alias_of ? check_alias(m, t, code) : check_tiles(m, t, code);
 }
 
 static int compare_names(const char *part_a, const char *name_a, const char *part_b, const char *name_b)
@@ -202,7 +239,7 @@ static status *check_overlap(const struct metadata *m, enum status_code code)
     if (!sorted)
         return ERR(NO_MEMORY, "%llu pieces", (ull)m->piece_count);
     for (uint64_t i = 0; i < m->piece_count; i++)
-        if (m->piece[i].bytes)
+        if (m->piece[i].bytes && !m->file[m->piece[i].file].owner) /* two tensors may refer to the same bytes */
             sorted[n++] = &m->piece[i];
     if (n)
         qsort(sorted, n, sizeof *sorted, compare_place);
@@ -259,6 +296,7 @@ static status *check(const struct metadata *m, enum status_code code)
     if (ranks != m->world || m->world > INT32_MAX)
         return BAD(code, "the mesh (%d, %d, %d, %d, %d) does not fit %u ranks", m->mesh.size[0], m->mesh.size[1],
                    m->mesh.size[2], m->mesh.size[3], m->mesh.size[4], m->world);
+    TRY(check_owners(m, code));
     TRY(check_files(m, code));
     TRY(check_tensors(m, code));
     TRY(check_overlap(m, code));
@@ -303,10 +341,29 @@ static void write_files(struct writer *w, const struct metadata *m)
         file[i].bytes = m->file[i].bytes;
         file[i].header_bytes = m->file[i].header_bytes;
         file[i].header_crc = m->file[i].header_crc;
+        file[i].has_owner = m->file[i].owner != 0;
+        file[i].owner = m->file[i].owner;
         list[i] = &file[i];
     }
     w->msg.file = list;
     w->msg.n_file = m->file_count;
+}
+
+static void write_owners(struct writer *w, const struct metadata *m)
+{
+    Tessera__Owner *owner = take(w, m->owner_count, sizeof *owner), **list = take(w, m->owner_count, sizeof *list);
+    for (uint64_t i = 0; i < m->owner_count && !w->failed; i++) {
+        tessera__owner__init(&owner[i]);
+        owner[i].step = m->owner[i].step;
+        owner[i].run_id = m->owner[i].run_id;
+        owner[i].attempt = m->owner[i].attempt;
+        owner[i].url = m->owner[i].url;
+        list[i] = &owner[i];
+    }
+    w->msg.owner = list;
+    w->msg.n_owner = m->owner_count;
+    w->msg.has_version = m->owner_count != 0;
+    w->msg.version = META_VERSION;
 }
 
 static void write_tensors(struct writer *w, const struct metadata *m)
@@ -323,6 +380,8 @@ static void write_tensors(struct writer *w, const struct metadata *m)
         tensor[i].trainable = t->trainable;
         tensor[i].alias_of = t->alias_of;
         tensor[i].pieces = t->piece_count;
+        tensor[i].owner_part = t->owner_part;
+        tensor[i].owner_name = t->owner_name;
         list[i] = &tensor[i];
     }
     w->msg.tensor = list;
@@ -396,7 +455,7 @@ static status *pack(struct writer *w, void **buf, size_t *bytes)
         return ERR(NO_MEMORY, "metadata of %zu bytes", body);
     tessera__metadata__pack(&w->msg, b + HEADER_BYTES);
     memcpy(b, magic, sizeof magic);
-    put_u32(b + 8, META_VERSION);
+    put_u32(b + 8, w->msg.has_version ? w->msg.version : 1);
     put_u64(b + 12, body);
     put_u32(b + 20, crc32c(0, b + HEADER_BYTES, body));
     *buf = b;
@@ -425,6 +484,7 @@ status *metadata_encode(const struct metadata *m, void **buf, size_t *bytes)
     w.msg.state_print = m->state_print;
     w.msg.n_state_print = m->state_print ? 2 * (size_t)m->world : 0;
     w.msg.part = take(&w, m->tensor_count + m->blob_count, sizeof *w.msg.part);
+    write_owners(&w, m);
     write_files(&w, m);
     write_tensors(&w, m);
     write_pieces(&w, m);
@@ -437,10 +497,13 @@ status *metadata_encode(const struct metadata *m, void **buf, size_t *bytes)
 
 /* ---- message -> struct ---- */
 
-static void *pb_alloc(void *unused, size_t bytes)
+/* failed: tells a message that could not be unpacked for want of memory from one that is none. */
+static void *pb_alloc(void *failed, size_t bytes)
 {
-    (void)unused;
-    return mem_alloc(bytes);
+    void *p = mem_alloc(bytes);
+    if (!p)
+        *(bool *)failed = true;
+    return p;
 }
 
 static void pb_free(void *unused, void *p)
@@ -462,10 +525,27 @@ static status *read_files(const Tessera__Metadata *msg, struct metadata *m)
         return ERR(NO_MEMORY, "%zu files", msg->n_file);
     for (size_t i = 0; i < msg->n_file; i++) {
         const Tessera__File *f = msg->file[i];
-        m->file[i] =
-            (struct meta_file){ .bytes = f->bytes, .header_bytes = f->header_bytes, .header_crc = f->header_crc };
+        m->file[i] = (struct meta_file){ .bytes = f->bytes,
+                                         .header_bytes = f->header_bytes,
+                                         .header_crc = f->header_crc,
+                                         .owner = f->has_owner ? f->owner : 0 };
         m->file_count++;
         TRY(keep(&m->file[i].name, f->name));
+    }
+    return NULL;
+}
+
+static status *read_owners(const Tessera__Metadata *msg, struct metadata *m)
+{
+    m->owner = mem_calloc(msg->n_owner, sizeof *m->owner);
+    if (!m->owner)
+        return ERR(NO_MEMORY, "%zu owners", msg->n_owner);
+    for (size_t i = 0; i < msg->n_owner; i++) {
+        const Tessera__Owner *o = msg->owner[i];
+        m->owner[i] = (struct meta_owner){ .step = o->step, .run_id = o->run_id, .attempt = o->attempt };
+        m->owner_count++;
+        if (o->url)
+            TRY(keep(&m->owner[i].url, o->url));
     }
     return NULL;
 }
@@ -503,6 +583,10 @@ static status *read_tensors(const Tessera__Metadata *msg, struct metadata *m)
         TRY(keep(&to->name, t->name));
         if (t->alias_of)
             TRY(keep(&to->alias_of, t->alias_of));
+        if (t->owner_part)
+            TRY(keep(&to->owner_part, t->owner_part));
+        if (t->owner_name)
+            TRY(keep(&to->owner_name, t->owner_name));
         pieces += t->pieces;
         entries += t->pieces * t->n_dim; /* at most LAYOUT_DIMS x a column's length */
     }
@@ -630,6 +714,7 @@ static status *read_message(const Tessera__Metadata *msg, struct metadata *m)
         m->mesh.size[a] = msg->mesh[a] <= INT32_MAX ? (int)msg->mesh[a] : 0;
     TRY(keep(&m->build, msg->build));
     TRY(read_prints(msg, m));
+    TRY(read_owners(msg, m));
     TRY(read_files(msg, m));
     TRY(read_tensors(msg, m));
     TRY(read_pieces(msg, m));
@@ -656,19 +741,22 @@ static status *check_version(uint32_t version, const Tessera__Metadata *msg)
     uint32_t body = msg && msg->has_version ? msg->version : 1;
     if (version < 1 || (msg && version != body))
         return ERR(CORRUPT, "metadata's header says version %u; its body is of version %u", version, body);
+    if (msg && version == 1 && msg->n_owner)
+        return ERR(CORRUPT, "metadata of version 1 has owners");
     if (version > META_VERSION)
         return ERR(UNSUPPORTED, "metadata of version %u; this build reads up to %d", version, META_VERSION);
-    return msg ? NULL : ERR(CORRUPT, "the body of metadata is no message of ours (or memory ran out)");
+    return msg ? NULL : ERR(CORRUPT, "the body of metadata is no message of ours");
 }
 
 status *metadata_decode(const void *buf, size_t bytes, struct metadata **out)
 {
-    ProtobufCAllocator alloc = { .alloc = pb_alloc, .free = pb_free };
+    bool no_memory = false;
+    ProtobufCAllocator alloc = { .alloc = pb_alloc, .free = pb_free, .allocator_data = &no_memory };
     const unsigned char *b = buf;
     TRY(check_header(b, bytes));
     Tessera__Metadata *msg = tessera__metadata__unpack(&alloc, bytes - HEADER_BYTES, b + HEADER_BYTES);
     struct metadata *m = NULL;
-    status *st = check_version(get_u32(b + 8), msg);
+    status *st = no_memory ? ERR(NO_MEMORY, "metadata of %zu bytes", bytes) : check_version(get_u32(b + 8), msg);
     if (!st) {
         m = mem_calloc(1, sizeof *m);
         st = m ? read_message(msg, m) : ERR(NO_MEMORY, "metadata");
@@ -683,6 +771,11 @@ status *metadata_decode(const void *buf, size_t bytes, struct metadata **out)
     return NULL;
 }
 
+bool metadata_may_refer(const unsigned char head[META_HEAD_BYTES])
+{
+    return memcmp(head, magic, sizeof magic) == 0 && get_u32(head + 8) != 1;
+}
+
 void metadata_free(struct metadata *m)
 {
     if (!m)
@@ -693,13 +786,18 @@ void metadata_free(struct metadata *m)
         mem_free(m->tensor[i].part);
         mem_free(m->tensor[i].name);
         mem_free(m->tensor[i].alias_of);
+        mem_free(m->tensor[i].owner_part);
+        mem_free(m->tensor[i].owner_name);
     }
+    for (uint64_t i = 0; i < m->owner_count; i++)
+        mem_free(m->owner[i].url);
     for (uint64_t i = 0; i < m->blob_count; i++) {
         mem_free(m->blob[i].part);
         mem_free(m->blob[i].name);
         mem_free(m->blob[i].data);
     }
     mem_free(m->file);
+    mem_free(m->owner);
     mem_free(m->tensor);
     mem_free(m->piece);
     mem_free(m->crc);
@@ -723,6 +821,12 @@ int64_t metadata_find(const struct metadata *m, const char *part, const char *na
             hi = mid;
     }
     return -1;
+}
+
+const struct meta_owner *metadata_owner(const struct metadata *m, const struct meta_tensor *t)
+{
+    uint32_t owner = t->piece_count ? m->file[m->piece[t->first_piece].file].owner : 0;
+    return owner ? &m->owner[owner - 1] : NULL;
 }
 
 const struct meta_blob *metadata_blob(const struct metadata *m, const char *part, const char *name, int32_t rank)

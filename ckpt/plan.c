@@ -64,6 +64,12 @@ static int compare_text(const char *text, uint64_t a, uint64_t b)
     return a == b ? 0 : strcmp(text + a, text + b);
 }
 
+/* Of texts that may be none. */
+static bool same_text(const char *text, uint64_t a, uint64_t b)
+{
+    return a == b || (a != UINT64_MAX && b != UINT64_MAX && !strcmp(text + a, text + b));
+}
+
 static bool same_shape(const struct shape *a, const struct shape *b)
 {
     return a->ndim == b->ndim && !memcmp(a->dim, b->dim, (size_t)a->ndim * sizeof *a->dim);
@@ -87,9 +93,10 @@ static status *check_agree(const struct maker *m, const struct plan_desc *a, con
         return disagree(m, a, b, "dtype");
     if (!a->trainable != !b->trainable)
         return disagree(m, a, b, "being trainable");
-    bool none_a = a->alias == UINT64_MAX, none_b = b->alias == UINT64_MAX;
-    if (none_a != none_b || (!none_a && compare_text(m->text, a->alias, b->alias)))
+    if (!same_text(m->text, a->alias, b->alias))
         return disagree(m, a, b, "alias");
+    if (!same_text(m->text, a->reference - 1, b->reference - 1))
+        return disagree(m, a, b, "reference");
     return NULL;
 }
 
@@ -111,7 +118,8 @@ static status *check_tensor(const struct maker *m, const struct plan_desc *d)
 static status *check_desc(const struct maker *m, uint64_t i)
 {
     const struct plan_desc *d = &m->desc[i];
-    if (d->part >= m->text_bytes || d->name >= m->text_bytes || (d->alias != UINT64_MAX && d->alias >= m->text_bytes))
+    if (d->part >= m->text_bytes || d->name >= m->text_bytes || (d->alias != UINT64_MAX && d->alias >= m->text_bytes) ||
+        d->reference > m->text_bytes)
         return ERR(INVALID, "descriptor %llu: a name lies outside the text", (ull)i);
     if (d->rank < 0 || d->rank >= m->ranks)
         return ERR(INVALID, "tensor %s/%s: rank %d of %d", m->text + d->part, m->text + d->name, d->rank, m->ranks);
@@ -253,6 +261,8 @@ static status *add_tensor(struct maker *m, const struct found *f, const uint32_t
     t->name = keep_text(m, d->name);
     if (d->alias != UINT64_MAX) {
         t->alias_of = keep_text(m, d->alias);
+    } else if (d->reference) {
+        t->reference = m->text + d->reference - 1;
     } else {
         status *st = add_pieces(m, t, order, groups);
         if (st) {
@@ -525,12 +535,16 @@ struct hash128 plan_fingerprint(const struct plan_desc *desc, uint64_t count, co
     hash_update(&h, &count, sizeof count);
     for (uint64_t i = 0; i < count; i++) {
         const struct plan_desc *d = &desc[i];
-        uint64_t head[] = { (uint64_t)d->dtype, d->trainable != 0,      (uint64_t)d->shape.ndim, (uint64_t)d->rank,
-                            d->local,           d->alias != UINT64_MAX, d->piece.begin,          d->piece.end };
+        uint64_t texts = (uint64_t)(d->alias != UINT64_MAX) + 2 * (uint64_t)(d->reference != 0);
+        uint64_t head[] = { (uint64_t)d->dtype, d->trainable != 0, (uint64_t)d->shape.ndim,
+                            (uint64_t)d->rank,  d->local,          texts,
+                            d->piece.begin,     d->piece.end };
         hash_text(&h, text + d->part);
         hash_text(&h, text + d->name);
         if (d->alias != UINT64_MAX)
             hash_text(&h, text + d->alias);
+        if (d->reference)
+            hash_text(&h, text + d->reference - 1);
         hash_update(&h, head, sizeof head);
         hash_update(&h, d->shape.dim, (size_t)d->shape.ndim * sizeof *d->shape.dim);
         hash_update(&h, &d->piece.box, sizeof d->piece.box);

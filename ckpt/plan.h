@@ -5,7 +5,8 @@
  * sweep, never pairwise). Pieces larger than `split_bytes` with several holders are split among them as runs at
  * multiples of 4 KiB. Pieces with one holder are its own; then, largest first, each other piece goes to the holder
  * with the fewest bytes so far, among equals on the node with the fewest, then to the lowest rank. Empty pieces are not
- * stored: an empty tensor, like an alias, has no pieces. The result depends only on the input, not on its order. */
+ * stored: an empty tensor, like an alias or a tensor by reference, has no pieces. The result depends only on the input,
+ * not on its order. */
 #ifndef TESSERA_CKPT_PLAN_H
 #define TESSERA_CKPT_PLAN_H
 
@@ -20,6 +21,7 @@
 struct plan_desc {
     uint64_t part, name; /* offsets of NUL-ended strings in the text block */
     uint64_t alias;      /* offset of the name of the tensor (same part) that holds the bytes; UINT64_MAX: none */
+    uint64_t reference;  /* 1 + offset of a text that says which step holds the bytes (refs.h); 0: none */
     enum dtype dtype;
     uint32_t trainable;
     struct shape shape;
@@ -30,6 +32,7 @@ struct plan_desc {
 
 struct plan_tensor {
     const char *part, *name, *alias_of; /* point into the plan's own text */
+    const char *reference; /* into plan_make's `text`; does not travel. NULL: none, or the plan was unpacked */
     enum dtype dtype;
     bool trainable;
     struct shape shape;
@@ -62,7 +65,7 @@ struct plan_options {
     uint64_t split_bytes;        /* 0: 4 MiB */
 };
 
-/* Errors name the tensor: INVALID when ranks disagree on shape, dtype, trainable or alias,
+/* Errors name the tensor: INVALID when ranks disagree on shape, dtype, trainable, alias or reference,
  * when pieces overlap or leave a hole (with coordinates), or an alias names no tensor of its part. */
 status *plan_make(const struct plan_desc *desc, uint64_t count, const char *text, size_t text_bytes, int ranks,
                   const struct plan_options *o, struct plan **out) WARN_UNUSED;

@@ -5,8 +5,11 @@
  * of different metrics do not meet. It goes when the step goes, and when the step's number is committed anew
  * (commit_put).
  *
+ * A step stays, too, while a reader has it pinned (pin.h) or a step that stays has bytes in it (refs.h).
+ *
  * What is not surely to go stays: a mark that cannot be read stops retention before it has removed anything. */
 #include "ckpt/commit.h"
+#include "ckpt/pin.h"
 #include "comm/base/mem.h"
 
 #include <inttypes.h>
@@ -174,14 +177,55 @@ static void keep_best(struct candidate *c, size_t count, int best)
     }
 }
 
-/* c: the committed steps up to the newest, ascending. */
-static status *remove_others(struct store *s, const struct keep_rules *k, struct candidate *c, size_t count)
+/* The steps of this root that own bytes of m are kept, too. */
+static void keep_owners_of(const struct metadata *m, struct candidate *c, size_t count)
+{
+    for (uint64_t i = 0; i < m->owner_count; i++)
+        for (size_t k = 0; !m->owner[i].url && k < count; k++)
+            c[k].keep = c[k].keep || c[k].step == m->owner[i].step;
+}
+
+/* Owners come before the steps that they own bytes of, so one pass from the newest down finds them all, and theirs. A
+ * step whose metadata is damaged or gone cannot be read whatever stays. */
+static status *keep_owners(struct store *s, struct candidate *c, size_t count)
+{
+    bool any = false;
+    for (size_t i = 0; i < count; i++)
+        any = any || !c[i].keep;
+    for (size_t i = count; any && i-- > 0;) {
+        struct metadata *m = NULL;
+        if (!c[i].keep)
+            continue;
+        TRY(commit_read_owners(s, c[i].step, &m));
+        if (m)
+            keep_owners_of(m, c, i);
+        metadata_free(m);
+    }
+    return NULL;
+}
+
+/* What somebody reads just now. */
+static status *keep_pinned(struct store *s, struct candidate *c, size_t count)
+{
+    struct step_list pins;
+    TRY(pins_read(s, true, &pins));
+    for (size_t i = 0; i < count; i++)
+        c[i].keep = c[i].keep || pins_hold(&pins, c[i].step);
+    step_list_free(&pins);
+    return NULL;
+}
+
+/* c: all committed steps, ascending; those before `end` are not above the newest. Removed from the newest down: a step
+ * goes before what owns bytes of it, so that one that is listed is whole whenever this ends. */
+static status *remove_others(struct store *s, const struct keep_rules *k, struct candidate *c, size_t end, size_t count)
 {
     for (size_t i = 0; i < count; i++)
-        c[i].keep = i + (size_t)k->last >= count || (k->every && c[i].step % k->every == 0);
-    TRY(read_values(s, k, c, count));
-    keep_best(c, count, k->best);
-    for (size_t i = 0; i < count; i++)
+        c[i].keep = i + (size_t)k->last >= end || (k->every && c[i].step % k->every == 0);
+    TRY(read_values(s, k, c, end));
+    keep_best(c, end, k->best);
+    TRY(keep_pinned(s, c, count));
+    TRY(keep_owners(s, c, count));
+    for (size_t i = count; i-- > 0;)
         if (!c[i].keep)
             TRY(commit_remove(s, c[i].step));
     return NULL;
@@ -195,15 +239,16 @@ status *commit_retain(struct store *s, uint64_t newest, const struct keep_rules 
     TRY(commit_list(s, &l));
     struct candidate *c = mem_calloc(l.count + 1, sizeof *c);
     status *st = c ? NULL : ERR(NO_MEMORY, "a list of %zu steps", l.count);
-    size_t count = 0;
+    size_t end = 0;
     bool there = false;
-    for (size_t i = 0; i < l.count && !st && l.step[i] <= newest; i++) {
-        c[count++].step = l.step[i];
-        there = l.step[i] == newest;
+    for (size_t i = 0; i < l.count && !st; i++) {
+        c[i].step = l.step[i];
+        end += l.step[i] <= newest;
+        there = there || l.step[i] == newest;
     }
-    step_list_free(&l);
     if (!st && there)
-        st = remove_others(s, k, c, count);
+        st = remove_others(s, k, c, end, l.count);
+    step_list_free(&l);
     mem_free(c);
     return status_wrap(st, "removing steps before the last %d", k->last);
 }

@@ -71,7 +71,7 @@ bool save_begin(tessera *t, tessera_state *s)
         st = state_pack_blobs(s, t->x->rank, &t->blobs);
     local_error(t, st);
     const struct hash128 *a = &s->fingerprint, *b = &t->cache.fingerprint;
-    bool same = t->cache.plan && s->described && a->a == b->a && a->b == b->b;
+    bool same = t->cache.plan && s->described && a->a == b->a && a->b == b->b && !t->cache.stale && !frozen_due(t);
     if (same && !t->save.error)
         start_capture(t, s);
     return same;
@@ -83,6 +83,7 @@ void save_drop_plan(tessera *t)
 {
     share_free(t->cache.share);
     roster_free(&t->cache.roster);
+    refs_free(&t->cache.refs);
     plan_free(t->cache.plan);
     t->cache = (struct cached_plan){ .made = t->cache.made };
 }
@@ -110,18 +111,49 @@ static status *adopt(tessera *t, const tessera_state *s)
     return NULL;
 }
 
+struct planning {
+    tessera *t;
+    struct frozen frozen;
+};
+
+static status *before_plan(void *arg, struct plan_desc *desc, uint64_t count, char **text, size_t *text_bytes)
+{
+    struct planning *p = arg;
+    return frozen_refer(&p->frozen, desc, count, text, text_bytes);
+}
+
+static status *after_plan(void *arg, const struct plan *plan)
+{
+    struct planning *p = arg;
+    return refs_find(p->t->store, p->t->save.step, plan, &p->t->cache.refs);
+}
+
 /* The cached plan does not serve every rank: drop it, and what was captured by it, and make another. */
 static status *replan(tessera *t)
 {
+    int compared = frozen_due(t) ? t->cache.compared : 0; /* else it is another state */
     pipeline_end(t->pipe, PIPELINE_REMOVE);
     save_drop_plan(t);
     t->cache.made++;
-    struct plan *plan = NULL;
-    TRY(plan_together(&t->nodes, t->save.state, t->save.error ? status_copy(t->save.error) : NULL, &plan));
-    t->cache.plan = plan;
-    status *st = comm_agree(t->x, adopt(t, t->save.state));
+    t->cache.compared = compared;
+    struct planning p = { .t = t };
+    const struct plan_hooks hooks = { .before = before_plan, .after = after_plan, .arg = &p };
+    TRY(frozen_compare(t, t->save.state, &p.frozen));
+    status *st = plan_together(&t->nodes, t->save.state, t->save.error ? status_copy(t->save.error) : NULL, &hooks,
+                               &t->cache.plan);
+    frozen_free(&p.frozen);
+    if (st)
+        return st;
+    st = comm_agree(t->x, adopt(t, t->save.state));
+    uint8_t flags[2] = { 0 };
+    if (!st && t->x->rank == 0)
+        frozen_note_plan(t->cache.plan, flags);
+    if (!st)
+        st = comm_bcast(t->x, flags, sizeof flags, 0, NULL);
     if (st)
         save_drop_plan(t);
+    t->cache.refers = flags[0];
+    t->cache.frozen_written = flags[1];
     return st;
 }
 
@@ -142,6 +174,9 @@ status *save_adopt_step(tessera *t, tessera_state *s)
     st = comm_allreduce(t->x, &none, 1, COMM_U64, COMM_MAX, NULL);
     if (st || none)
         save_drop_plan(t);
+    for (uint64_t i = 0; t->cache.plan && i < t->meta->tensor_count; i++)
+        if (!t->meta->tensor[i].trainable && t->meta->tensor[i].piece_count)
+            t->cache.frozen_written = true;
     return st;
 }
 
@@ -260,7 +295,7 @@ static status *hand_over(tessera *t)
                             .step = t->save.step,
                             .mesh = t->mesh,
                             .build = t->o.build ? t->o.build : "" };
-    TRY(vote_metadata(&t->vote, t->x, &f, &t->blobs, &t->save.metadata));
+    TRY(vote_metadata(&t->vote, t->x, &f, &t->blobs, &t->cache.refs, &t->save.metadata));
     keeper_commit(t->keeper, t->save.metadata);
     t->save.commit = COMMIT_RUNNING;
     return NULL;
@@ -326,6 +361,7 @@ status *save_undo(tessera *t, status **outcome)
     uint64_t step = v->step;
     status *transport = comm_wait(&t->vote.req);
     save_forget(t, false);
+    t->cache.stale = t->cache.refers; /* what it refers to may be the reason */
     if (!transport)
         transport = discard(t, step);
     if (transport)

@@ -1,6 +1,7 @@
 /* state: pieces and blobs as the caller describes them, checked once, when they are added. */
 #include "ckpt/state.h"
 
+#include "ckpt/refs.h"
 #include "comm/base/mem.h"
 
 #include <limits.h>
@@ -32,6 +33,7 @@ void tessera_state_free(tessera_state *s)
         mem_free(s->piece[i].part);
         mem_free(s->piece[i].name);
         mem_free(s->piece[i].alias_of);
+        mem_free(s->piece[i].reference);
     }
     for (size_t i = 0; i < s->blob_count; i++) {
         mem_free(s->blob[i].part);
@@ -89,6 +91,30 @@ static status *check_names(const char *part, const char *name)
     return NULL;
 }
 
+static const struct tessera_reference *reference_of(const struct tessera_tensor *d)
+{
+    return d->size >= STATE_REFERENCE_BYTES ? d->reference : NULL;
+}
+
+static status *check_reference(const struct tessera_tensor *d)
+{
+    const struct tessera_reference *r = reference_of(d);
+    if (!r)
+        return NULL;
+    if (d->alias_of)
+        return ERR(INVALID, "%s/%s: an alias and a reference", d->part, d->name);
+    if (r->size < sizeof *r || r->size > 4096)
+        return ERR(INVALID, "%s/%s: a reference of %zu bytes; set it with TESSERA_REFERENCE", d->part, d->name,
+                   r->size);
+    if (r->url && (!*r->url || strlen(r->url) >= META_URL_BYTES))
+        return ERR(INVALID, "%s/%s: a reference to a URL of %zu bytes", d->part, d->name, strlen(r->url));
+    for (const char *c = r->url; c && *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            return ERR(INVALID, "%s/%s: a reference to a URL with a control character", d->part, d->name);
+    return status_wrap(check_names(r->part ? r->part : d->part, r->name ? r->name : d->name), "%s/%s: its reference",
+                       d->part, d->name);
+}
+
 static status *read_tensor(const struct tessera_tensor *d, struct state_piece *p)
 {
     if (d->size < STATE_TENSOR_BYTES)
@@ -106,6 +132,7 @@ static status *read_tensor(const struct tessera_tensor *d, struct state_piece *p
         p->piece.box.len[i] = d->length[i];
         p->stride[i] = d->stride ? d->stride[i] : 0;
     }
+    TRY(check_reference(d));
     p->strided = d->stride != NULL && d->ndim > 0;
     bool ok;
     uint64_t whole = shape_volume(&p->shape, &ok);
@@ -146,11 +173,16 @@ status *tessera_state_add_tensor(tessera_state *s, const struct tessera_tensor *
     p.part = mem_strdup(d->part);
     p.name = mem_strdup(d->name);
     p.alias_of = d->alias_of ? mem_strdup(d->alias_of) : NULL;
-    if (!p.part || !p.name || (d->alias_of && !p.alias_of)) {
+    status *st = NULL;
+    if (!p.part || !p.name || (d->alias_of && !p.alias_of))
+        st = ERR(NO_MEMORY, "%s/%s: its names", d->part, d->name);
+    else if (reference_of(d))
+        st = refs_text(reference_of(d), d->part, d->name, &p.reference);
+    if (st) {
         mem_free(p.part);
         mem_free(p.name);
         mem_free(p.alias_of);
-        return ERR(NO_MEMORY, "%s/%s: its names", d->part, d->name);
+        return st;
     }
     forget_description(s);
     s->piece[s->count++] = p;
@@ -230,6 +262,7 @@ status *state_describe(tessera_state *s)
     for (size_t i = 0; i < s->count; i++) {
         const struct state_piece *p = &s->piece[i];
         bytes += strlen(p->part) + strlen(p->name) + 2 + (p->alias_of ? strlen(p->alias_of) + 1 : 0);
+        bytes += p->reference ? strlen(p->reference) + 1 : 0;
     }
     s->desc = mem_calloc(s->count ? s->count : 1, sizeof *s->desc);
     s->text = mem_calloc(bytes, 1);
@@ -245,6 +278,7 @@ status *state_describe(tessera_state *s)
         d->part = q && !strcmp(p->part, q->part) ? d[-1].part : put_text(s, p->part);
         d->name = q && !strcmp(p->name, q->name) ? d[-1].name : put_text(s, p->name);
         d->alias = p->alias_of ? put_text(s, p->alias_of) : UINT64_MAX;
+        d->reference = p->reference ? 1 + put_text(s, p->reference) : 0;
         d->dtype = p->dtype;
         d->trainable = p->trainable;
         d->shape = p->shape;

@@ -11,7 +11,8 @@
 
 struct state_piece {
     char *part, *name;
-    char *alias_of; /* NULL: none */
+    char *alias_of;  /* NULL: none */
+    char *reference; /* refs_text; NULL: none */
     enum dtype dtype;
     bool trainable;
     struct shape shape;
@@ -41,8 +42,11 @@ struct tessera_state {
     struct hash128 fingerprint;
 };
 
-/* The caller's struct as first released: none is smaller. */
-enum { STATE_TENSOR_BYTES = offsetof(struct tessera_tensor, alias_of) + sizeof(char *) };
+/* The caller's struct as first released: none is smaller; and with references. */
+enum {
+    STATE_TENSOR_BYTES = offsetof(struct tessera_tensor, alias_of) + sizeof(char *),
+    STATE_REFERENCE_BYTES = offsetof(struct tessera_tensor, reference) + sizeof(struct tessera_reference *)
+};
 enum { STATE_BLOB_BYTES = 64 << 10, STATE_BLOBS_BYTES = 4 << 20 };
 
 /* Fill desc, text and fingerprint; does nothing (and allocates nothing) when no piece was added since the last call. */

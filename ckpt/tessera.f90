@@ -41,6 +41,7 @@ module tessera
     integer(c_int) :: keep_best = 0, keep_lowest = 0
     type(c_ptr) :: keep_metric = c_null_ptr
     integer(c_int) :: view = 0
+    integer(c_int) :: reference_frozen = 0
   end type
 
   type, bind(c) :: tessera_tensor
@@ -52,6 +53,14 @@ module tessera
     type(c_ptr) :: stride = c_null_ptr, data = c_null_ptr
     integer(c_int) :: frozen = 0
     type(c_ptr) :: alias_of = c_null_ptr
+    type(c_ptr) :: reference = c_null_ptr ! c_loc of a tessera_reference
+  end type
+
+  type, bind(c) :: tessera_reference
+    integer(c_size_t) :: size = 0
+    type(c_ptr) :: url = c_null_ptr
+    integer(c_int64_t) :: step = 0
+    type(c_ptr) :: part = c_null_ptr, name = c_null_ptr
   end type
 
   type, bind(c) :: tessera_tick_io ! struct tessera_tick

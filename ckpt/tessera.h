@@ -107,7 +107,9 @@ struct tessera_options {
                       * writing handle makes it, with its parents. mem: is this rank's memory, for tests of one rank */
     int mpi_comm;    /* MPI_Comm_c2f of the communicator (in Fortran, the handle itself); duplicated. MPI must be
                       * running until tessera_close. -1: this process alone, without MPI */
-    int read_only;   /* 1: no lease, nothing is ever written; any number of readers beside one writer */
+    int read_only;   /* 1: no lease; any number of readers beside one writer. Nothing is written but, where this
+                      * job may write, a pin (PINS/...) from a find to the end of the load: it keeps that step from a
+                      * writer's retention, for a minute at most if this job dies */
     int keep_last;   /* committed steps that stay, at least 0; older ones are removed after a commit; 0: all stay */
     int rewind;      /* 1: loading a step below the newest retires the later ones; 0: that is INVALID */
     uint64_t staging_bytes; /* cap of the staging pool of this rank; 0: the bytes this rank writes in a save. With less,
@@ -132,11 +134,17 @@ struct tessera_options {
     int view; /* view.h5 beside a step's files, for h5py and h5dump: every tensor whole. Written after the commit, by
                * rank 0's thread, and only where the root is a directory. 0: for steps of up to 20,000 pieces; 1: of any
                * number; -1: never */
+    /* 1: tensors added as frozen are stored by reference (tessera_reference) to the newest committed step where that
+     * has their bytes. Checked when a plan is made, at the second save of a state at the latest: every stored block
+     * whose bytes a rank holds in one stretch is compared by its checksum, and a tensor of which every block was found
+     * and none differed is not written again. What was saved at another cut is written once more first. From then on
+     * `frozen` is taken at its word: the caller must not change the bytes while the state is used */
+    int reference_frozen;
 };
 #define TESSERA_OPTIONS                                                                                                \
     {                                                                                                                  \
         sizeof(struct tessera_options), NULL, -1, 0, 0, 0, 0, 0, 0, 0, NULL, { 0, 0, 0, 0, 0 }, NULL, NULL, 0, 0, 0,   \
-            NULL, 0                                                                                                    \
+            NULL, 0, 0                                                                                                 \
     }
 
 /* Open a root. Collective. Unless read_only, draws a new 64-bit attempt and takes the root's lease: a second live job
@@ -150,6 +158,18 @@ tessera_status *tessera_open(const struct tessera_options *o, tessera **out);
 tessera_status *tessera_close(tessera *t);
 
 /* ---- What is saved and loaded ---------------------------------------- */
+
+/* A tensor of a committed step that holds the bytes of one to be saved. */
+struct tessera_reference {
+    size_t size;
+    const char *url;         /* of the root of that step; NULL: the handle's own */
+    uint64_t step;           /* of the same root: one before the step that is saved */
+    const char *part, *name; /* there; NULL: the tensor's own. An alias stands for its tensor */
+};
+#define TESSERA_REFERENCE                                                                                              \
+    {                                                                                                                  \
+        sizeof(struct tessera_reference), NULL, 0, NULL, NULL                                                          \
+    }
 
 /* A piece that this rank holds of a tensor: a box of it, or a run of a box. */
 struct tessera_tensor {
@@ -169,14 +189,21 @@ struct tessera_tensor {
                             * strides `data` is the box's first element, also when there is a run */
     void *data;            /* host memory: the piece's first element. Read by a save until the fence, written by a
                             * load. NULL if the piece is empty */
-    int frozen;            /* 1: not trainable; stored as an attribute, without effect here */
+    int frozen;            /* 1: not trainable; stored as an attribute, and see tessera_options.reference_frozen */
     const char *alias_of;  /* name of the tensor of this part that shares the bytes (tied weights), with the same
                             * dtype and shape, itself no alias; then offset, length, run, stride and data are not
-                            * used, and a load fills nothing. NULL: no alias */
+                            * used, and a load fills its target, once. NULL: no alias */
+    /* Not NULL: a save writes no bytes of the tensor, but a reference to bytes stored before: a tensor of the same
+     * dtype and shape, the same reference on all ranks that add it. The save fails with NOT_FOUND or INVALID if it is
+     * not there. data, offset, length and run are of no use to a save then (a piece may be empty on every rank), a load
+     * fills them as ever. What is recorded is the step that holds the bytes, also where the one named refers on itself;
+     * in the same root retention, `tessera ckpt rm` and gc keep it as long as a step that refers to it stays. In
+     * another root that is the caller's to see to. Copied */
+    const struct tessera_reference *reference;
 };
 #define TESSERA_TENSOR                                                                                                 \
     {                                                                                                                  \
-        sizeof(struct tessera_tensor), NULL, NULL, 0, 0, { 0 }, { 0 }, { 0 }, 0, 0, NULL, NULL, 0, NULL                \
+        sizeof(struct tessera_tensor), NULL, NULL, 0, 0, { 0 }, { 0 }, { 0 }, 0, 0, NULL, NULL, 0, NULL, NULL          \
     }
 
 /* An empty list of tensors and blobs, owned by the caller and freed before or after the handle. It can be saved and
@@ -309,8 +336,9 @@ tessera_status *tessera_blob(tessera *t, const char *part, const char *name, int
                              size_t *bytes);
 /* Whether the step holds a tensor: fills dtype, ndim and shape of d (others untouched). NOT_FOUND. */
 tessera_status *tessera_stored(tessera *t, const char *part, const char *name, struct tessera_tensor *d);
-/* The i-th tensor, sorted by part, then name: fills part, name, dtype, ndim, shape, frozen and alias_of of d. A part is
- * what its tensors name. NOT_FOUND: i is not below tessera_step's `tensors`. */
+/* The i-th tensor, sorted by part, then name: fills part, name, dtype, ndim, shape, frozen, alias_of and reference (to
+ * the step that holds its bytes; valid until the next call; NULL: this one) of d. A part is what its tensors name.
+ * NOT_FOUND: i is not below tessera_step's `tensors`. */
 tessera_status *tessera_stored_at(tessera *t, uint64_t i, struct tessera_tensor *d);
 struct tessera_blob_info {
     size_t size;
@@ -375,7 +403,8 @@ enum tessera_load_list { TESSERA_MISSING = 1, TESSERA_UNEXPECTED = 2, TESSERA_MI
  * their stored names, others the state's. Valid until the next load or close. Not collective. */
 const char *tessera_load_name(tessera *t, int list, uint64_t i);
 /* tessera_find and tessera_load from the newest step down until one loads. Collective. NOT_FOUND: none is there;
- * CORRUPT: none is whole; else errors as tessera_load. */
+ * CORRUPT: none is whole; else errors as tessera_load. A step that is removed by its writer while a read_only handle
+ * reads it is passed over for a newer one. */
 tessera_status *tessera_load_newest(tessera *t, tessera_state *s, uint64_t *step);
 /* Retire every committed step above `step` (rename to step-N.retired-ATTEMPT); TESSERA_NEWEST: every step. Collective.
  * INVALID: the handle is read_only; UNAVAILABLE: a save is in flight. */

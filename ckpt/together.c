@@ -2,15 +2,15 @@
  *
  *   u64 descriptors, text bytes, blob bytes, fingerprint (2); then the descriptors as words; then the text
  *
- * A descriptor's words: part, name, alias (offsets in the text), {dtype, trainable, ndim}, run, and ndim each of shape,
- * box offsets and box lengths. Rank 0 plans on the texts as they arrived. */
+ * A descriptor's words: part, name, alias, reference (offsets in the text), {dtype, trainable, ndim}, run, and ndim
+ * each of shape, box offsets and box lengths. Rank 0 plans on the texts as they arrived. */
 #include "ckpt/together.h"
 
 #include "ckpt/commit.h"
 #include "comm/agree.h"
 #include "comm/base/mem.h"
 
-enum { HEAD_WORDS = 5, DESC_WORDS = 6 };
+enum { HEAD_WORDS = 5, DESC_WORDS = 7 };
 
 /* ---- up */
 
@@ -47,7 +47,9 @@ static status *pack_descriptors(const tessera_state *s, void **buf, size_t *byte
         const struct plan_desc *d = &s->desc[i];
         int k = d->shape.ndim;
         uint64_t kind = (uint64_t)d->dtype | (uint64_t)(d->trainable != 0) << 16 | (uint64_t)k << 32;
-        const uint64_t word[DESC_WORDS] = { d->part, d->name, d->alias, kind, d->piece.begin, d->piece.end };
+        const uint64_t word[DESC_WORDS] = {
+            d->part, d->name, d->alias, kind, d->piece.begin, d->piece.end, d->reference
+        };
         at = put_words(at, word, DESC_WORDS);
         at = put_words(at, d->shape.dim, k);
         at = put_words(at, d->piece.box.off, k);
@@ -75,6 +77,7 @@ static const unsigned char *read_desc(const unsigned char *p, struct plan_desc *
     *d = (struct plan_desc){ .part = word[0],
                              .name = word[1],
                              .alias = word[2],
+                             .reference = word[6],
                              .dtype = (enum dtype)(word[3] & 0xffff),
                              .trainable = word[3] >> 16 & 1,
                              .shape = { .ndim = (int)(word[3] >> 32) },
@@ -109,6 +112,7 @@ static status *join(const struct nodes_message *m, int ranks, const unsigned cha
             j->desc[i].part += text;
             j->desc[i].name += text;
             j->desc[i].alias += j->desc[i].alias == UINT64_MAX ? 0 : text;
+            j->desc[i].reference += j->desc[i].reference ? text : 0;
         }
         j->extra[r] = head[2];
         j->print[r] = (struct hash128){ head[3], head[4] };
@@ -123,21 +127,27 @@ static void free_joined(struct joined *j)
     mem_free(j->print);
 }
 
-static status *plan_joined(const struct nodes *n, const struct nodes_message *m, const void *all, size_t bytes,
-                           struct plan **out)
+static status *plan_joined(const struct nodes *n, const struct nodes_message *m, void **all, size_t bytes,
+                           const struct plan_hooks *hooks, struct plan **out)
 {
     struct joined j = { .count = 0 };
     struct plan *plan = NULL;
-    status *st = join(m, n->all->size, all, &j);
+    status *st = join(m, n->all->size, *all, &j);
+    if (!st && hooks)
+        st = hooks->before(hooks->arg, j.desc, j.count, (char **)all, &bytes);
     if (!st) {
         const struct plan_options o = { .node_of = n->node_of, .extra_bytes = j.extra };
-        st = plan_make(j.desc, j.count, all, bytes, n->all->size, &o, &plan);
+        st = plan_make(j.desc, j.count, *all, bytes, n->all->size, &o, &plan);
     }
+    if (!st && hooks)
+        st = hooks->after(hooks->arg, plan);
     if (!st) {
         plan->rank_print = j.print;
         j.print = NULL;
         *out = plan;
+        plan = NULL;
     }
+    plan_free(plan);
     free_joined(&j);
     return st;
 }
@@ -209,7 +219,8 @@ static status *spread(const struct nodes *n, struct plan *whole, struct plan **o
     return st;
 }
 
-status *plan_together(const struct nodes *n, const tessera_state *s, status *mine, struct plan **out)
+status *plan_together(const struct nodes *n, const tessera_state *s, status *mine, const struct plan_hooks *hooks,
+                      struct plan **out)
 {
     void *packed = NULL, *all = NULL;
     size_t packed_bytes = 0, bytes = 0;
@@ -220,7 +231,7 @@ status *plan_together(const struct nodes *n, const tessera_state *s, status *min
         st = nodes_gather(n, packed, packed_bytes, &m, &all, &bytes);
     mem_free(packed);
     if (!st)
-        st = comm_agree(n->all, n->all->rank == 0 ? plan_joined(n, m, all, bytes, &whole) : NULL);
+        st = comm_agree(n->all, n->all->rank == 0 ? plan_joined(n, m, &all, bytes, hooks, &whole) : NULL);
     mem_free(all);
     mem_free(m);
     if (!st)
@@ -350,7 +361,7 @@ static void fill(const struct metadata *m, const int32_t *writer, const struct s
 status *plan_of_step(const struct metadata *m, const tessera_state *s, int rank, int ranks, struct plan **out)
 {
     const uint64_t *print = m->state_print;
-    if (!print || m->world != (uint32_t)ranks || print[2 * rank] != s->fingerprint.a ||
+    if (!print || m->owner_count || m->world != (uint32_t)ranks || print[2 * rank] != s->fingerprint.a ||
         print[2 * rank + 1] != s->fingerprint.b)
         return NULL;
     struct plan *p = NULL;

@@ -1,14 +1,17 @@
 /* verify: read every byte of a step and say what is not as it was written.
  *
- * Invariant: each byte of each file is judged exactly once, by the header's checksum, by the checksum of the block it
- * lies in, or by being zero (padding between datasets). A file's regions are walked in the order of its payloads:
- * header, gap, payload, gap, ..., end. One line a damage; what a short file has lost is told once for the file and once
- * for each tensor that lost bytes.
+ * Invariant: each byte of each of the step's own files is judged exactly once, by the header's checksum, by the
+ * checksum of the block it lies in, or by being zero (padding between datasets). A file's regions are walked in the
+ * order of its payloads: header, gap, payload, gap, ..., end. One line a damage; what a short file has lost is told
+ * once for the file and once for each tensor that lost bytes. Of an owner's files (metadata.h) just the payloads that
+ * the step refers to are judged: the rest is the owner's own.
  *
  * The walk is cut into units (list_units): a header, a gap, up to UNIT_BYTES of a payload. Units are independent, so
  * ranks take stretches of the list and threads take units of a stretch; what they found is put back into the list's
  * order before it is told, so the report does not depend on how many there were. */
 #include "ckpt/verify.h"
+
+#include "ckpt/refs.h"
 #include "comm/agree.h"
 #include "comm/base/bytes.h"
 #include "comm/base/mem.h"
@@ -20,7 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LINE_BYTES = 1024, UNIT_BYTES = 16 << 20 };
+enum { LINE_BYTES = 2048, UNIT_BYTES = 16 << 20 };
 #define MISSING UINT64_MAX
 
 struct region {
@@ -52,6 +55,7 @@ struct verify {
     struct store *store;
     uint64_t step;
     const struct metadata *m;
+    struct origins from;
     uint64_t *have; /* [files] their length as it is; MISSING */
     struct unit_list units;
     size_t first;   /* of this rank's stretch */
@@ -72,9 +76,10 @@ struct walk {
     size_t unit;
     const struct meta_file *file;
     char key[STORE_KEY_BYTES];
-    uint64_t have;      /* bytes that are there of those that should be */
-    uint64_t bytes;     /* read */
-    unsigned char *buf; /* [META_BLOCK_BYTES] */
+    char name[REFS_WORDS + 256]; /* the file's, for messages, and whose it is */
+    uint64_t have;               /* bytes that are there of those that should be */
+    uint64_t bytes;              /* read */
+    unsigned char *buf;          /* [META_BLOCK_BYTES] */
 };
 
 /* ---- Findings */
@@ -104,7 +109,7 @@ static void damage(struct verify *v, size_t unit, const char *file, const char *
 static void damage(struct verify *v, size_t unit, const char *file, const char *fmt, ...)
 {
     char line[LINE_BYTES];
-    int n = snprintf(line, sizeof line, "step %" PRIu64 ": %.300s: ", v->step, file);
+    int n = snprintf(line, sizeof line, "step %" PRIu64 ": %.1300s: ", v->step, file);
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(line + n, sizeof line - (size_t)n, fmt, ap);
@@ -213,14 +218,16 @@ static status *list_file(struct verify *v, uint32_t f, const struct region *r, u
         TRY(add_unit(l, (struct unit){ .kind = UNIT_LENGTH, .file = f }));
     if (v->have[f] == MISSING)
         return NULL;
-    TRY(add_unit(l, (struct unit){ .kind = UNIT_HEADER, .file = f, .end = file->header_bytes }));
+    if (!file->owner)
+        TRY(add_unit(l, (struct unit){ .kind = UNIT_HEADER, .file = f, .end = file->header_bytes }));
     uint64_t at = file->header_bytes;
     for (uint64_t i = 0; i < count; i++) {
-        TRY(add_gap(l, f, at, r[i].piece->offset));
+        if (!file->owner)
+            TRY(add_gap(l, f, at, r[i].piece->offset));
         TRY(add_payload(l, &r[i], there(v, f)));
         at = r[i].piece->offset + r[i].piece->bytes;
     }
-    return add_gap(l, f, at, file->bytes);
+    return file->owner ? NULL : add_gap(l, f, at, file->bytes);
 }
 
 static status *list_units(struct verify *v)
@@ -246,7 +253,7 @@ static status *list_units(struct verify *v)
 static bool read_bytes(struct walk *w, uint64_t offset, size_t n, status **st)
 {
     bool whole = offset + n <= w->have;
-    *st = whole ? store_get(w->v->store, w->key, offset, w->buf, n) : NULL;
+    *st = whole ? store_get(origins_store(&w->v->from, w->file), w->key, offset, w->buf, n) : NULL;
     if (!*st && whole) {
         w->bytes += n;
         return true;
@@ -263,10 +270,10 @@ static void tell_length(struct walk *w)
     struct verify *v = w->v;
     uint64_t have = v->have[w->file - v->m->file], want = w->file->bytes;
     if (have == MISSING)
-        damage(v, w->unit, w->file->name, "the file is missing");
+        damage(v, w->unit, w->name, "the file is missing");
     else
-        damage(v, w->unit, w->file->name, "%" PRIu64 " bytes, not %" PRIu64 "; differs from offset %" PRIu64, have,
-               want, have < want ? have : want);
+        damage(v, w->unit, w->name, "%" PRIu64 " bytes, not %" PRIu64 "; differs from offset %" PRIu64, have, want,
+               have < want ? have : want);
 }
 
 static status *verify_header(struct walk *w)
@@ -279,14 +286,14 @@ static status *verify_header(struct walk *w)
         status *st;
         if (!read_bytes(w, at, n, &st)) {
             if (!st)
-                damage(v, w->unit, w->file->name, "header: bytes at offset %" PRIu64 " are not there", at);
+                damage(v, w->unit, w->name, "header: bytes at offset %" PRIu64 " are not there", at);
             return st;
         }
         crc = crc32c(crc, w->buf, n);
         at += n;
     }
     if (crc != w->file->header_crc)
-        damage(v, w->unit, w->file->name, "header: checksum of bytes 0 to %" PRIu64 " is %08x, not %08x",
+        damage(v, w->unit, w->name, "header: checksum of bytes 0 to %" PRIu64 " is %08x, not %08x",
                w->file->header_bytes, crc, w->file->header_crc);
     return NULL;
 }
@@ -301,7 +308,7 @@ static status *verify_zero(struct walk *w, uint64_t begin, uint64_t end)
             return st; /* what a file has lost is told already */
         for (size_t i = 0; i < n; i++)
             if (w->buf[i]) {
-                damage(w->v, w->unit, w->file->name, "padding: byte at offset %" PRIu64 " is 0x%02x, not 0", at + i,
+                damage(w->v, w->unit, w->name, "padding: byte at offset %" PRIu64 " is 0x%02x, not 0", at + i,
                        w->buf[i]);
                 return NULL;
             }
@@ -320,22 +327,24 @@ static status *verify_payload(struct walk *w, const struct region *r, uint64_t b
         status *st;
         if (!read_bytes(w, p->offset + at, n, &st)) {
             if (!st)
-                damage(v, w->unit, w->file->name, "tensor %s/%s: bytes at offset %" PRIu64 " are not there",
-                       r->tensor->part, r->tensor->name, p->offset + at);
+                damage(v, w->unit, w->name, "tensor %s/%s: bytes at offset %" PRIu64 " are not there", r->tensor->part,
+                       r->tensor->name, p->offset + at);
             return st;
         }
         uint32_t crc = crc32c(0, w->buf, n), want = v->m->crc[p->first_crc + at / META_BLOCK_BYTES];
         if (crc != want)
-            damage(v, w->unit, w->file->name,
-                   "tensor %s/%s: checksum of %zu bytes at offset %" PRIu64 " is %08x, not %08x", r->tensor->part,
-                   r->tensor->name, n, p->offset + at, crc, want);
+            damage(v, w->unit, w->name, "tensor %s/%s: checksum of %zu bytes at offset %" PRIu64 " is %08x, not %08x",
+                   r->tensor->part, r->tensor->name, n, p->offset + at, crc, want);
     }
     return NULL;
 }
 
 static status *verify_unit(struct walk *w, const struct unit *u)
 {
-    TRY(commit_file_key(w->v->step, w->file->name, w->key));
+    char words[REFS_WORDS];
+    TRY(origins_key(w->v->m, w->file, w->key));
+    refs_words(w->v->m, w->file, words);
+    snprintf(w->name, sizeof w->name, "%s%s", words, w->file->name);
     switch (u->kind) {
     case UNIT_LENGTH:
         tell_length(w);
@@ -406,8 +415,8 @@ static status *read_lengths(struct verify *v)
     for (uint64_t f = 0; f < v->m->file_count; f++) {
         char key[STORE_KEY_BYTES];
         struct store_info info = { 0 };
-        TRY(commit_file_key(v->step, v->m->file[f].name, key));
-        status *st = store_stat(v->store, key, &info);
+        TRY(origins_key(v->m, &v->m->file[f], key));
+        status *st = store_stat(origins_store(&v->from, &v->m->file[f]), key, &info);
         v->have[f] = info.bytes;
         if (status_code(st) == ST_NOT_FOUND || (!st && info.is_dir)) {
             status_free(st);
@@ -443,10 +452,19 @@ static status *prepare(struct verify *v, struct metadata **m)
         v->have = mem_calloc(v->m->file_count + 1, sizeof *v->have);
     if (!st && n && !v->have)
         st = ERR(NO_MEMORY, "a list of %" PRIu64 " files", v->m->file_count);
+    if (!st && n)
+        st = origins_open(v->store, v->m, &v->from);
     if (!st && n && leads)
         st = read_lengths(v);
     if (c)
-        TRY(comm_agree(c, st));
+        st = comm_agree(c, st);
+    if (status_code(st) == ST_CORRUPT) { /* an owner's root is not there */
+        if (leads)
+            damage(v, 0, "metadata.pb", "%s", status_message(st));
+        status_free(st);
+        return NULL;
+    }
+    TRY(st);
     if (!st && n && c)
         st = comm_bcast(c, v->have, (size_t)v->m->file_count * sizeof *v->have, 0, NULL);
     if (!st && n)
@@ -564,6 +582,7 @@ status *verify_step(struct store *s, uint64_t step, const struct verify_options 
     mem_free(v.synced.found);
     mem_free(v.units.unit);
     mem_free(v.have);
+    origins_close(&v.from);
     metadata_free(m);
     pthread_mutex_destroy(&v.synced.lock);
     return st;

@@ -259,31 +259,55 @@ static hid_t shard_space(const struct shape *s, const struct piece *p)
     return s->ndim ? H5Screate_simple(s->ndim, dims, NULL) : H5Screate(H5S_SCALAR);
 }
 
-/* "/NAME/pN" in the shard, with '%' doubled: libhdf5 takes it for a pattern. */
-static char *shard_path(const char *tensor, uint64_t piece)
+/* BEFORE + text + behind, with the text's '%' doubled: libhdf5 takes it for a pattern. */
+static char *pattern_free(const char *before_text, const char *text, const char *behind)
 {
-    size_t n = 2 * strlen(tensor) + 32, at = 1;
+    size_t n = strlen(before_text) + 2 * strlen(text) + strlen(behind) + 1, at = strlen(before_text);
     char *path = mem_alloc(n);
     if (!path)
         return NULL;
-    path[0] = '/';
-    for (const char *c = tensor; *c; c++) {
+    memcpy(path, before_text, at);
+    for (const char *c = text; *c; c++) {
         path[at++] = *c;
         if (*c == '%')
             path[at++] = *c;
     }
-    snprintf(path + at, n - at, "/p%llu", (unsigned long long)piece);
+    snprintf(path + at, n - at, "%s", behind);
     return path;
+}
+
+/* "/NAME/pN" in the shard, by its name there. */
+static char *shard_path(const char *tensor, uint64_t piece)
+{
+    char dataset[32];
+    snprintf(dataset, sizeof dataset, "/p%llu", (unsigned long long)piece);
+    return pattern_free("/", tensor, dataset);
+}
+
+/* A shard from where the view lies: beside it, in an owner's directory of this root, or in one of another root. */
+static char *shard_file(const struct metadata *m, const struct meta_file *f)
+{
+    char dir[STEP_DIR_BYTES], behind[STEP_DIR_BYTES + 258];
+    if (!f->owner)
+        return mem_strdup(f->name);
+    const struct meta_owner *o = &m->owner[f->owner - 1];
+    const char *url = o->url ? o->url : "..";
+    commit_step_dir(o->step, dir);
+    snprintf(behind, sizeof behind, "/%s/%s", dir, f->name);
+    return pattern_free("", strncmp(url, "file:", 5) == 0 ? url + 5 : url, behind);
 }
 
 static status *map_piece(const struct view *v, hid_t list, const struct meta_tensor *t, const hsize_t *dims, uint64_t i)
 {
     const struct meta_piece *p = &v->m->piece[t->first_piece + i];
-    char *path = shard_path(t->name, i);
-    if (!path)
+    char *path = shard_path(t->owner_name ? t->owner_name : t->name, i), *file = shard_file(v->m, &v->m->file[p->file]);
+    if (!path || !file) {
+        mem_free(path);
+        mem_free(file);
         return ERR(NO_MEMORY, "a path");
+    }
     hid_t to = select_piece(&t->shape, dims, &p->piece), from = shard_space(&t->shape, &p->piece);
-    status *st = to < 0 || from < 0 || H5Pset_virtual(list, to, v->m->file[p->file].name, path, from) < 0
+    status *st = to < 0 || from < 0 || H5Pset_virtual(list, to, file, path, from) < 0
                      ? h5shard_error("map a piece of", t->name)
                      : NULL;
     if (to >= 0)
@@ -291,6 +315,7 @@ static status *map_piece(const struct view *v, hid_t list, const struct meta_ten
     if (from >= 0)
         H5Sclose(from);
     mem_free(path);
+    mem_free(file);
     return st;
 }
 

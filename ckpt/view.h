@@ -1,5 +1,6 @@
 /* view: a step as one HDF5 file, COMMIT_VIEW in its directory: every tensor whole at /PART/NAME, as if it had never
- * been cut, and no copy of the data (virtual datasets over the shard files, by relative names).
+ * been cut, and no copy of the data (virtual datasets over the shard files, by relative names; what lies in another
+ * step is looked for there).
  *
  * It is for looking, with h5py, h5dump or MATLAB, and no part of the step: metadata.pb does not name it, a load does
  * not read it, it can be made anew at any time. HDF5 shows fill values where a shard is missing, without an error:

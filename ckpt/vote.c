@@ -151,7 +151,8 @@ static unsigned char *blobs_of(struct vote *v, int rank, unsigned char *message,
     return rank == 0 ? own->data : at + 8;
 }
 
-static status *allocate(struct vote *v, struct comm *c, struct state_bytes *own, struct metadata *m)
+static status *allocate(struct vote *v, struct comm *c, struct state_bytes *own, const struct refs *refs,
+                        struct metadata *m)
 {
     const struct plan *p = v->plan;
     uint64_t files = 0, crcs = 0, blobs = 0;
@@ -167,10 +168,10 @@ static status *allocate(struct vote *v, struct comm *c, struct state_bytes *own,
         blobs += count_blobs(data, bytes);
         message += message_bytes(v, r);
     }
-    m->file = mem_calloc(files + 1, sizeof *m->file);
+    m->file = mem_calloc(files + refs->file_count + 1, sizeof *m->file);
     m->tensor = mem_calloc(p->tensor_count + 1, sizeof *m->tensor);
-    m->piece = mem_calloc(p->piece_count + 1, sizeof *m->piece);
-    m->crc = mem_calloc(crcs + 1, sizeof *m->crc);
+    m->piece = mem_calloc(p->piece_count + refs->piece_count + 1, sizeof *m->piece);
+    m->crc = mem_calloc(crcs + refs->crc_count + 1, sizeof *m->crc);
     m->blob = mem_calloc(blobs + 1, sizeof *m->blob);
     if (!m->file || !m->tensor || !m->piece || !m->crc || !m->blob)
         return ERR(NO_MEMORY, "metadata of %llu pieces", (unsigned long long)p->piece_count);
@@ -178,21 +179,52 @@ static status *allocate(struct vote *v, struct comm *c, struct state_bytes *own,
     return m->file[0].name ? NULL : ERR(NO_MEMORY, "names of %llu files", (unsigned long long)files);
 }
 
-static void put_tensors(const struct plan *p, struct metadata *m)
+/* Pieces of tensors by reference come between those of the plan: a plan's piece k of tensor i is the step's piece
+ * k - plan.tensor[i].first_piece + m->tensor[i].first_piece. */
+static void put_tensors(const struct plan *p, const struct refs *refs, struct metadata *m)
 {
+    const struct ref_tensor *ref = refs->tensor, *end = ref + refs->tensor_count;
     for (uint64_t i = 0; i < p->tensor_count; i++) {
         const struct plan_tensor *t = &p->tensor[i];
+        bool by_reference = ref != end && ref->tensor == i;
         m->tensor[i] = (struct meta_tensor){ .part = (char *)(uintptr_t)t->part,
                                              .name = (char *)(uintptr_t)t->name,
                                              .dtype = t->dtype,
                                              .shape = t->shape,
                                              .trainable = t->trainable,
                                              .alias_of = (char *)(uintptr_t)t->alias_of,
-                                             .first_piece = t->first_piece,
-                                             .piece_count = t->piece_count };
+                                             .first_piece = m->piece_count,
+                                             .piece_count = by_reference ? ref->piece_count : t->piece_count };
+        m->piece_count += m->tensor[i].piece_count;
+        if (by_reference) {
+            m->tensor[i].owner_part = ref->part;
+            m->tensor[i].owner_name = ref->name;
+            ref++;
+        }
     }
     m->tensor_count = p->tensor_count;
-    m->piece_count = p->piece_count;
+}
+
+/* Behind the files and checksums of all ranks. */
+static void put_references(const struct refs *refs, struct metadata *m)
+{
+    for (uint64_t i = 0; i < refs->tensor_count; i++) {
+        const struct ref_tensor *from = &refs->tensor[i];
+        struct meta_piece *to = &m->piece[m->tensor[from->tensor].first_piece];
+        for (uint64_t k = 0; k < from->piece_count; k++) {
+            to[k] = refs->piece[from->first_piece + k];
+            to[k].file += (uint32_t)m->file_count;
+            to[k].first_crc += m->crc_count;
+        }
+    }
+    if (refs->file_count)
+        memcpy(m->file + m->file_count, refs->file, refs->file_count * sizeof *m->file);
+    if (refs->crc_count)
+        memcpy(m->crc + m->crc_count, refs->crc, refs->crc_count * sizeof *m->crc);
+    m->file_count += refs->file_count;
+    m->crc_count += refs->crc_count;
+    m->owner = refs->owner;
+    m->owner_count = refs->owner_count;
 }
 
 /* The name inside the step's directory. */
@@ -225,11 +257,13 @@ static void read_message(const struct vote *v, int rank, const unsigned char *me
         uint64_t bytes = piece_elems(&p->piece[i].piece) * dtype_bytes(p->tensor[p->piece[i].tensor].dtype);
         if (!m->file[file].name[0])
             put_file_name(v, rank, e, m, m->file[file].name);
-        m->piece[i] = (struct meta_piece){ .piece = p->piece[i].piece,
-                                           .file = (uint32_t)file,
-                                           .offset = get_u64(at),
-                                           .bytes = bytes,
-                                           .first_crc = m->crc_count };
+        uint32_t tensor = p->piece[i].tensor;
+        uint64_t to = m->tensor[tensor].first_piece + i - p->tensor[tensor].first_piece;
+        m->piece[to] = (struct meta_piece){ .piece = p->piece[i].piece,
+                                            .file = (uint32_t)file,
+                                            .offset = get_u64(at),
+                                            .bytes = bytes,
+                                            .first_crc = m->crc_count };
         m->crc_count += meta_blocks(bytes);
     }
     at = message + crcs_at(r, rank);
@@ -238,7 +272,7 @@ static void read_message(const struct vote *v, int rank, const unsigned char *me
 }
 
 status *vote_metadata(struct vote *v, struct comm *c, const struct vote_facts *f, struct state_bytes *own,
-                      struct metadata **out)
+                      const struct refs *refs, struct metadata **out)
 {
     struct metadata *m = mem_calloc(1, sizeof *m);
     if (!m)
@@ -252,9 +286,9 @@ status *vote_metadata(struct vote *v, struct comm *c, const struct vote_facts *f
                             .world = (uint32_t)c->size,
                             .build = (char *)(uintptr_t)f->build,
                             .state_print = (uint64_t *)(void *)v->plan->rank_print };
-    status *st = allocate(v, c, own, m);
+    status *st = allocate(v, c, own, refs, m);
     if (!st)
-        put_tensors(v->plan, m);
+        put_tensors(v->plan, refs, m);
     unsigned char *message = v->theirs;
     for (int r = 0; !st && r < c->size; r++) {
         read_message(v, r, message, m);
@@ -267,6 +301,7 @@ status *vote_metadata(struct vote *v, struct comm *c, const struct vote_facts *f
         vote_metadata_free(m);
         return st;
     }
+    put_references(refs, m);
     *out = m;
     return NULL;
 }

@@ -7,7 +7,7 @@
 #ifndef TESSERA_CKPT_VOTE_H
 #define TESSERA_CKPT_VOTE_H
 
-#include "ckpt/metadata.h"
+#include "ckpt/refs.h"
 #include "ckpt/share.h"
 #include "ckpt/state.h"
 #include "comm/comm.h"
@@ -37,10 +37,10 @@ struct vote_facts {
     struct mesh mesh;
     const char *build;
 };
-/* Rank 0, after v->req is done: the step's metadata. It borrows texts from the plan and blobs from v and `own`; free
- * with vote_metadata_free. INTERNAL: a message is not well formed. */
+/* Rank 0, after v->req is done: the step's metadata. It borrows texts from the plan and `refs` (of that plan), and
+ * blobs from v and `own`; free with vote_metadata_free. INTERNAL: a message is not well formed. */
 status *vote_metadata(struct vote *v, struct comm *c, const struct vote_facts *f, struct state_bytes *own,
-                      struct metadata **out) WARN_UNUSED;
+                      const struct refs *refs, struct metadata **out) WARN_UNUSED;
 void vote_metadata_free(struct metadata *m);
 
 #endif

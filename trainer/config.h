@@ -67,7 +67,7 @@ struct checkpoint_config {
     double mtbf;
     int64_t keep_last, keep_every, keep_best, writers, lease_seconds;
     uint64_t staging_bytes, chunk_bytes;
-    bool async, rewind, state_hash;
+    bool async, rewind, state_hash, reference_frozen;
     int on_error, overlap, keep_order, view;
 };
 

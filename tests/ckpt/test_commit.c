@@ -334,8 +334,8 @@ static void check_retain(struct fixture *f)
     assert_string_equal(f->removed, "");
     OK(commit_retain(s, 5, &(struct keep_rules){ .last = 3 })); /* 6 lies above and is not counted */
     expect_steps(s, "3 4 5 6");
-    assert_string_equal(f->removed, "-step-000000000001/metadata.pb\n-step-000000000001/*\n"
-                                    "-step-000000000002/metadata.pb\n-step-000000000002/*\n");
+    assert_string_equal(f->removed, "-step-000000000002/metadata.pb\n-step-000000000002/*\n"
+                                    "-step-000000000001/metadata.pb\n-step-000000000001/*\n");
     OK(commit_retain(s, 6, &(struct keep_rules){ .last = 2 }));
     expect_steps(s, "5 6");
     expect_names(s, "step-000000000004", "");

@@ -18,9 +18,12 @@ static void walk(const struct metadata *m)
         MUST(ok && metadata_find(m, a->part, a->name) == (int64_t)t && dtype_bytes(a->dtype));
         if (a->alias_of)
             MUST(!a->piece_count && metadata_find(m, a->part, a->alias_of) >= 0);
+        const struct meta_owner *owner = metadata_owner(m, a);
+        MUST(!owner == !a->owner_name && !owner == !a->owner_part);
         for (uint64_t k = 0; k < a->piece_count; k++) {
             MUST(a->first_piece + k < m->piece_count);
             const struct meta_piece *p = &m->piece[a->first_piece + k];
+            MUST(m->file[p->file].owner == (owner ? (uint32_t)(owner - m->owner) + 1 : 0));
             elems += piece_elems(&p->piece);
             MUST(p->bytes == piece_elems(&p->piece) * dtype_bytes(a->dtype) && p->file < m->file_count);
             MUST(!p->bytes || (p->offset >= m->file[p->file].header_bytes && p->bytes <= m->file[p->file].bytes &&
@@ -30,8 +33,10 @@ static void walk(const struct metadata *m)
         }
         MUST(a->alias_of || elems == want);
     }
+    for (uint64_t i = 0; i < m->owner_count; i++)
+        MUST(m->owner[i].url ? strlen(m->owner[i].url) < META_URL_BYTES : m->owner[i].step < m->step);
     for (uint64_t i = 0; i < m->file_count; i++)
-        MUST(!strchr(m->file[i].name, '/') && strcmp(m->file[i].name, "..") != 0);
+        MUST(m->file[i].owner <= m->owner_count && !strchr(m->file[i].name, '/') && strcmp(m->file[i].name, "..") != 0);
     for (uint64_t i = 0; i < m->blob_count; i++) {
         const struct meta_blob *b = &m->blob[i];
         MUST(metadata_blob(m, b->part, b->name, b->rank) == b);
@@ -69,6 +74,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     put_u64(file + 12, n);
     memcpy(file + HEADER, data, n);
     put_u32(file + 20, crc32c(0, file + HEADER, n));
+    decode(file, HEADER + n);
+    file[8] = META_VERSION;
     decode(file, HEADER + n);
     mem_free(file);
     return 0;

@@ -26,6 +26,7 @@ int main(void)
     FIELD(options, keep_lowest);
     FIELD(options, keep_metric);
     FIELD(options, view);
+    FIELD(options, reference_frozen);
     SIZE(options);
     FIELD(tensor, size);
     FIELD(tensor, part);
@@ -41,7 +42,14 @@ int main(void)
     FIELD(tensor, data);
     FIELD(tensor, frozen);
     FIELD(tensor, alias_of);
+    FIELD(tensor, reference);
     SIZE(tensor);
+    FIELD(reference, size);
+    FIELD(reference, url);
+    FIELD(reference, step);
+    FIELD(reference, part);
+    FIELD(reference, name);
+    SIZE(reference);
     FIELD(tick, size);
     FIELD(tick, flag);
     FIELD(tick, phase);

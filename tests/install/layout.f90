@@ -4,6 +4,7 @@ program layout
   implicit none
   type(tessera_options), target :: options
   type(tessera_tensor), target :: tensor
+  type(tessera_reference), target :: reference
   type(tessera_tick_io), target :: tick
   type(tessera_load_options), target :: load_options
   type(tessera_step), target :: step
@@ -27,6 +28,7 @@ program layout
   call field('options%keep_lowest', c_loc(options), c_loc(options%keep_lowest))
   call field('options%keep_metric', c_loc(options), c_loc(options%keep_metric))
   call field('options%view', c_loc(options), c_loc(options%view))
+  call field('options%reference_frozen', c_loc(options), c_loc(options%reference_frozen))
   print '(a, i0)', 'options ', c_sizeof(options)
   call field('tensor%size', c_loc(tensor), c_loc(tensor%size))
   call field('tensor%part', c_loc(tensor), c_loc(tensor%part))
@@ -42,7 +44,14 @@ program layout
   call field('tensor%data', c_loc(tensor), c_loc(tensor%data))
   call field('tensor%frozen', c_loc(tensor), c_loc(tensor%frozen))
   call field('tensor%alias_of', c_loc(tensor), c_loc(tensor%alias_of))
+  call field('tensor%reference', c_loc(tensor), c_loc(tensor%reference))
   print '(a, i0)', 'tensor ', c_sizeof(tensor)
+  call field('reference%size', c_loc(reference), c_loc(reference%size))
+  call field('reference%url', c_loc(reference), c_loc(reference%url))
+  call field('reference%step', c_loc(reference), c_loc(reference%step))
+  call field('reference%part', c_loc(reference), c_loc(reference%part))
+  call field('reference%name', c_loc(reference), c_loc(reference%name))
+  print '(a, i0)', 'reference ', c_sizeof(reference)
   call field('tick%size', c_loc(tick), c_loc(tick%size))
   call field('tick%flag', c_loc(tick), c_loc(tick%flag))
   call field('tick%phase', c_loc(tick), c_loc(tick%phase))

@@ -63,7 +63,7 @@ readelf -d "$libdir/libtessera.so" | grep -q 'SONAME.*\[libtessera\.so\.[0-9]*\]
 # --- the header by itself, in both languages, with warnings as errors
 {
     echo '#include <tessera.h>'
-    for s in options tensor tick progress load_report load_options step blob_info; do
+    for s in options reference tensor tick progress load_report load_options step blob_info; do
         echo "struct tessera_$s $s = TESSERA_${s^^};"
     done
 } >"$tmp/header.c"
