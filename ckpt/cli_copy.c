@@ -1,6 +1,7 @@
 /* cli_copy: `tessera ckpt copy`: its words, and what it says at the end. The work is copy.c's. */
 #include "ckpt/cli.h"
 #include "ckpt/copy.h"
+#include "ckpt/pin.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 
@@ -159,7 +160,10 @@ static status *copy_between(struct words *w, struct store *from, struct store *t
     cli_progress_begin(&p, what);
     w->o.progress = cli_progress_add;
     w->o.progress_arg = &p;
+    struct pin *pin = NULL; /* the step stays meanwhile, if we may say so */
+    status_free(pin_open(from, w->step, 0, &pin));
     status *st = copy_step(from, w->step, to, &w->o, &r);
+    pin_close(pin);
     cli_progress_end(&p);
     if (st)
         return st;

@@ -418,6 +418,7 @@ static status *describe_step(struct copy *c)
         to->tensor[i] = *was;
         to->tensor[i].first_piece = t->first_piece;
         to->tensor[i].piece_count = t->piece_count;
+        to->tensor[i].owner_part = to->tensor[i].owner_name = NULL; /* its bytes are copied like any */
     }
     to->tensor_count = p->tensor_count;
     to->piece_count = p->piece_count;

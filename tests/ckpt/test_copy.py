@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,13 +31,13 @@ def tool(*words, status=0):
     return r.stdout + r.stderr
 
 
-def check_values(root, step, tensors):
+def check_values(root, step, tensors, of=None):
     with h5py.File(folder(root, step) / "view.h5", "r") as f:
         for t in tensors:
             part, name = states.TENSORS[t][:2]
             path = path_of(t) if path_of(t) in f else f"{part}/{name}"
             got = np.asarray(f[path][()])
-            assert got.tobytes() == states.values(t, step).tobytes() and got.shape == states.TENSORS[t][4], (step, name)
+            assert got.tobytes() == states.values(t, of or step).tobytes() and got.shape == states.TENSORS[t][4], (step, name)
 
 
 def shown(root, step):
@@ -63,10 +64,19 @@ def check_whole(source, tmp):
         a, b = shown(source, step), shown(to, step)
         places = [[[(x["files"][p["file"]]["name"].split(".")[0], p["offset"], p["box_offset"], p["box_length"], p["run"]) for p in t["pieces"]]
                    for t in x["tensors"]] for x in (a, b)]
+        if step == states.REFERRING:  # what it refers to is copied into it
+            assert sizes(source, step) != sizes(to, step)
+            continue
         assert places[0] == places[1] and a["blobs"] == b["blobs"] and a["mesh"] == b["mesh"] and a["build"] == b["build"], step
         assert sizes(source, step) == sizes(to, step), step
         assert a["attempt"] != b["attempt"] and a["run"] != b["run"]
     assert "no damage" in tool("verify", to)
+    shutil.copytree(to, tmp / "alone")
+    for step in range(1, LAST):
+        shutil.rmtree(folder(tmp / "alone", step))
+    check_values(tmp / "alone", LAST, ALL)  # it needs no other step
+    tool("copy", f"{source}.other", to.with_suffix(".other"))
+    check_values(to.with_suffix(".other"), 1, ALL, states.OTHER)
     assert "committed there already" in tool("copy", source, 3, to, status=67)
     assert tool("ls", to).count("\n") == 1 + LAST
     assert (to / "LATEST").read_text() == f"step-{LAST:012d}\n"
@@ -75,7 +85,7 @@ def check_whole(source, tmp):
 def check_recut(source, tmp):
     for i, words in enumerate((("--ranks", "1"), ("--ranks=3",), ("--to", "tp=4"), ("--to=pp=2,dp=2,tp=3",), ("--to", "dp=5,ep=1"))):
         to = tmp / f"cut{i}"
-        for step in (1, 5, 6):
+        for step in (1, 5, 6, states.REFERRING):
             of = [(source, "--step", step), (f"{source}@{step}",), (folder(source, step),), (source, step)][(i + step) % 4]
             out = tool("copy", of[0], *of[1:], to, *words, "--part", "!rng")
             found = int(re.search(r"in (\d+) files", out).group(1))

@@ -111,7 +111,8 @@ def read_metadata(path):
     need(length == len(raw) - 24 and crc32c(raw[24:]) == crc, "length or checksum of metadata.pb")
     m = fields(raw[24:])
     need(m.get(21, [1])[0] == version, "version")
-    assert version == 1, f"a format of version {version}"
+    assert version in (1, 2), f"a format of version {version}"
+    need(version == 2 or 22 not in m, "owners in version 1")
     return m
 
 
@@ -135,7 +136,8 @@ def pieces_of(m):
         t = fields(raw)
         dtype, size = DTYPE[t[3][0]]
         shape = tuple(packed(t, 4))
-        tensor = {"part": parts[t[1][0]], "name": t[2][0].decode(), "dtype": dtype, "shape": shape, "trainable": bool(t[5][0]),
+        tensor = {"owner_name": t[9][0].decode() if 9 in t else None,
+                  "part": parts[t[1][0]], "name": t[2][0].decode(), "dtype": dtype, "shape": shape, "trainable": bool(t[5][0]),
                   "alias": t[6][0].decode() if 6 in t else None, "pieces": []}
         for _ in range(t[7][0]):
             box = off[box_at:box_at + len(shape)], length[box_at:box_at + len(shape)]
@@ -160,15 +162,20 @@ def pieces_of(m):
 # ---- which steps count
 
 
-def files_of(m):
-    return [{"name": f[1][0].decode(), "bytes": f[2][0], "header": f[3][0], "crc": f[4][0]} for f in map(fields, m.get(9, []))]
+def files_of(m, folder):
+    """The files with their folders: the step's, or an owner's."""
+    owners = [folder] * 1
+    for o in map(fields, m.get(22, [])):
+        url = o[4][0].decode() if 4 in o else None
+        owners.append((pathlib.Path(re.sub("^file:", "", url)) if url else folder.parent) / f"step-{o[1][0]:012d}")
+    return [{"name": f[1][0].decode(), "bytes": f[2][0], "header": f[3][0], "crc": f[4][0], "own": not f.get(5, [0])[0],
+             "path": owners[f.get(5, [0])[0]] / f[1][0].decode()} for f in map(fields, m.get(9, []))]
 
 
 def read_step(folder):
     m = read_metadata(folder / "metadata.pb")
-    for f in files_of(m):
-        path = folder / f["name"]
-        need(path.is_file() and path.stat().st_size == f["bytes"], f"{f['name']} is missing or has another length")
+    for f in files_of(m, folder):
+        need(f["path"].is_file() and f["path"].stat().st_size == f["bytes"], f"{f['name']} is missing or has another length")
     return m
 
 
@@ -220,8 +227,9 @@ def assemble(folder, m, t):
     dtype = {8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}[dict(DTYPE.values())[t["dtype"]]]
     whole, filled = np.zeros(t["shape"], dtype), np.zeros(t["shape"], np.int32)
     for p in t["pieces"]:
-        f = files_of(m)[p["file"]]
-        with open(folder / f["name"], "rb") as h:
+        f = files_of(m, folder)[p["file"]]
+        assert f["own"] == (t["owner_name"] is None), t
+        with open(f["path"], "rb") as h:
             h.seek(p["offset"])
             data = h.read(p["bytes"])
         check_piece(data, p, f"{t['part']}/{t['name']} in {f['name']}")
@@ -235,7 +243,7 @@ def assemble(folder, m, t):
             filled[place] += 1
             at += n
         assert at == flat.size
-        check_dataset(folder / f["name"], t, p, flat)
+        check_dataset(f["path"], t, p, flat)
     need((filled == 1).all(), f"{t['name']}: holes or overlaps")
     return whole
 
@@ -243,7 +251,7 @@ def assemble(folder, m, t):
 def check_dataset(path, t, p, flat):
     """The same bytes are the dataset NAME/pN of the shard."""
     with h5py.File(path, "r") as h:
-        d = h[f"{t['name']}/p{p['number']}"]
+        d = h[f"{t['owner_name'] or t['name']}/p{p['number']}"]
         assert d.id.get_offset() == p["offset"] and tuple(d.attrs["run"]) == p["run"], d
         assert d.shape == (tuple(p["box"][1]) if p["run"] == (0, product(p["box"][1])) else (p["run"][1] - p["run"][0],))
         assert d.size * flat.itemsize == p["bytes"]
@@ -253,8 +261,10 @@ def check_dataset(path, t, p, flat):
 
 def check_files(folder, m, tensors):
     """Every byte: headers by their checksum, payloads by theirs (done), the rest is zero."""
-    for i, f in enumerate(files_of(m)):
-        data = (folder / f["name"]).read_bytes()
+    for i, f in enumerate(files_of(m, folder)):
+        if not f["own"]:
+            continue  # but for what is referred to, the owner's to check
+        data = f["path"].read_bytes()
         need(crc32c(data[:f["header"]]) == f["crc"], f"{f['name']}: header")
         at = f["header"]
         for offset, n in sorted((p["offset"], p["bytes"]) for t in tensors for p in t["pieces"] if p["file"] == i and p["bytes"]):
@@ -263,8 +273,10 @@ def check_files(folder, m, tensors):
         need(not any(data[at:]), f"{f['name']}: padding at the end")
 
 
-def check_step(root, step):
+def check_step(root, step, of=None):
+    """of: whose values, where the number does not say it."""
     folder = root / f"step-{step:012d}"
+    refers = states.REFERRING in (step, of) or of == states.OTHER
     m = read_step(folder)
     tensors = pieces_of(m)
     names = [(t["part"], t["name"]) for t in tensors]
@@ -275,11 +287,12 @@ def check_step(root, step):
         _, _, alias, dtype, shape = states.TENSORS[number]
         assert (t["alias"], t["dtype"], t["shape"], t["trainable"]) == (alias, dtype, shape, number % 3 != 0), t
         holder = next(x for x in tensors if (x["part"], x["name"]) == (t["part"], t["alias"])) if t["alias"] else t
-        got, want = assemble(folder, m, holder), states.bits(number, step)
+        got, want = assemble(folder, m, holder), states.bits(number, of or step)
         assert got.dtype == want.dtype and got.tobytes() == want.tobytes(), (step, t["name"])
-    mesh = states.MESHES[step - 1]
+    mesh = states.MESHES[1 if of == states.OTHER else step - 1]
     assert (m[4][0], tuple(packed(m, 6)), m[7][0], m[8][0]) == (step, mesh, product(mesh), b"test")
-    assert m[2][0] and all(f"{m[2][0]:016x}" in f["name"] for f in files_of(m))
+    assert m[2][0] and all(f"{m[2][0]:016x}" in f["name"] for f in files_of(m, folder) if f["own"])
+    assert {t["name"] for t in tensors if t["owner_name"]} == (set(states.REFERENCES) if refers else set())
     parts = [p.decode() for p in m[10]]
     blobs = {}
     for b in map(fields, m.get(20, [])):
@@ -319,13 +332,19 @@ def check_rules(root):
     with open(model, "ab") as f:
         f.write(b"\0")
     sorted(at(4).glob("*-*.h5"))[0].unlink()
-    assert steps(root) == ([1, 5, 6, 7], [2, 3, 4, 11]), steps(root)
+    assert steps(root) == ([1, 5, 6, 7, 8], [2, 3, 4, 11]), steps(root)
     big = max(at(6).glob("optim-*.h5"), key=lambda p: p.stat().st_size)
     for place in (0, 5000, big.stat().st_size // 2, big.stat().st_size - 1):
         flip(big, place)
         assert 6 in steps(root)[0] and refused(root, 6), place
         flip(big, place)
-    assert not refused(root, 6)
+    assert not refused(root, 6) and not refused(root, 8)
+    flip(big, big.stat().st_size // 2)  # an owner's byte that is referred to
+    assert refused(root, 8)
+    flip(big, big.stat().st_size // 2)
+    big.rename(big.with_suffix(".away"))
+    assert steps(root) == ([1, 5, 7], [2, 3, 4, 6, 8, 11]), steps(root)
+    big.with_suffix(".away").rename(big)
 
 
 def main():
@@ -334,6 +353,7 @@ def main():
         root = pathlib.Path(name) / "root"
         subprocess.run([program, "write", root], check=True)
         ragged = sum(check_step(root, step) for step in range(1, len(states.MESHES) + 1))
+        check_step(pathlib.Path(f"{root}.other"), 1, states.OTHER)
         assert ragged > 20, f"only {ragged} runs of several boxes"
         check_rules(root)
     print(f"read as the document says; {ragged} runs of several boxes")

@@ -22,6 +22,9 @@ SHOWN = {"bf16": np.float32, "f8e5m2": np.float16}  # what h5py makes of types t
 MOVED = {("policy/model", "a"): "policy/model/a/_", ("policy/model", "same"): "policy/model/same_"}
 
 
+LAST = len(states.MESHES)
+
+
 def path_of(t):
     part, name = states.TENSORS[t][:2]
     return MOVED.get((part, name), f"{part}/{name}")
@@ -47,7 +50,7 @@ def check_tensor(f, t, step):
 
 def check_view(path, step):
     with h5py.File(path, "r") as f:
-        assert f.attrs["step"] == step
+        assert f.attrs["step"] == (1 if step == states.OTHER else step)
         for t in range(len(states.TENSORS)):
             check_tensor(f, t, step)
         link = f.get("policy/model/head.weight", getlink=True)
@@ -110,15 +113,15 @@ def tool(*words):
 
 
 def check_tool(root):
-    view = folder(root, 7) / "view.h5"
+    view = folder(root, LAST) / "view.h5"
     view.unlink()
     r = tool("view", root)
-    assert r.returncode == 0 and "step-000000000007/view.h5: 24 tensors" in r.stdout, r
-    check_view(view, 7)
+    assert r.returncode == 0 and f"step-{LAST:012d}/view.h5: 24 tensors" in r.stdout, r
+    check_view(view, LAST)
     view.write_bytes(b"damaged")
-    r = tool("view", root, 7)
+    r = tool("view", root, LAST)
     assert r.returncode == 0, r
-    check_view(view, 7)
+    check_view(view, LAST)
     r = tool("view", "mem:")
     assert r.returncode != 0 and r.stderr.count("\n") == 1 and "directory" in r.stderr, r
     assert tool("view", root, 70).returncode == 66
@@ -142,6 +145,7 @@ def main():
         subprocess.run([program, "write", root], check=True)
         for step in range(1, len(states.MESHES) + 1):
             check_view(folder(root, step) / "view.h5", step)
+        check_view(folder(pathlib.Path(f"{root}.other"), 1) / "view.h5", states.OTHER)
         check_dump(root)
         check_tool(root)
         check_missing(check_places(root, tmp), 5)
