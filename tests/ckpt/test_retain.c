@@ -1,6 +1,8 @@
 /* Retention and metrics over every store: what stays against a plain statement of the rules, over drawn lists of steps
  * and marks; ties, signs, missing and broken marks; marks that must not outlive what they speak of; and failures at
  * every removal, after which the newest step and every listed one must be whole. */
+#include "ckpt/ckpt.h"
+#include "comm/base/bytes.h"
 #include "tests/ckpt/fake_step.h"
 #include "tests/support/test_root.h"
 
@@ -231,12 +233,58 @@ static void check_broken(struct fixture *f)
     expect_steps(s, (uint64_t[]){ 6, 8 }, 2);
 }
 
+/* ckpt_best over drawn steps, of which some have the metric and some another one: the extreme value, the later of equal
+ * ones, as retention keeps it. */
+static void check_best(struct store *s, uint64_t seed)
+{
+    static const double values[] = { -2, -1e-9, 0, 0.5, 0.5 };
+    struct tessera_options o = TESSERA_OPTIONS;
+    struct comm *self;
+    tessera *t;
+    uint64_t high = UINT64_MAX, low = UINT64_MAX, step = 7;
+    double highest = 0, lowest = 0;
+    for (uint64_t i = 1; i <= 6; i++) {
+        commit_small(s, i, A);
+        OK(commit_mark(s, i, "other", (double)i));
+        uint64_t pick = hash64(&(uint64_t[]){ seed, i }, 16) % 8;
+        if (pick >= sizeof values / sizeof *values)
+            continue;
+        double v = values[pick];
+        OK(commit_mark(s, i, "eval/loss", v));
+        if (high == UINT64_MAX || v >= highest)
+            highest = v, high = i;
+        if (low == UINT64_MAX || v <= lowest)
+            lowest = v, low = i;
+    }
+    OK(comm_open("self", NULL, NULL, &self));
+    o.url = "unused:";
+    o.read_only = 1;
+    OK(ckpt_open(&o, self, NULL, s, &t));
+    if (high == UINT64_MAX) {
+        FAILS(ST_NOT_FOUND, "eval/loss", ckpt_best(t, "eval/loss", false, &step));
+        assert_int_equal(step, 7);
+    } else {
+        OK(ckpt_best(t, "eval/loss", false, &step));
+        assert_int_equal(step, high);
+        OK(ckpt_best(t, "eval/loss", true, &step));
+        assert_int_equal(step, low);
+    }
+    OK(ckpt_best(t, "other", false, &step));
+    assert_int_equal(step, 6);
+    OK(tessera_close(t));
+    comm_close(self);
+    for (uint64_t i = 1; i <= 6; i++)
+        OK(commit_remove(s, i));
+}
+
 static void with_store(const char *scheme, uint64_t draws)
 {
     struct fixture f;
     fixture_open(&f, scheme);
     for (uint64_t seed = 0; seed < draws; seed++)
         check_drawn(f.s, seed);
+    for (uint64_t seed = 0; seed < 60; seed++)
+        check_best(f.s, seed);
     check_marks(f.s);
     OK(commit_remove(f.s, 3));
     check_broken(&f);
