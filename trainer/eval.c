@@ -32,7 +32,9 @@ static status *choose_step(struct trainer *t, uint64_t *step)
     if (strcmp(word, "newest") != 0 && !is_number(word))
         return ERR(INVALID, "eval.step: \"%s\" is not one of newest, best, or a step number", word);
     uint64_t wanted = is_number(word) ? strtoull(word, NULL, 10) : TESSERA_NEWEST, found;
-    TRY(tessera_find(t->ckpt, wanted, &found));
+    status *st = tessera_find(t->ckpt, wanted, &found);
+    if (st)
+        return status_wrap(st, "%s: eval.step %s", c->checkpoint.url, word);
     if (wanted != TESSERA_NEWEST && found != wanted)
         return ERR(NOT_FOUND, "%s holds no valid step %" PRIu64 " (eval.step); the newest below it is %" PRIu64,
                    c->checkpoint.url, wanted, found);

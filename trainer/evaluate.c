@@ -6,6 +6,7 @@
 #include "comm/base/rng.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -212,10 +213,13 @@ status *evaluate_heldout(struct trainer *t)
         metrics_number(t->metrics, "rewards/accuracy_lo", e.accuracy.lo);
         metrics_number(t->metrics, "rewards/accuracy_hi", e.accuracy.hi);
         metrics_number(t->metrics, "logps/margin", e.margin);
+        char loss[32] = "";
+        if (isfinite(e.loss))
+            snprintf(loss, sizeof loss, ", loss %.6f", e.loss);
         metrics_say(t->metrics,
-                    "step %llu: held-out reward accuracy %.4f (95 %% interval by problem %.4f to %.4f, %llu pairs), "
-                    "loss %.6f; chosen more likely than rejected: %.4f",
-                    step, e.accuracy.mean, e.accuracy.lo, e.accuracy.hi, rows, e.loss, e.preferred);
+                    "step %llu: held-out reward accuracy %.4f (95 %% interval by problem %.4f to %.4f, %llu pairs)%s; "
+                    "chosen more likely than rejected: %.4f",
+                    step, e.accuracy.mean, e.accuracy.lo, e.accuracy.hi, rows, loss, e.preferred);
     } else {
         metrics_say(t->metrics, "step %llu: held-out pairs whose chosen solution is the more likely one: %.4f of %llu",
                     step, e.preferred, rows);

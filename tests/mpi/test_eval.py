@@ -100,7 +100,8 @@ job.check(got["reference"] == 0 and len({r["loss"] for r in check_lines(got, tex
 job.check(contents(tmp / "run") == before, "eval has changed the run")
 job.say(f"passed: best step {best} of {losses}")
 
-for overrides, status, words in ((["eval.step=7"], 66, "no valid step 7"), (["eval.step=bst"], 65, "newest, best"), (["eval.reference=x"], 65, "step number"),
+for overrides, status, words in ((["eval.step=7"], 66, "no valid step 7"), (["eval.step=5"], 66, "eval.step 5"),
+                                 (["eval.step=bst"], 65, "newest, best"), (["eval.reference=x"], 65, "step number"),
                                  (["eval.reference=7"], 66, "keep_every"),
                                  (["data.heldout=", "checkpoint.keep_best=0", "checkpoint.keep_metric="], 65, "data.heldout"),
                                  (["eval.step=best", "checkpoint.keep_best=0", "checkpoint.keep_metric="], 65, "keep_metric"),
