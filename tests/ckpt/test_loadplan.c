@@ -238,6 +238,95 @@ static void test_random(void **state)
     }
 }
 
+/* Bytes of the blocks that hold a wanted element, and of the wanted elements, by looking at every element. */
+static void count_bytes(const struct fixture *f, uint64_t *storage, uint64_t *unique)
+{
+    *storage = *unique = 0;
+    for (uint64_t t = 0; t < f->m.tensor_count; t++) {
+        const struct meta_tensor *x = &f->tensor[t];
+        uint64_t columns = x->shape.dim[1];
+        for (uint64_t i = x->first_piece; i < x->first_piece + x->piece_count; i++) {
+            const struct box *b = &f->piece[i].piece.box;
+            uint64_t last = UINT64_MAX;
+            for (uint64_t e = 0; e < piece_elems(&f->piece[i].piece); e++) {
+                uint64_t row = b->off[0] + e / columns, column = e % columns, block = e * 4 / META_BLOCK_BYTES;
+                bool wanted = false;
+                for (uint64_t w = 0; w < f->wants && !wanted; w++) {
+                    const struct box *o = &f->want[w].piece.box;
+                    wanted = f->want[w].tensor == t && row >= o->off[0] && row < o->off[0] + o->len[0] &&
+                             column >= o->off[1] && column < o->off[1] + o->len[1];
+                }
+                *unique += wanted ? 4 : 0;
+                if (wanted && block != last) {
+                    last = block;
+                    *storage += block_bytes(&f->piece[i], (uint32_t)block);
+                }
+            }
+        }
+    }
+}
+
+/* Grids of wants, some held by several ranks, some by none: disjoint or equal, so both sums are exact. */
+static void test_amplification(void **state)
+{
+    (void)state;
+    static struct fixture f;
+    bool partial = false;
+    for (uint32_t seed = 0; seed < 12; seed++) {
+        struct load_plan p;
+        uint64_t storage, unique;
+        uint64_t x = seed * 0x9e3779b97f4a7c15u + 5;
+        init(&f);
+        for (uint32_t t = 0; t < 3; t++) {
+            uint64_t rows = 1 + DRAW(1500), columns = 1 + DRAW(600), by = 1 + DRAW(3), and = 1 + DRAW(2);
+            add_tensor(&f, rows, columns, 1 + DRAW(5));
+            for (uint64_t cell = 0; cell < by * and; cell++) {
+                uint64_t r0, r1, c0, c1, ranks = DRAW(4);
+                layout_cut(rows, by, cell / and, &r0, &r1);
+                layout_cut(columns, and, cell % and, &c0, &c1);
+                for (uint64_t r = 0; r < ranks && r1 > r0 && c1 > c0; r++)
+                    add_want(&f, t, (int)((cell + r) % RANKS), r0, r1 - r0, c0, c1 - c0);
+            }
+        }
+        make(&f, &p);
+        count_bytes(&f, &storage, &unique);
+        assert_int_equal(p.totals.storage_bytes, storage);
+        assert_int_equal(p.totals.unique_bytes, unique);
+        partial = partial || unique < storage;
+        load_plan_free(&p);
+    }
+    assert_true(partial);
+}
+
+/* The order of the wants changes nothing but the order within groups. */
+static void test_any_order(void **state)
+{
+    (void)state;
+    static struct fixture f, g;
+    struct load_plan p, q;
+    init(&f);
+    add_tensor(&f, 3000, 700, 5);
+    add_tensor(&f, 900, 300, 2);
+    for (int r = 0; r < RANKS; r++)
+        add_want(&f, 0, r, r % 2 ? 1000 : 0, 1000, 0, 700);
+    for (int r = 0; r < RANKS; r++)
+        add_want(&f, 1, r, 0, 900, 60 * (uint64_t)r, 60);
+    g = f;
+    g.m.file = &g.file;
+    g.m.tensor = g.tensor;
+    g.m.piece = g.piece;
+    for (uint64_t i = 0; i < f.wants; i++)
+        g.want[i] = f.want[f.wants - 1 - i];
+    make(&f, &p);
+    make(&g, &q);
+    assert_int_equal(p.blocks, q.blocks);
+    for (uint64_t i = 0; i < p.blocks; i++)
+        assert_true(p.block[i].piece == q.block[i].piece && p.block[i].block == q.block[i].block &&
+                    p.block[i].reader == q.block[i].reader && p.block[i].round == q.block[i].round);
+    load_plan_free(&p);
+    load_plan_free(&q);
+}
+
 /* What is stored nowhere is an error that names step and tensor. */
 static void test_missing(void **state)
 {
@@ -259,8 +348,9 @@ static void test_missing(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_replicas_share), cmocka_unit_test(test_others_help), cmocka_unit_test(test_own_reads),
-        cmocka_unit_test(test_random),         cmocka_unit_test(test_missing),
+        cmocka_unit_test(test_replicas_share), cmocka_unit_test(test_others_help),   cmocka_unit_test(test_own_reads),
+        cmocka_unit_test(test_random),         cmocka_unit_test(test_amplification), cmocka_unit_test(test_any_order),
+        cmocka_unit_test(test_missing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
