@@ -36,6 +36,7 @@ struct maker {
     uint64_t use_cap, block_cap;
     struct rank_state *rank; /* [ranks] */
     uint64_t *assigned;      /* [ranks] bytes to read in all */
+    uint64_t fair;           /* what a rank may read before others help it */
     uint64_t *received;      /* [rounds][ranks] */
     uint64_t rounds;
     uint64_t *full; /* [sets] rounds before it have no room left for a block of that set */
@@ -257,7 +258,7 @@ static status *add_blocks(struct maker *k)
 
 /* ---- readers */
 
-/* Of the ranks that want it, the one with the least to read; another one only when that one is far ahead of all. */
+/* Of the ranks that want it, the one with the least to read; another one only when that one has more than its share. */
 static status *choose_reader(struct maker *k, const struct load_block *b, const struct holder_load *load,
                              uint32_t everybody, int *out)
 {
@@ -274,11 +275,11 @@ static status *choose_reader(struct maker *k, const struct load_block *b, const 
             best = r;
     }
     *out = best;
-    if (k->assigned[best] < READ_AHEAD_BYTES)
+    if (k->assigned[best] < k->fair)
         return NULL;
     TRY(holders_least(h, everybody, load, &at));
     int least = h->holder[h->set[everybody].first + at].rank;
-    if (k->assigned[best] - k->assigned[least] >= READ_AHEAD_BYTES)
+    if (k->assigned[least] < k->assigned[best])
         *out = least;
     return NULL;
 }
@@ -398,6 +399,10 @@ static status *assign(struct maker *k)
     const struct holder_load load = { .bytes = k->assigned };
     uint32_t everybody;
     TRY(add_everybody(k, &everybody));
+    uint64_t all = 0;
+    for (uint64_t i = 0; i < p->blocks; i++)
+        all += block_bytes(&k->m->piece[p->block[i].piece], p->block[i].block);
+    k->fair = all / (uint64_t)k->ranks + READ_AHEAD_BYTES;
     for (uint64_t i = 0; i < p->blocks; i++) {
         struct load_block *b = &p->block[i];
         uint64_t bytes = block_bytes(&k->m->piece[b->piece], b->block), round = 0;

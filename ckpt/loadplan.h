@@ -10,7 +10,7 @@ enum {
     ROUND_READ_BYTES = 32 << 20, /* a reader's blocks in a round */
     LEAST_READ_BYTES = 4096,     /* what a small block counts as there */
     ROUND_SEND_BYTES = 64 << 20, /* what it sends then, and what a rank receives, unless one block alone is more */
-    READ_AHEAD_BYTES = 32 << 20  /* how far a reader may be ahead of the least loaded rank before that one helps out */
+    READ_AHEAD_BYTES = 16 << 20  /* how much more than the mean a rank reads before others help out */
 };
 
 /* Wants of one piece of one tensor: member[first, + count), by rank. */
