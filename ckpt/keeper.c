@@ -1,5 +1,6 @@
 /* keeper: keeper_main sleeps on a condition until there are metrics to store, a commit to write, the lease is due, or,
- * last of all, a committed step wants its view. */
+ * last of all, a committed step wants its view. What retention no longer keeps goes right after a commit was told:
+ * removing a step takes longer than committing one. */
 #include "ckpt/keeper.h"
 
 #include "ckpt/refs.h"
@@ -24,6 +25,7 @@ struct keeper {
     struct store *store;
     struct lease lease; /* the thread's alone while it runs */
     struct keep_rules keep;
+    uint64_t newest;      /* the thread's alone: the step that it committed last */
     uint64_t view_pieces; /* most of a step whose view is written */
     uint64_t view[VIEWS]; /* the thread's alone: steps that want theirs, in order */
     size_t views;
@@ -32,6 +34,7 @@ struct keeper {
         pthread_mutex_t lock;
         pthread_cond_t changed;
         enum job job;
+        bool retaining; /* a step was committed since old ones were last removed */
         const struct metadata *m;
         status *outcome, *lost, *note;
         struct waiting_mark *mark; /* to be set, in order */
@@ -68,17 +71,22 @@ static status *commit(struct keeper *k, const struct metadata *m)
     if (m->owner_count)
         TRY(refs_check_files(k->store, m, true));
     TRY(commit_put(k->store, m));
-    if (k->keep.last > 0) { /* the step counts already: what fails from here is only worth a note */
-        status *st = commit_retain(k->store, m->step, &k->keep);
-        if (st)
-            add_note(k, status_wrap(st, "old steps could not be removed"));
-    }
+    k->newest = m->step;
     if (m->piece_count <= k->view_pieces && k->views < VIEWS) /* saves come first: one too many goes without */
         k->view[k->views++] = m->step;
     return NULL;
 }
 
-/* After the commit was told. It counts without, so what fails is only worth a note. */
+/* After the commit was told: the step counts, so what fails from here on is only worth a note. */
+static void retain(struct keeper *k)
+{
+    status *st = lease_check(&k->lease); /* what another attempt has taken over is its to tidy */
+    if (!st)
+        st = commit_retain(k->store, k->newest, &k->keep);
+    if (st)
+        add_note(k, status_wrap(st, "old steps could not be removed"));
+}
+
 static void write_view(struct keeper *k)
 {
     struct metadata *m = NULL;
@@ -118,7 +126,7 @@ static status *keeper_main(void *arg)
     const uint64_t period = (uint64_t)k->lease.seconds * 1000000000u / 6; /* half of what lease_renew acts on */
     pthread_mutex_lock(&k->synced.lock);
     for (uint64_t next = clock_ns() + period;
-         !k->synced.quit || k->synced.job == JOB_QUEUED || k->synced.marks || k->views;) {
+         !k->synced.quit || k->synced.job == JOB_QUEUED || k->synced.retaining || k->synced.marks || k->views;) {
         if (k->synced.marks) {
             struct waiting_mark *mark = k->synced.mark;
             size_t marks = k->synced.marks;
@@ -134,6 +142,13 @@ static status *keeper_main(void *arg)
             pthread_mutex_lock(&k->synced.lock);
             k->synced.outcome = st;
             k->synced.job = JOB_DONE;
+            k->synced.retaining = k->synced.retaining || (!st && k->keep.last > 0);
+            pthread_cond_broadcast(&k->synced.changed);
+        } else if (k->synced.retaining) {
+            pthread_mutex_unlock(&k->synced.lock);
+            retain(k);
+            pthread_mutex_lock(&k->synced.lock);
+            k->synced.retaining = false;
             pthread_cond_broadcast(&k->synced.changed);
         } else if (clock_ns() >= next) {
             pthread_mutex_unlock(&k->synced.lock);
@@ -254,6 +269,16 @@ bool keeper_outcome(struct keeper *k, bool wait, status **outcome)
     }
     pthread_mutex_unlock(&k->synced.lock);
     return done;
+}
+
+void keeper_rest(struct keeper *k)
+{
+    if (!k)
+        return;
+    pthread_mutex_lock(&k->synced.lock);
+    while (k->synced.retaining)
+        pthread_cond_wait(&k->synced.changed, &k->synced.lock);
+    pthread_mutex_unlock(&k->synced.lock);
 }
 
 status *keeper_note(struct keeper *k)

@@ -17,14 +17,16 @@ status *keeper_close(struct keeper *k) WARN_UNUSED;
 
 /* NULL while the lease is ours; else a copy of the reason, once it is lost for good. */
 status *keeper_lost(struct keeper *k) WARN_UNUSED;
-/* Commit m: check the lease, put metadata.pb and LATEST, remove what retention no longer keeps. m is borrowed until the
- * outcome was taken. One at a time. */
+/* Commit m: check the lease, put metadata.pb and LATEST; after the outcome is there, remove what retention no longer
+ * keeps. m is borrowed until the outcome was taken. One at a time. */
 void keeper_commit(struct keeper *k, const struct metadata *m);
 /* Mark a committed step (commit_mark), before the next commit's retention and before the thread ends; what goes wrong
  * is a note. */
 status *keeper_mark(struct keeper *k, uint64_t step, const char *metric, double value) WARN_UNUSED;
 /* Whether the commit's outcome is there; takes it then. wait: wait for it. False too when none was handed over. */
 bool keeper_outcome(struct keeper *k, bool wait, status **outcome);
+/* Wait until nothing is being removed: before steps are listed, loaded or retired. NULL is fine. */
+void keeper_rest(struct keeper *k);
 /* A line for people since the last call (retention failed, the lease could not be renewed yet, a view could not be
  * written), or NULL. */
 status *keeper_note(struct keeper *k) WARN_UNUSED;

@@ -82,11 +82,18 @@ static status *share_choice(tessera *t, status *st, struct choice *c)
     return comm_bcast(t->x, c, sizeof *c, 0, NULL);
 }
 
+/* Rank 0: the committed steps, without those that retention is just removing. */
+static status *list_kept(tessera *t, struct step_list *l)
+{
+    keeper_rest(t->keeper);
+    return commit_list(t->store, l);
+}
+
 /* Rank 0: the newest committed step of [0, below] that is not known to be damaged. */
 static status *newest_listed(tessera *t, uint64_t at_most, struct choice *c)
 {
     struct step_list l;
-    TRY(commit_list(t->store, &l));
+    TRY(list_kept(t, &l));
     for (size_t i = l.count; i-- > 0 && !c->found;)
         if (l.step[i] <= at_most && !step_set_has(&t->bad, l.step[i]))
             *c = (struct choice){ .step = l.step[i], .found = 1 };
@@ -203,6 +210,7 @@ static status *select_step(tessera *t, uint64_t step)
     if (t->meta && t->meta->step == step && !t->meta_stale)
         return NULL;
     struct metadata *m = NULL;
+    keeper_rest(t->keeper);
     status *st = t->x->rank == 0 ? pin_for(t, step) : NULL;
     if (!st && t->x->rank == 0)
         st = damaged_or_gone(t, step, commit_read(t->store, step, &m));
@@ -255,7 +263,7 @@ static status *refuse_newer(tessera *t, uint64_t step)
 static status *retire_above(tessera *t, uint64_t step, bool all)
 {
     struct step_list l;
-    TRY(commit_list(t->store, &l));
+    TRY(list_kept(t, &l));
     status *st = NULL;
     for (size_t i = l.count; !st && i-- > 0 && (all || l.step[i] > step);) {
         bool bad = step_set_has(&t->bad, l.step[i]);
@@ -393,7 +401,7 @@ status *tessera_list_steps(tessera *t, uint64_t *step, size_t room, size_t *coun
     size_t bytes = 0;
     struct step_list l = { 0 };
     TRY(save_settle(t));
-    TRY(comm_agree(t->x, t->x->rank == 0 ? commit_list(t->store, &l) : NULL));
+    TRY(comm_agree(t->x, t->x->rank == 0 ? list_kept(t, &l) : NULL));
     if (t->x->rank == 0) {
         buf = l.step;
         bytes = l.count * sizeof *l.step;
@@ -449,6 +457,7 @@ status *ckpt_best(tessera *t, const char *metric, bool lowest, uint64_t *step)
 {
     uint64_t found = 0;
     TRY(save_settle(t));
+    keeper_rest(t->keeper);
     TRY(comm_agree(t->x, t->x->rank == 0 ? find_best(t->store, metric, lowest, &found) : NULL));
     TRY(comm_bcast(t->x, &found, sizeof found, 0, NULL));
     *step = found;

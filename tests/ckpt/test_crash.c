@@ -334,7 +334,7 @@ static struct crash_trace *record(int size, int keep_last, uint64_t faults)
     struct store_writer *w; /* where the file system takes direct writes, they were made, and are in the trace */
     assert_ok(store_writer_open(again.store, "x", 1 << 20, &w));
     if (store_writer_direct(w).offset)
-        assert_true(crash_direct_writes(t) > 20);
+        assert_true(crash_direct_writes(t) >= 8); /* a cancelled save may make none; four are committed at least */
     store_writer_abort(w);
     root_close(&again);
     root_close(&r);
