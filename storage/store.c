@@ -154,13 +154,16 @@ status *store_put(struct store *s, const char *key, const void *buf, size_t n, e
 }
 
 /* Up to n bytes, short only at the object's end. */
-static status *get_some(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got)
+static status *get_some(struct store *s, bool direct, const char *key, uint64_t offset, void *buf, size_t n,
+                        size_t *got)
 {
+    status *(*get)(struct store *, const char *, uint64_t, void *, size_t, size_t *) =
+        direct && s->ops->get_direct ? s->ops->get_direct : s->ops->get;
     size_t done = 0;
     while (done < n) {
         size_t part = n - done < TRANSFER_BYTES ? n - done : TRANSFER_BYTES, k = 0;
         status *st;
-        RETRY(st, s->ops->get(s, key, offset + done, (char *)buf + done, part, &k));
+        RETRY(st, get(s, key, offset + done, (char *)buf + done, part, &k));
         if (st)
             return st;
         if (k == 0)
@@ -172,19 +175,29 @@ static status *get_some(struct store *s, const char *key, uint64_t offset, void 
     return NULL;
 }
 
-status *store_get(struct store *s, const char *key, uint64_t offset, void *buf, size_t n)
+static status *get_exactly(struct store *s, bool direct, const char *key, uint64_t offset, void *buf, size_t n)
 {
     size_t got;
     TRY(store_check_key(key));
     if (offset > UINT64_MAX - n)
         return ERR(INVALID, "%s: range of %zu bytes at offset %llu", key, n, (unsigned long long)offset);
-    TRY(get_some(s, key, offset, buf, n, &got));
+    TRY(get_some(s, direct, key, offset, buf, n, &got));
     if (got == n)
         return NULL;
     struct store_info info = { 0 };
     TRY(store_stat(s, key, &info));
     return ERR(CORRUPT, "%s: wanted %zu bytes at offset %llu, but the object has %llu bytes", key, n,
                (unsigned long long)offset, (unsigned long long)info.bytes);
+}
+
+status *store_get(struct store *s, const char *key, uint64_t offset, void *buf, size_t n)
+{
+    return get_exactly(s, false, key, offset, buf, n);
+}
+
+status *store_get_direct(struct store *s, const char *key, uint64_t offset, void *buf, size_t n)
+{
+    return get_exactly(s, true, key, offset, buf, n);
 }
 
 status *store_get_all(struct store *s, const char *key, size_t max, void **buf, size_t *n)
@@ -199,7 +212,7 @@ status *store_get_all(struct store *s, const char *key, size_t max, void **buf, 
     char *b = mem_alloc(want + 1);
     if (!b)
         return ERR(NO_MEMORY, "%s: %zu bytes", key, want);
-    status *st = get_some(s, key, 0, b, want, &got);
+    status *st = get_some(s, false, key, 0, b, want, &got);
     if (st) {
         mem_free(b);
         return st;

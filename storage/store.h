@@ -61,6 +61,8 @@ struct store_ops {
     status *(*put)(struct store *s, const char *key, const void *buf, size_t n, enum store_put_mode mode);
     /* up to n bytes from offset; *got = 0 at the end */
     status *(*get)(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got);
+    /* the same past the host's cache; NULL: there is none, get serves */
+    status *(*get_direct)(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got);
     status *(*stat)(struct store *s, const char *key, struct store_info *out);
     /* children of dir ("" = root), not sorted; a missing dir has none. out is empty at the start; freed by store.c on
      * error */
@@ -99,6 +101,10 @@ status *store_check_key(const char *key) WARN_UNUSED;
 status *store_put(struct store *s, const char *key, const void *buf, size_t n, enum store_put_mode mode) WARN_UNUSED;
 /* Exactly n bytes from offset; CORRUPT names key, offset and the length found when the object ends before. */
 status *store_get(struct store *s, const char *key, uint64_t offset, void *buf, size_t n) WARN_UNUSED;
+/* The same for bytes that are wanted once: they go straight to buf where the store can, and stay in no cache. For that,
+ * buf - offset must be a multiple of STORE_DIRECT_BYTES (of some more on a few disks); right whatever it is. */
+enum { STORE_DIRECT_BYTES = 512 };
+status *store_get_direct(struct store *s, const char *key, uint64_t offset, void *buf, size_t n) WARN_UNUSED;
 /* A whole object of at most `max` bytes; *buf is the caller's to mem_free, with a NUL after its last byte. */
 status *store_get_all(struct store *s, const char *key, size_t max, void **buf, size_t *n) WARN_UNUSED;
 status *store_stat(struct store *s, const char *key, struct store_info *out) WARN_UNUSED;

@@ -18,6 +18,7 @@
  * Files grow by ftruncate, never posix_fallocate: with buffered writes that was three times slower (ext4 on virtio, .35
  * GB/s). An fsync that fails is final: the kernel may have dropped the pages, so a second one proves nothing. Reads
  * open the file each time: what a key names may be replaced (the lease), and an open is cheap beside a checksum block.
+ * A direct read goes by O_DIRECT for the pages it covers whole, by the same rule, on one descriptor.
  */
 #include "comm/base/mem.h"
 #include "storage/store.h"
@@ -264,19 +265,84 @@ static status *posix_put(struct store *s, const char *key, const void *buf, size
     return settle(p, fd, temp, key, mode, st);
 }
 
-/* Loops until n or the end, so that one call sees one file, however often the key is replaced meanwhile. */
-static status *posix_get(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got)
+/* What direct I/O on this file wants. Without the kernel's word (before 6.1): a page, which every disk takes. */
+static struct store_direct direct_alignment(int fd)
 {
-    const struct posix_store *p = s->impl;
+    struct store_direct a = { PAGE, PAGE };
+#ifdef STATX_DIOALIGN
+    struct statx sx;
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &sx) == 0 && (sx.stx_mask & STATX_DIOALIGN))
+        a = (struct store_direct){ sx.stx_dio_mem_align, sx.stx_dio_offset_align };
+#endif
+    long page = sysconf(_SC_PAGESIZE);
+    if (!a.memory || !a.offset || page <= 0 || page > DIRECT_MOST)
+        return (struct store_direct){ 0, 0 };
+    a.offset = a.offset < (uint32_t)page ? (uint32_t)page : a.offset; /* no page is written both ways */
+    bool usable = !(a.offset & (a.offset - 1)) && a.offset <= DIRECT_MOST && a.memory <= DIRECT_MOST;
+    return usable ? a : (struct store_direct){ 0, 0 };
+}
+
+/* How many bytes from the beginning of a transfer go one way, and whether that is the direct one. */
+static size_t part_of(struct store_direct a, uint64_t offset, const void *buf, size_t n, bool *direct)
+{
+    *direct = false;
+    if (!a.offset || n < a.offset)
+        return n;
+    size_t head = (size_t)(-offset & (a.offset - 1)), body = (n - head) & ~(size_t)(a.offset - 1);
+    if (head >= n || !body || ((uintptr_t)buf + head) % a.memory)
+        return n;
+    if (head)
+        return head;
+    *direct = true;
+    return body < DIRECT_PIECE ? body : DIRECT_PIECE;
+}
+
+/* An open file that is read from. */
+struct reading {
+    int fd;
+    struct store_direct align; /* {0, 0}: all through the page cache */
+    bool direct;               /* O_DIRECT is set on fd now */
+};
+
+/* The next bytes, whichever way they can go. -1: errno. */
+static ssize_t read_part(struct reading *r, uint64_t offset, void *buf, size_t n)
+{
+    bool direct;
+    n = part_of(r->align, offset, buf, n, &direct);
+    if (direct != r->direct) {
+        int flags = fcntl(r->fd, F_GETFL);
+        if (flags < 0 || fcntl(r->fd, F_SETFL, direct ? flags | O_DIRECT : flags & ~O_DIRECT) != 0) {
+            if (!direct || (errno != EINVAL && errno != EOPNOTSUPP))
+                return -1;
+            direct = false;
+            r->align = (struct store_direct){ 0, 0 };
+        }
+        r->direct = direct;
+    }
+    ssize_t k = pread(r->fd, buf, n, (off_t)offset);
+    if (k >= 0 || !direct || (errno != EINVAL && errno != EOPNOTSUPP))
+        return k;
+    r->align = (struct store_direct){ 0, 0 }; /* refused after all */
+    return read_part(r, offset, buf, n);
+}
+
+/* Loops until n or the end, so that one call sees one file, however often the key is replaced meanwhile. */
+static status *get_from(const struct posix_store *p, const char *key, bool direct, uint64_t offset, void *buf, size_t n,
+                        size_t *got)
+{
     if (offset > INT64_MAX - (uint64_t)n)
         return ERR(INVALID, "%s/%s: offset %llu", p->root, key, (unsigned long long)offset);
-    int fd = openat(p->fd, key, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
+    struct reading r = { .fd = openat(p->fd, key, O_RDONLY | O_CLOEXEC) };
+    if (r.fd < 0)
         return ERR_SYS(errno, "open %s/%s", p->root, key);
+    if (direct) {
+        r.align = direct_alignment(r.fd);
+        (void)posix_fadvise(r.fd, 0, 0, POSIX_FADV_RANDOM); /* the rest of a page: nothing is to be read ahead */
+    }
     status *st = NULL;
     size_t done = 0;
     while (done < n) {
-        ssize_t k = pread(fd, (char *)buf + done, n - done, (off_t)(offset + done));
+        ssize_t k = read_part(&r, offset + done, (char *)buf + done, n - done);
         if (k == 0)
             break;
         if (k > 0) {
@@ -288,10 +354,20 @@ static status *posix_get(struct store *s, const char *key, uint64_t offset, void
             break;
         }
     }
-    close(fd);
+    close(r.fd);
     if (!st)
         *got = done;
     return st;
+}
+
+static status *posix_get(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got)
+{
+    return get_from(s->impl, key, false, offset, buf, n, got);
+}
+
+static status *posix_get_direct(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got)
+{
+    return get_from(s->impl, key, n >= PAGE, offset, buf, n, got);
 }
 
 static struct store_info info_of(const struct stat *sb)
@@ -483,23 +559,6 @@ static status *posix_now(struct store *s, uint64_t *ns)
 
 /* ---- Writers */
 
-/* What direct I/O on this file wants. Without the kernel's word (before 6.1): a page, which every disk takes. */
-static struct store_direct direct_alignment(int fd)
-{
-    struct store_direct a = { PAGE, PAGE };
-#ifdef STATX_DIOALIGN
-    struct statx sx;
-    if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &sx) == 0 && (sx.stx_mask & STATX_DIOALIGN))
-        a = (struct store_direct){ sx.stx_dio_mem_align, sx.stx_dio_offset_align };
-#endif
-    long page = sysconf(_SC_PAGESIZE);
-    if (!a.memory || !a.offset || page <= 0 || page > DIRECT_MOST)
-        return (struct store_direct){ 0, 0 };
-    a.offset = a.offset < (uint32_t)page ? (uint32_t)page : a.offset; /* no page is written both ways */
-    bool usable = !(a.offset & (a.offset - 1)) && a.offset <= DIRECT_MOST && a.memory <= DIRECT_MOST;
-    return usable ? a : (struct store_direct){ 0, 0 };
-}
-
 /* The second descriptor, where the file system has such a thing; nothing is lost without it. */
 static void open_direct(const struct posix_store *p, struct posix_writer *pw)
 {
@@ -542,21 +601,6 @@ static struct store_direct posix_direct(struct store_writer *w)
 {
     const struct posix_writer *pw = w->impl;
     return atomic_load(&pw->refused) ? (struct store_direct){ 0, 0 } : pw->align;
-}
-
-/* How many bytes from the beginning of a write go one way, and whether that is the direct one. */
-static size_t part_of(struct store_direct a, uint64_t offset, const void *buf, size_t n, bool *direct)
-{
-    *direct = false;
-    if (!a.offset || n < a.offset)
-        return n;
-    size_t head = (size_t)(-offset & (a.offset - 1)), body = (n - head) & ~(size_t)(a.offset - 1);
-    if (head >= n || !body || ((uintptr_t)buf + head) % a.memory)
-        return n;
-    if (head)
-        return head;
-    *direct = true;
-    return body < DIRECT_PIECE ? body : DIRECT_PIECE;
 }
 
 static status *posix_write(struct store_writer *w, uint64_t offset, const void *buf, size_t n, size_t *put)
@@ -606,6 +650,7 @@ const struct store_ops store_posix_ops = {
     .close = posix_close,
     .put = posix_put,
     .get = posix_get,
+    .get_direct = posix_get_direct,
     .stat = posix_stat,
     .list = posix_list,
     .remove = posix_remove,
