@@ -2,8 +2,8 @@
  * and everybody's wants; after that nobody asks anybody anything.
  *
  * The unit of reading is a checksum block of a stored piece (META_BLOCK_BYTES). Each wanted block has one reader in the
- * job, which reads and verifies it whole and sends every rank its part. Work goes in rounds of bounded memory: read
- * round n + 1 while round n travels. */
+ * job, which reads and verifies it whole and sends every rank its part. Work goes in rounds of bounded memory, some of
+ * which travel while others are read. */
 #ifndef TESSERA_CKPT_LOADPIPE_H
 #define TESSERA_CKPT_LOADPIPE_H
 
@@ -30,5 +30,11 @@ struct load_totals {
  * undefined. */
 status *loadpipe_run(struct comm *c, struct store *s, const struct metadata *m, struct load_want *want, uint64_t count,
                      struct load_totals *out) WARN_UNUSED;
+
+struct load_source;
+/* The same from elsewhere (loadmove.h). reader: who reads each stored piece; NULL: the planner says. mine: why this
+ * rank cannot take part (taken), or NULL. */
+status *loadpipe_from(struct comm *c, const struct metadata *m, const struct load_source *from, const int32_t *reader,
+                      struct load_want *want, uint64_t count, status *mine, struct load_totals *out) WARN_UNUSED;
 
 #endif

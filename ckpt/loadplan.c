@@ -29,6 +29,7 @@ struct maker {
     const struct load_want *want;
     uint64_t wants;
     int ranks;
+    const int32_t *reader; /* [pieces] as given, or NULL */
     struct load_plan *p;
     struct holders holders; /* groups in the order of p->group */
     uint32_t *place;        /* [pieces] pieces by file and offset */
@@ -265,6 +266,10 @@ static status *choose_reader(struct maker *k, const struct load_block *b, const 
     struct holders *h = &k->holders;
     int best = -1;
     uint32_t at;
+    if (k->reader) {
+        *out = k->reader[b->piece];
+        return NULL;
+    }
     for (uint32_t i = 0; i < b->uses; i++) {
         const struct load_group *g = use_group(k->p, &k->p->use[b->first_use + i]);
         at = 0;
@@ -473,8 +478,14 @@ static status *make(struct maker *k)
 status *load_plan_make(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
                        struct load_plan *out)
 {
+    return load_plan_make_from(m, want, count, ranks, NULL, out);
+}
+
+status *load_plan_make_from(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
+                            const int32_t *reader, struct load_plan *out)
+{
     struct load_plan p = { 0 };
-    struct maker k = { .m = m, .want = want, .wants = count, .ranks = ranks, .p = &p };
+    struct maker k = { .m = m, .want = want, .wants = count, .ranks = ranks, .reader = reader, .p = &p };
     status *st = make(&k);
     holders_free(&k.holders);
     mem_free(k.place);

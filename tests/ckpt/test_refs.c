@@ -857,6 +857,7 @@ static void move(struct moving *f, struct store *s, bool moved, bool read_only)
     if (moved)
         (void)atomic_flag_test_and_set(&f->moved);
     f->ops.get = moving_get;
+    f->ops.get_direct = NULL;
     f->ops.put = moving_put;
     s->ops = &f->ops;
 }

@@ -1,0 +1,42 @@
+/* loadmove: carries out a load plan: reading, exchange and placing, overlapped. Where the bytes come from (files,
+ * memory) is a load_source.
+ *
+ * Memory of a rank, whatever the size of the load: MOVE_READERS buffers of MOVE_RUN_BYTES, and messages of MOVE_ROUNDS
+ * rounds (ROUND_SEND_BYTES each way, loadplan.h), as far as the plan has use for them. */
+#ifndef TESSERA_CKPT_LOADMOVE_H
+#define TESSERA_CKPT_LOADMOVE_H
+
+#include "ckpt/loadplan.h"
+
+enum { MOVE_READERS = 2, MOVE_ROUNDS = 3, MOVE_RUN_BYTES = 4 << 20, MOVE_GAP_BYTES = 8 << 10 };
+
+/* Blocks of one round that lie behind one another in a file, read at once; the padding between them too. */
+struct load_run {
+    const struct load_block *block;
+    uint32_t blocks, round;
+    uint64_t offset, bytes;
+    unsigned char *home; /* where this rank wants just these bytes, or NULL */
+    uint64_t first_place;
+};
+
+/* Both functions are called by several threads at once. */
+struct load_source {
+    const void *arg;
+    /* The run's bytes to `to`, each block verified. Reports what is damaged as CORRUPT. */
+    status *(*read)(const void *arg, const struct load_plan *p, const struct load_run *r, unsigned char *to);
+    /* Where they lie in memory already; NULL: nowhere. May be NULL itself */
+    const unsigned char *(*at)(const void *arg, const struct load_run *r);
+    size_t align; /* read is at its best where `to` - offset is a multiple of it; a power of two up to 4096 */
+};
+
+/* Fill the wants (all ranks', as planned; dst counts where rank is ours). mine: why this rank cannot take part (taken),
+ * or NULL. Collective; the error is agreed. After an error what the destinations hold is undefined. */
+status *load_move(struct comm *c, const struct metadata *m, const struct load_want *want, const struct load_plan *p,
+                  const struct load_source *from, status *mine) WARN_UNUSED;
+
+static inline uint64_t block_offset(const struct metadata *m, const struct load_block *b)
+{
+    return m->piece[b->piece].offset + (uint64_t)b->block * META_BLOCK_BYTES;
+}
+
+#endif
