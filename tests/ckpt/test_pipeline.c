@@ -92,6 +92,9 @@ static void test_failure_is_seen_first(void **state)
     struct fixture f;
     uint64_t length[] = { 100, 5000 };
     open_fixture(&f, length, 2, 1 << 20, 0);
+    pipeline_start(f.pipe, f.share, STEP); /* finds that this store has no direct writes: from here on all is staged */
+    assert_false(until_drained(&f).failed);
+    pipeline_end(f.pipe, PIPELINE_REMOVE);
     for (int i = 0; i < 4000; i++) {
         store_fault_arm(f.store, 3, FAULT_BEFORE); /* open, header, data, finish */
         pipeline_start(f.pipe, f.share, STEP);
