@@ -20,7 +20,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { LOAD_TAG = 2, ALIGN = 4096, POLL_NS = 100000 };
+enum { LOAD_TAG = 2, ALIGN = 4096, SLOT_BYTES = MOVE_RUN_BYTES + ALIGN, POLL_NS = 100000 };
 
 /* An open round. */
 struct flight {
@@ -50,6 +50,7 @@ struct move {
     struct flight flight[MOVE_ROUNDS]; /* round r: [r % MOVE_ROUNDS] */
     struct comm_xfer *xfer;            /* [size] */
     struct reader reader[MOVE_READERS];
+    unsigned char *slots; /* of all readers; NULL: no run needs one */
     struct {
         pthread_mutex_t lock;
         pthread_cond_t work, packed;
@@ -459,15 +460,17 @@ static bool needs_slots(const struct move *v)
 
 static status *start_readers(struct move *v)
 {
-    bool slots = needs_slots(v);
+    if (needs_slots(v)) {
+        v->slots = mem_block((size_t)MOVE_READERS * SLOT_BYTES, ALIGN);
+        if (!v->slots)
+            return ERR(NO_MEMORY, "%d bytes to read into", MOVE_READERS * SLOT_BYTES);
+    }
     for (int i = 0; i < MOVE_READERS && (uint64_t)i < v->runs; i++) {
         char name[16];
         struct reader *r = &v->reader[i];
         snprintf(name, sizeof name, "tsr-load-%d", i);
         r->v = v;
-        r->slot = slots ? mem_block(MOVE_RUN_BYTES + ALIGN, ALIGN) : NULL;
-        if (slots && !r->slot)
-            return ERR(NO_MEMORY, "%d bytes to read into", MOVE_RUN_BYTES);
+        r->slot = v->slots ? v->slots + (size_t)i * SLOT_BYTES : NULL;
         TRY(thread_start(&r->thread, name, reader_main, r));
     }
     return NULL;
@@ -491,11 +494,10 @@ static void stop(struct move *v)
     v->synced.quit = true;
     pthread_cond_broadcast(&v->synced.work);
     pthread_mutex_unlock(&v->synced.lock);
-    for (int i = 0; i < MOVE_READERS; i++) {
+    for (int i = 0; i < MOVE_READERS; i++)
         status_free(thread_join(&v->reader[i].thread));
-        if (v->reader[i].slot)
-            mem_block_free(v->reader[i].slot, MOVE_RUN_BYTES + ALIGN);
-    }
+    if (v->slots)
+        mem_block_free(v->slots, (size_t)MOVE_READERS * SLOT_BYTES);
     for (int i = 0; i < MOVE_ROUNDS; i++) {
         struct flight *f = &v->flight[i];
         mem_free(f->place);

@@ -8,7 +8,7 @@
 
 #include "ckpt/loadplan.h"
 
-enum { MOVE_READERS = 2, MOVE_ROUNDS = 3, MOVE_RUN_BYTES = 4 << 20, MOVE_GAP_BYTES = 8 << 10 };
+enum { MOVE_READERS = 2, MOVE_ROUNDS = 3, MOVE_RUN_BYTES = 2 << 20, MOVE_GAP_BYTES = 8 << 10 };
 
 /* Blocks of one round that lie behind one another in a file, read at once; the padding between them too. */
 struct load_run {

@@ -17,11 +17,12 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct load_options {
     uint64_t state_bytes;
     int64_t tensors, repeats;
-    char *url;
+    char *url, *cases;
 };
 
 #define AT(field) offsetof(struct load_options, field)
@@ -31,6 +32,9 @@ static const struct option rows[] = {
     { "state_bytes", OPT_SIZE, "512MiB", 0, 0, NULL, "bytes", "what is saved and loaded, over all ranks",
       AT(state_bytes) },
     { "tensors", OPT_INT, "64", 1, 1e5, NULL, "", "it is cut into that many tensors", AT(tensors) },
+    { "cases", OPT_STRING, "", 0, 0, NULL, "",
+      "FROM-TO, by commas, with meshes dpN or tpN of launched ranks: dp4-dp8,dp4-tp4; empty: what N ranks allow",
+      AT(cases) },
     { "repeats", OPT_INT, "5", 1, LIMIT_REPEATS, NULL, "", "loads and plain reads of each case", AT(repeats) },
 };
 static const char *const quick[][2] = { { "state_bytes", "64MiB" }, { "repeats", "2" }, { NULL, NULL } };
@@ -235,8 +239,48 @@ static status *run_case(struct bench *b, const struct load_options *o, const str
     return NULL;
 }
 
+/* "dp4" or "tp4" at *text; moves it on. */
+static bool read_mesh(const char **text, int most, struct mesh_end *m)
+{
+    char *end;
+    m->columns = strncmp(*text, "tp", 2) == 0;
+    if (!m->columns && strncmp(*text, "dp", 2) != 0)
+        return false;
+    if ((*text)[2] < '1' || (*text)[2] > '9')
+        return false;
+    long ranks = strtol(*text + 2, &end, 10);
+    m->ranks = (int)ranks;
+    *text = end;
+    return ranks <= most;
+}
+
+/* The next case of a list; moves it on. */
+static status *next_case(const char **list, int most, struct load_case *k)
+{
+    const char *at = *list;
+    if (!read_mesh(&at, most, &k->from) || *at++ != '-' || !read_mesh(&at, most, &k->to) ||
+        (*at && (*at != ',' || !at[1])))
+        return ERR(INVALID, "cases: \"%s\" does not begin with a case like dp4-tp2 of at most %d ranks", *list, most);
+    *list = at + (*at == ',');
+    return NULL;
+}
+
+static status *run_listed(struct bench *b, const struct load_options *o)
+{
+    struct load_case k;
+    for (const char *at = o->cases; *at;)
+        TRY(next_case(&at, b->world->size, &k)); /* a slip at the end is told at once */
+    int number = 0;
+    for (const char *at = o->cases; *at;) {
+        TRY(next_case(&at, b->world->size, &k));
+        TRY(run_case(b, o, &k, number++));
+    }
+    return NULL;
+}
+
 static status *run(struct bench *b, const void *options)
 {
+    const struct load_options *o = options;
     int n = b->world->size;
     const struct load_case cases[] = {
         { { n, false }, { n, false } },
@@ -244,8 +288,10 @@ static status *run(struct bench *b, const void *options)
         { { n / 2, false }, { n, false } },
         { { n, false }, { n, true } },
     };
+    if (o->cases && *o->cases)
+        return run_listed(b, o);
     for (int i = 0; i < (n > 1 ? 4 : 1); i++)
-        TRY(run_case(b, options, &cases[i], i));
+        TRY(run_case(b, o, &cases[i], i));
     return NULL;
 }
 
