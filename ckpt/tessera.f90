@@ -226,6 +226,11 @@ module tessera
       integer(c_int64_t), value :: step
       type(tessera_load_options), intent(in) :: o
     end function
+    type(c_ptr) function tessera_reshard(t, from, to, o) bind(c)
+      import
+      type(c_ptr), value :: t, from, to
+      type(tessera_load_options), intent(in) :: o
+    end function
     type(c_ptr) function tessera_load_name(t, list, i) bind(c) ! see tessera_text; i counts from 0
       import
       type(c_ptr), value :: t

@@ -410,6 +410,15 @@ tessera_status *tessera_load_newest(tessera *t, tessera_state *s, uint64_t *step
  * INVALID: the handle is read_only; UNAVAILABLE: a save is in flight. */
 tessera_status *tessera_rewind(tessera *t, uint64_t step);
 
+/* Fill the tensors of `to` from those of `from`, in memory: from one mesh to another on the same ranks (training to
+ * generation), each rank with a state of its own for either, which may be empty. Selection, roles, casts and what may
+ * differ are as in tessera_load_parts, with `from` in the place of the step (its tensors must be whole over all ranks:
+ * else INVALID, as in a save); tessera_load_name tells what did not fit. Nothing is read or written on storage. Memory
+ * of `to` must not be that of `from`. Blobs stay. Collective. After an error the contents of `to` are undefined.
+ * UNSUPPORTED: memory of an accelerator. */
+tessera_status *tessera_reshard(tessera *t, const tessera_state *from, tessera_state *to,
+                                const struct tessera_load_options *o);
+
 /* Sums over all ranks; the same on all but for ns. */
 struct tessera_load_report {
     size_t size;

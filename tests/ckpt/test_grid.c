@@ -1,5 +1,6 @@
-/* The promise that every byte comes back, through files: a drawn model is saved by one drawn mesh of ranks (threads)
- * and loaded by another, and every element of every rank is what its place in the tensor says.
+/* The promise that every byte comes back, through files and in memory: a drawn model is saved by one drawn mesh of
+ * ranks (threads) and loaded, or resharded, by another, and every element of every rank is what its place in the tensor
+ * says.
  *
  * A case is a number: TESSERA_GRID_FIRST (0) and TESSERA_GRID_CASES (200) say which are run, so that nightly runs go on
  * where this one ends and a failing case can be run alone. */
@@ -188,6 +189,34 @@ static status *open_held(const struct side *s, int rank, struct held *h)
     return NULL;
 }
 
+static void fill_held(const struct grid_case *c, struct held *h)
+{
+    for (int i = 0; i < c->save.count; i++) {
+        const struct drawn *d = &c->save.tensor[i];
+        size_t size = dtype_bytes(d->dtype);
+        for (uint64_t e = 0; e < piece_elems(&h->piece[i]); e++)
+            element(c->number, i, global_of(&d->layout.shape, &h->piece[i], e), size, h->data[i] + e * size);
+    }
+}
+
+/* Every element is what was saved; aliases' bytes are their targets'. */
+static status *check_held(const struct grid_case *c, const struct held *h, int rank)
+{
+    for (int i = 0; i < c->load.count; i++) {
+        const struct drawn *d = &c->load.tensor[i];
+        size_t size = dtype_bytes(d->dtype);
+        if (d->alias_of >= 0)
+            continue;
+        for (uint64_t e = 0; e < piece_elems(&h->piece[i]); e++) {
+            unsigned char want[8];
+            element(c->number, i, global_of(&d->layout.shape, &h->piece[i], e), size, want);
+            if (memcmp(h->data[i] + e * size, want, size) != 0)
+                return ERR(INTERNAL, "%s/%s: element %llu of rank %d", d->part, d->name, (unsigned long long)e, rank);
+        }
+    }
+    return NULL;
+}
+
 static status *save_side(struct comm *world, void *arg)
 {
     const struct grid_case *c = arg;
@@ -198,12 +227,7 @@ static status *save_side(struct comm *world, void *arg)
     o.staging_bytes = c->staging;
     TRY(ckpt_open(&o, world, NULL, c->store, &t));
     TRY(open_held(&c->save, world->rank, &h));
-    for (int i = 0; i < c->save.count; i++) {
-        const struct drawn *d = &c->save.tensor[i];
-        size_t size = dtype_bytes(d->dtype);
-        for (uint64_t e = 0; e < piece_elems(&h.piece[i]); e++)
-            element(c->number, i, global_of(&d->layout.shape, &h.piece[i], e), size, h.data[i] + e * size);
-    }
+    fill_held(c, &h);
     TRY(tessera_save(t, h.state, 1));
     TRY(tessera_wait(t, &committed));
     EXPECT(committed == 1);
@@ -221,23 +245,41 @@ static status *load_side(struct comm *world, void *arg)
     TRY(ckpt_open(&o, world, NULL, c->store, &t));
     TRY(open_held(&c->load, world->rank, &h));
     TRY(tessera_load(t, h.state, 1));
-    for (int i = 0; i < c->load.count; i++) {
-        const struct drawn *d = &c->load.tensor[i];
-        size_t size = dtype_bytes(d->dtype);
-        if (d->alias_of >= 0) /* its bytes are the other's */
-            continue;
-        for (uint64_t e = 0; e < piece_elems(&h.piece[i]); e++) {
-            unsigned char want[8];
-            element(c->number, i, global_of(&d->layout.shape, &h.piece[i], e), size, want);
-            if (memcmp(h.data[i] + e * size, want, size) != 0)
-                return ERR(INTERNAL, "%s/%s: element %llu of rank %d", d->part, d->name, (unsigned long long)e,
-                           world->rank);
-        }
-    }
+    TRY(check_held(c, &h, world->rank));
     struct tessera_load_report r = TESSERA_LOAD_REPORT;
     tessera_get_load_report(t, &r);
     EXPECT(r.storage_bytes >= r.unique_bytes && r.storage_bytes <= r.unique_bytes + r.unique_bytes / 20 + (1 << 20));
     close_held(&h);
+    return tessera_close(t);
+}
+
+/* A rank beyond a mesh holds nothing. */
+static status *open_side(const struct side *s, int rank, struct held *h)
+{
+    *h = (struct held){ .state = NULL };
+    return rank < mesh_world(&s->mesh) ? open_held(s, rank, h) : tessera_state_new(NULL, &h->state);
+}
+
+/* The same without files: all ranks of both meshes in one job. */
+static status *reshard_sides(struct comm *world, void *arg)
+{
+    const struct grid_case *c = arg;
+    struct tessera_options o = TESSERA_OPTIONS;
+    struct held from, to;
+    tessera *t;
+    o.read_only = (int)(c->number % 2);
+    TRY(ckpt_open(&o, world, NULL, c->store, &t));
+    TRY(open_side(&c->save, world->rank, &from));
+    TRY(open_side(&c->load, world->rank, &to));
+    if (world->rank < mesh_world(&c->save.mesh))
+        fill_held(c, &from);
+    for (int again = 0; again < 2; again++) {
+        TRY(tessera_reshard(t, from.state, to.state, NULL));
+        if (world->rank < mesh_world(&c->load.mesh))
+            TRY(check_held(c, &to, world->rank));
+    }
+    close_held(&from);
+    close_held(&to);
     return tessera_close(t);
 }
 
@@ -263,6 +305,9 @@ static void test_grid(void **state)
         status *st = comm_threads_run(mesh_world(&c.save.mesh), save_side, &c);
         if (!st)
             st = comm_threads_run(mesh_world(&c.load.mesh), load_side, &c);
+        int save = mesh_world(&c.save.mesh), load = mesh_world(&c.load.mesh);
+        if (!st)
+            st = comm_threads_run(save > load ? save : load, reshard_sides, &c);
         if (st)
             fail_msg("case %u, %s to %s: %s", i, from, to, status_message(st));
         root_close(&r);
