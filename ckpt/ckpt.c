@@ -326,6 +326,7 @@ status *tessera_save(tessera *t, tessera_state *s, uint64_t step)
     v->epoch++;
     v->step = step;
     v->start_ns = start;
+    v->start_wall_ns = clock_wall_ns();
     t->progress.fence_wait_ns = 0;
     if (refused)
         return save_refuse(t, step, refused);
@@ -360,6 +361,7 @@ static void finish(tessera *t)
     step_set_remove(&t->bad, v->step);
     t->progress.saves++;
     t->progress.save_ns = clock_ns() - v->start_ns;
+    t->saved_ns = v->start_ns;
     v->committed = v->step;
     save_forget(t, true);
 }
@@ -385,7 +387,7 @@ static status *advance(tessera *t, const int64_t r[TICK_SLOTS])
         v->phase = TESSERA_WRITE;
     if (v->phase == TESSERA_WRITE && !r[TICK_NOT_DRAINED]) {
         v->phase = TESSERA_VOTE;
-        TRY(vote_start(&t->vote, t->x, t->cache.share, &t->blobs));
+        TRY(save_vote(t));
     }
     if (v->phase == TESSERA_VOTE && r[TICK_COMMIT] != COMMIT_NONE)
         v->phase = TESSERA_COMMIT;

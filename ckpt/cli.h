@@ -52,6 +52,8 @@ status *cli_rm(const struct request *r) WARN_UNUSED;
 status *cli_gc(const struct request *r) WARN_UNUSED;
 /* cli_diff.c */
 status *cli_diff(const struct request *r) WARN_UNUSED;
+/* cli_report.c */
+status *cli_report(const struct request *r) WARN_UNUSED;
 /* cli_plan.c */
 status *cli_plan(const struct request *r) WARN_UNUSED;
 

@@ -4,9 +4,10 @@
  * Order matters: a directory is listed before its metadata.pb is read, so a file that a commit in between has made
  * count is known to it; and what is young stays, so a job that begins meanwhile is safe, too. Marks (commit_is_mark)
  * and the view belong to a committed step. What was set aside (.bad, .retired) of a step that a reader has pinned stays
- * for now; pins that have expired go. */
+ * for now; pins that have expired go. Of reports the last REPORT_KEEP of a kind stay. */
 #include "ckpt/commit.h"
 #include "ckpt/pin.h"
+#include "ckpt/report.h"
 #include "comm/base/mem.h"
 
 #include <inttypes.h>
@@ -144,6 +145,18 @@ static bool is_aside(const char *name, uint64_t *step)
     return commit_parse_dir(head, step);
 }
 
+static void found_report(void *arg, const char *key, uint64_t bytes)
+{
+    tell(arg, key, bytes);
+}
+
+static status *collect_reports(struct gc *g)
+{
+    for (int load = 0; load < 2; load++)
+        TRY(report_prune(g->store, load, g->o->dry_run, found_report, g));
+    return g->o->has_live || g->o->dry_run ? NULL : store_sweep(g->store, "reports", ".json");
+}
+
 status *commit_gc(struct store *s, const struct gc_options *o,
                   void (*found)(void *arg, const char *key, uint64_t bytes), void *arg, struct gc_result *out)
 {
@@ -161,6 +174,8 @@ status *commit_gc(struct store *s, const struct gc_options *o,
         else if (is_aside(l.entry[i].name, &step) && !pins_hold(&g.pins, step))
             st = collect_aside(&g, &l.entry[i]);
     }
+    if (!st)
+        st = collect_reports(&g);
     store_list_free(&l);
     step_list_free(&g.pins);
     if (!st)

@@ -50,7 +50,8 @@ struct saving {
     struct metadata *metadata; /* rank 0, while the keeper writes it */
     uint64_t reduce_in[SETTLE_SLOTS], reduce_out[SETTLE_SLOTS];
     struct comm_req reduce;
-    uint64_t start_ns;
+    uint64_t start_ns, start_wall_ns;
+    uint64_t vote_ns; /* clock_ns of the vote's start */
 };
 
 /* The plan that the last save used; agreed to be there or not. */
@@ -100,6 +101,7 @@ struct tessera {
     struct store *store;
     bool own_dev, own_store;
     uint64_t attempt, run_id, parent; /* agreed */
+    uint64_t saved_ns;                /* clock_ns of the call of the save committed last; 0: there is none */
     struct keeper *keeper;            /* rank 0 of a writing handle */
     struct pipeline *pipe;            /* writing handles */
 
@@ -143,6 +145,8 @@ status *save_unsettle(tessera *t) WARN_UNUSED;
 /* Complete the reduction of tessera_save: plan again if a rank's state changed. Collective; nothing when it is settled.
  * Fails only with the transport; what a plan finds wrong becomes the save's verdict. */
 status *save_settle(tessera *t) WARN_UNUSED;
+/* All ranks' files are durable: start the vote, with what it cost this rank so far. Fails only with the transport. */
+status *save_vote(tessera *t) WARN_UNUSED;
 /* Move votes and the commit on as far as they are without waiting. */
 status *save_poll(tessera *t) WARN_UNUSED;
 /* What this rank knows of the save in flight, for the tick's reduction. */

@@ -1,6 +1,6 @@
 /* keeper: keeper_main sleeps on a condition until there are metrics to store, a commit to write, the lease is due, or,
- * last of all, a committed step wants its view. What retention no longer keeps goes right after a commit was told:
- * removing a step takes longer than committing one. */
+ * last of all, a report wants to be written or a committed step wants its view. What retention no longer keeps goes
+ * right after a commit was told: removing a step takes longer than committing one. */
 #include "ckpt/keeper.h"
 
 #include "ckpt/refs.h"
@@ -36,6 +36,8 @@ struct keeper {
         enum job job;
         bool retaining; /* a step was committed since old ones were last removed */
         const struct metadata *m;
+        struct report *cost;          /* of the commit that is queued */
+        struct report *first, **past; /* to be written, in order; past: where the next one is linked */
         status *outcome, *lost, *note;
         struct waiting_mark *mark; /* to be set, in order */
         size_t marks;
@@ -114,6 +116,38 @@ static void set_marks(struct keeper *k, struct waiting_mark *m, size_t count)
     mem_free(m);
 }
 
+/* The commit of r's save has ended; is it worth a report? */
+static struct report *end_commit(struct report *r, const status *st, uint64_t begin_ns)
+{
+    if (!r || st) {
+        mem_free(r);
+        return NULL;
+    }
+    uint64_t now = clock_ns();
+    struct report_clock *c = &r->rank[0].stage[REPORT_COMMIT];
+    report_add(c, begin_ns - r->start_ns, now - r->start_ns, 0, 0);
+    r->span_ns = now - r->start_ns;
+    return r;
+}
+
+static void queue_locked(struct keeper *k, struct report *r)
+{
+    if (!r)
+        return;
+    *k->synced.past = r;
+    k->synced.past = &r->next;
+}
+
+/* After the commit was told, too. */
+static void write_report(struct keeper *k, struct report *r)
+{
+    status *st = report_write(k->store, r);
+    if (st)
+        add_note(k, status_wrap(st, "no report of the %s of step %llu", r->load ? "load" : "save",
+                                (unsigned long long)r->step));
+    mem_free(r);
+}
+
 static void wait_until(struct keeper *k, uint64_t ns)
 {
     struct timespec t = { (time_t)(ns / 1000000000u), (long)(ns % 1000000000u) };
@@ -125,8 +159,8 @@ static status *keeper_main(void *arg)
     struct keeper *k = arg;
     const uint64_t period = (uint64_t)k->lease.seconds * 1000000000u / 6; /* half of what lease_renew acts on */
     pthread_mutex_lock(&k->synced.lock);
-    for (uint64_t next = clock_ns() + period;
-         !k->synced.quit || k->synced.job == JOB_QUEUED || k->synced.retaining || k->synced.marks || k->views;) {
+    for (uint64_t next = clock_ns() + period; !k->synced.quit || k->synced.job == JOB_QUEUED || k->synced.retaining ||
+                                              k->synced.marks || k->synced.first || k->views;) {
         if (k->synced.marks) {
             struct waiting_mark *mark = k->synced.mark;
             size_t marks = k->synced.marks;
@@ -137,9 +171,14 @@ static status *keeper_main(void *arg)
             pthread_mutex_lock(&k->synced.lock);
         } else if (k->synced.job == JOB_QUEUED) {
             const struct metadata *m = k->synced.m;
+            struct report *cost = k->synced.cost;
+            k->synced.cost = NULL;
             pthread_mutex_unlock(&k->synced.lock);
+            uint64_t begin = clock_ns();
             status *st = commit(k, m);
+            cost = end_commit(cost, st, begin);
             pthread_mutex_lock(&k->synced.lock);
+            queue_locked(k, cost);
             k->synced.outcome = st;
             k->synced.job = JOB_DONE;
             k->synced.retaining = k->synced.retaining || (!st && k->keep.last > 0);
@@ -155,6 +194,13 @@ static status *keeper_main(void *arg)
             renew(k);
             pthread_mutex_lock(&k->synced.lock);
             next = clock_ns() + period;
+        } else if (k->synced.first) {
+            struct report *r = k->synced.first;
+            k->synced.first = r->next;
+            k->synced.past = r->next ? k->synced.past : &k->synced.first;
+            pthread_mutex_unlock(&k->synced.lock);
+            write_report(k, r);
+            pthread_mutex_lock(&k->synced.lock);
         } else if (k->views) {
             pthread_mutex_unlock(&k->synced.lock);
             write_view(k);
@@ -170,6 +216,11 @@ static status *keeper_main(void *arg)
 static void free_keeper(struct keeper *k)
 {
     mem_free(k->synced.mark);
+    mem_free(k->synced.cost);
+    for (struct report *r = k->synced.first, *next; r; r = next) {
+        next = r->next;
+        mem_free(r);
+    }
     status_free(k->synced.outcome);
     status_free(k->synced.lost);
     status_free(k->synced.note);
@@ -188,6 +239,7 @@ status *keeper_open(struct store *s, const struct lease *l, const struct keep_ru
     k->lease = *l;
     k->keep = *keep;
     k->view_pieces = view_pieces;
+    k->synced.past = &k->synced.first;
     status *no_view = view_check(s);
     if (no_view)
         k->view_pieces = 0;
@@ -230,11 +282,20 @@ status *keeper_lost(struct keeper *k)
     return st;
 }
 
-void keeper_commit(struct keeper *k, const struct metadata *m)
+void keeper_report(struct keeper *k, struct report *r)
+{
+    pthread_mutex_lock(&k->synced.lock);
+    queue_locked(k, r);
+    pthread_cond_broadcast(&k->synced.changed);
+    pthread_mutex_unlock(&k->synced.lock);
+}
+
+void keeper_commit(struct keeper *k, const struct metadata *m, struct report *r)
 {
     pthread_mutex_lock(&k->synced.lock);
     CHECK(k->synced.job == JOB_NONE, "one commit at a time");
     k->synced.m = m;
+    k->synced.cost = r;
     k->synced.job = JOB_QUEUED;
     pthread_cond_broadcast(&k->synced.changed);
     pthread_mutex_unlock(&k->synced.lock);

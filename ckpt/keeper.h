@@ -4,6 +4,7 @@
 #define TESSERA_CKPT_KEEPER_H
 
 #include "ckpt/commit.h"
+#include "ckpt/report.h"
 
 struct keeper;
 
@@ -18,8 +19,12 @@ status *keeper_close(struct keeper *k) WARN_UNUSED;
 /* NULL while the lease is ours; else a copy of the reason, once it is lost for good. */
 status *keeper_lost(struct keeper *k) WARN_UNUSED;
 /* Commit m: check the lease, put metadata.pb and LATEST; after the outcome is there, remove what retention no longer
- * keeps. m is borrowed until the outcome was taken. One at a time. */
-void keeper_commit(struct keeper *k, const struct metadata *m);
+ * keeps. m is borrowed until the outcome was taken. One at a time. r (may be NULL) is taken:
+ * when the outcome is there, rank 0's commit is entered and it is written, or freed if the commit failed. */
+void keeper_commit(struct keeper *k, const struct metadata *m, struct report *r);
+/* Write a report when there is nothing else to do, at the latest before the thread ends; what goes wrong is a note.
+ * Takes r. */
+void keeper_report(struct keeper *k, struct report *r);
 /* Mark a committed step (commit_mark), before the next commit's retention and before the thread ends; what goes wrong
  * is a note. */
 status *keeper_mark(struct keeper *k, uint64_t step, const char *metric, double value) WARN_UNUSED;

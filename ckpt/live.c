@@ -4,6 +4,8 @@
  * chunk is written at most once, and those that are not are padding, which reads back as zero. */
 #include "ckpt/live.h"
 
+#include "comm/base/clock.h"
+
 #include <string.h>
 
 struct walk {
@@ -14,7 +16,30 @@ struct walk {
     size_t room, used;
     uint64_t offset; /* in the file, of the first byte in bounce */
     uint64_t straight;
+    struct report_clock *clock; /* by stage */
 };
+
+static status *put(struct walk *k, uint64_t at, const void *from, size_t n)
+{
+    uint64_t begin = clock_ns();
+    status *st = store_write(k->w, at, from, n);
+    report_add(&k->clock[REPORT_WRITE], begin, clock_ns(), 0, st ? 0 : n);
+    return st;
+}
+
+static void checksum(struct walk *k, const struct share_segment *seg, uint64_t from, const void *payload, size_t n)
+{
+    uint64_t begin = clock_ns();
+    share_checksum(k->s, seg, from, payload, n);
+    report_add(&k->clock[REPORT_CHECKSUM], begin, clock_ns(), 0, n);
+}
+
+static void gather(struct walk *k, const struct share_segment *seg, uint64_t from, size_t n, void *out)
+{
+    uint64_t begin = clock_ns();
+    share_gather(k->s, seg, from, n, out);
+    report_add(&k->clock[REPORT_CAPTURE], begin, clock_ns(), 0, n);
+}
 
 /* Write what is gathered, up to the end of its page, but not past `limit`. */
 static status *flush(struct walk *k, uint64_t limit)
@@ -26,7 +51,7 @@ static status *flush(struct walk *k, uint64_t limit)
         return NULL;
     memset(k->bounce + k->used, 0, n - k->used);
     k->used = 0;
-    return store_write(k->w, k->offset, k->bounce, n);
+    return put(k, k->offset, k->bounce, n);
 }
 
 /* Where a segment's bytes lie one after another; NULL: nowhere. */
@@ -64,8 +89,8 @@ static status *write_segment(struct walk *k, const struct share_segment *seg, ui
         uint64_t left = length - done;
         uint64_t n = k->used ? 0 : straight_bytes(k, memory ? memory + done : NULL, at + done, left);
         if (n) {
-            share_checksum(k->s, seg, done, memory + done, n);
-            TRY(store_write(k->w, at + done, memory + done, n));
+            checksum(k, seg, done, memory + done, n);
+            TRY(put(k, at + done, memory + done, n));
             k->straight += k->align.offset ? n : 0;
             done += n;
             continue;
@@ -73,8 +98,8 @@ static status *write_segment(struct walk *k, const struct share_segment *seg, ui
         if (!k->used)
             k->offset = at + done;
         n = left < k->room - k->used ? left : k->room - k->used;
-        share_gather(k->s, seg, done, n, k->bounce + k->used);
-        share_checksum(k->s, seg, done, k->bounce + k->used, n);
+        gather(k, seg, done, n, k->bounce + k->used);
+        checksum(k, seg, done, k->bounce + k->used, n);
         k->used += n;
         done += n;
         if (k->used == k->room)
@@ -84,9 +109,11 @@ static status *write_segment(struct walk *k, const struct share_segment *seg, ui
 }
 
 status *live_write(struct share *s, const struct share_chunk *c, struct store_writer *w, unsigned char *bounce,
-                   size_t bounce_bytes, uint64_t *straight)
+                   size_t bounce_bytes, uint64_t *straight, struct report_clock clock[REPORT_STAGES])
 {
-    struct walk k = { .s = s, .w = w, .align = store_writer_direct(w), .bounce = bounce, .room = bounce_bytes };
+    struct walk k = {
+        .s = s, .w = w, .align = store_writer_direct(w), .bounce = bounce, .room = bounce_bytes, .clock = clock
+    };
     for (uint64_t i = c->first_segment; i < c->first_segment + c->segments; i++)
         TRY(write_segment(&k, &s->segment[i], c->offset + s->segment[i].at));
     TRY(flush(&k, c->offset + c->bytes));

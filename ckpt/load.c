@@ -10,7 +10,9 @@
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
+#include <string.h>
 
 /* ---- sets of steps */
 
@@ -219,16 +221,25 @@ static status *select_step(tessera *t, uint64_t step)
     return spread_metadata(t, m, st);
 }
 
+/* What arrived in buffers goes to where it is wanted. Collective. */
+static status *place_rest(tessera *t, const tessera_state *s, struct match_fill *f, struct report_sum *cost)
+{
+    uint64_t begin = clock_ns();
+    status *st = match_place(t->dev, s, f);
+    report_note(cost, REPORT_PLACE, begin, 0, 0);
+    return comm_agree(t->x, st);
+}
+
 /* Fill the state from t->meta. Collective. */
 static status *load_state(tessera *t, const tessera_state *s, const struct tessera_load_options *o,
-                          struct load_totals *totals)
+                          struct load_totals *totals, struct report_sum *cost)
 {
     struct match_fill f = { 0 };
     status *st = match_state(t->x, t->dev, t->meta, s, o, &f, &t->lists);
     if (!st)
-        st = loadpipe_run(t->x, t->store, t->meta, f.want, f.count, totals);
+        st = loadpipe_run(t->x, t->store, t->meta, f.want, f.count, totals, cost);
     if (!st)
-        st = comm_agree(t->x, match_place(t->dev, s, &f));
+        st = place_rest(t, s, &f, cost);
     match_fill_free(&f, s ? s->count : 0);
     return st;
 }
@@ -315,17 +326,60 @@ static status *tell_lost(tessera *t, uint64_t step, status *st)
     return ERR(NOT_FOUND, "step %llu was removed while it was read", (unsigned long long)step);
 }
 
-static status *load_checked(tessera *t, tessera_state *s, uint64_t step, const struct tessera_load_options *o)
+struct load_cost {
+    uint64_t start_ns, start_wall_ns, retries; /* retries: of the store, before */
+    struct load_totals totals;
+    struct report_sum sum;
+};
+
+/* The load went well everywhere: its report goes to the keeper. Collective; the error is agreed. */
+static status *report_load(tessera *t, uint64_t step, const struct load_cost *c)
 {
-    uint64_t start = clock_ns();
-    struct load_totals totals = { 0 };
+    struct report_rank mine = { .begin_ns = c->start_wall_ns, .stall_ns = clock_ns() - c->start_ns };
+    struct report *r = NULL;
+    size_t *counts = NULL;
+    void *all = NULL;
+    memcpy(mine.stage, c->sum.stage, sizeof mine.stage);
+    mine.bytes = mine.stage[REPORT_READ].bytes;
+    mine.stage[REPORT_READ].retries = atomic_load(&t->store->retries) - c->retries;
+    report_relative(&mine, c->start_ns);
+    for (int i = 0; i < REPORT_STAGES; i++)
+        mine.total_ns = mine.stage[i].last_ns > mine.total_ns ? mine.stage[i].last_ns : mine.total_ns;
+    status *st = comm_gather_bytes(t->x, &mine, sizeof mine, 0, &all, &counts);
+    mem_free(counts);
+    if (!st && t->keeper)
+        st = report_new(t->x->size, &r);
+    st = comm_agree(t->x, st);
+    if (!st && r) {
+        memcpy(r->rank, all, (size_t)r->world * sizeof *r->rank);
+        r->load = true;
+        r->step = step;
+        r->attempt = t->attempt;
+        r->time_ns = c->start_wall_ns;
+        r->span_ns = clock_ns() - c->start_ns;
+        r->storage_bytes = c->totals.storage_bytes;
+        r->unique_bytes = c->totals.unique_bytes;
+        r->mesh = t->mesh;
+        report_align(r);
+        keeper_report(t->keeper, r);
+        r = NULL;
+    }
+    mem_free(r);
+    mem_free(all);
+    return st;
+}
+
+/* As load_checked, which keeps its books. */
+static status *load_counted(tessera *t, tessera_state *s, uint64_t step, const struct tessera_load_options *o,
+                            struct load_cost *cost)
+{
     bool writing = !t->o.read_only;
     t->lost = false;
     TRY(handle_same(t, "load: step", step));
     TRY(select_step(t, step));
     if (writing)
         TRY(comm_agree(t->x, t->x->rank == 0 ? refuse_newer(t, step) : NULL));
-    status *st = tell_lost(t, step, load_state(t, s, o, &totals));
+    status *st = tell_lost(t, step, load_state(t, s, o, &cost->totals, &cost->sum));
     pin_close(t->pin);
     t->pin = NULL;
     if (status_code(st) == ST_CORRUPT && t->x->rank == 0)
@@ -341,10 +395,22 @@ static status *load_checked(tessera *t, tessera_state *s, uint64_t step, const s
         }
         return st;
     }
-    t->report.storage_bytes = totals.storage_bytes;
-    t->report.unique_bytes = totals.unique_bytes;
-    t->report.ns = clock_ns() - start;
+    if (writing)
+        TRY(report_load(t, step, cost));
+    t->report.storage_bytes = cost->totals.storage_bytes;
+    t->report.unique_bytes = cost->totals.unique_bytes;
+    t->report.ns = clock_ns() - cost->start_ns;
     return NULL;
+}
+
+static status *load_checked(tessera *t, tessera_state *s, uint64_t step, const struct tessera_load_options *o)
+{
+    struct load_cost cost = { .start_ns = clock_ns(), .start_wall_ns = clock_wall_ns() };
+    cost.retries = atomic_load(&t->store->retries);
+    report_sum_init(&cost.sum);
+    status *st = load_counted(t, s, step, o, &cost);
+    report_sum_fini(&cost.sum);
+    return st;
 }
 
 status *tessera_load_parts(tessera *t, tessera_state *s, uint64_t step, const struct tessera_load_options *o)

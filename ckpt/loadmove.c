@@ -13,6 +13,7 @@
 #include "ckpt/loadmove.h"
 
 #include "comm/agree.h"
+#include "comm/base/clock.h"
 #include "comm/base/mem.h"
 #include "comm/base/thread.h"
 
@@ -223,9 +224,14 @@ static void give_places(struct move *v, struct flight *f)
 
 /* ---- readers */
 
+/* What a run took beside its reading. */
+struct spread {
+    struct report_clock pack, place;
+};
+
 /* From a block to its place here, unless it was read there, and into messages. Returns the parts packed. */
 static uint64_t spread_block(const struct move *v, const struct flight *f, const struct load_block *b,
-                             const unsigned char *src, const size_t *place)
+                             const unsigned char *src, const size_t *place, struct spread *took)
 {
     uint64_t parts = 0;
     for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++) {
@@ -237,10 +243,15 @@ static uint64_t spread_block(const struct move *v, const struct flight *f, const
         block_elems(v, b, elem, &lo, &hi);
         for (uint64_t j = 0; j < g->count; j++) {
             const struct load_want *w = want_of(v, g, j);
-            if (w->rank != v->c->rank)
+            bool here = w->rank == v->c->rank;
+            uint64_t begin = clock_ns();
+            if (!here)
                 reshard_pack(c, elem, src, lo, hi, f->send + place[parts++]);
             else if (home_of(c, elem, lo, hi, w) != src)
                 reshard_apply(c, elem, src, lo, hi, w->dst);
+            else
+                continue;
+            report_add(here ? &took->place : &took->pack, begin, clock_ns(), 0, u->elems * elem);
         }
     }
     return parts;
@@ -256,8 +267,11 @@ static status *do_run(const struct move *v, const struct load_run *r, unsigned c
         src = to;
     }
     uint64_t place = r->first_place;
+    struct spread took = { 0 };
     for (const struct load_block *b = r->block; b < r->block + r->blocks; b++)
-        place += spread_block(v, f, b, src + (block_offset(v->m, b) - r->offset), f->place + place);
+        place += spread_block(v, f, b, src + (block_offset(v->m, b) - r->offset), f->place + place, &took);
+    report_note_clock(v->from->cost, REPORT_EXCHANGE, &took.pack);
+    report_note_clock(v->from->cost, REPORT_PLACE, &took.place);
     return NULL;
 }
 
@@ -355,7 +369,9 @@ static status *move_on(struct move *v, struct flight *f, bool *moved)
     if (!f->unpacked) {
         TRY(comm_test(&f->receiving, &done));
         if (done) {
+            uint64_t begin = clock_ns(), bytes = f->receive_at[v->c->size];
             unpack(v, f);
+            report_note(v->from->cost, REPORT_PLACE, begin, 0, bytes);
             f->unpacked = *moved = true;
         }
     }
@@ -380,6 +396,15 @@ static void wait_a_while(struct move *v, uint64_t seen, bool messages)
     while (v->synced.packs == seen && !messages)
         pthread_cond_wait(&v->synced.packed, &v->synced.lock);
     pthread_mutex_unlock(&v->synced.lock);
+}
+
+/* idle: this rank has nothing more to send, so it waits for others. */
+static void wait_for(struct move *v, uint64_t seen, bool messages, bool idle)
+{
+    uint64_t begin = clock_ns();
+    wait_a_while(v, seen, messages);
+    if (idle)
+        report_note(v->from->cost, REPORT_EXCHANGE, begin, clock_ns() - begin, 0);
 }
 
 static uint64_t packs_of(struct move *v, const struct flight *f, bool *packed)
@@ -414,7 +439,7 @@ static status *move_rounds(struct move *v)
         if (oldest->sent && oldest->unpacked && !comm_pending(&oldest->sending))
             done++;
         else if (!moved)
-            wait_a_while(v, packs, messages);
+            wait_for(v, packs, messages, sent == opened);
     }
     return NULL;
 }

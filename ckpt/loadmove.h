@@ -7,6 +7,7 @@
 #define TESSERA_CKPT_LOADMOVE_H
 
 #include "ckpt/loadplan.h"
+#include "ckpt/report.h"
 
 enum { MOVE_READERS = 2, MOVE_ROUNDS = 3, MOVE_RUN_BYTES = 2 << 20, MOVE_GAP_BYTES = 8 << 10 };
 
@@ -27,6 +28,7 @@ struct load_source {
     /* Where they lie in memory already; NULL: nowhere. May be NULL itself */
     const unsigned char *(*at)(const void *arg, const struct load_run *r);
     size_t align; /* read is at its best where `to` - offset is a multiple of it; a power of two up to 4096 */
+    struct report_sum *cost; /* told what exchange and placing took; NULL: nobody wants to know */
 };
 
 /* Fill the wants (all ranks', as planned; dst counts where rank is ours). mine: why this rank cannot take part (taken),

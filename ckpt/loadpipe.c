@@ -5,6 +5,7 @@
 #include "ckpt/loadmove.h"
 #include "ckpt/refs.h"
 #include "comm/base/bytes.h"
+#include "comm/base/clock.h"
 #include "comm/base/mem.h"
 
 #include <stdio.h>
@@ -37,6 +38,7 @@ static status *gather_wants(struct comm *c, struct load_want *mine, uint64_t cou
 struct files {
     const struct metadata *m;
     struct origins from; /* where they lie */
+    struct report_sum *cost;
 };
 
 static status *damaged(const struct metadata *m, const struct load_plan *p, const struct load_block *b,
@@ -69,14 +71,18 @@ static status *read_run(const void *arg, const struct load_plan *p, const struct
     char key[STORE_KEY_BYTES];
     const struct meta_file *f = &m->file[m->piece[r->block->piece].file];
     TRY(origins_key(m, f, key));
+    uint64_t begin = clock_ns();
     status *st = store_get_direct(origins_store(&x->from, f), key, r->offset, to, r->bytes);
     if (status_code(st) == ST_CORRUPT || status_code(st) == ST_NOT_FOUND) {
         status *named = damaged(m, p, r->block, status_message(st));
         status_free(st);
         return named;
     }
+    report_note(x->cost, REPORT_READ, begin, 0, r->bytes);
+    begin = clock_ns();
     for (uint32_t i = 0; !st && i < r->blocks; i++)
         st = check_block(m, p, &r->block[i], to + (block_offset(m, &r->block[i]) - r->offset));
+    report_note(x->cost, REPORT_CHECKSUM, begin, 0, r->bytes);
     return st;
 }
 
@@ -105,10 +111,10 @@ status *loadpipe_from(struct comm *c, const struct metadata *m, const struct loa
 }
 
 status *loadpipe_run(struct comm *c, struct store *s, const struct metadata *m, struct load_want *want, uint64_t count,
-                     struct load_totals *out)
+                     struct load_totals *out, struct report_sum *cost)
 {
-    struct files files = { .m = m };
-    const struct load_source from = { .arg = &files, .read = read_run, .align = STORE_DIRECT_BYTES };
+    struct files files = { .m = m, .cost = cost };
+    const struct load_source from = { .arg = &files, .read = read_run, .align = STORE_DIRECT_BYTES, .cost = cost };
     status *st = loadpipe_from(c, m, &from, NULL, want, count, origins_open(s, m, &files.from), out);
     origins_close(&files.from);
     return st;

@@ -8,6 +8,7 @@
 #define TESSERA_CKPT_LOADPIPE_H
 
 #include "ckpt/metadata.h"
+#include "ckpt/report.h"
 #include "comm/comm.h"
 #include "storage/store.h"
 
@@ -27,9 +28,9 @@ struct load_totals {
 
 /* Fill every rank's wants from step m->step in s, and from its owners. `want` is sorted in place. Collective; the error
  * is agreed. CORRUPT names step, file, tensor and offset. After an error the contents of the destinations are
- * undefined. */
+ * undefined. cost (may be NULL) is told what reading, checking, exchanging and placing took this rank. */
 status *loadpipe_run(struct comm *c, struct store *s, const struct metadata *m, struct load_want *want, uint64_t count,
-                     struct load_totals *out) WARN_UNUSED;
+                     struct load_totals *out, struct report_sum *cost) WARN_UNUSED;
 
 struct load_source;
 /* The same from elsewhere (loadmove.h). reader: who reads each stored piece; NULL: the planner says. mine: why this

@@ -4,10 +4,12 @@
 #include "ckpt/commit.h"
 #include "ckpt/live.h"
 #include "ckpt/stage.h"
+#include "comm/base/clock.h"
 #include "comm/base/mem.h"
 #include "comm/base/thread.h"
 
 #include <stdio.h>
+#include <string.h>
 
 /* `writer` is opened under open_lock by whoever has the file's first chunk, and ended by whoever accounts for its last.
  */
@@ -21,6 +23,7 @@ struct writer {
     struct pipeline *p;
     int index;
     struct thread thread;
+    uint64_t saves, idle_ns; /* which save it last wrote for, and since when it has had nothing to write */
 };
 
 struct pipeline {
@@ -31,7 +34,7 @@ struct pipeline {
     uint64_t chunks, files; /* of the share that was prepared */
     struct share
         *share; /* of the save in flight or the last one; set by the training thread while nothing is in flight */
-    uint64_t step;
+    uint64_t step, saves; /* set as share is; saves: how many were started */
     atomic_bool failed;
     atomic_bool buffered; /* a file of this store took no direct writes: stage everything */
     pthread_mutex_t open_lock;
@@ -40,6 +43,8 @@ struct pipeline {
         pthread_cond_t over;
         bool drained;
         uint64_t files_left, written_bytes, live_bytes;
+        struct report_clock clock[REPORT_STAGES];
+        uint64_t drained_ns, retries; /* retries: of the store, before the save */
         status *error;
     } synced;
 };
@@ -74,18 +79,30 @@ static status *open_file(struct pipeline *p, uint32_t f)
     return st;
 }
 
-static status *write_staged(struct share *s, const struct share_chunk *c, struct store_writer *w,
-                            const unsigned char *block)
+static status *timed_write(struct store_writer *w, uint64_t offset, const void *buf, size_t n,
+                           struct report_clock *clock)
 {
+    uint64_t begin = clock_ns();
+    status *st = store_write(w, offset, buf, n);
+    report_add(clock, begin, clock_ns(), 0, st ? 0 : n);
+    return st;
+}
+
+static status *write_staged(struct share *s, const struct share_chunk *c, struct store_writer *w,
+                            const unsigned char *block, struct report_clock clock[REPORT_STAGES])
+{
+    uint64_t begin = clock_ns();
     for (uint64_t i = c->first_segment; i < c->first_segment + c->segments; i++) {
         const struct share_segment *seg = &s->segment[i];
         share_checksum(s, seg, 0, block + seg->at, seg->hi - seg->lo);
     }
-    return store_write(w, c->offset, block, c->bytes);
+    report_add(&clock[REPORT_CHECKSUM], begin, clock_ns(), 0, c->payload_bytes);
+    return timed_write(w, c->offset, block, c->bytes, &clock[REPORT_WRITE]);
 }
 
 /* Write what a writer has taken; *live: how much of it was not copied. */
-static status *write_chunk(struct pipeline *p, int writer, const struct stage_item *it, uint64_t *live)
+static status *write_chunk(struct pipeline *p, int writer, const struct stage_item *it, uint64_t *live,
+                           struct report_clock clock[REPORT_STAGES])
 {
     struct share *s = p->share;
     const struct share_chunk *c = &s->chunk[it->chunk];
@@ -96,10 +113,10 @@ static status *write_chunk(struct pipeline *p, int writer, const struct stage_it
         stage_end_live(&p->stage);
     }
     if (!c->segments)
-        return store_write(w, c->offset, s->file[c->file].image.header, c->bytes);
+        return timed_write(w, c->offset, s->file[c->file].image.header, c->bytes, &clock[REPORT_WRITE]);
     if (!it->live)
-        return write_staged(s, c, w, it->block);
-    return live_write(s, c, w, stage_bounce(&p->stage, writer), BOUNCE_BYTES, live);
+        return write_staged(s, c, w, it->block, clock);
+    return live_write(s, c, w, stage_bounce(&p->stage, writer), BOUNCE_BYTES, live, clock);
 }
 
 static void end_save(struct pipeline *p)
@@ -111,6 +128,7 @@ static void end_save(struct pipeline *p)
     }
     pthread_mutex_lock(&p->synced.lock);
     p->synced.drained = true;
+    p->synced.drained_ns = clock_ns();
     pthread_cond_broadcast(&p->synced.over);
     pthread_mutex_unlock(&p->synced.lock);
 }
@@ -123,28 +141,33 @@ static void account(struct pipeline *p, uint32_t f)
     pthread_mutex_unlock(&p->synced.lock);
     if (!last_chunk)
         return;
+    struct report_clock fsync = { 0 };
     if (!atomic_load(&p->failed)) {
+        uint64_t begin = clock_ns();
         status *st = store_writer_finish(file->writer);
+        report_add(&fsync, begin, clock_ns(), 0, p->share->file[f].image.file_bytes);
         file->writer = NULL; /* freed either way */
         file->finished = true;
         if (st)
             fail(p, st);
     }
     pthread_mutex_lock(&p->synced.lock);
+    report_merge(&p->synced.clock[REPORT_FSYNC], &fsync);
     bool last_file = --p->synced.files_left == 0;
     pthread_mutex_unlock(&p->synced.lock);
     if (last_file)
         end_save(p);
 }
 
-/* One chunk, from its taking to its account. */
-static void handle(struct writer *w, const struct stage_item *it)
+/* One chunk, from its taking to its account; waited_ns: how long the writer had waited for it. */
+static void handle(struct writer *w, const struct stage_item *it, uint64_t waited_ns)
 {
     struct pipeline *p = w->p;
     const struct share_chunk *c = &p->share->chunk[it->chunk];
     uint64_t live = 0, written = 0;
+    struct report_clock clock[REPORT_STAGES] = { 0 };
     if (!atomic_load(&p->failed)) {
-        status *st = write_chunk(p, w->index, it, &live);
+        status *st = write_chunk(p, w->index, it, &live, clock);
         written = st ? 0 : c->payload_bytes;
         if (st)
             fail(p, st);
@@ -156,6 +179,9 @@ static void handle(struct writer *w, const struct stage_item *it)
     pthread_mutex_lock(&p->synced.lock);
     p->synced.written_bytes += written;
     p->synced.live_bytes += live;
+    for (int i = REPORT_CAPTURE; i <= REPORT_WRITE; i++)
+        report_merge(&p->synced.clock[i], &clock[i]);
+    p->synced.clock[REPORT_WRITE].wait_ns += waited_ns;
     pthread_mutex_unlock(&p->synced.lock);
     account(p, c->file);
 }
@@ -164,8 +190,12 @@ static status *writer_main(void *arg)
 {
     struct writer *w = arg;
     struct stage_item it;
-    while (stage_take(&w->p->stage, w->index, &it))
-        handle(w, &it);
+    while (stage_take(&w->p->stage, w->index, &it)) {
+        bool same = w->saves == w->p->saves; /* as the one before: between saves nobody waits for chunks */
+        w->saves = w->p->saves;
+        handle(w, &it, same ? clock_ns() - w->idle_ns : 0);
+        w->idle_ns = clock_ns();
+    }
     return NULL;
 }
 
@@ -252,6 +282,7 @@ void pipeline_start(struct pipeline *p, struct share *s, uint64_t step)
     CHECK(p->chunks == s->chunks && p->files == s->files, "the share was prepared");
     p->share = s;
     p->step = step;
+    p->saves++;
     for (uint64_t f = 0; f < s->files; f++)
         p->file[f] = (struct file){ .chunks_left = s->file[f].chunks };
     pthread_mutex_lock(&p->synced.lock);
@@ -261,6 +292,9 @@ void pipeline_start(struct pipeline *p, struct share *s, uint64_t step)
     p->synced.drained = s->files == 0;
     p->synced.files_left = s->files;
     p->synced.written_bytes = p->synced.live_bytes = 0;
+    memset(p->synced.clock, 0, sizeof p->synced.clock);
+    p->synced.drained_ns = clock_ns(); /* without files */
+    p->synced.retries = atomic_load(&p->o.store->retries);
     atomic_store(&p->failed, false);
     pthread_mutex_unlock(&p->synced.lock);
     stage_start(&p->stage, s, p->o.dev->host && !atomic_load(&p->buffered));
@@ -295,6 +329,20 @@ void pipeline_look(struct pipeline *p, struct pipeline_view *out)
     out->captured_bytes = stage.captured_bytes;
     out->staging_cap_bytes = stage.cap_bytes;
     out->staging_peak_bytes = stage.peak_bytes;
+}
+
+void pipeline_report(struct pipeline *p, struct report_rank *r)
+{
+    struct stage_view stage;
+    stage_look(&p->stage, &stage);
+    report_merge(&r->stage[REPORT_CAPTURE], &stage.clock);
+    pthread_mutex_lock(&p->synced.lock);
+    for (int i = REPORT_CAPTURE; i <= REPORT_FSYNC; i++)
+        report_merge(&r->stage[i], &p->synced.clock[i]);
+    r->stage[REPORT_WRITE].retries += atomic_load(&p->o.store->retries) - p->synced.retries;
+    r->bytes = p->synced.written_bytes;
+    r->total_ns = p->synced.drained_ns;
+    pthread_mutex_unlock(&p->synced.lock);
 }
 
 status *pipeline_take_error(struct pipeline *p)

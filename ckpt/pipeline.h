@@ -14,6 +14,7 @@
 #ifndef TESSERA_CKPT_PIPELINE_H
 #define TESSERA_CKPT_PIPELINE_H
 
+#include "ckpt/report.h"
 #include "ckpt/share.h"
 #include "comm/device/device.h"
 #include "storage/store.h"
@@ -47,6 +48,9 @@ struct pipeline_view {
 };
 /* One consistent look at the save in flight, or the last one. */
 void pipeline_look(struct pipeline *p, struct pipeline_view *out);
+/* Of the save that is drained: what it took, by clock_ns. Stages are added to r->stage, r->bytes is set; total_ns is
+ * the time when the last file was durable. */
+void pipeline_report(struct pipeline *p, struct report_rank *r);
 /* The error that stopped the save, once; NULL if there is none. */
 status *pipeline_take_error(struct pipeline *p) WARN_UNUSED;
 enum pipeline_end {

@@ -287,6 +287,43 @@ void save_report(tessera *t, int64_t in[TICK_SLOTS])
     in[TICK_COMMIT] = v->commit;
 }
 
+status *save_vote(tessera *t)
+{
+    struct saving *v = &t->save;
+    struct report_rank cost = { 0 };
+    pipeline_report(t->pipe, &cost);
+    v->vote_ns = clock_ns();
+    cost.total_ns = (cost.total_ns > v->start_ns ? cost.total_ns : v->start_ns);
+    report_add(&cost.stage[REPORT_VOTE], cost.total_ns, v->vote_ns, v->vote_ns - cost.total_ns, 0);
+    cost.total_ns -= v->start_ns;
+    cost.begin_ns = v->start_wall_ns;
+    cost.stall_ns = t->progress.call_ns + t->progress.fence_wait_ns;
+    report_relative(&cost, v->start_ns);
+    return vote_start(&t->vote, t->x, t->cache.share, &t->blobs, &cost);
+}
+
+/* What the save cost all ranks, as far as their votes know. */
+static struct report *make_report(tessera *t)
+{
+    const struct saving *v = &t->save;
+    struct report *r = NULL;
+    status *st = report_new(t->x->size, &r);
+    if (st) { /* a report is worth no save */
+        handle_warn(t, st);
+        return NULL;
+    }
+    r->step = v->step;
+    r->attempt = t->attempt;
+    r->time_ns = v->start_wall_ns;
+    r->start_ns = v->start_ns;
+    r->interval_ns = t->saved_ns ? v->start_ns - t->saved_ns : 0;
+    r->mesh = t->mesh;
+    vote_costs(&t->vote, r);
+    report_align(r);
+    report_add(&r->rank[0].stage[REPORT_VOTE], v->vote_ns - v->start_ns, clock_ns() - v->start_ns, 0, 0);
+    return r;
+}
+
 static status *hand_over(tessera *t)
 {
     struct vote_facts f = { .run_id = t->run_id,
@@ -296,7 +333,7 @@ static status *hand_over(tessera *t)
                             .mesh = t->mesh,
                             .build = t->o.build ? t->o.build : "" };
     TRY(vote_metadata(&t->vote, t->x, &f, &t->blobs, &t->cache.refs, &t->save.metadata));
-    keeper_commit(t->keeper, t->save.metadata);
+    keeper_commit(t->keeper, t->save.metadata, make_report(t));
     t->save.commit = COMMIT_RUNNING;
     return NULL;
 }

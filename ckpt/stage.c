@@ -36,9 +36,11 @@ static status *fill(struct stage *g, const struct share *s, const struct share_c
     return g->dev->host ? NULL : g->dev->ops->stream_sync(g->dev, g->stream);
 }
 
-static void *take_block(struct stage *g)
+static void *take_block(struct stage *g, uint64_t *waited_ns)
 {
+    uint64_t begin = clock_ns();
     void *block = pool_get(&g->pool);
+    *waited_ns = clock_ns() - begin;
     size_t used = g->pool.count - pool_free_count(&g->pool);
     pthread_mutex_lock(&g->synced.lock);
     g->synced.peak_blocks = used > g->synced.peak_blocks ? used : g->synced.peak_blocks;
@@ -47,11 +49,11 @@ static void *take_block(struct stage *g)
 }
 
 /* The chunk in a block; NULL if it needs none, or none any more. */
-static void *capture(struct stage *g, const struct share *s, const struct share_chunk *c)
+static void *capture(struct stage *g, const struct share *s, const struct share_chunk *c, uint64_t *waited_ns)
 {
     if (!c->segments || atomic_load(g->sink.failed))
         return NULL;
-    void *block = take_block(g);
+    void *block = take_block(g, waited_ns);
     status *st = atomic_load(g->sink.failed) ? NULL : fill(g, s, c, block);
     if (st)
         g->sink.fail(g->sink.arg, st);
@@ -75,10 +77,14 @@ static status *capture_main(void *arg)
         g->synced.reading[g->writers] = i;
         pthread_mutex_unlock(&g->synced.lock);
         uint64_t bytes = s->chunk[i].payload_bytes;
-        void *block = capture(g, s, &s->chunk[i]);
+        uint64_t begin = clock_ns(), waited = 0;
+        void *block = capture(g, s, &s->chunk[i], &waited);
+        uint64_t end = clock_ns();
         pthread_mutex_lock(&g->synced.lock);
         g->synced.reading[g->writers] = NO_CHUNK;
         g->synced.captured_bytes += block ? bytes : 0;
+        if (block)
+            report_add(&g->synced.clock, begin, end, waited, bytes);
         g->synced.ready[g->synced.put++] = (struct stage_item){ .chunk = i, .block = block };
         pthread_cond_broadcast(&g->synced.changed);
     }
@@ -170,6 +176,7 @@ void stage_look(struct stage *g, struct stage_view *out)
     size_t blocks = g->memory ? g->pool.block_bytes * g->pool.count : 0;
     out->captured = is_free_locked(g, g->synced.chunks);
     out->captured_bytes = g->synced.captured_bytes;
+    out->clock = g->synced.clock;
     out->cap_bytes = g->memory_bytes;
     out->peak_bytes = g->memory ? g->synced.peak_blocks * g->pool.block_bytes + g->memory_bytes - blocks : 0;
     pthread_mutex_unlock(&g->synced.lock);
@@ -268,6 +275,7 @@ void stage_start(struct stage *g, struct share *s, bool live)
     g->synced.chunks = s->chunks;
     g->synced.next = g->synced.put = g->synced.got = 0;
     g->synced.captured_bytes = 0;
+    g->synced.clock = (struct report_clock){ 0 };
     g->synced.peak_blocks = 0;
     pthread_cond_broadcast(&g->synced.changed);
     pthread_mutex_unlock(&g->synced.lock);

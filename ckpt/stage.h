@@ -15,6 +15,7 @@
 #ifndef TESSERA_CKPT_STAGE_H
 #define TESSERA_CKPT_STAGE_H
 
+#include "ckpt/report.h"
 #include "ckpt/share.h"
 #include "comm/base/pool.h"
 #include "comm/base/thread.h"
@@ -58,6 +59,7 @@ struct stage {
         struct stage_item *ready; /* [room] what the capture thread is done with, in order */
         uint64_t room, put, got;  /* of ready: in all put in, and taken out */
         uint64_t captured_bytes;
+        struct report_clock clock; /* of the copies; waits: for a block */
         size_t peak_blocks;
         bool quit;
     } synced;
@@ -90,6 +92,7 @@ uint64_t stage_wait(struct stage *g, uint64_t count);
 struct stage_view {
     bool captured;
     uint64_t captured_bytes, cap_bytes, peak_bytes;
+    struct report_clock clock;
 };
 /* One consistent look at the save in flight, or the last one. captured: nothing reads a tensor any more. */
 void stage_look(struct stage *g, struct stage_view *out);

@@ -6,7 +6,7 @@
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 
-enum { VOTE_TAG = 1, FILE_WORDS = 3 };
+enum { VOTE_TAG = 1, FILE_WORDS = 3, COST_WORDS = sizeof(struct report_rank) / 8 };
 
 static size_t crcs_at(const struct roster *r, int rank)
 {
@@ -18,9 +18,14 @@ static size_t blobs_at(const struct roster *r, int rank)
     return crcs_at(r, rank) + (size_t)(r->crcs[rank] + 1) / 2 * 8;
 }
 
-static size_t message_bytes(const struct vote *v, int rank)
+static size_t cost_at(const struct vote *v, int rank)
 {
     return blobs_at(v->roster, rank) + 8 + v->blob_room;
+}
+
+static size_t message_bytes(const struct vote *v, int rank)
+{
+    return cost_at(v, rank) + 8 * COST_WORDS;
 }
 
 void vote_fini(struct vote *v)
@@ -88,9 +93,32 @@ static void write_message(const struct vote *v, int rank, const struct share *s,
         memcpy(at + 8, blobs->data, blobs->bytes);
 }
 
-status *vote_start(struct vote *v, struct comm *c, const struct share *s, const struct state_bytes *blobs)
+static void write_cost(const struct report_rank *r, unsigned char *at)
+{
+    uint64_t word[COST_WORDS];
+    memcpy(word, r, sizeof word);
+    for (size_t i = 0; i < COST_WORDS; i++)
+        put_u64(at + 8 * i, word[i]);
+}
+
+void vote_costs(const struct vote *v, struct report *r)
+{
+    const unsigned char *message = v->theirs;
+    for (int k = 0; k < r->world; k++) {
+        uint64_t word[COST_WORDS];
+        for (size_t i = 0; i < COST_WORDS; i++)
+            word[i] = get_u64(message + cost_at(v, k) + 8 * i);
+        memcpy(&r->rank[k], word, sizeof word);
+        message += message_bytes(v, k);
+    }
+}
+
+status *vote_start(struct vote *v, struct comm *c, const struct share *s, const struct state_bytes *blobs,
+                   struct report_rank *cost)
 {
     write_message(v, c->rank, s, blobs, v->mine);
+    cost->stage[REPORT_VOTE].bytes = message_bytes(v, c->rank);
+    write_cost(cost, v->mine + cost_at(v, c->rank));
     if (c->rank != 0) {
         struct comm_xfer x = {
             .peer = 0, .tag = VOTE_TAG, .send = true, .buf = v->mine, .bytes = message_bytes(v, c->rank)

@@ -11,6 +11,7 @@
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,22 +20,23 @@ enum { RETRIES = 6, RETRY_FIRST_US = 500, SEGMENT_BYTES = 255, TRANSFER_BYTES = 
 
 /* Whether to call again: the error is "try later" and tries are left. Takes *st then, and waits 0.5 ms, doubling (32 ms
  * in all). */
-static bool retry(status **st, int *tries)
+static bool retry(struct store *s, status **st, int *tries)
 {
     if (status_code(*st) != ST_UNAVAILABLE || *tries >= RETRIES)
         return false;
     status_free(*st);
     *st = NULL;
+    atomic_fetch_add(&s->retries, 1);
     clock_sleep_us((uint32_t)RETRY_FIRST_US << (*tries)++);
     return true;
 }
 
-#define RETRY(st, call)                                                                                                \
+#define RETRY(s, st, call)                                                                                             \
     do {                                                                                                               \
         int tries_ = 0;                                                                                                \
         do                                                                                                             \
             (st) = (call);                                                                                             \
-        while (retry(&(st), &tries_));                                                                                 \
+        while (retry(s, &(st), &tries_));                                                                              \
     } while (0)
 
 /* ---- Opening */
@@ -81,7 +83,7 @@ status *store_open(const char *uri, bool create, struct store **out)
     status *st = s && copy ? NULL : ERR(NO_MEMORY, "store %s", uri);
     if (!st) {
         *s = (struct store){ .ops = ops, .uri = copy };
-        RETRY(st, ops->open(s, path, create));
+        RETRY(s, st, ops->open(s, path, create));
     }
     if (st) {
         mem_free(copy);
@@ -149,7 +151,7 @@ status *store_put(struct store *s, const char *key, const void *buf, size_t n, e
 {
     status *st;
     TRY(store_check_key(key));
-    RETRY(st, s->ops->put(s, key, buf, n, mode));
+    RETRY(s, st, s->ops->put(s, key, buf, n, mode));
     return st;
 }
 
@@ -163,7 +165,7 @@ static status *get_some(struct store *s, bool direct, const char *key, uint64_t 
     while (done < n) {
         size_t part = n - done < TRANSFER_BYTES ? n - done : TRANSFER_BYTES, k = 0;
         status *st;
-        RETRY(st, get(s, key, offset + done, (char *)buf + done, part, &k));
+        RETRY(s, st, get(s, key, offset + done, (char *)buf + done, part, &k));
         if (st)
             return st;
         if (k == 0)
@@ -227,7 +229,7 @@ status *store_stat(struct store *s, const char *key, struct store_info *out)
 {
     status *st;
     TRY(store_check_key(key));
-    RETRY(st, s->ops->stat(s, key, out));
+    RETRY(s, st, s->ops->stat(s, key, out));
     return st;
 }
 
@@ -235,7 +237,7 @@ status *store_remove(struct store *s, const char *key)
 {
     status *st;
     TRY(store_check_key(key));
-    RETRY(st, s->ops->remove(s, key));
+    RETRY(s, st, s->ops->remove(s, key));
     return st;
 }
 
@@ -243,7 +245,7 @@ status *store_remove_tree(struct store *s, const char *dir)
 {
     status *st;
     TRY(store_check_key(dir));
-    RETRY(st, s->ops->remove_tree(s, dir));
+    RETRY(s, st, s->ops->remove_tree(s, dir));
     return st;
 }
 
@@ -254,7 +256,7 @@ status *store_rename_tree(struct store *s, const char *from, const char *to)
     TRY(store_check_key(to));
     if (!s->ops->rename_tree)
         return ERR(UNSUPPORTED, "%s: a %s store cannot rename", from, s->ops->name);
-    RETRY(st, s->ops->rename_tree(s, from, to));
+    RETRY(s, st, s->ops->rename_tree(s, from, to));
     return st;
 }
 
@@ -265,14 +267,14 @@ status *store_sweep(struct store *s, const char *dir, const char *mark)
     TRY(store_check_key(mark)); /* an empty mark would match the living */
     if (!s->ops->sweep)
         return NULL;
-    RETRY(st, s->ops->sweep(s, dir, mark));
+    RETRY(s, st, s->ops->sweep(s, dir, mark));
     return st;
 }
 
 status *store_now(struct store *s, uint64_t *ns)
 {
     status *st;
-    RETRY(st, s->ops->now(s, ns));
+    RETRY(s, st, s->ops->now(s, ns));
     return st;
 }
 
@@ -316,7 +318,7 @@ status *store_list(struct store *s, const char *dir, struct store_list *out)
     do {
         store_list_free(&l);
         st = s->ops->list(s, dir, &l);
-    } while (retry(&st, &tries));
+    } while (retry(s, &st, &tries));
     if (st) {
         store_list_free(&l);
         return st;
@@ -346,7 +348,7 @@ status *store_writer_open(struct store *s, const char *key, uint64_t bytes, stru
     *w = (struct store_writer){ .store = s, .bytes = bytes, .key = mem_strdup(key) };
     status *st = w->key ? NULL : ERR(NO_MEMORY, "writer of %s", key);
     if (!st)
-        RETRY(st, s->ops->writer_open(w));
+        RETRY(s, st, s->ops->writer_open(w));
     if (st) {
         writer_free(w);
         return st;
@@ -363,7 +365,7 @@ status *store_write(struct store_writer *w, uint64_t offset, const void *buf, si
     for (size_t done = 0; done < n;) {
         size_t part = n - done < TRANSFER_BYTES ? n - done : TRANSFER_BYTES, put = 0;
         status *st;
-        RETRY(st, w->store->ops->write(w, offset + done, (const char *)buf + done, part, &put));
+        RETRY(w->store, st, w->store->ops->write(w, offset + done, (const char *)buf + done, part, &put));
         if (st)
             return st;
         if (put == 0 || put > part)

@@ -89,6 +89,7 @@ struct store {
     const struct store_ops *ops;
     char *uri;
     void *impl;
+    _Atomic uint64_t retries; /* operations that were tried again, so far */
 };
 
 /* Open by URI. create: make what is missing (writing jobs); otherwise NOT_FOUND. INVALID names the known schemes. */

@@ -621,7 +621,7 @@ static void test_loops_and_retries(void **state)
                                           .finish = halting_finish,
                                           .abort = halting_abort };
     struct halting h = { .most = 7 };
-    struct store s = { &ops, NULL, &h };
+    struct store s = { .ops = &ops, .impl = &h };
     struct store_writer *w;
     unsigned char all[64], got[64];
     for (size_t i = 0; i < 64; i++)

@@ -7,10 +7,12 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <string.h>
 
 struct fault {
     struct store *inner;
-    uint32_t slow_us;
+    uint32_t slow_us, slow_op_us;
+    const char *slow_op;
     uint64_t slow_seed;
     struct store_direct direct;
     _Atomic uint64_t direct_left;
@@ -48,6 +50,13 @@ static bool hit(struct store *s, const char *what, enum fault_mode *mode)
     return yes;
 }
 
+static void drag(struct store *s, const char *what)
+{
+    const struct fault *f = fault_of(s);
+    if (f->slow_op && strcmp(f->slow_op, what) == 0)
+        clock_sleep_us(f->slow_op_us);
+}
+
 static status *injected(const char *what)
 {
     return ERR(IO, "injected fault in %s", what);
@@ -57,6 +66,7 @@ static status *injected(const char *what)
 #define PASS(what, expr)                                                                                               \
     do {                                                                                                               \
         enum fault_mode mode_;                                                                                         \
+        drag(s, what);                                                                                                 \
         if (!hit(s, what, &mode_))                                                                                     \
             return expr;                                                                                               \
         if (mode_ == FAULT_AFTER)                                                                                      \
@@ -156,6 +166,7 @@ static struct store_direct fault_direct(struct store_writer *w)
 static status *fault_finish(struct store_writer *w)
 {
     enum fault_mode mode;
+    drag(w->store, "finish");
     if (!hit(w->store, "finish", &mode))
         return store_writer_finish(w->impl);
     if (mode == FAULT_AFTER)
@@ -231,6 +242,12 @@ const char *store_fault_disarm(struct store *s)
     const char *happened = f->synced.happened;
     pthread_mutex_unlock(&f->synced.lock);
     return happened;
+}
+
+void store_fault_slow_op(struct store *s, const char *op, uint32_t us)
+{
+    fault_of(s)->slow_op = op;
+    fault_of(s)->slow_op_us = us;
 }
 
 void store_fault_slow(struct store *s, uint32_t most_us, uint64_t seed)

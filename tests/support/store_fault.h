@@ -18,6 +18,9 @@ const char *store_fault_disarm(struct store *s);
 /* Writes take up to most_us longer, drawn by the seed and the offset: they sleep, hand on the first half of the bytes,
  * sleep, hand on the rest. Only while nothing is written. */
 void store_fault_slow(struct store *s, uint32_t most_us, uint64_t seed);
+/* Every "finish" (or "get", or "put") takes so much longer. op is borrowed; NULL: none does. Only while nothing is
+ * done. */
+void store_fault_slow_op(struct store *s, const char *op, uint32_t us);
 /* Claim that writes of this alignment go straight to storage, until `writes` of them were made. Only while nothing is
  * written. */
 void store_fault_direct(struct store *s, struct store_direct align, uint64_t writes);
