@@ -341,10 +341,18 @@ static struct crash_trace *record(int size, int keep_last, uint64_t faults)
     return t;
 }
 
+#ifdef __SANITIZE_THREAD__
+enum { STRIDE = 16 }; /* looks for races, not for every sync */
+#elif defined(__SANITIZE_ADDRESS__)
+enum { STRIDE = 4 };
+#else
+enum { STRIDE = 1 };
+#endif
+
 static void every_sync(int size, int keep_last, uint64_t faults)
 {
     struct crash_trace *t = record(size, keep_last, faults);
-    for (size_t n = 0; n <= crash_syncs(t); n++)
+    for (size_t n = 0; n <= crash_syncs(t); n += STRIDE)
         for (int k = 0; k < CRASH_CHOICES + 2; k++) {
             enum crash_choice choice = k < CRASH_CHOICES ? (enum crash_choice)k : CRASH_ANY;
             assert_ok(crash(t, n, choice, n * (CRASH_CHOICES + 2) + (size_t)k, CRASH_HONEST));
