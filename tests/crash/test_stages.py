@@ -32,7 +32,7 @@ job.write_data(tmp / "data")
 # What a save, a commit, retention and a load must at least consist of: a stage that the dry runs no longer find is a hole in this test.
 REQUIRED = """
     main/create/lease main/write/lease main/fsync/lease main/link/lease main/rename/lease
-    main/pread/metadata main/pread/shard
+    main/pread/metadata load/pread/shard load/crc/none
     main/reduce/first main/reduce/second main/vote/second
     capture/lock/none write/lock/none write/crc/none
     write/create/shard write/mkdir/step write/ftruncate/shard write/pwrite/shard write/fsync/shard write/rename/shard write/fsync/step write/fsync/root
