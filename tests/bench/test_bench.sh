@@ -55,7 +55,7 @@ END
 
 ranks 3 load --json state_bytes=3MiB tensors=2 repeats=1 cases=dp2-dp3,tp3-dp1 || fail "bench load of chosen cases"
 [ "$(grep -c '"from_mesh": "dp=2", "to_mesh": "dp=3"\|"from_mesh": "tp=3", "to_mesh": "dp=1"' out)" = 2 ] || fail "chosen cases"
-for bad in dp2-dp4 dp2 dp2- dp2-dp1, ,dp2-dp1 dp0-dp1 pp2-dp1 dp1-dp1x dp1-tp; do
+for bad in dp2-dp4 dp2 dp2- "dp2-dp1," ",dp2-dp1" dp0-dp1 pp2-dp1 dp1-dp1x dp1-tp; do
   if ranks 3 load state_bytes=3MiB tensors=2 "cases=$bad"; then fail "cases=$bad passed"; fi
   grep -q 'cases: ' err || fail "cases=$bad is not named"
 done
