@@ -4,7 +4,7 @@
  * Order matters: a directory is listed before its metadata.pb is read, so a file that a commit in between has made
  * count is known to it; and what is young stays, so a job that begins meanwhile is safe, too. Marks (commit_is_mark)
  * and the view belong to a committed step. What was set aside (.bad, .retired) of a step that a reader has pinned stays
- * for now; pins that have expired go. Of reports the last REPORT_KEEP of a kind stay. */
+ * until the pin has expired; expired pins go. Of reports the last REPORT_KEEP of a kind stay. */
 #include "ckpt/commit.h"
 #include "ckpt/pin.h"
 #include "ckpt/report.h"

@@ -30,7 +30,7 @@ static void number_nodes(struct host *h, int ranks, int32_t *node_of, int32_t *c
     qsort(h, (size_t)ranks, sizeof *h, by_hash);
     for (int i = 0, first = 0; i < ranks; i++) {
         first = i && h[i].hash == h[i - 1].hash ? first : i;
-        node_of[h[i].rank] = h[first].rank; /* the leader, for now */
+        node_of[h[i].rank] = h[first].rank; /* its leader; the loop below puts numbers in place of leaders */
     }
     *count = 0;
     for (int r = 0; r < ranks; r++)
