@@ -57,41 +57,40 @@ static status *eval_config(struct comm *world, const struct log *log, int argc, 
     return st;
 }
 
-static int eval(int argc, char **argv)
+static status *train(struct comm *world, const struct log *log, int argc, char **argv)
 {
-    struct log log = { LOG_INFO, -1 };
-    struct comm *world = NULL;
-    status *st = comm_open(backend_of(argc, argv), NULL, NULL, &world);
-    if (st) {
-        log_status(&log, LOG_ERROR, st);
-        return status_exit_code(st);
-    }
-    st = argc ? eval_config(world, &log, argc, argv) : ERR(INVALID, "eval: which CONFIG?\n%s", usage);
-    if (world->rank == 0)
-        log_status(&log, LOG_ERROR, st);
-    int code = status_exit_code(st);
-    status_free(st);
-    comm_close(world);
-    return code;
+    return argc ? train_config(world, log, argc, argv) : ERR(INVALID, "train: which CONFIG? (tessera --help)");
 }
 
-static int train(int argc, char **argv)
+static status *eval(struct comm *world, const struct log *log, int argc, char **argv)
 {
-    if (argc && !strcmp(argv[0], "--help-config")) {
-        config_help(stdout);
-        return 0;
-    }
+    return argc ? eval_config(world, log, argc, argv) : ERR(INVALID, "eval: which CONFIG? (tessera --help)");
+}
+
+static status *bench(struct comm *world, const struct log *log, int argc, char **argv)
+{
+    (void)log;
+    return bench_cli(world, argc, argv);
+}
+
+static status *ckpt(struct comm *world, const struct log *log, int argc, char **argv)
+{
+    (void)log;
+    return ckpt_cli_ranks(world, argc, argv);
+}
+
+/* Run a verb on the ranks of a backend (NULL: this process alone, world is NULL). Its error is the same on all ranks
+ * and told by the first. */
+static int on(const char *backend, status *(*verb)(struct comm *, const struct log *, int, char **), int argc,
+              char **argv)
+{
     struct log log = { LOG_INFO, -1 };
     struct comm *world = NULL;
-    signals_hold(); /* before MPI starts its threads */
-    status *st = comm_open(backend_of(argc, argv), NULL, NULL, &world);
-    if (st) {
-        log_status(&log, LOG_ERROR, st);
-        return status_exit_code(st);
-    }
-    st = argc ? train_config(world, &log, argc, argv) : ERR(INVALID, "train: which CONFIG? (tessera --help)");
-    /* what reaches this point is the same on all ranks */
-    if (world->rank == 0)
+    status *st = backend ? comm_open(backend, NULL, NULL, &world) : NULL;
+    bool alone = st || !backend;
+    if (!st)
+        st = verb(world, &log, argc, argv);
+    if (alone || world->rank == 0)
         log_status(&log, LOG_ERROR, st);
     int code = status_exit_code(st);
     status_free(st);
@@ -100,7 +99,7 @@ static int train(int argc, char **argv)
 }
 
 /* verify shares its work over the ranks it is started on; all other verbs are for one process. */
-static bool on_ranks(int argc, char **argv)
+static bool verify_on_ranks(int argc, char **argv)
 {
     static const char *const size[] = { "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS" };
     bool several = false;
@@ -109,60 +108,35 @@ static bool on_ranks(int argc, char **argv)
     return several && argc && !strcmp(argv[0], "verify");
 }
 
-static int ckpt(int argc, char **argv)
-{
-    struct log log = { LOG_INFO, -1 };
-    struct comm *world = NULL;
-    status *st = on_ranks(argc, argv) ? comm_open("mpi", NULL, NULL, &world) : NULL;
-    if (!st)
-        st = ckpt_cli_ranks(world, argc, argv); /* the same on all ranks */
-    if (!world || world->rank == 0)
-        log_status(&log, LOG_ERROR, st);
-    int code = status_exit_code(st);
-    status_free(st);
-    comm_close(world);
-    return code;
-}
-
-static int bench(int argc, char **argv)
-{
-    struct log log = { LOG_INFO, -1 };
-    struct comm *world = NULL;
-    status *st = comm_open("mpi", NULL, NULL, &world);
-    if (st) {
-        log_status(&log, LOG_ERROR, st);
-        return status_exit_code(st);
-    }
-    st = bench_cli(world, argc, argv); /* the same on all ranks */
-    if (world->rank == 0)
-        log_status(&log, LOG_ERROR, st);
-    int code = status_exit_code(st);
-    status_free(st);
-    comm_close(world);
-    return code;
-}
-
 int main(int argc, char **argv)
 {
     const char *verb = argc > 1 ? argv[1] : "";
-    if (!strcmp(verb, "train"))
-        return train(argc - 2, argv + 2);
+    const int words = argc - 2;
+    char **word = argv + 2;
+    if (!strcmp(verb, "train") && words && !strcmp(word[0], "--help-config")) {
+        config_help(stdout);
+        return 0;
+    }
+    if (!strcmp(verb, "train")) {
+        signals_hold(); /* before MPI starts its threads */
+        return on(backend_of(words, word), train, words, word);
+    }
     if (!strcmp(verb, "eval"))
-        return eval(argc - 2, argv + 2);
+        return on(backend_of(words, word), eval, words, word);
     if (!strcmp(verb, "bench"))
-        return bench(argc - 2, argv + 2);
+        return on("mpi", bench, words, word);
     if (!strcmp(verb, "ckpt"))
-        return ckpt(argc - 2, argv + 2);
+        return on(verify_on_ranks(words, word) ? "mpi" : NULL, ckpt, words, word);
     struct log log = { LOG_INFO, -1 };
     status *st = NULL;
     if (!strcmp(verb, "data"))
-        st = data_cli(argc - 2, argv + 2);
+        st = data_cli(words, word);
     else if (!strcmp(verb, "--help") || !strcmp(verb, "help"))
         fputs(usage, stdout);
     else if (*verb)
-        st = ERR(INVALID, "unknown verb \"%s\" (legal: train, ckpt, data, bench; tessera --help)", verb);
+        st = ERR(INVALID, "unknown verb \"%s\" (legal: train, eval, ckpt, data, bench; tessera --help)", verb);
     else
-        st = ERR(INVALID, "which verb? (legal: train, ckpt, data, bench; tessera --help)");
+        st = ERR(INVALID, "which verb? (legal: train, eval, ckpt, data, bench; tessera --help)");
     log_status(&log, LOG_ERROR, st);
     int code = status_exit_code(st);
     status_free(st);
