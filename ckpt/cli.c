@@ -294,6 +294,17 @@ status *cli_steps(const struct request *r, struct step_list *out)
     return st;
 }
 
+status *cli_one_step(const struct request *r, uint64_t *step)
+{
+    struct step_list l;
+    if (!r->has_step)
+        return commit_newest(r->store, step);
+    TRY(cli_steps(r, &l));
+    *step = l.step[0];
+    step_list_free(&l);
+    return NULL;
+}
+
 static status *do_ls(const struct request *r)
 {
     struct step_list l;
@@ -456,14 +467,9 @@ static void show_plain(const struct metadata *m)
 
 static status *do_show(const struct request *r)
 {
-    struct step_list l;
     struct metadata *m;
-    TRY(cli_steps(r, &l));
-    uint64_t step = l.count ? l.step[l.count - 1] : 0;
-    bool none = l.count == 0;
-    step_list_free(&l);
-    if (none)
-        return ERR(NOT_FOUND, "%s: no committed step", r->store->uri);
+    uint64_t step = 0;
+    TRY(cli_one_step(r, &step));
     TRY(commit_read(r->store, step, &m));
     struct mark_list marks = { 0 };
     status *st = commit_marks(r->store, step, &marks);

@@ -29,6 +29,8 @@ bool cli_cut_step(char *url, uint64_t *step);
 
 /* The committed steps, or just the one that was asked for (NOT_FOUND if it is not there). */
 status *cli_steps(const struct request *r, struct step_list *out) WARN_UNUSED;
+/* The step that was asked for, else the newest. */
+status *cli_one_step(const struct request *r, uint64_t *step) WARN_UNUSED;
 
 /* A line on standard error about work that goes on for long: rewritten in place on a terminal, else now and then. */
 struct cli_progress {

@@ -138,16 +138,7 @@ static status *open_source(struct words *w, struct store **out)
     if (!st)
         st = store_open(url, false, out);
     mem_free(url);
-    struct step_list l = { 0 };
-    if (st || w->has_step)
-        return st;
-    TRY(commit_list(*out, &l));
-    if (l.count)
-        w->step = l.step[l.count - 1];
-    else
-        st = ERR(NOT_FOUND, "%s: no committed step", w->url[0]);
-    step_list_free(&l);
-    return st;
+    return st || w->has_step ? st : commit_newest(*out, &w->step);
 }
 
 static status *copy_between(struct words *w, struct store *from, struct store *to)

@@ -259,13 +259,9 @@ static status *open_side(const struct request *r, int *at, struct side *out)
     if (!st)
         st = store_open(url, false, &out->store);
     mem_free(url);
-    struct step_list l = { 0 };
     if (!st && !has_step)
-        st = commit_list(out->store, &l);
-    if (!st && !has_step && l.count == 0)
-        st = ERR(NOT_FOUND, "%s: no committed step", text);
-    out->step = has_step || st ? step : l.step[l.count - 1];
-    step_list_free(&l);
+        st = commit_newest(out->store, &step);
+    out->step = step;
     if (!st)
         status_free(pin_open(out->store, out->step, 0, &out->pin)); /* better with one, and fine without */
     if (!st)

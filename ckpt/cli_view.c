@@ -8,16 +8,11 @@
 
 status *cli_view(const struct request *r)
 {
-    struct step_list l;
+    uint64_t step = 0;
     struct metadata *m = NULL;
     char dir[STEP_DIR_BYTES];
     TRY(view_check(r->store));
-    TRY(cli_steps(r, &l));
-    uint64_t step = l.count ? l.step[l.count - 1] : 0;
-    bool none = l.count == 0;
-    step_list_free(&l);
-    if (none)
-        return ERR(NOT_FOUND, "%s: no committed step", r->store->uri);
+    TRY(cli_one_step(r, &step));
     TRY(commit_read(r->store, step, &m));
     status *st = view_write(r->store, m);
     commit_step_dir(step, dir);

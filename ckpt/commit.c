@@ -149,6 +149,17 @@ status *commit_list(struct store *s, struct step_list *out)
     return NULL;
 }
 
+status *commit_newest(struct store *s, uint64_t *step)
+{
+    struct step_list l;
+    TRY(commit_list(s, &l));
+    status *st = l.count ? NULL : ERR(NOT_FOUND, "%s: no committed step", s->uri);
+    if (!st)
+        *step = l.step[l.count - 1];
+    step_list_free(&l);
+    return st;
+}
+
 void step_list_free(struct step_list *l)
 {
     mem_free(l->step);

@@ -76,6 +76,8 @@ struct step_list {
     size_t count;
 };
 status *commit_list(struct store *s, struct step_list *out) WARN_UNUSED;
+/* The newest one. NOT_FOUND names the root: there is none. */
+status *commit_newest(struct store *s, uint64_t *step) WARN_UNUSED;
 void step_list_free(struct step_list *l);
 /* Read and check one step's metadata and the lengths of all files that it names, its own and its owners'. NOT_FOUND:
  * not committed; CORRUPT names the file, and the tensor that lies in an owner's. */

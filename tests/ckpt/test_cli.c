@@ -21,7 +21,7 @@ static void setup(struct cli *f)
     struct store *s;
     cli_open(f);
     char root[80];
-    snprintf(root, sizeof root, "%s/root", f->dir);
+    snprintf(root, sizeof root, "%s/run", f->dir);
     assert_null(store_open(root, true, &s));
     for (uint64_t step = 100; step <= 300; step += 100) {
         struct fake_step *x = fake_step_make(step, 0xa1, step == 200 ? HARD_NAME : "big");
@@ -45,7 +45,7 @@ static void expect_json(const struct cli *f, const char *check)
 static void test_usage(void **state)
 {
     struct cli *f = *state;
-    static const char *const wrong[] = { "", "lst", "list %/root", "-x", "--json" };
+    static const char *const wrong[] = { "", "lst", "list %/run", "-x", "--json" };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         cli_expect(f, wrong[i], ST_INVALID, "ls, show, verify");
         assert_null(strchr(f->message, '\n')); /* one clear line */
@@ -53,18 +53,18 @@ static void test_usage(void **state)
     }
     static const char *const wrong_arguments[] = { "ls",
                                                    "ls --json",
-                                                   "verify %/root --json",
-                                                   "show %/root --jsn",
-                                                   "show %/root 100 200",
-                                                   "verify %/root abc",
-                                                   "verify %/root 1x",
-                                                   "verify %/root -1",
-                                                   "verify %/root 99999999999999999999",
-                                                   "show %/root/step-000000000100 200",
+                                                   "verify %/run --json",
+                                                   "show %/run --jsn",
+                                                   "show %/run 100 200",
+                                                   "verify %/run abc",
+                                                   "verify %/run 1x",
+                                                   "verify %/run -1",
+                                                   "verify %/run 99999999999999999999",
+                                                   "show %/run/step-000000000100 200",
                                                    "show s3x://nowhere/x" };
     for (size_t i = 0; i < sizeof wrong_arguments / sizeof *wrong_arguments; i++)
         cli_expect(f, wrong_arguments[i], ST_INVALID, "");
-    cli_expect(f, "verify %/root --json", ST_INVALID, "URL [STEP]");
+    cli_expect(f, "verify %/run --json", ST_INVALID, "URL [STEP]");
     cli_expect(f, "ls %/nothing", ST_NOT_FOUND, "nothing");
     cli_expect(f, "--help", ST_OK, "verify");
     cli_expect(f, "ls --help", ST_OK, "usage: tessera ckpt ls");
@@ -77,12 +77,12 @@ static void test_usage(void **state)
 static void test_ls(void **state)
 {
     struct cli *f = *state;
-    cli_expect(f, "ls %/root", ST_OK, "100");
+    cli_expect(f, "ls %/run", ST_OK, "100");
     assert_non_null(strstr(f->text, "STEP"));
     assert_non_null(strstr(f->text, "00000000000000a1"));
     assert_non_null(strstr(f->text, "extra,model,policy/optim,rng"));
     assert_null(strstr(f->text, "DAMAGED"));
-    cli_expect(f, "ls %/root --json", ST_OK, "");
+    cli_expect(f, "ls %/run --json", ST_OK, "");
     expect_json(f, "[s[\"step\"] for s in d] == [100, 200, 300]");
     expect_json(
         f, "all(s[\"tensors\"] == 5 and s[\"files\"] == 2 and s[\"blobs\"] == 2 and s[\"damage\"] is None for s in d)");
@@ -91,44 +91,44 @@ static void test_ls(void **state)
     expect_json(f, "d[0][\"run\"] == \"000000000000004d\" and d[0][\"parent\"] == \"0000000000000005\" and "
                    "d[0][\"time_ns\"] == 1700000000000000000");
     char path[256];
-    snprintf(path, sizeof path, "rm %s/root/step-000000000200/model-*", f->dir);
+    snprintf(path, sizeof path, "rm %s/run/step-000000000200/model-*", f->dir);
     assert_int_equal(system(path), 0);
-    cli_expect(f, "ls %/root", ST_OK, "DAMAGED: step 200: file model-00000.00000000000000a1.h5 is missing");
+    cli_expect(f, "ls %/run", ST_OK, "DAMAGED: step 200: file model-00000.00000000000000a1.h5 is missing");
     assert_non_null(strstr(f->text, "         300  "));
-    cli_expect(f, "--json ls %/root", ST_INVALID, "");
-    cli_expect(f, "ls --json %/root", ST_OK, "");
+    cli_expect(f, "--json ls %/run", ST_INVALID, "");
+    cli_expect(f, "ls --json %/run", ST_OK, "");
     expect_json(f, "\"missing\" in d[1][\"damage\"] and d[1][\"step\"] == 200 and d[2][\"damage\"] is None");
-    snprintf(path, sizeof path, "rm -r %s/root/step-*", f->dir);
+    snprintf(path, sizeof path, "rm -r %s/run/step-*", f->dir);
     assert_int_equal(system(path), 0);
-    cli_expect(f, "ls %/root", ST_OK, "no committed step");
-    cli_expect(f, "ls %/root --json", ST_OK, "");
+    cli_expect(f, "ls %/run", ST_OK, "no committed step");
+    cli_expect(f, "ls %/run --json", ST_OK, "");
     expect_json(f, "d == []");
-    cli_expect(f, "show %/root", ST_NOT_FOUND, "no committed step");
-    cli_expect(f, "verify %/root", ST_NOT_FOUND, "no committed step");
+    cli_expect(f, "show %/run", ST_NOT_FOUND, "no committed step");
+    cli_expect(f, "verify %/run", ST_NOT_FOUND, "no committed step");
 }
 
 static void test_show(void **state)
 {
     struct cli *f = *state;
-    cli_expect(f, "show %/root", ST_OK, "step 300");
+    cli_expect(f, "show %/run", ST_OK, "step 300");
     assert_non_null(strstr(f->text, "model big  f32[3,200001]  2400012 bytes in 2 pieces\n"));
     assert_non_null(strstr(f->text, "model norm  u8[5]  5 bytes in 1 piece\n"));
     assert_non_null(strstr(f->text, "model tied  u8[5]  alias of norm  frozen\n"));
     assert_non_null(strstr(f->text, "policy/optim t  f64[]  8 bytes in 1 piece\n"));
     assert_non_null(strstr(f->text, "rng state  of rank 1  3 bytes"));
-    cli_expect(f, "show %/root 100", ST_OK, "step 100");
-    cli_expect(f, "show file:%/root/step-000000000100", ST_OK, "step 100");
-    cli_expect(f, "show %/root/step-000000000100/", ST_OK, "step 100");
-    cli_expect(f, "show %/root/step-000000000100 100", ST_OK, "step 100");
-    cli_expect(f, "show %/root 150", ST_NOT_FOUND, "from 100 to 300");
-    cli_expect(f, "show %/root 200", ST_OK,
+    cli_expect(f, "show %/run 100", ST_OK, "step 100");
+    cli_expect(f, "show file:%/run/step-000000000100", ST_OK, "step 100");
+    cli_expect(f, "show %/run/step-000000000100/", ST_OK, "step 100");
+    cli_expect(f, "show %/run/step-000000000100 100", ST_OK, "step 100");
+    cli_expect(f, "show %/run 150", ST_NOT_FOUND, "from 100 to 300");
+    cli_expect(f, "show %/run 200", ST_OK,
                "model a\"b\\c????\xc3\xa9??? z  f32"); /* no control character reaches a terminal */
 }
 
 static void test_show_json(void **state)
 {
     struct cli *f = *state;
-    cli_expect(f, "show %/root 200 --json", ST_OK, HARD_JSON);
+    cli_expect(f, "show %/run 200 --json", ST_OK, HARD_JSON);
     expect_json(f, "d[\"step\"] == 200 and d[\"world\"] == 2 and d[\"mesh\"] == dict(pp=1, dp=2, ep=1, cp=1, tp=1) and "
                    "d[\"build\"] == \"v0 \\\"test\\\"\"");
     expect_json(f, "[t[\"name\"] for t in d[\"tensors\"]][1:] == [\"norm\", \"tied\", \"a.empty\", \"t\"]");
@@ -151,7 +151,7 @@ static void flip(const struct cli *f, const char *file, off_t at)
 {
     char path[160];
     unsigned char byte;
-    snprintf(path, sizeof path, "%s/root/%s", f->dir, file);
+    snprintf(path, sizeof path, "%s/run/%s", f->dir, file);
     int fd = open(path, O_RDWR);
     assert_true(fd >= 0);
     assert_int_equal(pread(fd, &byte, 1, at), 1);
@@ -171,23 +171,23 @@ static int count_lines(const char *text)
 static void test_verify(void **state)
 {
     struct cli *f = *state;
-    cli_expect(f, "verify %/root", ST_OK, "verified 3 steps, 6 files, 15 tensors");
+    cli_expect(f, "verify %/run", ST_OK, "verified 3 steps, 6 files, 15 tensors");
     assert_non_null(strstr(f->text, "no damage"));
     assert_int_equal(count_lines(f->text), 1);
-    cli_expect(f, "verify %/root 200", ST_OK, "verified 1 step, 2 files, 5 tensors");
+    cli_expect(f, "verify %/run 200", ST_OK, "verified 1 step, 2 files, 5 tensors");
     flip(f, "step-000000000200/policy.optim-00000.00000000000000a1.h5", 4096);
     flip(f, "step-000000000200/model-00000.00000000000000a1.h5", 0);
     flip(f, "step-000000000300/model-00000.00000000000000a1.h5", 3500);
-    cli_expect(f, "verify %/root", ST_CORRUPT, "3 damages in 2 steps");
+    cli_expect(f, "verify %/run", ST_CORRUPT, "3 damages in 2 steps");
     assert_int_equal(count_lines(f->text), 4); /* three damages and the summary */
     assert_non_null(strstr(f->text, "step 200: policy.optim-00000.00000000000000a1.h5: tensor policy/optim/t: "));
     assert_non_null(strstr(f->text, "step 200: model-00000.00000000000000a1.h5: header: "));
     assert_non_null(strstr(f->text, "step 300: model-00000.00000000000000a1.h5: padding: byte at offset 3500"));
-    cli_expect(f, "verify %/root 100", ST_OK, "no damage");
-    cli_expect(f, "verify %/root/step-000000000300", ST_CORRUPT, "1 damage in 1 step");
-    cli_expect(f, "verify %/root 400", ST_NOT_FOUND, "step 400");
+    cli_expect(f, "verify %/run 100", ST_OK, "no damage");
+    cli_expect(f, "verify %/run/step-000000000300", ST_CORRUPT, "1 damage in 1 step");
+    cli_expect(f, "verify %/run 400", ST_NOT_FOUND, "step 400");
     flip(f, "step-000000000100/metadata.pb", 40);
-    cli_expect(f, "verify %/root 100", ST_CORRUPT, "1 damage");
+    cli_expect(f, "verify %/run 100", ST_CORRUPT, "1 damage");
     assert_non_null(strstr(f->text, "step 100: metadata.pb: "));
 }
 
@@ -196,7 +196,7 @@ static void test_relative(void **state)
 {
     struct cli *f = *state;
     char *here = getcwd(NULL, 0), root[80];
-    snprintf(root, sizeof root, "%s/root", f->dir);
+    snprintf(root, sizeof root, "%s/run", f->dir);
     assert_int_equal(chdir(root), 0);
     cli_expect(f, "show step-000000000100", ST_OK, "step 100");
     cli_expect(f, "show file:step-000000000100", ST_OK, "step 100");
@@ -210,7 +210,7 @@ static void test_full_stdout(void **state)
 {
     struct cli *f = *state;
     char url[96], verb[] = "show", json[] = "--json", *argv[] = { verb, url, json, NULL };
-    snprintf(url, sizeof url, "%s/root", f->dir);
+    snprintf(url, sizeof url, "%s/run", f->dir);
     fflush(stdout);
     int keep = dup(1), fd = open("/dev/full", O_WRONLY);
     dup2(fd, 1);

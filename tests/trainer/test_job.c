@@ -2,6 +2,7 @@
  * and resumed on other numbers of ranks. The thread sanitizer sees every thread of every rank. What is compared: final
  * weights, bit for bit, with an undisturbed run. */
 #include "tests/support/comm_threads.h"
+#include "tests/support/test_root.h"
 #include "trainer/data/prepare.h"
 #include "trainer/trainer.h"
 
@@ -23,7 +24,7 @@ struct job {
     uint64_t resumed_from, saved;
 };
 
-static char root[64];
+static char root[FOLDER_BYTES];
 
 static status *run_rank(struct comm *world, void *arg)
 {
@@ -376,9 +377,7 @@ static void other_seeds_give_other_weights(void **state)
 static int make_data(void **state)
 {
     (void)state;
-    snprintf(root, sizeof root, "/tmp/tsr-job-XXXXXX");
-    if (!mkdtemp(root))
-        return -1;
+    folder_make(root);
     char dir[128];
     snprintf(dir, sizeof dir, "%s/data", root);
     char *argv[] = { "prepare", "arithmetic", dir, "rows=40", "heldout=10" };
@@ -395,9 +394,8 @@ static int make_data(void **state)
 static int remove_data(void **state)
 {
     (void)state;
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", root);
-    return system(command);
+    folder_remove(root);
+    return 0;
 }
 
 int main(void)

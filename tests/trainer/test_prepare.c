@@ -1,5 +1,6 @@
 /* prepare and show: every generated row is worked out again here; GSM8K conversion on a source made up here;
  * complaints. */
+#include "tests/support/test_root.h"
 #include "trainer/data/dataset.h"
 #include "trainer/data/prepare.h"
 #include "trainer/data/tokenizer.h"
@@ -9,54 +10,37 @@
 #include <stddef.h>
 
 #include <cmocka.h>
+
 #include <dirent.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "tests/trainer/json_rows.h"
+
 enum { WORDS = 12, PATH_BYTES = 512 };
 
 /* ---- a folder for a test, and a call with stdout kept ---- */
 
 struct work {
-    char dir[32];
+    char dir[FOLDER_BYTES];
     char out[65536]; /* stdout of the last call */
 };
 
 static int setup(void **state)
 {
     struct work *w = test_calloc(1, sizeof *w);
-    snprintf(w->dir, sizeof w->dir, "tessera-prep-XXXXXX");
-    if (!mkdtemp(w->dir))
-        return -1;
+    folder_make(w->dir);
     *state = w;
     return 0;
-}
-
-static void remove_tree(const char *dir)
-{
-    DIR *d = opendir(dir);
-    struct dirent *e;
-    char path[PATH_BYTES];
-    while (d && (e = readdir(d))) {
-        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, ".."))
-            continue;
-        snprintf(path, sizeof path, "%.200s/%.200s", dir, e->d_name);
-        if (unlink(path))
-            remove_tree(path);
-    }
-    if (d)
-        closedir(d);
-    rmdir(dir);
 }
 
 static int teardown(void **state)
 {
     struct work *w = *state;
-    remove_tree(w->dir);
+    folder_remove(w->dir);
     test_free(w);
     return 0;
 }
@@ -129,28 +113,11 @@ static int entries(const struct work *w, const char *name)
     return n;
 }
 
-/* A whole file as a JSON array of its rows. */
 static json_t *rows_of(const struct work *w, const char *name)
 {
-    char path[PATH_BYTES], line[8192];
+    char path[PATH_BYTES];
     path_of(w, name, path);
-    FILE *f = fopen(path, "r");
-    assert_non_null(f);
-    json_t *rows = json_array();
-    while (fgets(line, sizeof line, f)) {
-        json_t *row = json_loads(line, 0, NULL);
-        assert_non_null(row);
-        json_array_append_new(rows, row);
-    }
-    fclose(f);
-    return rows;
-}
-
-static const char *get(const json_t *rows, size_t i, const char *key)
-{
-    const char *s = json_string_value(json_object_get(json_array_get(rows, i), key));
-    assert_non_null(s);
-    return s;
+    return json_rows(path);
 }
 
 static void write_file(const struct work *w, const char *name, const char *text)
@@ -205,7 +172,7 @@ static void expect_distinct(const json_t *a, const json_t *b)
     size_t na = json_array_size(a), n = na + json_array_size(b);
     const char **all = test_calloc(n, sizeof *all);
     for (size_t i = 0; i < n; i++)
-        all[i] = i < na ? get(a, i, "prompt") : get(b, i - na, "prompt");
+        all[i] = i < na ? row_text(a, i, "prompt") : row_text(b, i - na, "prompt");
     qsort(all, n, sizeof *all, by_text);
     for (size_t i = 1; i < n; i++)
         assert_true(strcmp(all[i - 1], all[i]) != 0);
@@ -224,11 +191,11 @@ static void check_arithmetic(struct work *w, size_t rows, size_t heldout, long l
     for (size_t i = 0; i < rows + heldout; i++) {
         const json_t *from = i < heldout ? held : train;
         size_t at = i < heldout ? i : i - heldout;
-        const char *prompt = get(from, at, "prompt"), *chosen = get(from, at, "chosen");
+        const char *prompt = row_text(from, at, "prompt"), *chosen = row_text(from, at, "chosen");
         long long right, wrong, a, b, c;
         char op1, op2;
         assert_int_equal(faults(prompt, chosen, &right), 0);
-        assert_int_equal(faults(prompt, get(from, at, "rejected"), &wrong), 1);
+        assert_int_equal(faults(prompt, row_text(from, at, "rejected"), &wrong), 1);
         assert_true(right != wrong);
         assert_int_equal(json_integer_value(json_object_get(json_array_get(from, at), "problem")), i);
         sscanf(prompt, "%lld%c%lld%c%lld", &a, &op1, &b, &op2, &c);
@@ -237,12 +204,12 @@ static void check_arithmetic(struct work *w, size_t rows, size_t heldout, long l
         assert_true(op2 == '+' || op2 == '-');
         op[op1 == '+' ? 0 : op1 == '-' ? 1 : 2]++;
         /* which of the two steps went wrong */
-        const char *rejected = get(from, at, "rejected");
+        const char *rejected = row_text(from, at, "rejected");
         size_t line = (size_t)(strchr(chosen, '\n') - chosen) + 1;
         first += strncmp(chosen, rejected, line) != 0;
         if (i >= heldout) {
-            assert_string_equal(get(sft, at, "prompt"), prompt);
-            assert_string_equal(get(sft, at, "completion"), chosen);
+            assert_string_equal(row_text(sft, at, "prompt"), prompt);
+            assert_string_equal(row_text(sft, at, "completion"), chosen);
         }
     }
     for (int k = 0; k < 3; k++)
@@ -384,16 +351,16 @@ static void test_gsm8k_texts(void **state)
     assert_non_null(strstr(w->out, "prefs_heldout.jsonl: 0 pairs of 0 problems"));
     assert_non_null(strstr(w->out, "no GSM8K score may be reported"));
     json_t *sft = rows_of(w, "deep/er/out/sft.jsonl");
-    assert_string_equal(get(sft, 0, "prompt"), "Question: Q1 \xe2\x80\x99?\nAnswer:\n");
-    assert_string_equal(get(sft, 0, "completion"), "a = 2 and y\nso\nA: 1,080");
-    assert_string_equal(get(sft, 1, "completion"), "A: -5");
-    assert_string_equal(get(sft, 2, "completion"), "1 < 2 \nA<B>>C\nA: no ####");
-    assert_string_equal(get(sft, 3, "completion"), "x\n#### 1\nnot last");
-    assert_string_equal(get(sft, 4, "completion"), ">");
+    assert_string_equal(row_text(sft, 0, "prompt"), "Question: Q1 \xe2\x80\x99?\nAnswer:\n");
+    assert_string_equal(row_text(sft, 0, "completion"), "a = 2 and y\nso\nA: 1,080");
+    assert_string_equal(row_text(sft, 1, "completion"), "A: -5");
+    assert_string_equal(row_text(sft, 2, "completion"), "1 < 2 \nA<B>>C\nA: no ####");
+    assert_string_equal(row_text(sft, 3, "completion"), "x\n#### 1\nnot last");
+    assert_string_equal(row_text(sft, 4, "completion"), ">");
     json_decref(sft);
     good(w, "prepare gsm8k @/src @/keep heldout=0 annotations=keep pairs=9");
     sft = rows_of(w, "keep/sft.jsonl");
-    assert_string_equal(get(sft, 0, "completion"), "a = <<1+1=2>>2 and <<x>>y\nso\nA: 1,080");
+    assert_string_equal(row_text(sft, 0, "completion"), "a = <<1+1=2>>2 and <<x>>y\nso\nA: 1,080");
     json_decref(sft);
     assert_non_null(strstr(w->out, "prefs_train.jsonl: 8 pairs of 3 problems"));
 }
@@ -407,8 +374,8 @@ static void test_gsm8k_pairs(void **state)
     assert_int_equal(json_array_size(rows), 6);
     int seen[2][2] = { { 0 } };
     for (size_t i = 0; i < 4; i++) {
-        const char *c = get(rows, i, "chosen"), *r = get(rows, i, "rejected");
-        assert_string_equal(get(rows, i, "prompt"), "Question: P0\nAnswer:\n");
+        const char *c = row_text(rows, i, "chosen"), *r = row_text(rows, i, "rejected");
+        assert_string_equal(row_text(rows, i, "prompt"), "Question: P0\nAnswer:\n");
         assert_int_equal(json_integer_value(json_object_get(json_array_get(rows, i), "problem")), 0);
         int second = !strcmp(c, "r2"), wrong = !strcmp(r, "w2");
         assert_true(second || !strcmp(c, "r1 \nA: 1"));
@@ -416,11 +383,11 @@ static void test_gsm8k_pairs(void **state)
         seen[second][wrong]++;
     }
     assert_true(seen[0][0] == 1 && seen[0][1] == 1 && seen[1][0] == 1 && seen[1][1] == 1);
-    assert_string_equal(get(rows, 4, "chosen"), "yes");
-    assert_string_equal(get(rows, 4, "rejected"), "no");
+    assert_string_equal(row_text(rows, 4, "chosen"), "yes");
+    assert_string_equal(row_text(rows, 4, "rejected"), "no");
     assert_int_equal(json_integer_value(json_object_get(json_array_get(rows, 4), "problem")), 3);
-    assert_string_equal(get(rows, 5, "chosen"), "u");
-    assert_string_equal(get(rows, 5, "rejected"), "v");
+    assert_string_equal(row_text(rows, 5, "chosen"), "u");
+    assert_string_equal(row_text(rows, 5, "rejected"), "v");
     assert_int_equal(json_integer_value(json_object_get(json_array_get(rows, 5), "problem")), 4);
     json_t *few;
     for (int most = 1; most <= 5; most++) { /* fewer pairs are the first of the more */
@@ -479,7 +446,7 @@ static void test_gsm8k_split(void **state)
             for (size_t i = 0; i < h; i++) {
                 char last[64];
                 snprintf(last, sizeof last, "Question: P%d\nAnswer:\n", n - 2);
-                twice += !strcmp(get(held[seed], i, "prompt"), last);
+                twice += !strcmp(row_text(held[seed], i, "prompt"), last);
             }
             /* the two equal questions are never parted, which may cost the one at the border */
             assert_true(twice == 0 || twice == 2);

@@ -2,6 +2,7 @@
  * the accuracy that training jobs report, on any number of ranks, is that of plain greedy decoding written here. */
 #include "comm/base/mem.h"
 #include "tests/support/comm_threads.h"
+#include "tests/support/test_root.h"
 #include "trainer/data/prepare.h"
 #include "trainer/data/tasks.h"
 #include "trainer/data/tokenizer.h"
@@ -15,11 +16,12 @@
 #include <unistd.h>
 
 #include <cmocka.h>
-#include <jansson.h>
+
+#include "tests/trainer/json_rows.h"
 
 enum { PATH_BYTES = 256, WORDS = 8 };
 
-static char root[64];
+static char root[FOLDER_BYTES];
 
 static void must(status *st)
 {
@@ -48,28 +50,11 @@ static status *prepare(const char *dir, const char *words)
     return data_cli(argc, argv);
 }
 
-/* A JSONL file as an array. */
 static json_t *rows_of(const char *dir, const char *name)
 {
-    char path[PATH_BYTES], line[1 << 14];
+    char path[PATH_BYTES];
     snprintf(path, sizeof path, "%s/%s/%s", root, dir, name);
-    FILE *f = fopen(path, "r");
-    assert_non_null(f);
-    json_t *rows = json_array();
-    while (fgets(line, sizeof line, f)) {
-        json_t *row = json_loads(line, 0, NULL);
-        assert_non_null(row);
-        json_array_append_new(rows, row);
-    }
-    fclose(f);
-    return rows;
-}
-
-static const char *get(const json_t *rows, size_t i, const char *key)
-{
-    const char *s = json_string_value(json_object_get(json_array_get(rows, i), key));
-    assert_non_null(s);
-    return s;
+    return json_rows(path);
 }
 
 /* ---- sort ---- */
@@ -123,12 +108,12 @@ static void check_pairs(const char *dir, const char *pairs, const char *other, c
     assert_int_equal(json_array_size(o), rows);
     for (size_t i = 0; i < rows; i++) {
         int by = 0;
-        check_sorted(get(p, i, "prompt"), get(p, i, "chosen"), digits);
-        where[replaced(get(p, i, "chosen"), get(p, i, "rejected"), &by)]++;
+        check_sorted(row_text(p, i, "prompt"), row_text(p, i, "chosen"), digits);
+        where[replaced(row_text(p, i, "chosen"), row_text(p, i, "rejected"), &by)]++;
         off[by]++;
-        assert_string_equal(get(p, i, "prompt"), get(o, i, "prompt"));
-        assert_string_equal(get(p, i, "chosen"), get(o, i, key));
-        add_once(seen, get(p, i, "prompt"));
+        assert_string_equal(row_text(p, i, "prompt"), row_text(o, i, "prompt"));
+        assert_string_equal(row_text(p, i, "chosen"), row_text(o, i, key));
+        add_once(seen, row_text(p, i, "prompt"));
     }
     for (size_t d = 0; rows >= 300 && d < digits; d++) /* no place and no digit is left out or preferred */
         assert_true(where[d] * digits > rows / 2 && where[d] * digits < 2 * rows);
@@ -170,13 +155,13 @@ static void sort_split(void **state)
     json_t *train = rows_of("a", "sft.jsonl"), *tasks = rows_of("b", "tasks.jsonl"), *other = rows_of("b", "sft.jsonl"),
            *seen = json_object();
     for (size_t i = 0; i < 850; i++)
-        add_once(seen, get(train, i, "prompt"));
+        add_once(seen, row_text(train, i, "prompt"));
     for (size_t i = 0; i < 60; i++)
-        assert_null(json_object_get(seen, get(tasks, i, "prompt")));
+        assert_null(json_object_get(seen, row_text(tasks, i, "prompt")));
     size_t same = 0, known = 0;
     for (size_t i = 0; i < 850; i++) {
-        same += !strcmp(get(train, i, "prompt"), get(other, i, "prompt"));
-        known += json_object_get(seen, get(other, i, "prompt")) != NULL;
+        same += !strcmp(row_text(train, i, "prompt"), row_text(other, i, "prompt"));
+        known += json_object_get(seen, row_text(other, i, "prompt")) != NULL;
     }
     assert_true(same < 50);   /* another order */
     assert_true(known > 700); /* of almost the same prompts */
@@ -309,7 +294,7 @@ static int64_t plain_solved(struct trainer *t, const char *file)
     json_t *rows = rows_of("d", file);
     int64_t solved = 0;
     for (size_t i = 0; i < json_array_size(rows); i++) {
-        const char *prompt = get(rows, i, "prompt"), *answer = get(rows, i, "answer");
+        const char *prompt = row_text(rows, i, "prompt"), *answer = row_text(rows, i, "answer");
         int32_t token[32] = { TOKEN_BOS }, n = 1;
         for (; *prompt; prompt++)
             token[n++] = (unsigned char)*prompt;
@@ -360,7 +345,7 @@ static size_t evaluations(const char *run, int64_t tasks, int64_t at[][2])
     size_t n = 0;
     for (size_t i = 0; i < json_array_size(rows); i++) {
         const json_t *e = json_array_get(rows, i);
-        if (strcmp(get(rows, i, "event"), "eval") != 0)
+        if (strcmp(row_text(rows, i, "event"), "eval") != 0)
             continue;
         at[n][0] = json_integer_value(json_object_get(e, "step"));
         at[n][1] = json_integer_value(json_object_get(e, "task/solved"));
@@ -407,7 +392,8 @@ static void fewer_tasks_than_ranks(void **state)
     FILE *f = fopen(path, "w");
     assert_non_null(f);
     for (size_t i = 0; i < 2; i++)
-        fprintf(f, "{\"prompt\": \"%s\", \"answer\": \"%s\"}\n", get(rows, i, "prompt"), get(rows, i, "answer"));
+        fprintf(f, "{\"prompt\": \"%s\", \"answer\": \"%s\"}\n", row_text(rows, i, "prompt"),
+                row_text(rows, i, "answer"));
     fclose(f);
     json_decref(rows);
     struct job j = { "few.jsonl", "few", -1 };
@@ -428,16 +414,15 @@ static void keeping_by_it_needs_tasks(void **state)
 static int setup(void **state)
 {
     (void)state;
-    snprintf(root, sizeof root, "/tmp/tsr-tasks-XXXXXX");
-    return mkdtemp(root) ? 0 : -1;
+    folder_make(root);
+    return 0;
 }
 
 static int teardown(void **state)
 {
     (void)state;
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", root);
-    return system(command);
+    folder_remove(root);
+    return 0;
 }
 
 int main(void)
