@@ -36,7 +36,7 @@ BEGIN {
     vendor["(cuda|cublas|nv)[A-Za-z0-9_/]*\\.h"] = "(\\.cu|^comm/comm_nccl\\.c)$"
     vendor["(jansson|png|protobuf-c/protobuf-c)\\.h"] = "."
     system_headers = "^(assert|complex|cpuid|ctype|dirent|dlfcn|errno|fcntl|fenv|float|fnmatch|ftw|getopt|glob|immintrin|inttypes|" \
-        "libgen|limits|locale|math|netdb|poll|pthread|sched|semaphore|setjmp|signal|stdalign|stdarg|stdatomic|stdbool|" \
+        "libgen|limits|locale|math|netdb|poll|pthread|sched|semaphore|setjmp|signal|spawn|stdalign|stdarg|stdatomic|stdbool|" \
         "stddef|stdint|stdio|stdlib|stdnoreturn|string|strings|termios|time|unistd|wchar|" \
         "(arpa|linux|net|netinet|sys)/[a-z0-9_/]*)\\.h$"
 }
