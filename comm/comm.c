@@ -127,10 +127,16 @@ status *comm_bcast(struct comm *c, void *buf, size_t bytes, int root, struct str
     return c->size == 1 || !bytes ? NULL : c->ops->bcast(c, buf, bytes, root);
 }
 
+static void count_reduction(struct comm *c, size_t bytes)
+{
+    c->sent_bytes += 2 * ((uint64_t)c->size - 1) * bytes / (uint64_t)c->size;
+}
+
 status *comm_allreduce(struct comm *c, void *buf, size_t count, enum comm_type t, enum comm_op op, struct stream *s)
 {
     (void)s;
     TRY(check_reduce(count, t, op, "comm_allreduce"));
+    count_reduction(c, count * comm_type_bytes(t));
     return c->size == 1 || !count ? NULL : c->ops->allreduce(c, buf, count, t, op);
 }
 
@@ -141,6 +147,7 @@ status *comm_allgather(struct comm *c, const void *in, void *out, size_t bytes, 
         return NULL;
     if (bytes > SIZE_MAX / (size_t)c->size)
         return ERR(INVALID, "comm_allgather: %d times %zu bytes do not fit in memory", c->size, bytes);
+    c->sent_bytes += ((uint64_t)c->size - 1) * bytes;
     if (c->size > 1)
         return c->ops->allgather(c, in, out, bytes);
     memmove(out, in, bytes); /* may be the same place */
@@ -244,6 +251,7 @@ status *comm_iallreduce(struct comm *c, const void *in, void *out, size_t count,
         memcpy(out, in, count * comm_type_bytes(t));
         return NULL;
     }
+    count_reduction(c, count * comm_type_bytes(t));
     TRY(c->ops->iallreduce(c, in, out, count, t, op, req));
     req->ops = req->impl ? c->ops : NULL; /* a backend that is done at once leaves impl NULL */
     return NULL;
@@ -267,6 +275,8 @@ status *comm_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, stru
         TRY(check_xfer(c, &x[i]));
         messages += x[i].bytes > 0;
     }
+    for (size_t i = 0; i < n; i++)
+        c->sent_bytes += x[i].send && x[i].peer != c->rank ? x[i].bytes : 0;
     if (!messages)
         return NULL;
     TRY(c->ops->iexchange(c, x, n, req));

@@ -66,6 +66,10 @@ struct comm {
     const struct comm_ops *ops;
     int rank, size;
     bool owns_runtime; /* the world of comm_open: close ends the runtime */
+    /* Bytes this rank has given to others: the messages of exchanges, and what a ring would send in a collective:
+     * 2 (size - 1) / size of a reduction, (size - 1) times its own part of an all-gather. Other calls are not counted.
+     */
+    uint64_t sent_bytes;
     void *impl;
 };
 

@@ -7,6 +7,7 @@
 #include "comm/base/mem.h"
 #include "comm/base/rng.h"
 #include "comm/mesh.h"
+#include "comm/ordered.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -534,6 +535,74 @@ static status *check_mesh(struct comm *c)
     return NULL;
 }
 
+/* ---- sums in order of ranks ---- */
+
+/* Values whose float sum depends on the order: only ranks ascending give `want`. */
+static float uneven(int rank, size_t i)
+{
+    static const float scale[] = { 1e8f, 1.0f, -1e8f, 3.0f, 1e-3f };
+    return scale[((size_t)rank + i) % 5] * (float)(1 + i % 7);
+}
+
+static status *check_ordered(struct comm *c)
+{
+    static const size_t counts[] = { 0, 1, 2, 7, 1000, 20011 };
+    for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
+        size_t n = counts[k], slice = ordered_slice(c, n), mine = (size_t)c->rank * slice, ranks = (size_t)c->size;
+        EXPECT(slice * ranks >= n && (slice == 0 || (slice - 1) * ranks < n));
+        float *x = mem_calloc(n + 1, sizeof *x), *part = mem_calloc(slice + 1, sizeof *part),
+              *want = mem_calloc(n + 1, sizeof *want), *room = mem_calloc(ordered_room(c, slice) + 1, sizeof *room);
+        size_t own = mine >= n ? 0 : n - mine < slice ? n - mine : slice;
+        for (size_t i = 0; i < n; i++) {
+            x[i] = uneven(c->rank, i);
+            want[i] = uneven(0, i);
+            for (int r = 1; r < c->size; r++)
+                want[i] += uneven(r, i);
+        }
+        part[own] = room[ordered_room(c, slice)] = x[n] = 7;
+        uint64_t before = c->sent_bytes, most = 2 * (ranks - 1) * slice * sizeof *x;
+        TRY(ordered_reduce_scatter(c, x, n, slice, part, room));
+        EXPECT(own == 0 || !memcmp(part, want + mine, own * sizeof *x), "reduce-scatter of %zu", n);
+        EXPECT(n == 0 || x[0] == uneven(c->rank, 0), "a reduce-scatter wrote its input");
+        TRY(ordered_allreduce(c, x, n, room));
+        EXPECT(!memcmp(x, want, n * sizeof *x), "allreduce of %zu", n);
+        uint64_t sent = c->sent_bytes - before, all = sent;
+        EXPECT(sent <= 2 * most, "%zu elements: rank %d sent %llu bytes", n, c->rank, (unsigned long long)sent);
+        TRY(comm_allreduce(c, &all, 1, COMM_U64, COMM_SUM, NULL));
+        EXPECT(all == 3 * (ranks - 1) * n * sizeof *x, "%zu elements: %llu bytes were sent", n,
+               (unsigned long long)all);
+        memset(x, 0, n * sizeof *x);
+        TRY(ordered_allgather(c, part, n, slice, x));
+        EXPECT(!memcmp(x, want, n * sizeof *x), "allgather of %zu", n);
+        EXPECT(part[own] == 7 && room[ordered_room(c, slice)] == 7 && x[n] == 7, "wrote past the end");
+        mem_free(x);
+        mem_free(part);
+        mem_free(want);
+        mem_free(room);
+    }
+    status *st = ordered_allgather(c, NULL, (size_t)c->size + 1, 1, NULL);
+    EXPECT(status_code(st) == ST_INVALID);
+    status_free(st);
+    return NULL;
+}
+
+static status *check_sent_bytes(struct comm *c)
+{
+    float x[6] = { 0 };
+    uint64_t ranks = (uint64_t)c->size, before = c->sent_bytes, all[ORDERED_RANKS] = { 0 };
+    TRY(comm_allreduce(c, x, 6, COMM_F32, COMM_SUM, NULL));
+    EXPECT(c->sent_bytes - before == 2 * (ranks - 1) * sizeof x / ranks);
+    before = c->sent_bytes;
+    TRY(comm_allgather(c, x, all, 8, NULL));
+    EXPECT(c->sent_bytes - before == (ranks - 1) * 8);
+    before = c->sent_bytes;
+    char to_self[2] = { 1, 2 }, from_self[2];
+    struct comm_xfer own[] = { { c->rank, 0, true, to_self, 2 }, { c->rank, 0, false, from_self, 2 } };
+    TRY(comm_exchange(c, own, 2, NULL));
+    EXPECT(c->sent_bytes == before, "a message to oneself is none");
+    return NULL;
+}
+
 /* ---- one verdict ---- */
 
 static status *check_agree(struct comm *c)
@@ -578,6 +647,8 @@ status *comm_suite_run(struct comm *world)
         { "dup", check_dup },
         { "split", check_split },
         { "mesh", check_mesh },
+        { "sums in order", check_ordered },
+        { "bytes sent", check_sent_bytes },
         { "agree", check_agree },
     };
     for (size_t i = 0; i < sizeof checks / sizeof *checks; i++) {
