@@ -1,6 +1,7 @@
 /* state: the one list of what is saved, and the way back from it.
  *
- *   model      every parameter, whole, on every data-parallel rank (replicas: written once); tied names as aliases
+ *   model      every parameter: this rank's tensor-parallel part, the same on every data-parallel rank (replicas:
+ *              written once); tied names as aliases
  *   optim      NAME.exp_avg, NAME.exp_avg_sq: the runs of the flat block that this rank's optimiser holds
  *   ref/logps  row, hash, logp (and heldout.*) once the algorithm's reference has been computed
  *   ref/model  with a live reference instead: its parameters
@@ -31,14 +32,25 @@ static void shape_of(struct tessera_tensor *d, const struct shape *s)
         d->shape[i] = d->length[i] = s->dim[i];
 }
 
-static status *add_param(struct trainer *t, const struct params *ps, const struct param *p)
+/* The part of p that is here; ranks with equal parts are replicas. */
+static struct tessera_tensor part_of(const char *part, const struct param *p)
 {
     struct tessera_tensor d = TESSERA_TENSOR;
-    d.part = "model";
+    d.part = part;
     d.name = p->name;
     d.dtype = (int)p->value.dtype;
     d.data = p->value.data;
     shape_of(&d, &p->shape);
+    for (int i = 0; i < p->shape.ndim; i++) {
+        d.offset[i] = p->box.off[i];
+        d.length[i] = p->box.len[i];
+    }
+    return d;
+}
+
+static status *add_param(struct trainer *t, const struct params *ps, const struct param *p)
+{
+    struct tessera_tensor d = part_of("model", p);
     if (p->alias >= 0) {
         d.alias_of = ps->p[p->alias].name;
         d.data = NULL;
@@ -50,8 +62,7 @@ static status *add_param(struct trainer *t, const struct params *ps, const struc
 static status *add_moments(struct trainer *t, const struct param *p)
 {
     struct zero_moments z = zero_moments(t->zero);
-    bool ok;
-    uint64_t begin = p->offset, end = begin + shape_volume(&p->shape, &ok), held = 0;
+    uint64_t begin = p->offset, end = begin + box_volume(p->shape.ndim, &p->box), held = 0;
     for (uint64_t r = 0; r < z.run_count; held += z.run[r].end - z.run[r].begin, r++) {
         uint64_t lo = z.run[r].begin > begin ? z.run[r].begin : begin, hi = z.run[r].end < end ? z.run[r].end : end;
         if (lo >= hi)
@@ -59,11 +70,9 @@ static status *add_moments(struct trainer *t, const struct param *p)
         for (int moment = 0; moment < 2; moment++) {
             char name[PARAM_NAME_BYTES + 16];
             snprintf(name, sizeof name, "%s.%s", p->name, moment ? "exp_avg_sq" : "exp_avg");
-            struct tessera_tensor d = TESSERA_TENSOR;
-            d.part = "optim";
+            struct tessera_tensor d = part_of("optim", p);
             d.name = name;
             d.dtype = TESSERA_F32;
-            shape_of(&d, &p->shape);
             d.run_begin = lo - begin;
             d.run_end = hi - begin;
             d.data = (moment ? z.v : z.m) + held + (lo - z.run[r].begin);
@@ -101,15 +110,10 @@ static status *add_ref_model(struct trainer *t)
 {
     const struct params *ps = &t->ref_model->params;
     for (int i = 0; i < ps->count; i++) {
-        struct tessera_tensor d = TESSERA_TENSOR;
+        struct tessera_tensor d = part_of("ref/model", &ps->p[i]);
         if (ps->p[i].alias >= 0)
             continue;
-        d.part = "ref/model";
-        d.name = ps->p[i].name;
-        d.dtype = (int)ps->p[i].value.dtype;
-        d.data = ps->p[i].value.data;
         d.frozen = t->cfg->algo.ref_sync_steps == 0;
-        shape_of(&d, &ps->p[i].shape);
         TRY(tessera_state_add_tensor(t->state, &d));
     }
     return NULL;

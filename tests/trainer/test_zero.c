@@ -82,6 +82,7 @@ static struct params *params_make(void)
         struct param *p = &ps->p[i];
         uint64_t rows = param_rows[i].rows, cols = param_rows[i].cols;
         p->shape = (struct shape){ .ndim = cols ? 2 : 1, .dim = { rows, cols } };
+        p->value = (struct tensor){ .ndim = p->shape.ndim, .dim = { (int64_t)rows, (int64_t)cols } };
         p->decay = param_rows[i].decay;
         p->alias = param_rows[i].alias;
         p->offset = p->alias >= 0 ? ps->p[p->alias].offset : ps->total;

@@ -16,6 +16,11 @@ static uint64_t elems_of(const struct param *p)
     return shape_volume(&p->shape, &ok);
 }
 
+uint64_t param_elems(const struct param *p)
+{
+    return (uint64_t)tensor_elems(&p->value);
+}
+
 static struct param *append(struct params *ps, const char *name)
 {
     if (ps->count == ps->cap) {
@@ -34,6 +39,95 @@ static struct param *append(struct params *ps, const char *name)
     return p;
 }
 
+/* ---- parts ---- */
+
+static const struct tp_place one_rank = { .size = 1 };
+
+static int cut_dim(const struct param *p)
+{
+    for (int i = 0; i < p->shape.ndim; i++)
+        if (p->cut[i] == MESH_TP)
+            return i;
+    return -1;
+}
+
+static uint64_t units_of(const struct param *p)
+{
+    uint64_t unit = p->rule.unit ? p->rule.unit : 1;
+    return p->shape.dim[cut_dim(p)] / unit;
+}
+
+static bool fits(const struct param *p, int size)
+{
+    if (cut_dim(p) < 0)
+        return true;
+    uint64_t units = units_of(p), n = (uint64_t)size;
+    if (p->rule.fit == CUT_UNEVEN)
+        return units >= n;
+    return units % n == 0 || (p->rule.fit == CUT_SHARED && n % units == 0);
+}
+
+/* The part, and the tensor that holds it. */
+static void place(struct param *p, const struct tp_place *at)
+{
+    int dim = cut_dim(p);
+    p->box = piece_whole(&p->shape).box;
+    p->share = dim < 0 ? at->size : 1;
+    p->value = (struct tensor){ .dtype = DTYPE_F32, .ndim = p->shape.ndim };
+    for (int i = 0; i < p->shape.ndim; i++)
+        p->value.dim[i] = (int64_t)p->shape.dim[i];
+    if (dim >= 0 && at->size > 1) {
+        uint64_t unit = p->shape.dim[dim] / units_of(p), units = units_of(p), n = (uint64_t)at->size, begin, end;
+        p->share = units < n ? (int)(n / units) : 1;
+        layout_cut(units, n / (uint64_t)p->share, (uint64_t)(at->rank / p->share), &begin, &end);
+        p->box.off[dim] = begin * unit;
+        p->box.len[dim] = (end - begin) * unit;
+        p->value.dim[dim] = (int64_t)((units + n - 1) / n * unit);
+        p->part =
+            (struct tensor_cut){ dim, (int64_t)p->box.off[dim], (int64_t)p->box.len[dim], (int64_t)p->shape.dim[dim] };
+    }
+    p->partial = p->share > 1 && (dim >= 0 || p->on_heads || at->sequence);
+}
+
+static uint64_t padded(const struct param *p)
+{
+    return (param_elems(p) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
+}
+
+enum { TP_MAX = 64 };
+
+static status *does_not_fit(const struct params *ps, const struct param *p, int size)
+{
+    char legal[256] = "";
+    for (int n = 1; n <= TP_MAX; n++) {
+        bool all = true;
+        for (int i = 0; all && i < ps->count; i++)
+            all = fits(&ps->p[i], n);
+        size_t used = strlen(legal);
+        if (all && used < sizeof legal)
+            snprintf(legal + used, sizeof legal - used, "%s%d", used ? ", " : "", n);
+    }
+    return ERR(INVALID, "parallel.tp: %d does not fit %s: %llu (this model can be cut over %s ranks)", size,
+               p->rule.units ? p->rule.units : p->name, (unsigned long long)units_of(p), legal);
+}
+
+status *params_spread(struct params *ps, const struct tp_place *at)
+{
+    for (int i = 0; i < ps->count; i++)
+        if (!fits(&ps->p[i], at->size))
+            return does_not_fit(ps, &ps->p[i], at->size);
+    ps->total = 0;
+    for (int i = 0; i < ps->count; i++) {
+        struct param *p = &ps->p[i];
+        place(p, at);
+        p->offset = p->alias < 0 ? ps->total : ps->p[p->alias].offset;
+        ps->total += p->alias < 0 ? padded(p) : 0;
+    }
+    return NULL;
+}
+
+/* ---- the list ---- */
+
 struct param *params_add(struct params *ps, const char *name, uint64_t rows, uint64_t cols, enum param_init init,
                          float std, bool decay)
 {
@@ -44,11 +138,9 @@ struct param *params_add(struct params *ps, const char *name, uint64_t rows, uin
     p->init_std = std;
     p->decay = decay;
     p->shape = rows ? (struct shape){ 2, { rows, cols } } : (struct shape){ 1, { cols } };
-    p->value = (struct tensor){ .dtype = DTYPE_F32, .ndim = p->shape.ndim };
-    for (int i = 0; i < p->shape.ndim; i++)
-        p->value.dim[i] = (int64_t)p->shape.dim[i];
+    place(p, &one_rank);
     p->offset = ps->total;
-    ps->total += (elems_of(p) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
+    ps->total += padded(p);
     return p;
 }
 
@@ -81,19 +173,30 @@ status *params_alloc(struct params *ps, bool with_grad)
     for (int i = 0; i < ps->count; i++) {
         ps->p[i].value.data = data + ps->p[i].offset;
         ps->p[i].value.grad = grad ? grad + ps->p[i].offset : NULL;
+        ps->p[i].value.cut = ps->p[i].part.total ? &ps->p[i].part : NULL;
     }
     return NULL;
 }
 
-static void init_one(const struct param *p, float *x, uint64_t seed)
+/* Elements [first, first + n) of the whole tensor. */
+static void draw(const struct param *p, uint64_t seed, uint64_t first, uint64_t n, float *x)
 {
-    uint64_t n = elems_of(p);
     if (p->init == INIT_NORMAL) {
         uint64_t hash = hash64(p->name, strlen(p->name));
-        rng_normals((struct rng_at){ .seed = seed, .sample = (uint32_t)hash, .stream = RNG_INIT }, 0, n, x);
+        rng_normals((struct rng_at){ .seed = seed, .sample = (uint32_t)hash, .stream = RNG_INIT }, first, n, x);
     }
     for (uint64_t e = 0; e < n; e++)
         x[e] = p->init == INIT_NORMAL ? x[e] * p->init_std : p->init == INIT_ONE ? 1.0f : 0.0f;
+}
+
+static void init_one(const struct param *p, float *x, uint64_t seed)
+{
+    if (p->shape.ndim == 1) {
+        draw(p, seed, p->box.off[0], p->box.len[0], x);
+        return;
+    }
+    for (uint64_t r = 0; r < p->box.len[0]; r++)
+        draw(p, seed, (p->box.off[0] + r) * p->shape.dim[1] + p->box.off[1], p->box.len[1], x + r * p->box.len[1]);
 }
 
 void params_init(struct params *ps, uint64_t seed)
@@ -146,6 +249,12 @@ status *model_lookup(const char *name, const struct model_ops **out)
 
 status *model_open(const struct model_ops *ops, const void *config, int64_t vocab, struct model **out)
 {
+    return model_open_at(ops, config, vocab, &one_rank, out);
+}
+
+status *model_open_at(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
+                      struct model **out)
+{
     TRY(ops->check(config));
     struct model *m = mem_calloc(1, sizeof *m);
     void *copy = mem_alloc(ops->config_bytes);
@@ -157,6 +266,8 @@ status *model_open(const struct model_ops *ops, const void *config, int64_t voca
     memcpy(copy, config, ops->config_bytes);
     *m = (struct model){ .ops = ops, .config = copy, .vocab = vocab };
     status *st = ops->declare(m);
+    if (!st)
+        st = params_spread(&m->params, at);
     if (st) {
         model_close(m);
         return st;

@@ -14,16 +14,42 @@ enum param_init { INIT_NORMAL, INIT_ONE, INIT_ZERO };
 
 enum { PARAM_NAME_BYTES = 96, PARAM_ALIGN = 1024 /* elements; 4 KiB of f32 */ };
 
+/* Where the parts of a parameter that tensor parallelism cuts may end, for `declare`: at multiples of `unit` along the
+ * cut dimension. */
+enum cut_fit {
+    CUT_EVEN,   /* parts of equal size: the ranks must divide the units */
+    CUT_SHARED, /* or the units the ranks: then neighbouring ranks hold the same unit */
+    CUT_UNEVEN, /* parts differ by a unit at most; in memory the shorter ones are padded with zeros to the longest */
+};
+struct param_cut {
+    uint64_t unit; /* 0: 1 */
+    enum cut_fit fit;
+    const char *units; /* the key that counts the units, for messages: "model.heads" */
+};
+
 struct param {
     char name[PARAM_NAME_BYTES]; /* "model.layers.0.self_attn.q_proj.weight" */
-    struct shape shape;
+    struct shape shape;          /* of the whole tensor */
     enum param_init init;
     float init_std;
     bool decay;           /* weight decay applies */
     int alias;            /* index of the parameter whose memory this name shares (tied weights), or -1 */
-    int cut[LAYOUT_DIMS]; /* mesh axis that would cut each dimension under tensor parallelism, or -1 */
-    uint64_t offset;      /* first element in the flat block; a multiple of PARAM_ALIGN */
-    struct tensor value;  /* data and grad point into the blocks */
+    int cut[LAYOUT_DIMS]; /* mesh axis that cuts each dimension (MESH_TP; one dimension at most), or -1 */
+    struct param_cut rule;
+    bool on_heads; /* whole, but applied to this rank's heads: its gradient is a part of the whole one's */
+
+    struct box box;         /* what of it this rank holds; padding is no part of it */
+    int share;              /* so many neighbouring tensor-parallel ranks hold the same box (1: only this one) */
+    bool partial;           /* share > 1, and the gradients of these ranks add up to the gradient */
+    uint64_t offset;        /* first element in the flat block; a multiple of PARAM_ALIGN. The same on all ranks */
+    struct tensor value;    /* the box, padded; data and grad point into the blocks */
+    struct tensor_cut part; /* what value.cut points to */
+};
+
+/* A rank's place among those that tensor parallelism cuts a model over. */
+struct tp_place {
+    int size, rank;
+    bool sequence; /* activations between blocks are cut by tokens (parallel.sequence) */
 };
 
 /* All parameters of a model: one block of values, one of gradients (or none). */
@@ -39,14 +65,19 @@ struct param *params_add(struct params *ps, const char *name, uint64_t rows, uin
                          float std, bool decay);
 /* Append a name that shares the memory of parameter `of`. */
 struct param *params_alias(struct params *ps, const char *name, const struct param *of);
+/* Set every parameter's part, tensor and offset for a place, from what was declared. INVALID names the parameter that
+ * `size` does not fit, with the sizes that fit all. */
+status *params_spread(struct params *ps, const struct tp_place *at) WARN_UNUSED;
+/* Elements of the block that are p's: those of its part, and its padding. */
+uint64_t param_elems(const struct param *p);
 /* Give the blocks memory; with_grad false: values only. */
 status *params_alloc(struct params *ps, bool with_grad) WARN_UNUSED;
-/* Fill with initial values: element e of a tensor is std * N(0,1) drawn at (seed, hash of name, e): the same on every
- * mesh. */
+/* Fill with initial values: element e of a whole tensor is std * N(0,1) drawn at (seed, hash of name, e): the same on
+ * every mesh. */
 void params_init(struct params *ps, uint64_t seed);
 void params_free(struct params *ps);
 struct param *params_find(const struct params *ps, const char *name);
-uint64_t params_unique_elems(const struct params *ps); /* without aliases and paddings */
+uint64_t params_unique_elems(const struct params *ps); /* of whole tensors, without aliases */
 
 /* A packed micro-batch of token sequences as models see it. Borrowed. */
 struct model_input {
@@ -92,6 +123,9 @@ extern const struct model_ops *const model_registry[]; /* generated; ends with N
 status *model_lookup(const char *name, const struct model_ops **out) WARN_UNUSED;
 /* Declare a model from a filled config struct (copied). Parameters have no memory yet. vocab is the tokenizer's. */
 status *model_open(const struct model_ops *ops, const void *config, int64_t vocab, struct model **out) WARN_UNUSED;
+/* The same, cut for a place: INVALID (alike on all ranks) if the model cannot be cut so. */
+status *model_open_at(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
+                      struct model **out) WARN_UNUSED;
 void model_close(struct model *m);
 
 #endif

@@ -87,10 +87,31 @@ static status *llama_check(const void *config)
 /* A list being declared: the first failure sticks. */
 struct declaring {
     struct params *ps;
+    const struct llama_config *c;
     bool failed;
 };
 
-enum cut { CUT_NONE = -1, CUT_ROWS = 0, CUT_COLS = 1 };
+/* What tensor parallelism makes of a tensor; "into": its rows are cut, "from": its columns. */
+enum cut { WHOLE, WHOLE_ON_HEADS, INTO_HEADS, INTO_KV_HEADS, FROM_HEADS, INTO_FFN, FROM_FFN, INTO_VOCAB };
+
+static void set_cut(struct param *p, enum cut cut, const struct llama_config *c)
+{
+    uint64_t head = (uint64_t)c->head_dim;
+    const struct param_cut rules[] = {
+        [WHOLE] = { 0 },
+        [WHOLE_ON_HEADS] = { 0 },
+        [INTO_HEADS] = { head, CUT_EVEN, "model.heads" },
+        [INTO_KV_HEADS] = { head, CUT_SHARED, "model.kv_heads" },
+        [FROM_HEADS] = { head, CUT_EVEN, "model.heads" },
+        [INTO_FFN] = { 1, CUT_EVEN, "model.ffn" },
+        [FROM_FFN] = { 1, CUT_EVEN, "model.ffn" },
+        [INTO_VOCAB] = { 1, CUT_UNEVEN, "model.vocab" },
+    };
+    p->rule = rules[cut];
+    p->on_heads = cut == WHOLE_ON_HEADS;
+    if (cut != WHOLE && cut != WHOLE_ON_HEADS)
+        p->cut[cut == FROM_HEADS || cut == FROM_FFN] = MESH_TP;
+}
 
 static int add(struct declaring *d, const char *name, int64_t rows, int64_t cols, enum param_init init, double std,
                enum cut cut)
@@ -102,8 +123,7 @@ static int add(struct declaring *d, const char *name, int64_t rows, int64_t cols
         d->failed = true;
         return -1;
     }
-    if (cut != CUT_NONE)
-        p->cut[cut] = MESH_TP;
+    set_cut(p, cut, d->c);
     return d->ps->count - 1;
 }
 
@@ -122,20 +142,20 @@ static void declare_layer(struct declaring *d, const struct llama_config *c, int
     int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
     double std = c->init_std, out_std = std / sqrt(2.0 * (double)c->layers);
     bool bias = c->qkv_bias, norm = c->qk_norm;
-    l->input_norm = add_in_layer(d, i, "input_layernorm.weight", 0, c->hidden, INIT_ONE, 0, CUT_NONE);
-    l->q = add_in_layer(d, i, "self_attn.q_proj.weight", q, c->hidden, INIT_NORMAL, std, CUT_ROWS);
-    l->k = add_in_layer(d, i, "self_attn.k_proj.weight", kv, c->hidden, INIT_NORMAL, std, CUT_ROWS);
-    l->v = add_in_layer(d, i, "self_attn.v_proj.weight", kv, c->hidden, INIT_NORMAL, std, CUT_ROWS);
-    l->q_bias = bias ? add_in_layer(d, i, "self_attn.q_proj.bias", 0, q, INIT_ZERO, 0, CUT_ROWS) : -1;
-    l->k_bias = bias ? add_in_layer(d, i, "self_attn.k_proj.bias", 0, kv, INIT_ZERO, 0, CUT_ROWS) : -1;
-    l->v_bias = bias ? add_in_layer(d, i, "self_attn.v_proj.bias", 0, kv, INIT_ZERO, 0, CUT_ROWS) : -1;
-    l->q_norm = norm ? add_in_layer(d, i, "self_attn.q_norm.weight", 0, c->head_dim, INIT_ONE, 0, CUT_NONE) : -1;
-    l->k_norm = norm ? add_in_layer(d, i, "self_attn.k_norm.weight", 0, c->head_dim, INIT_ONE, 0, CUT_NONE) : -1;
-    l->o = add_in_layer(d, i, "self_attn.o_proj.weight", c->hidden, q, INIT_NORMAL, out_std, CUT_COLS);
-    l->post_norm = add_in_layer(d, i, "post_attention_layernorm.weight", 0, c->hidden, INIT_ONE, 0, CUT_NONE);
-    l->gate = add_in_layer(d, i, "mlp.gate_proj.weight", c->ffn, c->hidden, INIT_NORMAL, std, CUT_ROWS);
-    l->up = add_in_layer(d, i, "mlp.up_proj.weight", c->ffn, c->hidden, INIT_NORMAL, std, CUT_ROWS);
-    l->down = add_in_layer(d, i, "mlp.down_proj.weight", c->hidden, c->ffn, INIT_NORMAL, out_std, CUT_COLS);
+    l->input_norm = add_in_layer(d, i, "input_layernorm.weight", 0, c->hidden, INIT_ONE, 0, WHOLE);
+    l->q = add_in_layer(d, i, "self_attn.q_proj.weight", q, c->hidden, INIT_NORMAL, std, INTO_HEADS);
+    l->k = add_in_layer(d, i, "self_attn.k_proj.weight", kv, c->hidden, INIT_NORMAL, std, INTO_KV_HEADS);
+    l->v = add_in_layer(d, i, "self_attn.v_proj.weight", kv, c->hidden, INIT_NORMAL, std, INTO_KV_HEADS);
+    l->q_bias = bias ? add_in_layer(d, i, "self_attn.q_proj.bias", 0, q, INIT_ZERO, 0, INTO_HEADS) : -1;
+    l->k_bias = bias ? add_in_layer(d, i, "self_attn.k_proj.bias", 0, kv, INIT_ZERO, 0, INTO_KV_HEADS) : -1;
+    l->v_bias = bias ? add_in_layer(d, i, "self_attn.v_proj.bias", 0, kv, INIT_ZERO, 0, INTO_KV_HEADS) : -1;
+    l->q_norm = norm ? add_in_layer(d, i, "self_attn.q_norm.weight", 0, c->head_dim, INIT_ONE, 0, WHOLE_ON_HEADS) : -1;
+    l->k_norm = norm ? add_in_layer(d, i, "self_attn.k_norm.weight", 0, c->head_dim, INIT_ONE, 0, WHOLE_ON_HEADS) : -1;
+    l->o = add_in_layer(d, i, "self_attn.o_proj.weight", c->hidden, q, INIT_NORMAL, out_std, FROM_HEADS);
+    l->post_norm = add_in_layer(d, i, "post_attention_layernorm.weight", 0, c->hidden, INIT_ONE, 0, WHOLE);
+    l->gate = add_in_layer(d, i, "mlp.gate_proj.weight", c->ffn, c->hidden, INIT_NORMAL, std, INTO_FFN);
+    l->up = add_in_layer(d, i, "mlp.up_proj.weight", c->ffn, c->hidden, INIT_NORMAL, std, INTO_FFN);
+    l->down = add_in_layer(d, i, "mlp.down_proj.weight", c->hidden, c->ffn, INIT_NORMAL, out_std, FROM_FFN);
 }
 
 static status *llama_declare(struct model *m)
@@ -152,13 +172,13 @@ static status *llama_declare(struct model *m)
     m->impl = l;
     m->vocab = c.vocab;
     l->c = c;
-    struct declaring d = { &m->params, false };
-    l->embed = add(&d, "model.embed_tokens.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, CUT_ROWS);
+    struct declaring d = { &m->params, &c, false };
+    l->embed = add(&d, "model.embed_tokens.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, INTO_VOCAB);
     for (int64_t i = 0; i < c.layers; i++)
         declare_layer(&d, &c, i, &l->layer[i]);
-    l->norm = add(&d, "model.norm.weight", 0, c.hidden, INIT_ONE, 0, CUT_NONE);
+    l->norm = add(&d, "model.norm.weight", 0, c.hidden, INIT_ONE, 0, WHOLE);
     if (!c.tied)
-        l->head = add(&d, "lm_head.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, CUT_ROWS);
+        l->head = add(&d, "lm_head.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, INTO_VOCAB);
     else if (!d.failed && params_alias(d.ps, "lm_head.weight", &d.ps->p[l->embed]))
         l->head = d.ps->count - 1;
     else

@@ -22,13 +22,21 @@
 
 enum { TENSOR_DIMS = 4 };
 
+/* How tensor-parallel ranks share a weight: this rank's part of dimension `dim` is [first, first + count) of `total`;
+ * rows of the tensor behind `count` are padding. */
+struct tensor_cut {
+    int dim;
+    int64_t first, count, total;
+};
+
 /* Row-major, contiguous, last index fastest. */
 struct tensor {
     enum dtype dtype; /* DTYPE_F32, or DTYPE_BF16 for stored weights */
     int ndim;
     int64_t dim[TENSOR_DIMS];
     void *data;
-    float *grad; /* f32, same shape; NULL: no gradient is wanted */
+    float *grad;                  /* f32, same shape; NULL: no gradient is wanted */
+    const struct tensor_cut *cut; /* NULL: whole on every tensor-parallel rank */
 };
 
 /* Product of the dimensions. */

@@ -500,8 +500,7 @@ static void update_run(const struct zero *z, const struct adamw *a, struct zero_
 {
     for (int i = 0; i < z->p->count; i++) {
         const struct param *p = &z->p->p[i];
-        bool ok;
-        uint64_t begin = p->offset, end = p->offset + shape_volume(&p->shape, &ok);
+        uint64_t begin = p->offset, end = p->offset + param_elems(p);
         if (p->alias >= 0)
             continue;
         begin = begin > run.begin ? begin : run.begin;
