@@ -16,6 +16,7 @@ enum { MOST = 1 << 19, SEGMENTS = 16 };
 
 struct pack {
     int heads, kv_heads, d;
+    int64_t window;
     struct segments seg;
     int32_t offset[SEGMENTS + 1];
     int64_t n;
@@ -72,6 +73,7 @@ static struct attention attention_of(struct pack *p, int64_t at, int side)
                                .heads = p->heads,
                                .kv_heads = p->kv_heads,
                                .head_dim = p->d,
+                               .window = p->window,
                                .seg = &p->seg,
                                .q = q + at * qr,
                                .k = k + at * kr,
@@ -100,9 +102,10 @@ static void expect_near(const struct pack *p, const char *what, const float *got
                      (long long)p->n, (long long)i, (double)got[i], (double)want[i]);
 }
 
-static void check(int heads, int kv_heads, int d, int count, const int32_t *length)
+static void check_window(int heads, int kv_heads, int d, int64_t window, int count, const int32_t *length)
 {
     struct pack p = pack_of(heads, kv_heads, d, count, length);
+    p.window = window;
     int64_t qn = p.n * heads * d, kn = p.n * kv_heads * d;
     run(NULL, &p, 0, 0);
     struct attention a = attention_of(&p, 0, 1);
@@ -113,6 +116,11 @@ static void check(int heads, int kv_heads, int d, int count, const int32_t *leng
     expect_near(&p, "dq", dq[0], dq[1], qn, 1e-5);
     expect_near(&p, "dk", dk[0], dk[1], kn, 1e-5);
     expect_near(&p, "dv", dv[0], dv[1], kn, 1e-5);
+}
+
+static void check(int heads, int kv_heads, int d, int count, const int32_t *length)
+{
+    check_window(heads, kv_heads, d, 0, count, length);
 }
 
 static void against_plain(void **state)
@@ -143,16 +151,35 @@ static void ragged_packs(void **state)
     }
 }
 
-/* The same segment alone, and in the middle of a pack. */
-static void packing_changes_no_bit(void **state)
+static void windows(void **state)
 {
     (void)state;
+    static const int64_t window[] = { 1, 2, 5, 63, 64, 65, 127, 128, 129, 199, 200, 201, 1000000 };
+    static const int32_t edge[] = { 1, 64, 65, 129, 200 }, ragged[] = { 70, 0, 3, 131, 64 };
+    for (size_t i = 0; i < sizeof window / sizeof *window; i++) {
+        for (size_t j = 0; j < sizeof edge / sizeof *edge; j++)
+            check_window(2, 1, 20, window[i], 1, &edge[j]);
+        check_window(4, 2, 16, window[i], 5, ragged);
+    }
+    /* the reference's own window: each output of a window of one is that token's value */
+    struct pack p = pack_of(1, 1, 16, 1, (int32_t[]){ 130 });
+    p.window = 1;
+    struct attention a = attention_of(&p, 0, 1);
+    attention_ref(&a);
+    expect_near(&p, "o", o[1], v, p.n * 16, 1e-6);
+}
+
+/* The same segment alone, and in the middle of a pack. */
+static void pack_windowed(int64_t window)
+{
     static const int32_t length[] = { 5, 130, 0, 64, 77 };
     struct pack p = pack_of(4, 2, 20, 5, length);
+    p.window = window;
     int64_t qr = 4 * 20, kr = 2 * 20;
     run(NULL, &p, 0, 0);
     for (int s = 0; s < 5; s++) {
         struct pack alone = pack_of(4, 2, 20, 1, &length[s]);
+        alone.window = window;
         int64_t at = p.offset[s];
         run(NULL, &alone, at, 1);
         assert_memory_equal(o[0] + at * qr, o[1], (size_t)(length[s] * qr) * sizeof(float));
@@ -161,6 +188,13 @@ static void packing_changes_no_bit(void **state)
         assert_memory_equal(dk[0] + at * kr, dk[1], (size_t)(length[s] * kr) * sizeof(float));
         assert_memory_equal(dv[0] + at * kr, dv[1], (size_t)(length[s] * kr) * sizeof(float));
     }
+}
+
+static void packing_changes_no_bit(void **state)
+{
+    (void)state;
+    pack_windowed(0);
+    pack_windowed(37);
 }
 
 static void threads_change_no_bit(void **state)
@@ -228,7 +262,8 @@ static struct tensor rows(float *p, int64_t n, int64_t heads)
 }
 
 /* Tokens [from[s], to[s]) of two sequences as one pack, through a cache; outputs land where the full pass has them. */
-static status *step(struct tape *t, struct kv_cache *c, const int32_t from[TWO], const int32_t to[TWO], float *out)
+static status *step(struct tape *t, struct kv_cache *c, const int32_t from[TWO], const int32_t to[TWO], int64_t window,
+                    float *out)
 {
     static float part[3][TWO * TOKENS * HEADS * DIM];
     static int32_t offset[TWO + 1], position[TWO * TOKENS];
@@ -246,7 +281,7 @@ static status *step(struct tape *t, struct kv_cache *c, const int32_t from[TWO],
     struct tensor qs = rows(part[0], n, HEADS), ks = rows(part[1], n, GROUPS), vs = rows(part[2], n, GROUPS);
     struct segments seg = { TWO, offset, position };
     tape_begin(t, TAPE_FORWARD);
-    struct tensor *y = op_attention(t, &qs, &ks, &vs, &seg, c);
+    struct tensor *y = op_attention(t, &qs, &ks, &vs, &seg, window, c);
     TRY(tape_end(t));
     for (int s = 0; s < TWO; s++)
         memcpy(out + (s * TOKENS + from[s]) * HEADS * DIM, (float *)y->data + (int64_t)offset[s] * HEADS * DIM,
@@ -254,20 +289,20 @@ static status *step(struct tape *t, struct kv_cache *c, const int32_t from[TWO],
     return NULL;
 }
 
-static void decoding_equals_full_pass(void **state)
+static void decode(int64_t window)
 {
-    (void)state;
     static float ck[TWO * CAP * GROUPS * DIM], cv[TWO * CAP * GROUPS * DIM], out[TWO * TOKENS * HEADS * DIM];
     int32_t len[TWO] = { 0 };
     struct kv_cache c = { TWO, CAP, GROUPS, DIM, ck, cv, len };
     struct pack p = pack_of(HEADS, GROUPS, DIM, TWO, (int32_t[]){ TOKENS, TOKENS });
+    p.window = window;
     run(NULL, &p, 0, 0);
     struct tape *t;
     assert_null(tape_open(NULL, NULL, 0, &t));
     /* a prompt, then pieces that straddle tiles, then one at a time; the second sequence lags and pauses */
     int32_t from[TWO] = { 0, 0 }, to[TWO] = { 60, 3 };
     for (int round = 0; from[0] < TOKENS || from[1] < TOKENS; round++) {
-        assert_null(step(t, &c, from, to, out));
+        assert_null(step(t, &c, from, to, window, out));
         assert_int_equal(len[0], to[0]);
         assert_int_equal(len[1], to[1]);
         for (int s = 0; s < TWO; s++) {
@@ -281,40 +316,53 @@ static void decoding_equals_full_pass(void **state)
             fail_msg("element %d is %.9g decoded, %.9g in a full pass", i, (double)out[i], (double)o[0][i]);
 
     /* what does not fit is refused before anything is written */
-    status *st = step(t, &c, (int32_t[]){ 0, 0 }, (int32_t[]){ 10, 11 }, out);
+    status *st = step(t, &c, (int32_t[]){ 0, 0 }, (int32_t[]){ 10, 11 }, window, out);
     assert_int_equal(status_code(st), ST_INVALID);
     assert_non_null(strstr(status_message(st), "segment 1"));
     status_free(st);
     assert_int_equal(len[0], TOKENS);
-    assert_null(step(t, &c, (int32_t[]){ 0, 0 }, (int32_t[]){ 10, 10 }, out));
+    assert_null(step(t, &c, (int32_t[]){ 0, 0 }, (int32_t[]){ 10, 10 }, window, out));
 
     static const int32_t offset[] = { 0, 0, 1 }, position[] = { 0 };
     struct tensor one_q = rows(q, 1, HEADS), one = rows(k, 1, GROUPS);
     struct segments seg = { TWO, offset, position };
     len[0] = len[1] = 0;
     tape_begin(t, TAPE_TRAIN);
-    assert_null(op_attention(t, &one_q, &one, &one, &seg, &c));
+    assert_null(op_attention(t, &one_q, &one, &one, &seg, 0, &c));
     assert_non_null(st = tape_end(t));
     status_free(st);
     tape_begin(t, TAPE_DRY);
-    assert_non_null(op_attention(t, &one_q, &one, &one, &seg, &c));
+    assert_non_null(op_attention(t, &one_q, &one, &one, &seg, 0, &c));
     assert_null(tape_end(t));
     assert_true(len[0] == 0 && len[1] == 0);
     struct kv_cache other = { TWO, CAP, GROUPS + 1, DIM, ck, cv, len };
     tape_begin(t, TAPE_FORWARD);
-    assert_null(op_attention(t, &one_q, &one, &one, &seg, &other));
+    assert_null(op_attention(t, &one_q, &one, &one, &seg, 0, &other));
     assert_non_null(st = tape_end(t));
     status_free(st);
     tape_close(t);
 }
 
+static void decoding_equals_full_pass(void **state)
+{
+    (void)state;
+    decode(0);
+    decode(7);
+    decode(64);
+    decode(70);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(against_plain),          cmocka_unit_test(ragged_packs),
-        cmocka_unit_test(packing_changes_no_bit), cmocka_unit_test(threads_change_no_bit),
-        cmocka_unit_test(some_gradients),         cmocka_unit_test(decoding_equals_full_pass),
-        cmocka_unit_test(large_scores),
+        cmocka_unit_test(against_plain),
+        cmocka_unit_test(ragged_packs),
+        cmocka_unit_test(packing_changes_no_bit),
+        cmocka_unit_test(threads_change_no_bit),
+        cmocka_unit_test(some_gradients),
+        cmocka_unit_test(decoding_equals_full_pass),
+        cmocka_unit_test(windows),
+        cmocka_unit_test(large_scores), /* last: it changes k */
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

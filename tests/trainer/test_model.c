@@ -23,14 +23,21 @@ struct variant {
     int layers, hidden, heads, kv_heads, head_dim, ffn; /* kv_heads and head_dim as resolved */
     bool tied, qk_norm, qkv_bias;
     const char *extra; /* "key=value,key=value" */
+    int window, window_from;
+    double stretch; /* of positions; 0: 1 */
 };
 
 static const struct variant variants[] = {
-    { "untied", 2, 24, 4, 4, 6, 40, false, false, false, "" },
-    { "tied, grouped", 2, 24, 4, 2, 6, 33, true, false, false, "kv_heads=2,tied=true" },
-    { "qwen2", 1, 20, 2, 1, 10, 24, true, false, true, "kv_heads=1,tied=true,qkv_bias=true" },
-    { "qwen3", 2, 18, 3, 1, 8, 24, false, true, false, "kv_heads=1,head_dim=8,qk_norm=true" },
-    { "all", 1, 16, 4, 2, 8, 20, true, true, true, "kv_heads=2,head_dim=8,qk_norm=true,qkv_bias=true,tied=true" },
+    { "untied", 2, 24, 4, 4, 6, 40, false, false, false, "", 0, 0, 0 },
+    { "tied, grouped", 2, 24, 4, 2, 6, 33, true, false, false, "kv_heads=2,tied=true", 0, 0, 0 },
+    { "qwen2", 1, 20, 2, 1, 10, 24, true, false, true, "kv_heads=1,tied=true,qkv_bias=true", 0, 0, 0 },
+    { "qwen3", 2, 18, 3, 1, 8, 24, false, true, false, "kv_heads=1,head_dim=8,qk_norm=true", 0, 0, 0 },
+    { "all", 1, 16, 4, 2, 8, 20, true, true, true, "kv_heads=2,head_dim=8,qk_norm=true,qkv_bias=true,tied=true", 0, 0,
+      0 },
+    { "in a window, but for its first layer", 2, 16, 2, 1, 8, 20, true, false, false,
+      "kv_heads=1,tied=true,sliding_window=3,window_from=1", 3, 1, 0 },
+    { "in a window, stretched", 2, 16, 2, 2, 8, 20, false, false, false,
+      "sliding_window=5,rope_scaling=linear,rope_factor=4", 5, 0, 4 },
 };
 enum { VARIANTS = sizeof variants / sizeof *variants };
 
@@ -148,7 +155,7 @@ static void plain_linear(const struct plain *p, double *y, const double *x, int 
     }
 }
 
-static void plain_rope(double *x, int d, int position)
+static void plain_rope(double *x, int d, double position)
 {
     for (int i = 0; i < d / 2; i++) {
         double a = position * pow(100.0, -2.0 * i / d), u = x[i], w = x[i + d / 2];
@@ -176,19 +183,20 @@ static void plain_heads(const struct plain *p, double *y, const double *x, int l
             memcpy(copy, head, (size_t)p->v->head_dim * sizeof *copy);
             plain_norm(p, head, copy, p->v->head_dim, layer_param(p, layer, name));
         }
-        plain_rope(head, p->v->head_dim, position);
+        plain_rope(head, p->v->head_dim, p->v->stretch > 0 ? position / p->v->stretch : position);
     }
 }
 
 /* Position i's attention output, given q of this token and k, v of all up to it. */
-static void plain_attend(const struct plain *p, double *o, const double *q, double k[][64], double v[][64], int i)
+static void plain_attend(const struct plain *p, double *o, const double *q, double k[][64], double v[][64], int i,
+                         int layer)
 {
-    int d = p->v->head_dim;
+    int d = p->v->head_dim, window = layer < p->v->window_from ? 0 : p->v->window;
     for (int h = 0; h < p->v->heads; h++) {
         int g = h / (p->v->heads / p->v->kv_heads);
         double total = 0;
         memset(o + h * d, 0, (size_t)d * sizeof *o);
-        for (int j = 0; j <= i; j++) {
+        for (int j = window && i >= window ? i - window + 1 : 0; j <= i; j++) {
             double score = 0;
             for (int e = 0; e < d; e++)
                 score += q[h * d + e] * k[j][g * d + e];
@@ -219,7 +227,7 @@ static double plain_run(const struct plain *p, const int32_t *token, const int32
             plain_heads(p, q, h, l, 'q', p->v->heads, i);
             plain_heads(p, k[i], h, l, 'k', p->v->kv_heads, i);
             plain_heads(p, v[i], h, l, 'v', p->v->kv_heads, i);
-            plain_attend(p, o, q, k, v, i);
+            plain_attend(p, o, q, k, v, i, l);
             plain_linear(p, y, o, c, p->v->heads * p->v->head_dim, layer_param(p, l, "self_attn.o_proj.weight"), -1);
             for (int j = 0; j < c; j++)
                 x[i][j] += y[j];

@@ -26,6 +26,7 @@ struct problem {
     void (*ref)(const struct problem *p, double *y);
     const int32_t *id; /* ids, targets or positions */
     struct segments seg;
+    int64_t window;
     double tolerance; /* 0: 2e-6 */
     /* filled by the harness */
     struct tensor x[INPUTS];
@@ -222,11 +223,34 @@ static void ref_rmsnorm(const struct problem *p, double *y)
     }
 }
 
+static const int32_t whole[] = { 0, 7 };
 static const int32_t positions[] = { 0, 1, 5, 1000, 0, 1, 2 };
 
 static struct tensor *do_rope(struct tape *t, const struct problem *p)
 {
-    return op_rope(t, in(p, 0), positions, 500.0f);
+    return op_rope(t, in(p, 0), positions, &(struct rope){ .theta = 500 });
+}
+
+/* Yarn, whose amplitude the gradient has too. */
+static const struct rope stretched = { 500, ROPE_YARN, 4, 64, 0, 0, 32, 1, 1.5 };
+
+static struct tensor *do_stretched(struct tape *t, const struct problem *p)
+{
+    return op_rope(t, in(p, 0), positions, &stretched);
+}
+
+static void ref_stretched(const struct problem *p, double *y)
+{
+    int64_t h = p->x[0].dim[1], d = p->x[0].dim[2];
+    double frequency[64];
+    assert_true(rope_frequencies(&stretched, d, frequency) == 1.5);
+    for (int64_t i = 0; i < tensor_elems(&p->x[0]); i += d) {
+        for (int64_t j = 0; j < d / 2; j++) {
+            double a = positions[i / (h * d)] * frequency[j], u = p->in[0][i + j], v = p->in[0][i + j + d / 2];
+            y[i + j] = 1.5 * (u * cos(a) - v * sin(a));
+            y[i + j + d / 2] = 1.5 * (v * cos(a) + u * sin(a));
+        }
+    }
 }
 
 static void ref_rope(const struct problem *p, double *y)
@@ -244,7 +268,7 @@ static void ref_rope(const struct problem *p, double *y)
 
 static struct tensor *do_attention(struct tape *t, const struct problem *p)
 {
-    return op_attention(t, in(p, 0), in(p, 1), in(p, 2), &p->seg, NULL);
+    return op_attention(t, in(p, 0), in(p, 1), in(p, 2), &p->seg, p->window, NULL);
 }
 
 static void ref_attention(const struct problem *p, double *y)
@@ -257,6 +281,8 @@ static void ref_attention(const struct problem *p, double *y)
                 double *o = y + (i * heads + h) * d, total = 0;
                 memset(o, 0, (size_t)d * sizeof *o);
                 for (int64_t j = p->seg.offset[s]; j <= i; j++) {
+                    if (p->window && i - j >= p->window)
+                        continue;
                     int64_t row = (j * groups + h / (heads / groups)) * d;
                     double score = 0;
                     for (int64_t e = 0; e < d; e++)
@@ -378,6 +404,7 @@ static void each_op(void **state)
         { .name = "rmsnorm of heads", .count = 2, .dim = { { 3, 4, 6 }, { 6 } }, .op = do_rmsnorm, .ref = ref_rmsnorm },
         { .name = "rmsnorm, wide", .count = 2, .dim = { { 2, 130 }, { 130 } }, .op = do_rmsnorm, .ref = ref_rmsnorm },
         { .name = "rope", .count = 1, .dim = { { 7, 3, 34 } }, .op = do_rope, .ref = ref_rope },
+        { .name = "rope, stretched", .count = 1, .dim = { { 7, 2, 16 } }, .op = do_stretched, .ref = ref_stretched },
         { .name = "rope of 2", .count = 1, .dim = { { 7, 1, 2 } }, .op = do_rope, .ref = ref_rope },
         { .name = "attention",
           .count = 3,
@@ -391,6 +418,13 @@ static void each_op(void **state)
           .op = do_attention,
           .ref = ref_attention,
           .seg = { 4, offsets, NULL } },
+        { .name = "attention in a window",
+          .count = 3,
+          .dim = { { 7, 2, 6 }, { 7, 1, 6 }, { 7, 1, 6 } },
+          .op = do_attention,
+          .ref = ref_attention,
+          .seg = { 1, whole, NULL },
+          .window = 3 },
         { .name = "swiglu", .count = 2, .dim = { { 3, 35 }, { 3, 35 } }, .op = do_swiglu, .ref = ref_swiglu },
         { .name = "add", .count = 2, .dim = { { 3, 4, 5 }, { 3, 4, 5 } }, .op = do_add, .ref = ref_add },
         { .name = "scale", .count = 1, .dim = { { 35 } }, .op = do_scale, .ref = ref_scale },
@@ -450,8 +484,8 @@ static void shape_errors(void **state)
     expect_error(t, op_linear(t, &x, &w8, &b), "op_linear: [3, 8] and [4]");
     expect_error(t, op_linear(t, &q, &w8, NULL), "op_linear");
     expect_error(t, op_rmsnorm(t, &x, &b, 1), "op_rmsnorm: [4, 8] and [4]");
-    expect_error(t, op_rope(t, &odd, positions, 10), "op_rope: [4, 2, 7]");
-    expect_error(t, op_rope(t, &x, positions, 10), "op_rope");
+    expect_error(t, op_rope(t, &odd, positions, &(struct rope){ .theta = 10 }), "op_rope: [4, 2, 7]");
+    expect_error(t, op_rope(t, &x, positions, &(struct rope){ .theta = 10 }), "op_rope");
     expect_error(t, op_swiglu(t, &x, &w8), "op_swiglu: [4, 8] and [3, 8]");
     expect_error(t, op_add(t, &x, &w8), "op_add: [4, 8] and [3, 8]");
     expect_error(t, op_view(t, &x, 1, (int64_t[]){ 31 }), "op_view: [4, 8] and [31]");
@@ -459,12 +493,12 @@ static void shape_errors(void **state)
     static const int32_t all[] = { 0, 4 }, shorter[] = { 0, 3 }, back[] = { 0, 3, 2, 4 }, up[] = { 0, 1, 2, 3 },
                          flat[] = { 0, 1, 1, 2 };
     struct segments seg = { 1, all, up };
-    expect_error(t, op_attention(t, &q, &k, &k, &seg, NULL), "multiple of G");
-    expect_error(t, op_attention(t, &k, &k, &odd, &seg, NULL), "op_attention: [4, 2, 8] and [4, 2, 7]");
-    expect_error(t, op_attention(t, &big_head, &big_head, &big_head, &seg, NULL), "256");
-    expect_error(t, op_attention(t, &k, &k, &k, &(struct segments){ 1, shorter, up }, NULL), "4 tokens");
-    expect_error(t, op_attention(t, &k, &k, &k, &(struct segments){ 3, back, NULL }, NULL), "segment 1");
-    expect_error(t, op_attention(t, &k, &k, &k, &(struct segments){ 1, all, flat }, NULL), "token 2");
+    expect_error(t, op_attention(t, &q, &k, &k, &seg, 0, NULL), "multiple of G");
+    expect_error(t, op_attention(t, &k, &k, &odd, &seg, 0, NULL), "op_attention: [4, 2, 8] and [4, 2, 7]");
+    expect_error(t, op_attention(t, &big_head, &big_head, &big_head, &seg, 0, NULL), "256");
+    expect_error(t, op_attention(t, &k, &k, &k, &(struct segments){ 1, shorter, up }, 0, NULL), "4 tokens");
+    expect_error(t, op_attention(t, &k, &k, &k, &(struct segments){ 3, back, NULL }, 0, NULL), "segment 1");
+    expect_error(t, op_attention(t, &k, &k, &k, &(struct segments){ 1, all, flat }, 0, NULL), "token 2");
     static const int32_t target[] = { 0, 1, 2, 3 }, negative[] = { 0, 0, -1, 0 };
     expect_error(t, op_logprob(t, &x, &w8, target, 1), "token 3 has target 3");
     expect_error(t, op_logprob(t, &x, &w8, target, 0), "temperature");
@@ -567,7 +601,7 @@ static void dry_holds_for_smaller(void **state)
     tape_close(t);
 }
 
-/* Angles are shared inside a pass, but only by ropes of the same positions, size and base. */
+/* Angles are shared inside a pass, but only by ropes of the same positions, size and growth. */
 static void rope_tables_are_told_apart(void **state)
 {
     (void)state;
@@ -576,9 +610,17 @@ static void rope_tables_are_told_apart(void **state)
     const struct {
         int64_t n, d;
         const int32_t *position;
-        float theta;
-    } use[] = { { 7, 4, positions, 10 }, { 7, 8, positions, 10 }, { 7, 4, other, 10 },
-                { 7, 4, positions, 20 }, { 6, 4, positions, 10 }, { 7, 4, positions, 10 } };
+        struct rope how;
+    } use[] = { { 7, 4, positions, { .theta = 10 } },
+                { 7, 8, positions, { .theta = 10 } },
+                { 7, 4, other, { .theta = 10 } },
+                { 7, 4, positions, { .theta = 20 } },
+                { 6, 4, positions, { .theta = 10 } },
+                { 7, 4, positions, { 10, ROPE_LINEAR, .factor = 2 } },
+                { 7, 4, positions, { 10, ROPE_LINEAR, .factor = 3 } },
+                { 7, 4, positions, { 10, ROPE_YARN, 4, 64, 0, 0, 32, 1, 0 } },
+                { 7, 4, positions, { 10, ROPE_YARN, 4, 64, 0, 0, 32, 1, 2 } },
+                { 7, 4, positions, { .theta = 10 } } };
     enum { USES = sizeof use / sizeof *use };
     struct tape *t;
     struct tensor *y[USES];
@@ -589,7 +631,7 @@ static void rope_tables_are_told_apart(void **state)
             struct tensor x = of(3, use[i].n, 1, use[i].d);
             if (!together || i == 0)
                 tape_begin(t, TAPE_FORWARD);
-            y[i] = op_rope(t, &x, use[i].position, use[i].theta);
+            y[i] = op_rope(t, &x, use[i].position, &use[i].how);
             assert_non_null(y[i]);
             if (!together)
                 memcpy(want[i], y[i]->data, (size_t)tensor_elems(y[i]) * sizeof(float));
@@ -612,8 +654,8 @@ static void empty_packs(void **state)
     table.grad = w.grad = norm.grad = grad;
     tape_begin(t, TAPE_TRAIN);
     struct tensor *x = op_rmsnorm(t, op_embedding(t, &table, NULL, 0), &norm, 1e-5f);
-    struct tensor *q = op_rope(t, op_view(t, x, 3, (int64_t[]){ 0, 2, 4 }), NULL, 100);
-    x = op_view(t, op_attention(t, q, q, q, &seg, NULL), 2, (int64_t[]){ 0, 8 });
+    struct tensor *q = op_rope(t, op_view(t, x, 3, (int64_t[]){ 0, 2, 4 }), NULL, &(struct rope){ .theta = 100 });
+    x = op_view(t, op_attention(t, q, q, q, &seg, 0, NULL), 2, (int64_t[]){ 0, 8 });
     x = op_logprob(t, op_swiglu(t, x, x), &w, NULL, 1);
     struct tensor *sum = op_sum(t, x);
     assert_null(tape_end(t));

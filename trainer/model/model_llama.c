@@ -1,6 +1,6 @@
 /* llama: decoder-only transformers with RMSNorm, rotary embedding, SwiGLU and grouped-query attention. Llama, Qwen2
- * (qkv_bias), Qwen3 (qk_norm) and SmolLM2 are configs of it; names and shapes are those of their Hugging Face
- * checkpoints.
+ * (qkv_bias), Qwen3 (qk_norm), Mistral (sliding_window) and SmolLM2 are configs of it; names and shapes are those of
+ * their Hugging Face checkpoints.
  *
  *   x = embed[token]
  *   layer:  x += o_proj(attention(rope(norm(q)), rope(norm(k)), v)),  q, k, v = projections of rmsnorm(x)
@@ -20,6 +20,9 @@ struct llama_config {
     int64_t layers, hidden, heads, kv_heads, head_dim, ffn, max_positions, vocab;
     double rope_theta, norm_eps, init_std;
     bool tied, qk_norm, qkv_bias;
+    int64_t window, window_from;
+    int rope_scaling;
+    double rope_factor, rope_original, rope_low, rope_high, rope_fast, rope_slow, rope_amplitude;
 };
 
 #define AT(field) offsetof(struct llama_config, field)
@@ -33,6 +36,21 @@ static const struct option llama_rows[] = {
     { "head_dim", OPT_INT, "0", 0, 256, NULL, "", "size of a head, even; 0: hidden / heads", AT(head_dim) },
     { "ffn", OPT_INT, NULL, 1, 1e7, NULL, "", "width of the feed-forward block (intermediate_size)", AT(ffn) },
     { "rope_theta", OPT_FLOAT, "10000", 1, 1e9, NULL, "", "base of the rotary angles", AT(rope_theta) },
+    { "rope_scaling", OPT_ENUM, "none", 0, 0, "none|linear|llama3|yarn", "",
+      "how the angles were stretched to longer texts (rope_type)", AT(rope_scaling) },
+    { "rope_factor", OPT_FLOAT, "1", 1, 1e6, NULL, "", "with rope_scaling: by how much (factor)", AT(rope_factor) },
+    { "rope_original", OPT_FLOAT, "0", 0, 1e8, NULL, "tokens",
+      "with llama3 and yarn: longest sequence before (original_max_position_embeddings)", AT(rope_original) },
+    { "rope_low", OPT_FLOAT, "1", 1e-3, 1e6, NULL, "", "with llama3: low_freq_factor", AT(rope_low) },
+    { "rope_high", OPT_FLOAT, "4", 1e-3, 1e6, NULL, "", "with llama3: high_freq_factor", AT(rope_high) },
+    { "rope_beta_fast", OPT_FLOAT, "32", 1e-3, 1e6, NULL, "", "with yarn: beta_fast", AT(rope_fast) },
+    { "rope_beta_slow", OPT_FLOAT, "1", 1e-3, 1e6, NULL, "", "with yarn: beta_slow", AT(rope_slow) },
+    { "rope_amplitude", OPT_FLOAT, "0", 0, 100, NULL, "",
+      "with yarn: factor of cosines and sines (attention_factor); 0: 0.1 ln(rope_factor) + 1", AT(rope_amplitude) },
+    { "sliding_window", OPT_INT, "0", 0, 1e9, NULL, "tokens",
+      "a token sees itself and those before it, so many in all (sliding_window); 0: all", AT(window) },
+    { "window_from", OPT_INT, "0", 0, 1024, NULL, "layers",
+      "the layers before this one have no window (max_window_layers)", AT(window_from) },
     { "norm_eps", OPT_FLOAT, "1e-5", 1e-12, 1, NULL, "", "epsilon of RMSNorm (rms_norm_eps)", AT(norm_eps) },
     { "tied", OPT_BOOL, "false", 0, 0, NULL, "", "output matrix is the embedding (tie_word_embeddings)", AT(tied) },
     { "qk_norm", OPT_BOOL, "false", 0, 0, NULL, "", "RMSNorm on each query and key head, as in Qwen3", AT(qk_norm) },
@@ -53,6 +71,7 @@ struct llama_layer {
 
 struct llama {
     struct llama_config c; /* zeros replaced by what they stand for */
+    struct rope rope;
     int embed, norm, head;
     struct llama_layer layer[];
 };
@@ -79,6 +98,15 @@ static status *llama_check(const void *config)
                    (long long)c.hidden, (long long)c.heads);
     if (c.head_dim < 2 || c.head_dim % 2 || c.head_dim > 256)
         return ERR(INVALID, "model.head_dim: %lld is not an even number from 2 to 256", (long long)c.head_dim);
+    bool bands = c.rope_scaling == ROPE_LLAMA3 || c.rope_scaling == ROPE_YARN;
+    if (bands && c.rope_original < 1)
+        return ERR(INVALID, "model.rope_original: rope_scaling %s needs the longest sequence before scaling",
+                   c.rope_scaling == ROPE_YARN ? "yarn" : "llama3");
+    if (c.rope_scaling == ROPE_LLAMA3 && c.rope_low >= c.rope_high)
+        return ERR(INVALID, "model.rope_low: %g is not below model.rope_high: %g", c.rope_low, c.rope_high);
+    if (c.rope_scaling == ROPE_YARN && (c.rope_slow >= c.rope_fast || c.rope_theta <= 1))
+        return ERR(INVALID, "model.rope_beta_slow: %g is not below model.rope_beta_fast: %g, or rope_theta is 1",
+                   c.rope_slow, c.rope_fast);
     return NULL;
 }
 
@@ -158,6 +186,19 @@ static void declare_layer(struct declaring *d, const struct llama_config *c, int
     l->down = add_in_layer(d, i, "mlp.down_proj.weight", c->hidden, c->ffn, INIT_NORMAL, out_std, FROM_FFN);
 }
 
+static struct rope rope_of(const struct llama_config *c)
+{
+    return (struct rope){ .theta = (double)(float)c->rope_theta,
+                          .scaling = (enum rope_scaling)c->rope_scaling,
+                          .factor = c->rope_factor,
+                          .original = c->rope_original,
+                          .low = c->rope_low,
+                          .high = c->rope_high,
+                          .beta_fast = c->rope_fast,
+                          .beta_slow = c->rope_slow,
+                          .amplitude = c->rope_amplitude };
+}
+
 static status *llama_declare(struct model *m)
 {
     struct llama_config c = resolved(m->config);
@@ -172,6 +213,7 @@ static status *llama_declare(struct model *m)
     m->impl = l;
     m->vocab = c.vocab;
     l->c = c;
+    l->rope = rope_of(&c);
     struct declaring d = { &m->params, &c, false };
     l->embed = add(&d, "model.embed_tokens.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, INTO_VOCAB);
     for (int64_t i = 0; i < c.layers; i++)
@@ -212,7 +254,7 @@ static struct tensor *turned(const struct pass *p, struct tensor *x, int norm)
 {
     if (norm >= 0)
         x = op_rmsnorm(p->t, x, param(p, norm), (float)p->l->c.norm_eps);
-    return op_rope(p->t, x, p->in->seg.position, (float)p->l->c.rope_theta);
+    return op_rope(p->t, x, p->in->seg.position, &p->l->rope);
 }
 
 static struct tensor *attention_block(const struct pass *p, struct tensor *x, int64_t i)
@@ -223,7 +265,8 @@ static struct tensor *attention_block(const struct pass *p, struct tensor *x, in
     struct tensor *q = turned(p, heads(p, h, l->q, l->q_bias, c->heads), l->q_norm);
     struct tensor *k = turned(p, heads(p, h, l->k, l->k_bias, c->kv_heads), l->k_norm);
     struct tensor *v = heads(p, h, l->v, l->v_bias, c->kv_heads);
-    struct tensor *o = op_attention(p->t, q, k, v, &p->in->seg, p->in->cache ? &p->in->cache[i] : NULL);
+    int64_t window = i >= c->window_from ? c->window : 0;
+    struct tensor *o = op_attention(p->t, q, k, v, &p->in->seg, window, p->in->cache ? &p->in->cache[i] : NULL);
     o = op_view(p->t, o, 2, (int64_t[]){ p->in->tokens, c->heads * c->head_dim });
     return op_add(p->t, x, op_linear(p->t, o, param(p, l->o), NULL));
 }
@@ -260,8 +303,10 @@ static double llama_flops(const struct model *m, double mean_context)
 {
     const struct llama_config *c = &((const struct llama *)m->impl)->c;
     double q = (double)(c->heads * c->head_dim), kv = (double)(c->kv_heads * c->head_dim), hidden = (double)c->hidden;
-    double layer = hidden * (2 * q + 2 * kv) + 3 * hidden * (double)c->ffn + 2 * q * mean_context;
-    return 2 * ((double)c->layers * layer + hidden * (double)c->vocab);
+    double layer = hidden * (2 * q + 2 * kv) + 3 * hidden * (double)c->ffn, context = 0;
+    for (int64_t i = 0; i < c->layers; i++)
+        context += c->window && i >= c->window_from ? fmin(mean_context, (double)c->window) : mean_context;
+    return 2 * ((double)c->layers * layer + 2 * q * context + hidden * (double)c->vocab);
 }
 
 static struct kv_shape llama_kv_shape(const struct model *m)

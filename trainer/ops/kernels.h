@@ -37,6 +37,7 @@ struct gemm {
 struct attention {
     int64_t n;
     int heads, kv_heads, head_dim; /* head_dim at most ATTENTION_HEAD_MAX */
+    int64_t window;                /* a query sees so many keys at most, its own among them; 0: all before it */
     const struct segments *seg;
     const float *q;      /* [N, H, D] */
     const float *k, *v;  /* [N, G, D]; with a cache [S, cap, G, D] */
@@ -81,8 +82,9 @@ struct kernels {
                         const float *rrms, int64_t rows, int64_t c);
     void (*rmsnorm_bwd_weight)(struct workers *w, float *dweight, const float *dy, const float *x, const float *rrms,
                                int64_t rows, int64_t c);
-    /* table [N, D]: D/2 cosines, then D/2 sines, of position * theta^(-2i/D). */
-    void (*rope_table)(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d, float theta);
+    /* table [N, D]: D/2 cosines, then D/2 sines, of position * frequency[i], times amplitude. */
+    void (*rope_table)(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d,
+                       const double *frequency, double amplitude);
     void (*rope)(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d);
     void (*rope_bwd)(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h,
                      int64_t d);

@@ -337,7 +337,8 @@ struct rope_table {
     struct rope_table *next;
     const int32_t *position;
     int64_t n, d;
-    float theta, *angles; /* [N, D] */
+    struct rope how;
+    float *angles; /* [N, D] */
 };
 
 struct rope_record {
@@ -346,19 +347,36 @@ struct rope_record {
     const float *angles;
 };
 
+static bool same_number(double a, double b)
+{
+    return !memcmp(&a, &b, sizeof a);
+}
+
+static bool same_rope(const struct rope *a, const struct rope *b)
+{
+    if (a->scaling != b->scaling || !same_number(a->theta, b->theta))
+        return false;
+    return a->scaling == ROPE_NONE ||
+           (same_number(a->factor, b->factor) && same_number(a->original, b->original) && same_number(a->low, b->low) &&
+            same_number(a->high, b->high) && same_number(a->beta_fast, b->beta_fast) &&
+            same_number(a->beta_slow, b->beta_slow) && same_number(a->amplitude, b->amplitude));
+}
+
 /* The angles for these positions: made by the first rope of a pass, shared by the rest. */
-static const float *rope_angles(struct tape *t, const int32_t *position, int64_t n, int64_t d, float theta)
+static const float *rope_angles(struct tape *t, const int32_t *position, int64_t n, int64_t d, const struct rope *how)
 {
     for (const struct rope_table *r = t->rope; r; r = r->next)
-        if (r->position == position && r->n == n && r->d == d && !memcmp(&r->theta, &theta, sizeof theta))
+        if (r->position == position && r->n == n && r->d == d && same_rope(&r->how, how))
             return r->angles;
     struct rope_table *r = take(t, 1, sizeof *r);
     float *angles = take_floats(t, n * d);
+    double *frequency = take(t, (size_t)(d / 2), sizeof *frequency);
     if (t->error)
         return NULL;
+    double amplitude = rope_frequencies(how, d, frequency);
     if (runs(t))
-        t->kernels->rope_table(t->workers, angles, position, n, d, theta);
-    *r = (struct rope_table){ t->rope, position, n, d, theta, angles };
+        t->kernels->rope_table(t->workers, angles, position, n, d, frequency, amplitude);
+    *r = (struct rope_table){ t->rope, position, n, d, *how, angles };
     t->rope = r;
     return angles;
 }
@@ -370,14 +388,14 @@ static void rope_backward(struct tape *t, const struct tape_record *base, unsign
         t->kernels->rope_bwd(t->workers, r->x->grad, r->y->grad, r->angles, r->x->dim[0], r->x->dim[1], r->x->dim[2]);
 }
 
-struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, float theta)
+struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, const struct rope *how)
 {
     if (!x)
         return missing(t, "op_rope");
     if (x->ndim != 3 || x->dim[2] % 2 || !is_f32(x))
         return misfit(t, "op_rope", "x is f32 [N, H, D], D even", x, NULL);
     struct tensor *y = make_like(t, x, learns(t, x));
-    const float *angles = y ? rope_angles(t, position, x->dim[0], x->dim[2], theta) : NULL;
+    const float *angles = y ? rope_angles(t, position, x->dim[0], x->dim[2], how) : NULL;
     if (!angles)
         return NULL;
     if (runs(t))
@@ -397,6 +415,7 @@ struct attention_record {
     struct tape_record base;
     struct tensor *q, *k, *v, *o;
     const struct segments *seg;
+    int64_t window;
     float *lse;
 };
 
@@ -419,6 +438,7 @@ static void attention_backward(struct tape *t, const struct tape_record *base, u
     if (!INPUT_HALF(halves))
         return;
     struct attention a = attention_of(r->q, r->k, r->v, r->seg);
+    a.window = r->window;
     a.o = r->o->data;
     a.lse = r->lse;
     a.d_o = r->o->grad;
@@ -491,7 +511,7 @@ static const char *attention_misfit(const struct tensor *q, const struct tensor 
 }
 
 struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, struct tensor *v,
-                            const struct segments *seg, struct kv_cache *cache)
+                            const struct segments *seg, int64_t window, struct kv_cache *cache)
 {
     if (!q || !k || !v)
         return missing(t, "op_attention");
@@ -509,6 +529,7 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
     if (t->error)
         return NULL;
     struct attention a = attention_of(q, k, v, seg);
+    a.window = window;
     a.o = o->data;
     a.lse = lse;
     if (cache && runs(t))
@@ -522,6 +543,7 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
         r->v = v;
         r->o = o;
         r->seg = seg;
+        r->window = window;
         r->lse = lse;
     }
     return t->error ? NULL : o;

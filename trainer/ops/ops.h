@@ -43,19 +43,39 @@ struct tensor *op_linear(struct tape *t, struct tensor *x, struct tensor *w, str
  * w [C]. Keeps the reciprocal root [rows]. Works on [N, H, D] with w [D] too (q/k norm). */
 struct tensor *op_rmsnorm(struct tape *t, struct tensor *x, struct tensor *w, float eps);
 
+/* How rotary angles grow: angle i < D/2 of a head turns by f[i] = theta^(-2 i / D) a position, changed for models that
+ * were stretched to longer texts than the `original` positions they learnt. With the wavelength l = 2 pi / f: LINEAR  f
+ * / factor (Chen et al. 2023, arXiv:2306.15595) LLAMA3  f where l < original / high, f / factor where l > original /
+ * low, between them (1 - s) f / factor + s f with s = (original / l - low) / (high - low) (Llama 3.1's rope_scaling)
+ *   YARN    (1 - r) f + r f / factor, r rising linearly from 0 to 1 between the angles d(beta_fast), rounded down, and
+ *           d(beta_slow), rounded up, d(b) = D ln(original / (2 pi b)) / (2 ln theta), both kept in 0..D-1 (Peng et al.
+ * 2023, arXiv:2309.00071, 3.2, with the rounding of its authors' code); and cosines and sines times `amplitude`, which
+ *           is 0.1 ln(factor) + 1 (eq. 22) where it is given as 0 */
+enum rope_scaling { ROPE_NONE, ROPE_LINEAR, ROPE_LLAMA3, ROPE_YARN };
+struct rope {
+    double theta;
+    enum rope_scaling scaling; /* NONE: the rest is not looked at */
+    double factor, original;
+    double low, high;                       /* LLAMA3 */
+    double beta_fast, beta_slow, amplitude; /* YARN */
+};
+/* frequency [D/2]; the factor of cosines and sines is returned. */
+double rope_frequencies(const struct rope *how, int64_t d, double *frequency);
+
 /* Rotary embedding in the half-split form of Llama's Hugging Face weights (Su et al. 2021, arXiv:2104.09864):
- *   y[i] = x[i] cos a - x[i + D/2] sin a,  y[i + D/2] = x[i + D/2] cos a + x[i] sin a,  a = position * theta^(-2 i /
- * D), i < D/2. x, y [N, H, D], D even. Angles are computed in f64. */
-struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, float theta);
+ *   y[i] = x[i] cos a - x[i + D/2] sin a,  y[i + D/2] = x[i + D/2] cos a + x[i] sin a,  a = position * frequency[i],
+ * i < D/2. x, y [N, H, D], D even. Angles are computed in f64. */
+struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, const struct rope *how);
 
 /* Causal attention inside each segment, grouped-query: query head h reads key/value head h / (H / G).
  *   o = softmax(q k^T / sqrt(D)) v over keys whose position is <= the query's.   q, o [N, H, D], k, v [N, G, D]
  * Tiled with running maximum and sum (Milakov, Gimelshein 2018; Dao et al. 2022); no [N, N] matrix is stored; keeps
  * log-sum-exp [N, H]. Positions must ascend inside a segment (INVALID), so that their order is the tokens'. D is at
- * most 256. cache (TAPE_FORWARD only, else INVALID; TAPE_DRY leaves it alone): k, v are appended to it first and
- * queries see everything in it. A token decoded this way gets the bits of a full pass. */
+ * most 256. window > 0: a query sees its own key and the window - 1 before it (sliding-window attention, Beltagy et al.
+ * 2020, arXiv:2004.05150); 0: all. cache (TAPE_FORWARD only, else INVALID; TAPE_DRY leaves it alone): k, v are appended
+ * to it first and queries see everything in it. A token decoded this way gets the bits of a full pass. */
 struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, struct tensor *v,
-                            const struct segments *seg, struct kv_cache *cache);
+                            const struct segments *seg, int64_t window, struct kv_cache *cache);
 
 /* y = silu(gate) * up, silu(x) = x / (1 + e^-x) (Shazeer 2020, arXiv:2002.05202).  All the same shape. */
 struct tensor *op_swiglu(struct tape *t, struct tensor *gate, struct tensor *up);

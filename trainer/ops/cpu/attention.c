@@ -1,5 +1,6 @@
-/* attention: causal, per segment, grouped-query; tiles of 64 queries by 64 keys with a running maximum and sum, so that
- * no [T, T] matrix exists (Milakov, Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+/* attention: causal, per segment, grouped-query, perhaps in a window; tiles of 64 queries by 64 keys with a running
+ * maximum and sum, so that no [T, T] matrix exists (Milakov, Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
+ * arXiv:2205.14135).
  *
  * Tiles are counted from the segment's first token, products are the GEMM's chains, and row sums run over 16 lanes: a
  * segment's bits depend neither on threads nor on what else is in the pack, and a token decoded alone against a cache
@@ -81,16 +82,37 @@ static struct span span_of(const struct att_job *t, int64_t s)
                           a->v + from * t->kv_ld };
 }
 
+/* Of a tile's keys, those [first, end) that a row sees: the `visible` ones from the tile's first on (the causal order;
+ * may be none), without those that have left the window. */
+struct seen {
+    int64_t first, end;
+};
+
+static struct seen seen_in(const struct att_job *t, int64_t visible, int64_t keys)
+{
+    int64_t end = visible < 0 ? 0 : min64(visible, keys);
+    int64_t first = t->a->window && visible > t->a->window ? min64(visible - t->a->window, end) : 0;
+    return (struct seen){ first, end };
+}
+
+static void mask(float *row, struct seen seen)
+{
+    memset(row, 0, (size_t)seen.first * sizeof(float));
+    memset(row + seen.end, 0, (size_t)(TILE - seen.end) * sizeof(float));
+}
+
 /* One tile of scores becomes probabilities; the running maximum, sum and output of its rows are brought up to date. */
 static void softmax_tile(const struct att_job *t, float *score, float *out, float *top, float *sum, int64_t rows,
                          int64_t keys, int64_t visible)
 {
     for (int64_t i = 0; i < rows; i++) {
         float *s = score + i * TILE;
-        int64_t n = visible + i < 0 ? 0 : min64(visible + i, keys);
-        memset(s + n, 0, (size_t)(TILE - n) * sizeof(float));
-        if (n == 0)
+        struct seen seen = seen_in(t, visible + i, keys);
+        mask(s, seen);
+        if (seen.first == seen.end)
             continue;
+        int64_t n = seen.end - seen.first;
+        s += seen.first;
         float most = t->isa->max(s, n) * t->scale;
         if (most > top[i]) {
             float shrink = top[i] - most;
@@ -115,7 +137,8 @@ static void query_tile(const struct att_job *t, const struct span *p, int64_t he
         memset(out + i * t->wide, 0, (size_t)t->wide * sizeof(float));
     }
     pack_rows(t, qs, a->q + (p->first + q0) * t->q_ld + head * d, t->q_ld, rows, d);
-    for (int64_t k0 = 0; k0 < p->past + q0 + rows; k0 += TILE) {
+    int64_t left = a->window ? p->past + q0 + 1 - a->window : 0; /* the first key that the first row sees */
+    for (int64_t k0 = left > 0 ? left / TILE * TILE : 0; k0 < p->past + q0 + rows; k0 += TILE) {
         int64_t n = min64(TILE, p->past + q0 + rows - k0);
         pack_columns(t, keys, p->k + k0 * t->kv_ld + from, t->kv_ld, n, d);
         multiply(t, score, TILE, qs, rows, keys, n, d, false);
@@ -173,13 +196,15 @@ static void score_gradients(const struct att_job *t, const struct key_tile *kt, 
 {
     const struct attention *a = t->a;
     for (int64_t i = 0; i < rows; i++) {
-        int64_t row = (token + i) * t->q_ld + head * t->d, n = min64(visible + i, kt->n);
+        int64_t row = (token + i) * t->q_ld + head * t->d;
+        struct seen seen = seen_in(t, visible + i, kt->n);
         float *p = score + i * TILE, *ds = dp + i * TILE;
         float delta = t->isa->dot(a->d_o + row, a->o + row, t->d);
-        t->isa->exp_scaled(p, t->scale, a->lse[(token + i) * a->heads + head], 1.0f, n);
-        t->isa->softmax_bwd(ds, p, delta, t->scale, n);
-        memset(p + n, 0, (size_t)(TILE - n) * sizeof(float));
-        memset(ds + n, 0, (size_t)(TILE - n) * sizeof(float));
+        int64_t n = seen.end - seen.first;
+        t->isa->exp_scaled(p + seen.first, t->scale, a->lse[(token + i) * a->heads + head], 1.0f, n);
+        t->isa->softmax_bwd(ds + seen.first, p + seen.first, delta, t->scale, n);
+        mask(p, seen);
+        mask(ds, seen);
     }
 }
 
@@ -229,8 +254,10 @@ static void backward_task(void *arg, size_t index)
         pack_columns_across(kt.keys_across, p.k + at, t->kv_ld, t->d, kt.n);
         memset(kt.dk, 0, (size_t)(kt.n * t->wide) * sizeof(float));
         memset(kt.dv, 0, (size_t)(kt.n * t->wide) * sizeof(float));
+        /* queries from here on see none of these keys */
+        int64_t last = a->window ? min64(p.count, kt.k0 + kt.n - 1 + a->window) : p.count;
         for (int64_t head = g * group; head < (g + 1) * group; head++)
-            for (int64_t q0 = kt.k0; q0 < p.count; q0 += TILE)
+            for (int64_t q0 = kt.k0; q0 < last; q0 += TILE)
                 tile_pair(t, &p, &kt, head, q0);
         for (int64_t i = 0; i < kt.n; i++) {
             int64_t row = (p.first + kt.k0 + i) * t->kv_ld + from;

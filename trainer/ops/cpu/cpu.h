@@ -57,7 +57,8 @@ void cpu_rmsnorm_bwd(struct workers *w, float *dx, const float *dy, const float 
                      const float *rrms, int64_t rows, int64_t c);
 void cpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, const float *dy, const float *x, const float *rrms,
                             int64_t rows, int64_t c);
-void cpu_rope_table(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d, float theta);
+void cpu_rope_table(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d,
+                    const double *frequency, double amplitude);
 void cpu_rope(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d);
 void cpu_rope_bwd(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h, int64_t d);
 void cpu_attention(struct workers *w, const struct attention *a);

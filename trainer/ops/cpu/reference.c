@@ -51,8 +51,9 @@ struct att_row {
 static struct att_row att_row(const struct attention *a, int64_t s, int64_t i, int64_t h)
 {
     int64_t first = a->seg->offset[s], from = a->past ? s * a->cap : first, g = h / (a->heads / a->kv_heads);
-    return (struct att_row){ ((first + i) * a->heads + h) * a->head_dim, (from * a->kv_heads + g) * a->head_dim,
-                             (a->past ? a->past[s] : 0) + i + 1 };
+    int64_t n = (a->past ? a->past[s] : 0) + i + 1, gone = a->window && n > a->window ? n - a->window : 0;
+    return (struct att_row){ ((first + i) * a->heads + h) * a->head_dim,
+                             ((from + gone) * a->kv_heads + g) * a->head_dim, n - gone };
 }
 
 static void att_row_ref(const struct attention *a, struct att_row r, int64_t lse_at)

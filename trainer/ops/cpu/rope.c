@@ -9,7 +9,8 @@ struct rope_job {
     const float *x, *angles;
     const int32_t *position;
     int64_t n, h, d, each;
-    double theta;
+    const double *frequency;
+    double amplitude;
     float sign;
     bool add;
 };
@@ -19,18 +20,20 @@ static void table_rows(void *arg, size_t index)
     const struct rope_job *t = arg;
     int64_t half = t->d / 2, first = (int64_t)index * t->each, last = min64(first + t->each, t->n);
     for (int64_t j = 0; j < half; j++) {
-        double frequency = pow(t->theta, -2.0 * (double)j / (double)t->d);
         for (int64_t i = first; i < last; i++) {
-            double a = (double)t->position[i] * frequency;
-            t->table[i * t->d + j] = (float)cos(a);
-            t->table[i * t->d + half + j] = (float)sin(a);
+            double a = (double)t->position[i] * t->frequency[j];
+            t->table[i * t->d + j] = (float)(t->amplitude * cos(a));
+            t->table[i * t->d + half + j] = (float)(t->amplitude * sin(a));
         }
     }
 }
 
-void cpu_rope_table(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d, float theta)
+void cpu_rope_table(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d,
+                    const double *frequency, double amplitude)
 {
-    struct rope_job t = { .table = table, .position = position, .n = n, .d = d, .each = 64, .theta = (double)theta };
+    struct rope_job t = {
+        .table = table, .position = position, .n = n, .d = d, .each = 64, .frequency = frequency, .amplitude = amplitude
+    };
     workers_for(w, task_count(n, t.each), table_rows, &t);
 }
 
@@ -58,7 +61,7 @@ void cpu_rope(struct workers *w, float *y, const float *x, const float *table, i
     rotate(w, y, x, table, n, h, d, 1.0f, false);
 }
 
-/* A rotation's gradient is turned back by the same angle. */
+/* A rotation's gradient is turned back by the same angle (and times the same amplitude: the transposed matrix). */
 void cpu_rope_bwd(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h, int64_t d)
 {
     rotate(w, dx, dy, table, n, h, d, -1.0f, true);
