@@ -214,10 +214,15 @@ static status *save_failed(struct trainer *t, status *st)
     t->cost.excess_s = 0;
     metrics_begin(t->metrics, "save_failed", t->step);
     metrics_text(t->metrics, "error", status_message(st));
+    if (status_rank(st) >= 0)
+        metrics_integer(t->metrics, "rank", (uint64_t)status_rank(st));
     metrics_end(t->metrics);
     if (t->cfg->checkpoint.on_error == ON_ERROR_STOP || t->stopped_by)
         return status_wrap(st, "save failed");
-    metrics_say(t->metrics, "warning: save failed, training goes on: %s", status_message(st));
+    char where[32] = "";
+    if (status_rank(st) >= 0)
+        snprintf(where, sizeof where, " on rank %d", status_rank(st));
+    metrics_say(t->metrics, "warning: save failed%s, training goes on: %s", where, status_message(st));
     status_free(st);
     return NULL;
 }
