@@ -99,12 +99,12 @@ class Radosgw(daemon.Server):
         self.set = {"host": "127.0.0.1", "store": "memstore", "gb": 8, "mon_port": mon_port, "port": port, "fsid": str(uuid.uuid4()), "bucket": "ckpt",
                     "access": "TESTACCESSKEY" + uuid.uuid4().hex[:7].upper(), "secret": daemon.new_secret(), **given}
         s = self.set
-        frontend = f"endpoint={s['host']}:{s['port']}"
+        frontend = f"endpoint={s['host']}:{s['port']} tcp_nodelay=1"
         if s.get("tls"):
             daemon.need(["openssl"], "openssl")
             self.call("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=tessera-test",
                       "-addext", f"subjectAltName=IP:{s['host']}", "-keyout", self.dir / "tls.key", "-out", self.dir / "tls.crt")
-            frontend = f"ssl_endpoint={s['host']}:{s['port']} ssl_certificate={self.dir}/tls.crt ssl_private_key={self.dir}/tls.key"
+            frontend = f"ssl_endpoint={s['host']}:{s['port']} ssl_certificate={self.dir}/tls.crt ssl_private_key={self.dir}/tls.key tcp_nodelay=1"
         for sub in ("mon", "osd", "rgw"):
             (self.dir / sub).mkdir()
         self.conf.write_text(CONF.format(dir=self.dir, frontend=frontend, bytes=int(s["gb"]) << 30, fast=str(s["store"] != "memstore").lower(), **s))

@@ -24,6 +24,7 @@ POLL_S = 0.001
 LIMIT_S = 240  # of a single wait: far beyond what any of these jobs takes
 
 _running = []
+said = []  # by the tools that have run
 
 
 def fail(text):
@@ -235,6 +236,7 @@ def tool(*arguments, status=0):
     """The program alone, without mpirun. Returns (stdout, stderr); the exit status stays in tool.status."""
     r = subprocess.run([TESSERA, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S)
     tool.status = r.returncode
+    said.extend((r.stdout, r.stderr))
     check(status is None or r.returncode == status, f"tessera {' '.join(map(str, arguments))}: exit status {r.returncode}, not {status}:\n{r.stdout}{r.stderr}")
     return r.stdout, r.stderr
 
