@@ -24,7 +24,8 @@ target_link_options(tessera_shared PRIVATE -Wl,--version-script=${library_map} -
 if(NOT TESSERA_SANITIZE)
   target_link_options(tessera_shared PRIVATE -Wl,-z,defs)
 endif()
-target_link_libraries(tessera_shared PRIVATE MPI::MPI_C ${library_hdf5} PkgConfig::PROTOBUFC PkgConfig::ISAL Threads::Threads m
+target_link_libraries(tessera_shared PRIVATE MPI::MPI_C ${library_hdf5} PkgConfig::PROTOBUFC PkgConfig::ISAL CURL::libcurl
+                                             OpenSSL::Crypto Threads::Threads m
                                              ${CMAKE_DL_LIBS})
 target_include_directories(tessera_shared INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 
@@ -37,7 +38,8 @@ set_source_files_properties(${library_object} PROPERTIES EXTERNAL_OBJECT ON GENE
 add_library(tessera_static STATIC ${library_object})
 set_target_properties(tessera_static PROPERTIES OUTPUT_NAME tessera EXPORT_NAME static LINKER_LANGUAGE C)
 target_include_directories(tessera_static INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
-set(library_private ${MPI_C_LIBRARIES} ${library_hdf5} ${PROTOBUFC_LINK_LIBRARIES} ${ISAL_LINK_LIBRARIES} -pthread -lm -ldl)
+set(library_private ${MPI_C_LIBRARIES} ${library_hdf5} ${PROTOBUFC_LINK_LIBRARIES} ${ISAL_LINK_LIBRARIES} ${CURL_LIBRARIES}
+                    ${OPENSSL_CRYPTO_LIBRARY} -pthread -lm -ldl)
 target_link_libraries(tessera_static INTERFACE ${library_private})
 
 # --- packages. Both find the tree they lie in, so it can be moved.

@@ -22,7 +22,7 @@ enum { RETRIES = 6, RETRY_FIRST_US = 500, SEGMENT_BYTES = 255, TRANSFER_BYTES = 
  * in all). */
 static bool retry(struct store *s, status **st, int *tries)
 {
-    if (status_code(*st) != ST_UNAVAILABLE || *tries >= RETRIES)
+    if (status_code(*st) != ST_UNAVAILABLE || s->ops->retries || *tries >= RETRIES)
         return false;
     status_free(*st);
     *st = NULL;
@@ -374,6 +374,11 @@ status *store_write(struct store_writer *w, uint64_t offset, const void *buf, si
         done += put;
     }
     return NULL;
+}
+
+status *store_writer_cuts(struct store_writer *w, const uint64_t *cut, size_t cuts)
+{
+    return w->store->ops->cuts ? w->store->ops->cuts(w, cut, cuts) : NULL;
 }
 
 struct store_direct store_writer_direct(struct store_writer *w)

@@ -1,6 +1,7 @@
 /* store: puts bytes somewhere durable and gets ranges of them back. Opened by URI; one file a backend.
  *
  *   file:PATH, file:///PATH or a bare PATH  a directory (made if it is missing)        store_posix.c
+ *   s3://BUCKET, s3://BUCKET/PREFIX         a bucket of an object store, or what is below a prefix   store_s3.c
  *   mem:                                     this handle's own memory, for tests        store_mem.c
  *
  * Keys are relative paths ("step-000000000100/model-00000.a1b2.h5"): segments of 1 to 255 of [A-Za-z0-9._-], none "."
@@ -23,7 +24,7 @@ struct store;
 
 struct store_info {
     uint64_t bytes;
-    uint64_t mtime_ns; /* by the storage's clock */
+    uint64_t mtime_ns; /* by the storage's clock, which may count whole seconds */
     bool is_dir;
 };
 
@@ -77,12 +78,14 @@ struct store_ops {
     status *(*sweep)(struct store *s, const char *dir, const char *mark);
     status *(*now)(struct store *s, uint64_t *ns); /* the storage's clock */
     status *(*writer_open)(struct store_writer *w);
+    status *(*cuts)(struct store_writer *w, const uint64_t *cut, size_t cuts); /* NULL: of no use */
     status *(*write)(struct store_writer *w, uint64_t offset, const void *buf, size_t n,
                      size_t *put);                         /* may be partial */
     status *(*finish)(struct store_writer *w);             /* durable and visible; frees impl, also on error */
     void (*abort)(struct store_writer *w);                 /* nothing stays; frees impl */
     struct store_direct (*direct)(struct store_writer *w); /* NULL: {0, 0} */
     bool sequential;                                       /* wants writes in file order */
+    bool retries;                                          /* has its own: what it calls UNAVAILABLE is final */
 };
 
 struct store {
@@ -125,6 +128,9 @@ status *store_list_add(struct store_list *l, const char *name, const struct stor
  * abort, which free w. Gaps that nobody wrote read back as zero (padding between datasets). */
 status *store_writer_open(struct store *s, const char *key, uint64_t bytes, struct store_writer **out) WARN_UNUSED;
 status *store_write(struct store_writer *w, uint64_t offset, const void *buf, size_t n) WARN_UNUSED;
+/* Where writes will begin, ascending, said before the first: a store that keeps an object in parts cuts it there, so
+ * that a write which is a part need not be copied. A hint: any write is right wherever it begins. */
+status *store_writer_cuts(struct store_writer *w, const uint64_t *cut, size_t cuts) WARN_UNUSED;
 /* How writes can spare themselves a copy. A hint: any write is right whatever its alignment, and the answer may turn to
  * {0, 0} at any time, when the storage refuses after all. */
 struct store_direct store_writer_direct(struct store_writer *w);

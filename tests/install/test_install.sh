@@ -57,7 +57,7 @@ same "functions of tessera.h and those shown by libtessera.so" "$tmp/declared" "
 nm -g --defined-only "$libdir/libtessera.a" | awk 'NF == 3 { print $3 }' | sort -u >"$tmp/shown"
 same "functions of tessera.h and those shown by libtessera.a" "$tmp/declared" "$tmp/shown"
 readelf -d "$libdir/libtessera.so" | grep -q 'SONAME.*\[libtessera\.so\.[0-9]*\]' || fail "libtessera.so has no numbered soname"
-! readelf -d "$libdir/libtessera.so" | grep NEEDED | grep -vE 'lib(c|m|mpi|hdf5[a-z_]*|protobuf-c|isal|pthread|dl)\.so|ld-linux' >&2 ||
+! readelf -d "$libdir/libtessera.so" | grep NEEDED | grep -vE 'lib(c|m|mpi|hdf5[a-z_]*|protobuf-c|isal|curl|crypto|pthread|dl)\.so|ld-linux' >&2 ||
     fail "libtessera.so needs the libraries above"
 
 # --- the header by itself, in both languages, with warnings as errors

@@ -16,18 +16,28 @@
 #include <cmocka.h>
 
 struct fixture {
-    char dir[64], uri[128];
+    char dir[64], uri[256];
     struct store *s;
 };
 
+/* s3 wants a server: its bucket's URL in TESSERA_TEST_S3, keys and address in the environment (tests/servers/with). */
 static void fixture_open(struct fixture *f, const struct store_ops *ops)
 {
+    const char *bucket = getenv("TESSERA_TEST_S3");
     folder_make(f->dir);
     if (strcmp(ops->scheme, "file") == 0)
         snprintf(f->uri, sizeof f->uri, "file:%s/a/root", f->dir);
+    else if (strcmp(ops->scheme, "s3") == 0)
+        snprintf(f->uri, sizeof f->uri, "%s%s/%d", bucket, f->dir, getpid());
     else
         snprintf(f->uri, sizeof f->uri, "%s:", ops->scheme);
     OK(store_open(f->uri, true, &f->s));
+}
+
+/* With a server only s3, and without one the others. */
+static bool can_run(const struct store_ops *ops)
+{
+    return (strcmp(ops->scheme, "s3") == 0) == (getenv("TESSERA_TEST_S3") != NULL);
 }
 
 static void fixture_close(struct fixture *f)
@@ -88,7 +98,9 @@ static void check_objects(struct store *s)
     OK(store_stat(s, "one", &info));
     assert_int_equal(info.bytes, 5);
     assert_false(info.is_dir);
-    assert_true(before <= info.mtime_ns && info.mtime_ns <= after);
+    /* HTTP writes whole seconds; servers round either way */
+    uint64_t slack = strcmp(s->ops->name, "s3") == 0 ? 1000000000u : 0;
+    assert_true(before <= info.mtime_ns + slack && info.mtime_ns <= after + slack);
     FAILS(ST_EXISTS, "", store_put(s, "one", "second!", 7, STORE_EXCLUSIVE));
     expect_text(s, "one", "first");
     OK(store_put(s, "one", "second!", 7, STORE_REPLACE));
@@ -413,7 +425,7 @@ static void test_conformance(void **state)
                                                       check_exclusive_race, check_shared_writer, check_churn };
     int stores = 0;
     for (size_t i = 0; store_registry[i]; i++, stores++)
-        for (size_t k = 0; k < sizeof checks / sizeof *checks; k++) {
+        for (size_t k = 0; can_run(store_registry[i]) && k < sizeof checks / sizeof *checks; k++) {
             struct fixture f;
             fixture_open(&f, store_registry[i]);
             checks[k](f.s);
