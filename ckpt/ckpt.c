@@ -96,6 +96,9 @@ static status *read_options(const struct tessera_options *in, bool has_store, st
         return ERR(INVALID, "options: keep_best %d needs a keep_metric", o->keep_best);
     if (o->chunk_bytes % 4096)
         return ERR(INVALID, "options: chunk_bytes %llu is not a multiple of 4096", (unsigned long long)o->chunk_bytes);
+    if (o->irregular < TESSERA_AS_GIVEN || o->irregular > TESSERA_GATHER)
+        return ERR(INVALID, "options: irregular %d; legal are TESSERA_AS_GIVEN, TESSERA_MERGE and TESSERA_GATHER",
+                   o->irregular);
     o->chunk_bytes = o->chunk_bytes ? o->chunk_bytes : DEFAULT_CHUNK;
     o->writers = o->writers ? o->writers : 1;
     o->lease_seconds = o->lease_seconds ? o->lease_seconds : DEFAULT_LEASE_SECONDS;
@@ -176,21 +179,37 @@ static status *open_writing(tessera *t)
     t->attempt = ids[0];
     t->run_id = ids[1];
     t->parent = ids[2];
+    if (t->o.irregular)
+        TRY(merge_open(t->x, t->dev, t->o.irregular, &t->merge));
     struct pipeline_options p = {
-        .dev = t->dev, .store = t->store, .writers = t->o.writers, .rank = t->x->rank, .attempt = t->attempt
+        .dev = t->dev,
+        .store = t->store,
+        .writers = t->o.writers,
+        .rank = t->x->rank,
+        .attempt = t->attempt,
+        .hand = merge_hand,
+        .hand_arg = t->merge,
     };
-    return comm_agree(t->x, pipeline_open(&p, &t->pipe));
+    TRY(comm_agree(t->x, pipeline_open(&p, &t->pipe)));
+    if (t->merge)
+        merge_bind(t->merge, t->pipe);
+    return NULL;
 }
 
 static status *free_handle(tessera *t)
 {
     pin_close(t->pin);
+    if (t->merge && t->pipe) { /* a save whose transport failed */
+        pipeline_give_up(t->pipe);
+        merge_end(t->merge);
+    }
     pipeline_close(t->pipe);
     status *st = keeper_close(t->keeper);
     vote_metadata_free(t->save.metadata);
     status_free(t->save.error);
     status_free(t->save.verdict);
     save_drop_plan(t);
+    merge_close(t->merge);
     vote_fini(&t->vote);
     metadata_free(t->meta);
     step_set_free(&t->bad);
@@ -235,6 +254,8 @@ status *ckpt_open(const struct tessera_options *o, struct comm *world, struct de
     st = comm_agree(t->x, open_parts(t, o, dev, s));
     if (!st)
         st = handle_same(t, "options: read_only", (uint64_t)t->o.read_only);
+    if (!st)
+        st = handle_same(t, "options: irregular", (uint64_t)t->o.irregular);
     if (!st && !t->o.read_only)
         st = open_writing(t);
     if (!st)
@@ -333,6 +354,8 @@ status *tessera_save(tessera *t, tessera_state *s, uint64_t step)
     v->state = s;
     bool same = save_begin(t, s);
     status *st = save_reduce(t, same, false);
+    if (!st && t->o.irregular == TESSERA_GATHER)
+        st = save_settle(t); /* before anything may change */
     t->progress.call_ns = clock_ns() - start;
     return st;
 }
@@ -345,9 +368,9 @@ status *tessera_fence(tessera *t, const void *addr, size_t bytes, void *stream)
     uint64_t start = clock_ns();
     bool settling = t->save.unsettled;
     TRY(save_settle(t));
-    uint64_t waited = pipeline_fence(t->pipe, addr, bytes);
+    uint64_t waited = save_fence(t, addr, bytes);
     t->progress.fence_wait_ns += settling ? clock_ns() - start : waited;
-    return NULL;
+    return t->merge ? merge_poll(t->merge) : NULL;
 }
 
 /* The save in flight is committed, everywhere at once. */
@@ -540,6 +563,13 @@ void tessera_get_progress(tessera *t, struct tessera_progress *out)
         p.live_bytes = v.live_bytes;
         p.staging_cap_bytes = v.staging_cap_bytes;
         p.staging_peak_bytes = v.staging_peak_bytes;
+        if (t->merge) {
+            struct merge_view m;
+            merge_look(t->merge, &m);
+            p.staging_cap_bytes += m.memory_bytes;
+            p.staging_peak_bytes += m.memory_bytes;
+            p.wire_bytes = m.wire_bytes;
+        }
     }
     handle_give(out, &p, sizeof p);
 }

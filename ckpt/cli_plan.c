@@ -3,6 +3,7 @@
  * another mesh. Times are CPU seconds of the one thread, so what else the machine does hardly counts. */
 #include "ckpt/cli.h"
 #include "ckpt/loadplan.h"
+#include "ckpt/merge_plan.h"
 #include "ckpt/models.h"
 #include "ckpt/share.h"
 #include "comm/base/clock.h"
@@ -16,11 +17,13 @@
 
 enum { MAX_TENSORS = 1 << 20, MAX_PIECES = 1 << 20, CACHED_RUNS = 5 };
 static const char usage[] = "--model NAME --mesh pp=,dp=,ep=,cp=,tp= [--zero 0|1] or --synthetic tensors=,pieces=; "
-                            "[--to MESH] [--json]";
+                            "[--irregular default|merge|gather] [--to MESH] [--json]";
+
+static const char *const irregular_name[] = { "default", "merge", "gather" }; /* enum plan_irregular */
 
 struct wish {
     const char *model, *mesh, *to, *synthetic;
-    int zero;
+    int zero, irregular;
     bool json;
     const struct model_table *table;
     struct mesh from_mesh, to_mesh;
@@ -28,7 +31,8 @@ struct wish {
 };
 
 struct figures {
-    uint64_t pieces, tensors, ranks, descriptors, files, metadata_bytes, crcs, copies, blocks;
+    uint64_t pieces, tensors, ranks, descriptors, files, metadata_bytes, crcs, copies, blocks, wire_bytes,
+        load_wire_bytes;
     double describe_s, plan_s, cached_plan_s, metadata_s, wants_s, load_plan_s, balance, amplification;
 };
 
@@ -97,6 +101,16 @@ static const char *value_of(const struct request *r, int *i, const char *name)
     return *i + 1 < r->arguments ? r->argument[++*i] : "";
 }
 
+static status *read_irregular(const char *text, int *out)
+{
+    for (int i = PLAN_AS_GIVEN; i <= PLAN_GATHER; i++)
+        if (strcmp(text, irregular_name[i]) == 0) {
+            *out = i;
+            return NULL;
+        }
+    return ERR(INVALID, "ckpt plan: --irregular is default, merge or gather, not \"%s\"", text);
+}
+
 static status *read_words(const struct request *r, struct wish *w)
 {
     for (int i = 0; i < r->arguments; i++) {
@@ -115,7 +129,9 @@ static status *read_words(const struct request *r, struct wish *w)
             if (strcmp(v, "0") != 0 && strcmp(v, "1") != 0)
                 return ERR(INVALID, "ckpt plan: --zero is 0 or 1, not \"%s\"", v);
             w->zero = v[0] - '0';
-        } else
+        } else if ((v = value_of(r, &i, "--irregular")))
+            TRY(read_irregular(v, &w->irregular));
+        else
             return ERR(INVALID, "ckpt plan: no option \"%s\"; it takes %s", r->argument[i], usage);
     }
     return NULL;
@@ -346,6 +362,7 @@ static status *measure_load(const struct wish *w, const struct metadata *m, stru
             plan.totals.unique_bytes ? (double)plan.totals.storage_bytes / (double)plan.totals.unique_bytes : 1;
         f->copies = plan.list.count;
         f->blocks = plan.blocks;
+        f->load_wire_bytes = plan.totals.wire_bytes;
         load_plan_free(&plan);
     }
     mem_free(want);
@@ -362,7 +379,8 @@ static status *measure_save(const struct wish *w, struct metadata *m, struct pla
     f->descriptors = d.count;
     f->cached_plan_s = time_cached(&d);
     t = clock_thread_cpu_ns();
-    status *st = plan_make(d.desc, d.count, d.text, d.text_bytes, d.ranks, NULL, plan);
+    const struct plan_options o = { .irregular = w->irregular };
+    status *st = plan_make(d.desc, d.count, d.text, d.text_bytes, d.ranks, &o, plan);
     if (!st)
         st = roster_make(*plan, &roster);
     f->plan_s = ns_to_s(clock_thread_cpu_ns() - t);
@@ -372,6 +390,7 @@ static status *measure_save(const struct wish *w, struct metadata *m, struct pla
         f->tensors = (*plan)->tensor_count;
         f->ranks = (uint64_t)(*plan)->ranks;
         f->balance = balance_of(*plan);
+        f->wire_bytes = merge_wire_bytes(*plan, w->irregular == PLAN_GATHER);
         st = make_step(*plan, &roster, &w->from_mesh, m);
     }
     roster_free(&roster);
@@ -391,21 +410,25 @@ static void print(const struct wish *w, const struct figures *f)
                ",\"plan_s\":%.6f,\"cached_plan_s\":%.9f,\"metadata_bytes\":%" PRIu64
                ",\"metadata_bytes_per_piece\":%.3f,\"checksum_bytes\":%" PRIu64
                ",\"rank_bytes_max_over_mean\":%.6f,\"files\":%" PRIu64
-               ",\"metadata_s\":%.6f,\"load_plan_s\":%.6f,\"read_amplification\":%.6f}\n",
+               ",\"metadata_s\":%.6f,\"load_plan_s\":%.6f,\"read_amplification\":%.6f,\"irregular\":\"%s\""
+               ",\"wire_bytes\":%" PRIu64 ",\"load_wire_bytes\":%" PRIu64 "}\n",
                model, from, to, w->zero, w->table ? model_params(w->table) : 0, f->tensors, f->descriptors, f->pieces,
                f->ranks, f->plan_s, f->cached_plan_s, f->metadata_bytes, beside, 4 * f->crcs, f->balance, f->files,
-               f->metadata_s, f->load_plan_s, f->amplification);
+               f->metadata_s, f->load_plan_s, f->amplification, irregular_name[w->irregular], f->wire_bytes,
+               f->load_wire_bytes);
         return;
     }
     printf("%s on %" PRIu64 " ranks (%s), %" PRIu64 " tensors, %" PRIu64 " descriptors\n", model, f->ranks, from,
            f->tensors, f->descriptors);
     printf("  save   %" PRIu64 " pieces in %" PRIu64 " files, planned in %.3f s, from the cache in %.6f s\n", f->pieces,
            f->files, f->plan_s, f->cached_plan_s);
-    printf("         bytes a rank, most / mean: %.4f\n", f->balance);
+    printf("         bytes a rank, most / mean: %.4f; irregular: %s, %" PRIu64 " bytes from rank to rank\n", f->balance,
+           irregular_name[w->irregular], f->wire_bytes);
     printf("         metadata of %" PRIu64 " bytes: %.1f a piece, and %" PRIu64 " of checksums\n", f->metadata_bytes,
            beside, 4 * f->crcs);
-    printf("  load   by %d ranks (%s), planned in %.3f s; storage bytes / unique bytes: %.4f\n",
-           mesh_world(&w->to_mesh), to, f->load_plan_s, f->amplification);
+    printf("  load   by %d ranks (%s), planned in %.3f s; storage bytes / unique bytes: %.4f, %" PRIu64
+           " bytes from rank to rank\n",
+           mesh_world(&w->to_mesh), to, f->load_plan_s, f->amplification, f->load_wire_bytes);
 }
 
 status *cli_plan(const struct request *r)

@@ -6,6 +6,7 @@
 #include "ckpt/ckpt.h"
 #include "ckpt/keeper.h"
 #include "ckpt/match.h"
+#include "ckpt/merge.h"
 #include "ckpt/nodes.h"
 #include "ckpt/pin.h"
 #include "ckpt/pipeline.h"
@@ -44,7 +45,7 @@ struct saving {
     status *verdict;    /* this save has failed, for this reason, everywhere; reported by the next tick */
     uint64_t committed; /* found committed, not yet reported; UINT64_MAX: none */
     /* local */
-    const tessera_state *state; /* until settled */
+    const tessera_state *state;
     status *error;
     enum commit_state commit;
     struct metadata *metadata; /* rank 0, while the keeper writes it */
@@ -104,6 +105,7 @@ struct tessera {
     uint64_t saved_ns;                /* clock_ns of the call of the save committed last; 0: there is none */
     struct keeper *keeper;            /* rank 0 of a writing handle */
     struct pipeline *pipe;            /* writing handles */
+    struct merge *merge;              /* those with options.irregular */
 
     struct saving save;
     struct cached_plan cache;
@@ -149,6 +151,8 @@ status *save_settle(tessera *t) WARN_UNUSED;
 status *save_vote(tessera *t) WARN_UNUSED;
 /* Move votes and the commit on as far as they are without waiting. */
 status *save_poll(tessera *t) WARN_UNUSED;
+/* tessera_fence once the save is settled: nanoseconds waited. */
+uint64_t save_fence(tessera *t, const void *addr, size_t bytes);
 /* What this rank knows of the save in flight, for the tick's reduction. */
 void save_report(tessera *t, int64_t in[TICK_SLOTS]);
 /* All ranks: the save is over; forget it. keep: its files count. */

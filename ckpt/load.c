@@ -399,6 +399,7 @@ static status *load_counted(tessera *t, tessera_state *s, uint64_t step, const s
         TRY(report_load(t, step, cost));
     t->report.storage_bytes = cost->totals.storage_bytes;
     t->report.unique_bytes = cost->totals.unique_bytes;
+    t->report.wire_bytes = cost->totals.wire_bytes;
     t->report.ns = clock_ns() - cost->start_ns;
     return NULL;
 }

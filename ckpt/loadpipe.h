@@ -24,6 +24,7 @@ struct load_totals {
     uint64_t storage_bytes; /* read, over all ranks */
     uint64_t unique_bytes;  /* wanted, each stored byte once; pieces that overlap without being equal count up to a
                                block's bytes */
+    uint64_t wire_bytes;    /* sent by readers to other ranks */
 };
 
 /* Fill every rank's wants from step m->step in s, and from its owners. `want` is sorted in place. Collective; the error

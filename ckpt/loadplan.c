@@ -382,8 +382,10 @@ static void receive(struct maker *k, const struct load_block *b, size_t elem)
         const struct load_use *u = &k->p->use[b->first_use + i];
         const struct load_group *g = use_group(k->p, u);
         const struct holder *h = k->holders.holder + g->first;
-        for (uint64_t j = 0; j < g->count; j++)
+        for (uint64_t j = 0; j < g->count; j++) {
             received[h[j].rank] += u->elems * elem;
+            k->p->totals.wire_bytes += h[j].rank == b->reader ? 0 : u->elems * elem;
+        }
     }
 }
 

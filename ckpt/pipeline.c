@@ -199,6 +199,22 @@ static status *writer_main(void *arg)
     return NULL;
 }
 
+static bool hand(void *arg, uint64_t chunk, void *block)
+{
+    struct pipeline *p = arg;
+    return p->o.hand && p->o.hand(p->o.hand_arg, chunk, block);
+}
+
+void pipeline_fail(struct pipeline *p, status *st)
+{
+    fail(p, st);
+}
+
+void pipeline_filled(struct pipeline *p, uint64_t chunk, void *block)
+{
+    stage_filled(&p->stage, chunk, block);
+}
+
 status *pipeline_open(const struct pipeline_options *o, struct pipeline **out)
 {
     struct pipeline *p = mem_calloc(1, sizeof *p);
@@ -216,7 +232,7 @@ status *pipeline_open(const struct pipeline_options *o, struct pipeline **out)
     pthread_mutex_init(&p->open_lock, NULL);
     pthread_mutex_init(&p->synced.lock, NULL);
     pthread_cond_init(&p->synced.over, NULL);
-    struct stage_sink sink = { .arg = p, .fail = fail, .failed = &p->failed };
+    struct stage_sink sink = { .arg = p, .fail = fail, .failed = &p->failed, .hand = hand };
     status *st = stage_open(&p->stage, o->dev, o->writers, sink);
     for (int i = 0; !st && i < o->writers; i++) {
         char name[24];
@@ -306,7 +322,7 @@ uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes)
     if (!s)
         return 0;
     if (!addr)
-        return stage_wait(&p->stage, s->chunks);
+        return stage_wait(&p->stage, s->tensor_chunks);
     uintptr_t begin = (uintptr_t)addr, end = begin + bytes;
     for (uint64_t i = s->pieces; i-- > 0;)
         if (s->source[i].begin < end && begin < s->source[i].end)
@@ -352,6 +368,12 @@ status *pipeline_take_error(struct pipeline *p)
     p->synced.error = NULL;
     pthread_mutex_unlock(&p->synced.lock);
     return st;
+}
+
+void pipeline_give_up(struct pipeline *p)
+{
+    if (p->share)
+        atomic_store(&p->failed, true);
 }
 
 void pipeline_end(struct pipeline *p, enum pipeline_end how)

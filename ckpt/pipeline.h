@@ -25,6 +25,8 @@ struct pipeline_options {
     struct store *store;
     int writers, rank;
     uint64_t attempt;
+    bool (*hand)(void *arg, uint64_t chunk, void *block); /* as in stage_sink; back by pipeline_filled */
+    void *hand_arg;
 };
 /* Start the capture and writer threads; they live until pipeline_close. o's device and store are borrowed. */
 status *pipeline_open(const struct pipeline_options *o, struct pipeline **out) WARN_UNUSED;
@@ -36,6 +38,9 @@ void pipeline_close(struct pipeline *p);
 status *pipeline_prepare(struct pipeline *p, const struct share *s, uint64_t staging_bytes) WARN_UNUSED;
 /* Start saving s (prepared, its sources filled) as `step`. s is the pipeline's until pipeline_end. */
 void pipeline_start(struct pipeline *p, struct share *s, uint64_t step);
+
+/* For who was handed a chunk: it is filled, or never will be (after pipeline_give_up or a failure). */
+void pipeline_filled(struct pipeline *p, uint64_t chunk, void *block);
 
 /* Wait until what overlaps [addr, addr + bytes), and what lies before it in capture order, was copied out or written;
  * addr NULL: everything. Returns the nanoseconds waited. */
@@ -58,6 +63,10 @@ enum pipeline_end {
     PIPELINE_STOP,  /* give it up: waits until the threads are done with it; finished files stay */
     PIPELINE_REMOVE /* give it up, and remove the files this rank had finished */
 };
+/* From any thread: the save in flight fails for this reason (taken). */
+void pipeline_fail(struct pipeline *p, status *st);
+/* Nothing more of this save is written; it is still to be ended. */
+void pipeline_give_up(struct pipeline *p);
 /* End a save: afterwards the share is the caller's again. At once when there is none. */
 void pipeline_end(struct pipeline *p, enum pipeline_end how);
 

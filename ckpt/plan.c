@@ -9,6 +9,7 @@
 #include "ckpt/plan.h"
 
 #include "ckpt/holders.h"
+#include "ckpt/merge_plan.h"
 #include "ckpt/tiling.h"
 #include "comm/base/mem.h"
 #include "comm/base/status.h"
@@ -38,6 +39,7 @@ struct maker {
     int ranks;
     uint64_t split_bytes;
     const int32_t *node_of;
+    bool whole_rows; /* parts of a split piece are boxes */
     struct plan *plan;
     size_t text_used;
     struct found *found;
@@ -202,17 +204,29 @@ static status *sort_found(struct maker *m, uint32_t *by_name)
 
 /* ---- lay */
 
+/* Where a piece may be split: at multiples of so many elements. 0: nowhere. */
+static uint64_t split_align(const struct maker *m, int ndim, const struct piece *p, uint64_t size)
+{
+    uint64_t page = SPLIT_ALIGN_BYTES / size;
+    if (!m->whole_rows)
+        return page;
+    uint64_t row = merge_row_elems(ndim, p);
+    return row ? (page + row - 1) / row * row : 0;
+}
+
 /* The piece of a group becomes one item, or as many as share its writing. */
-static status *add_items(struct maker *m, uint32_t group, uint64_t size)
+static status *add_items(struct maker *m, uint32_t group, int ndim, uint64_t size)
 {
     const struct holder_group *g = &m->holders.group[group];
-    uint64_t elems = piece_elems(g->piece);
+    uint64_t elems = piece_elems(g->piece), align = split_align(m, ndim, g->piece, size);
     uint64_t parts = (elems * size - 1) / m->split_bytes + 1;
     if (parts > g->count)
         parts = g->count;
+    if (!align)
+        parts = align = 1;
     for (uint64_t i = 0; i < parts; i++) {
         uint64_t a, b;
-        layout_cut_aligned(elems, SPLIT_ALIGN_BYTES / size, parts, i, &a, &b);
+        layout_cut_aligned(elems, align, parts, i, &a, &b);
         if (a == b)
             continue;
         TRY(array_room(&m->item, m->items, &m->item_cap, sizeof *m->item));
@@ -236,7 +250,7 @@ static status *add_pieces(struct maker *m, const struct plan_tensor *t, const ui
             m->box[m->boxes++] = boxes[b].box;
         }
         if (k)
-            TRY(add_items(m, order[i], dtype_bytes(t->dtype)));
+            TRY(add_items(m, order[i], s->ndim, dtype_bytes(t->dtype)));
     }
     return tiling_check(s, m->box, m->boxes);
 }
@@ -477,6 +491,8 @@ static status *make(struct maker *m, const uint64_t *extra_bytes)
     TRY(sort_found(m, m->by_name));
     TRY(lay(m, m->by_name));
     TRY(assign(m, extra_bytes));
+    if (m->whole_rows)
+        TRY(plan_merge(m->plan, m->node_of, extra_bytes));
     m->plan->fingerprint = fingerprint_all(m);
     return NULL;
 }
@@ -502,7 +518,8 @@ status *plan_make(const struct plan_desc *desc, uint64_t count, const char *text
                        .text_bytes = text_bytes,
                        .ranks = ranks,
                        .split_bytes = o && o->split_bytes ? o->split_bytes : SPLIT_DEFAULT_BYTES,
-                       .node_of = o ? o->node_of : NULL };
+                       .node_of = o ? o->node_of : NULL,
+                       .whole_rows = o && o->irregular != PLAN_AS_GIVEN };
     TRY(check_input(&m));
     m.plan = mem_calloc(1, sizeof *m.plan);
     if (!m.plan)
@@ -523,6 +540,7 @@ void plan_free(struct plan *p)
         return;
     mem_free(p->tensor);
     mem_free(p->piece);
+    mem_free(p->source);
     mem_free(p->rank_bytes);
     mem_free(p->rank_print);
     mem_free(p->text);

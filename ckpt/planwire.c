@@ -1,7 +1,7 @@
 /* planwire: a plan as bytes and back, whole or one rank's part of it, for the ranks that did not make it.
  *
- *   head: fingerprint, ranks, tensors, pieces, text bytes, 1 if rank_bytes follow
- *   text, padded to words; rank_bytes; per tensor: texts as offsets, fields, dimensions, then its pieces
+ *   head: fingerprint, ranks, tensors, pieces, text bytes, 1 if rank_bytes follow, sources
+ *   text, padded to words; rank_bytes; per tensor: texts as offsets, fields, dimensions, then its pieces; sources
  *
  * Words are 8 bytes, little-endian. What arrives may be damaged: every count is held against the bytes that are left
  * before anything is allocated by it, every piece against its tensor's shape. */
@@ -10,7 +10,7 @@
 #include "comm/base/mem.h"
 #include "comm/base/status.h"
 
-enum { HEAD_WORDS = 7, TENSOR_WORDS = 7, PIECE_WORDS = 6 };
+enum { HEAD_WORDS = 8, TENSOR_WORDS = 7, PIECE_WORDS = 6, SOURCE_WORDS = 6 };
 
 /* Writes, or only counts where p is NULL. */
 struct pen {
@@ -23,6 +23,8 @@ struct pick {
     const struct plan *plan;
     const uint32_t *list;
     uint64_t count;
+    const struct plan_source *source;
+    uint64_t sources;
 };
 
 static uint64_t picked(const struct pick *k, uint64_t i)
@@ -105,19 +107,31 @@ static void pen_tensors(struct pen *w, const struct pick *k)
     }
 }
 
+static void pen_sources(struct pen *w, const struct pick *k)
+{
+    for (uint64_t i = 0; i < k->sources; i++) {
+        const struct plan_source *s = &k->source[i];
+        const uint64_t word[SOURCE_WORDS] = { s->order,        (uint64_t)s->writer << 32 | (uint32_t)s->rank,
+                                              s->local_offset, (uint64_t)s->elem_bytes << 32 | s->local,
+                                              s->at,           s->elems };
+        pen_words(w, word, SOURCE_WORDS);
+    }
+}
+
 static void pen_plan(struct pen *w, const struct pick *k)
 {
     const struct plan *p = k->plan;
     struct pen text = { .p = NULL };
     uint64_t tensors = pen_texts(&text, k);
-    const uint64_t head[HEAD_WORDS] = { p->fingerprint.a, p->fingerprint.b, (uint64_t)p->ranks, tensors, k->count,
-                                        text.used,        !k->list };
+    const uint64_t head[HEAD_WORDS] = { p->fingerprint.a, p->fingerprint.b, (uint64_t)p->ranks, tensors,
+                                        k->count,         text.used,        !k->list,           k->sources };
     pen_words(w, head, HEAD_WORDS);
     pen_texts(w, k);
     w->used = (w->used + 7) / 8 * 8;
     if (!k->list)
         pen_words(w, p->rank_bytes, p->ranks);
     pen_tensors(w, k);
+    pen_sources(w, k);
 }
 
 static status *pack(const struct pick *k, void **buf, size_t *bytes)
@@ -136,14 +150,15 @@ static status *pack(const struct pick *k, void **buf, size_t *bytes)
 
 status *plan_pack(const struct plan *p, void **buf, size_t *bytes)
 {
-    struct pick k = { .plan = p, .count = p->piece_count };
+    struct pick k = { .plan = p, .count = p->piece_count, .source = p->source, .sources = p->source_count };
     return pack(&k, buf, bytes);
 }
 
-status *plan_pack_part(const struct plan *p, const uint32_t *piece, uint64_t count, void **buf, size_t *bytes)
+status *plan_pack_part(const struct plan *p, const uint32_t *piece, uint64_t count, const struct plan_source *source,
+                       uint64_t sources, void **buf, size_t *bytes)
 {
     static const uint32_t none;
-    struct pick k = { .plan = p, .list = count ? piece : &none, .count = count };
+    struct pick k = { .plan = p, .list = count ? piece : &none, .count = count, .source = source, .sources = sources };
     return pack(&k, buf, bytes);
 }
 
@@ -206,21 +221,42 @@ static status *eye_tensor(struct eye *r, struct plan *p, size_t text, uint64_t p
     return NULL;
 }
 
+static status *eye_source(struct eye *r, struct plan *p)
+{
+    uint64_t word[SOURCE_WORDS];
+    TRY(eye_words(r, word, SOURCE_WORDS));
+    uint64_t writer = word[1] >> 32, rank = word[1] & UINT32_MAX;
+    if (writer >= (uint64_t)p->ranks || rank >= (uint64_t)p->ranks)
+        return ERR(CORRUPT, "a packed plan: rank %llu gives to rank %llu of %d", (unsigned long long)rank,
+                   (unsigned long long)writer, p->ranks);
+    p->source[p->source_count++] = (struct plan_source){ .order = word[0],
+                                                         .writer = (int32_t)writer,
+                                                         .rank = (int32_t)rank,
+                                                         .local_offset = word[2],
+                                                         .local = (uint32_t)word[3],
+                                                         .elem_bytes = (uint32_t)(word[3] >> 32),
+                                                         .at = word[4],
+                                                         .elems = word[5] };
+    return NULL;
+}
+
 static status *eye_plan(struct eye *r, struct plan *p)
 {
     uint64_t head[HEAD_WORDS];
     TRY(eye_words(r, head, HEAD_WORDS));
-    uint64_t ranks = head[2], tensors = head[3], pieces = head[4], text = head[5], whole = head[6];
+    uint64_t ranks = head[2], tensors = head[3], pieces = head[4], text = head[5], whole = head[6], sources = head[7];
     if (ranks < 1 || ranks > INT32_MAX || whole > 1 || (whole && ranks > r->left / 8) ||
-        tensors > r->left / (8 * TENSOR_WORDS) || pieces > r->left / (8 * PIECE_WORDS) || text > r->left / 8 * 8)
+        tensors > r->left / (8 * TENSOR_WORDS) || pieces > r->left / (8 * PIECE_WORDS) || text > r->left / 8 * 8 ||
+        sources > r->left / (8 * SOURCE_WORDS))
         return ERR(CORRUPT, "a packed plan counts more than its %zu bytes hold", r->left);
     p->fingerprint = (struct hash128){ head[0], head[1] };
     p->ranks = (int)ranks;
     p->text = mem_calloc(text + 1, 1);
     p->tensor = mem_calloc(tensors, sizeof *p->tensor);
     p->piece = mem_calloc(pieces, sizeof *p->piece);
+    p->source = mem_calloc(sources, sizeof *p->source);
     p->rank_bytes = whole ? mem_calloc(ranks, sizeof *p->rank_bytes) : NULL;
-    if (!p->text || !p->tensor || !p->piece || (whole && !p->rank_bytes))
+    if (!p->text || !p->tensor || !p->piece || !p->source || (whole && !p->rank_bytes))
         return ERR(NO_MEMORY, "a plan of %llu pieces", (unsigned long long)pieces);
     memcpy(p->text, r->p, text);
     r->p += (text + 7) / 8 * 8;
@@ -229,6 +265,8 @@ static status *eye_plan(struct eye *r, struct plan *p)
         TRY(eye_words(r, p->rank_bytes, p->ranks));
     while (p->tensor_count < tensors)
         TRY(eye_tensor(r, p, text, pieces));
+    while (p->source_count < sources)
+        TRY(eye_source(r, p));
     if (p->piece_count != pieces || r->left)
         return ERR(CORRUPT, "a packed plan has %zu bytes too many", r->left);
     return NULL;

@@ -126,7 +126,7 @@ static status *plan_givers(tessera *t, const tessera_state *from, struct giver *
     if (st)
         status_free(mine);
     else
-        st = plan_together(t->nodes.all ? &t->nodes : &own, &plain, mine, NULL, &plan);
+        st = plan_together(t->nodes.all ? &t->nodes : &own, &plain, mine, PLAN_AS_GIVEN, NULL, &plan);
     if (!st)
         st = share_plan(t->x, plan, &g->plan);
     nodes_close(&own);

@@ -14,6 +14,20 @@
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 
+static bool gathers(const tessera *t)
+{
+    return t->o.irregular == TESSERA_GATHER;
+}
+
+/* Give the save in flight up; nothing that it sends or receives is under way. */
+static void stop_writing(tessera *t, enum pipeline_end how)
+{
+    pipeline_give_up(t->pipe);
+    if (t->merge)
+        merge_end(t->merge);
+    pipeline_end(t->pipe, how);
+}
+
 static void local_error(tessera *t, status *st)
 {
     t->save.error = status_first(t->save.error, st);
@@ -21,44 +35,19 @@ static void local_error(tessera *t, status *st)
 
 /* ---- capture */
 
-/* The addresses that `elems` elements from `first` of a piece's run are read from. Strided: those of the whole box. */
-static void set_extent(struct share_source *src, int ndim, size_t elem_bytes, uint64_t first, uint64_t elems)
-{
-    uintptr_t base = (uintptr_t)src->base;
-    if (!elems) {
-        src->begin = src->end = base;
-        return;
-    }
-    if (!src->strided) {
-        src->begin = base + first * elem_bytes;
-        src->end = src->begin + elems * elem_bytes;
-        return;
-    }
-    int64_t lo = 0, hi = 0;
-    for (int d = 0; d < ndim; d++) {
-        int64_t reach = src->stride[d] * (int64_t)(src->piece.box.len[d] - 1);
-        lo += reach < 0 ? reach : 0;
-        hi += reach > 0 ? reach : 0;
-    }
-    src->begin = base + (uintptr_t)(lo * (int64_t)elem_bytes);
-    src->end = base + (uintptr_t)((hi + 1) * (int64_t)elem_bytes);
-}
-
 static void set_sources(struct share *sh, const tessera_state *s)
 {
-    for (uint64_t i = 0; i < sh->pieces; i++) {
+    for (uint64_t i = 0; i < sh->own_pieces; i++) {
         const struct share_piece *p = &sh->piece[i];
-        const struct state_piece *from = &s->piece[p->local];
-        struct share_source *src = &sh->source[i];
-        *src = (struct share_source){ .piece = from->piece, .strided = from->strided, .base = from->data };
-        memcpy(src->stride, from->stride, sizeof src->stride);
-        set_extent(src, p->ndim, p->elem_bytes, p->local_offset, p->bytes / p->elem_bytes);
+        state_source(&s->piece[p->local], p->local_offset, p->bytes / p->elem_bytes, &sh->source[i]);
     }
 }
 
 static void start_capture(tessera *t, const tessera_state *s)
 {
     set_sources(t->cache.share, s);
+    if (t->merge)
+        merge_start(t->merge, s);
     pipeline_start(t->pipe, t->cache.share, t->save.step);
 }
 
@@ -72,7 +61,7 @@ bool save_begin(tessera *t, tessera_state *s)
     local_error(t, st);
     const struct hash128 *a = &s->fingerprint, *b = &t->cache.fingerprint;
     bool same = t->cache.plan && s->described && a->a == b->a && a->b == b->b && !t->cache.stale && !frozen_due(t);
-    if (same && !t->save.error)
+    if (same && !t->save.error && !gathers(t))
         start_capture(t, s);
     return same;
 }
@@ -81,6 +70,8 @@ bool save_begin(tessera *t, tessera_state *s)
 
 void save_drop_plan(tessera *t)
 {
+    if (t->merge)
+        merge_forget(t->merge);
     share_free(t->cache.share);
     roster_free(&t->cache.roster);
     refs_free(&t->cache.refs);
@@ -106,7 +97,14 @@ static status *adopt(tessera *t, const tessera_state *s)
     uint64_t chunk = chunk_bytes_for(&t->o);
     TRY(roster_make(c->plan, &c->roster));
     TRY(share_make(c->plan, &c->roster, t->x->rank, chunk, &c->share));
-    TRY(pipeline_prepare(t->pipe, c->share, t->o.staging_bytes ? t->o.staging_bytes : UINT64_MAX));
+    uint64_t staging = t->o.staging_bytes ? t->o.staging_bytes : UINT64_MAX;
+    if (t->merge) {
+        struct merge_view v;
+        TRY(merge_prepare(t->merge, c->plan, c->share));
+        merge_look(t->merge, &v);
+        staging -= v.memory_bytes < staging ? v.memory_bytes : staging;
+    }
+    TRY(pipeline_prepare(t->pipe, c->share, staging));
     c->fingerprint = s->fingerprint;
     return NULL;
 }
@@ -132,15 +130,17 @@ static status *after_plan(void *arg, const struct plan *plan)
 static status *replan(tessera *t)
 {
     int compared = frozen_due(t) ? t->cache.compared : 0; /* else it is another state */
-    pipeline_end(t->pipe, PIPELINE_REMOVE);
+    stop_writing(t, PIPELINE_REMOVE);
     save_drop_plan(t);
     t->cache.made++;
     t->cache.compared = compared;
     struct planning p = { .t = t };
     const struct plan_hooks hooks = { .before = before_plan, .after = after_plan, .arg = &p };
     TRY(frozen_compare(t, t->save.state, &p.frozen));
-    status *st = plan_together(&t->nodes, t->save.state, t->save.error ? status_copy(t->save.error) : NULL, &hooks,
-                               &t->cache.plan);
+    uint64_t begin = clock_ns();
+    status *st = plan_together(&t->nodes, t->save.state, t->save.error ? status_copy(t->save.error) : NULL,
+                               t->o.irregular, &hooks, &t->cache.plan);
+    t->progress.plan_ns = clock_ns() - begin;
     frozen_free(&p.frozen);
     if (st)
         return st;
@@ -162,7 +162,7 @@ status *save_adopt_step(tessera *t, tessera_state *s)
     if (t->cache.plan)
         return NULL;
     struct plan *plan = NULL;
-    uint64_t none = !s || memcmp(&t->mesh, &t->meta->mesh, sizeof t->mesh) != 0;
+    uint64_t none = !s || t->o.irregular || memcmp(&t->mesh, &t->meta->mesh, sizeof t->mesh) != 0;
     status *st = none ? NULL : state_describe(s);
     if (!st && !none)
         st = plan_of_step(t->meta, s, t->x->rank, t->x->size, &plan);
@@ -213,7 +213,7 @@ static status *given_alike(const struct saving *v)
 static void drop_misgiven(tessera *t)
 {
     uint64_t high = t->save.reduce_out[SETTLE_STEP], low = ~t->save.reduce_out[SETTLE_STEP_NOT];
-    pipeline_end(t->pipe, PIPELINE_REMOVE);
+    stop_writing(t, PIPELINE_REMOVE);
     t->save.step = high == UINT64_MAX ? low : high;
 }
 
@@ -259,17 +259,68 @@ status *save_settle(tessera *t)
         return NULL;
     TRY(save_unsettle(t));
     status *st = v->verdict;
-    if (!st && v->reduce_out[SETTLE_CHANGED]) {
+    bool planned = !st && v->reduce_out[SETTLE_CHANGED];
+    if (planned)
         st = replan(t);
-        if (!st)
-            start_capture(t, v->state);
+    if (!st && gathers(t)) {
+        status *mine = NULL;
+        TRY(merge_gather(t->merge, v->state, &mine));
+        local_error(t, mine);
     }
-    v->state = NULL;
+    if (!st && !v->error && (planned || gathers(t)))
+        start_capture(t, v->state);
+    if (!st && t->merge)
+        merge_arm(t->merge);
     if (!st)
         local_error(t, vote_prepare(&t->vote, t->x, t->cache.plan, &t->cache.roster, v->reduce_out[SETTLE_BLOBS]));
     /* A transport failure shows again at the next collective; for the save it is a reason like any other. */
     v->verdict = st;
     return NULL;
+}
+
+/* ---- the fence */
+
+/* The last piece of the state in this memory; -1: none. It need not be one that this rank writes. */
+static int64_t find_piece(const tessera_state *s, const void *addr, size_t bytes)
+{
+    uintptr_t begin = (uintptr_t)addr, end = begin + bytes;
+    for (size_t i = s->count; i-- > 0;) {
+        const struct state_piece *p = &s->piece[i];
+        struct share_source src;
+        state_source(p, 0, piece_elems(&p->piece), &src);
+        if (src.begin < end && begin < src.end)
+            return (int64_t)i;
+    }
+    return -1;
+}
+
+/* This rank writes a piece that lies in this memory. */
+static bool is_written(const struct share *sh, const void *addr, size_t bytes)
+{
+    uintptr_t begin = (uintptr_t)addr, end = begin + bytes;
+    for (uint64_t i = 0; i < sh->own_pieces; i++)
+        if (sh->source[i].begin < end && begin < sh->source[i].end)
+            return true;
+    return false;
+}
+
+uint64_t save_fence(tessera *t, const void *addr, size_t bytes)
+{
+    const struct share *sh = t->cache.share;
+    if (!addr || !sh || !t->save.state)
+        return (t->merge ? merge_fence(t->merge, UINT32_MAX) : 0) + pipeline_fence(t->pipe, NULL, 0);
+    if (!t->merge && is_written(sh, addr, bytes))
+        return pipeline_fence(t->pipe, addr, bytes);
+    int64_t last = find_piece(t->save.state, addr, bytes);
+    if (last < 0)
+        return 0;
+    uint64_t waited = t->merge ? merge_fence(t->merge, (uint32_t)last) : 0;
+    for (uint64_t i = sh->own_pieces; i-- > 0;) {
+        const struct share_source *src = &sh->source[i];
+        if (sh->piece[i].local <= last && src->begin < src->end)
+            return waited + pipeline_fence(t->pipe, (const void *)src->begin, src->end - src->begin);
+    }
+    return waited;
 }
 
 /* ---- vote and commit */
@@ -281,8 +332,11 @@ void save_report(tessera *t, int64_t in[TICK_SLOTS])
     pipeline_look(t->pipe, &view);
     if (t->keeper && v->commit == COMMIT_NONE && !v->error)
         local_error(t, keeper_lost(t->keeper)); /* once the commit is handed over, its outcome alone counts */
-    in[TICK_NOT_CAPTURED] = !view.captured;
-    in[TICK_NOT_DRAINED] = !view.drained;
+    struct merge_view merge = { .captured = true, .drained = true };
+    if (t->merge)
+        merge_look(t->merge, &merge);
+    in[TICK_NOT_CAPTURED] = !view.captured || !merge.captured;
+    in[TICK_NOT_DRAINED] = !view.drained || !merge.drained;
     in[TICK_FAILED] = view.failed || v->error ? t->x->size - t->x->rank : 0;
     in[TICK_COMMIT] = v->commit;
 }
@@ -291,7 +345,11 @@ status *save_vote(tessera *t)
 {
     struct saving *v = &t->save;
     struct report_rank cost = { 0 };
+    struct merge_view merge = { 0 };
     pipeline_report(t->pipe, &cost);
+    if (t->merge)
+        merge_look(t->merge, &merge);
+    report_merge(&cost.stage[REPORT_CAPTURE], &merge.copies);
     v->vote_ns = clock_ns();
     cost.total_ns = (cost.total_ns > v->start_ns ? cost.total_ns : v->start_ns);
     report_add(&cost.stage[REPORT_VOTE], cost.total_ns, v->vote_ns, v->vote_ns - cost.total_ns, 0);
@@ -342,6 +400,8 @@ status *save_poll(tessera *t)
 {
     struct saving *v = &t->save;
     bool done = false;
+    if (t->merge)
+        TRY(merge_poll(t->merge));
     if (v->phase != TESSERA_VOTE && v->phase != TESSERA_COMMIT)
         return NULL;
     TRY(comm_test(&t->vote.req, &done));
@@ -362,7 +422,11 @@ status *save_poll(tessera *t)
 void save_forget(tessera *t, bool keep)
 {
     struct saving *v = &t->save;
-    pipeline_end(t->pipe, keep ? PIPELINE_KEEP : PIPELINE_STOP);
+    if (!keep)
+        stop_writing(t, PIPELINE_STOP);
+    else if (t->merge)
+        merge_end(t->merge);
+    pipeline_end(t->pipe, PIPELINE_KEEP);
     vote_metadata_free(v->metadata);
     status_free(v->error);
     status_free(v->verdict);
@@ -387,6 +451,9 @@ status *save_undo(tessera *t, status **outcome)
     status *late = NULL;
     if (t->keeper && keeper_outcome(t->keeper, true, &late))
         status_free(late);
+    pipeline_give_up(t->pipe);
+    if (t->merge)
+        TRY(merge_drain(t->merge, t->x));
     pipeline_end(t->pipe, PIPELINE_STOP);
     status *st = v->verdict;
     if (!st) {

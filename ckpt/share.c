@@ -132,6 +132,7 @@ static status *fill_pieces(const struct plan *p, const struct roster *r, int ran
                                             .elem_bytes = dtype_bytes(t->dtype),
                                             .bytes = payload_bytes(p, r->piece[e]),
                                             .first_crc = s->crcs };
+        s->own_pieces += q->local != PLAN_MERGED;
         s->crcs += meta_blocks(s->piece[i].bytes);
         s->payload_bytes += s->piece[i].bytes;
         s->file[r->file[e]].part = t->part;
@@ -217,6 +218,11 @@ static void cut_chunks(struct share *s, uint64_t chunk_bytes)
     for (uint64_t i = 0; i < s->pieces; i++) {
         const struct share_piece *q = &s->piece[i];
         struct share_file *f = &s->file[q->file];
+        if (i == s->own_pieces) { /* from here on others' bytes are waited for */
+            close_chunk(s, c);
+            c = NULL;
+            s->tensor_chunks = s->own_chunks = s->chunks;
+        }
         if (!f->chunks) {
             close_chunk(s, c);
             c = new_chunk(s, q->file, 0);
@@ -240,6 +246,8 @@ static void cut_chunks(struct share *s, uint64_t chunk_bytes)
         s->piece[i].past_chunk = q->bytes ? s->chunks : i ? q[-1].past_chunk : 0;
     }
     close_chunk(s, c);
+    if (s->own_pieces == s->pieces)
+        s->tensor_chunks = s->own_chunks = s->chunks;
 }
 
 status *share_make(const struct plan *p, const struct roster *r, int rank, uint64_t chunk_bytes, struct share **out)

@@ -27,7 +27,7 @@ void roster_free(struct roster *r);
 
 struct share_piece {
     uint32_t plan_piece, file;
-    uint32_t local;        /* the piece of the state it is (part of) */
+    uint32_t local;        /* the piece of the state it is (part of), or PLAN_MERGED */
     uint64_t local_offset; /* elements into that piece's run */
     int ndim;
     size_t elem_bytes;
@@ -67,7 +67,8 @@ struct share_file {
 
 struct share {
     struct share_piece *piece; /* [pieces] in capture order: by (local, local_offset) */
-    uint32_t *by_plan;         /* [pieces] the same in the roster's order: indices into piece */
+    uint32_t *by_plan;         /* [pieces] the same in the roster's order: indices into piece. Merged pieces come last
+                                * in `piece`, as in the plan */
     struct share_source *source;
     struct share_file *file;
     struct share_segment *segment;
@@ -75,8 +76,12 @@ struct share {
     uint32_t *crc; /* [crcs] of the save in flight */
     uint64_t pieces, files, segments, chunks, crcs;
     uint64_t payload_bytes;
-    uint64_t block_bytes; /* largest chunk with segments, up to 4 KiB; 0: none */
-    uint64_t data_chunks; /* chunks with segments */
+    uint64_t block_bytes;   /* largest chunk with segments, up to 4 KiB; 0: none */
+    uint64_t data_chunks;   /* chunks with segments */
+    uint64_t own_pieces;    /* those before the merged ones */
+    uint64_t tensor_chunks; /* chunks below hold pieces of this rank's tensors, the others merged ones */
+    uint64_t own_chunks; /* the same, or where merged pieces are in memory (merge_gather), all: those that need nobody
+                          * else to fill them (stage.h) */
 };
 
 /* chunk_bytes: a multiple of META_BLOCK_BYTES. The plan must outlive the share. */

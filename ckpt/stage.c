@@ -48,13 +48,13 @@ static void *take_block(struct stage *g, uint64_t *waited_ns)
     return block;
 }
 
-/* The chunk in a block; NULL if it needs none, or none any more. */
-static void *capture(struct stage *g, const struct share *s, const struct share_chunk *c, uint64_t *waited_ns)
+/* The chunk in a block, or a block for it where it is not own; NULL if it needs none, or none any more. */
+static void *capture(struct stage *g, const struct share *s, const struct share_chunk *c, bool own, uint64_t *waited_ns)
 {
     if (!c->segments || atomic_load(g->sink.failed))
         return NULL;
     void *block = take_block(g, waited_ns);
-    status *st = atomic_load(g->sink.failed) ? NULL : fill(g, s, c, block);
+    status *st = atomic_load(g->sink.failed) || !own ? NULL : fill(g, s, c, block);
     if (st)
         g->sink.fail(g->sink.arg, st);
     if (!atomic_load(g->sink.failed))
@@ -68,7 +68,7 @@ static status *capture_main(void *arg)
     struct stage *g = arg;
     pthread_mutex_lock(&g->synced.lock);
     while (!g->synced.quit) {
-        if (g->synced.live || g->synced.next == g->synced.chunks) {
+        if (g->synced.next == g->synced.chunks || (g->synced.live && g->synced.next < g->synced.own_chunks)) {
             pthread_cond_wait(&g->synced.changed, &g->synced.lock);
             continue;
         }
@@ -78,10 +78,14 @@ static status *capture_main(void *arg)
         pthread_mutex_unlock(&g->synced.lock);
         uint64_t bytes = s->chunk[i].payload_bytes;
         uint64_t begin = clock_ns(), waited = 0;
-        void *block = capture(g, s, &s->chunk[i], &waited);
+        bool own = i < s->own_chunks;
+        void *block = capture(g, s, &s->chunk[i], own, &waited);
+        bool handed = !own && block && g->sink.hand(g->sink.arg, i, block);
         uint64_t end = clock_ns();
         pthread_mutex_lock(&g->synced.lock);
         g->synced.reading[g->writers] = NO_CHUNK;
+        if (handed)
+            continue;
         g->synced.captured_bytes += block ? bytes : 0;
         if (block)
             report_add(&g->synced.clock, begin, end, waited, bytes);
@@ -98,7 +102,7 @@ static bool try_take_locked(struct stage *g, int writer, struct stage_item *out)
         *out = g->synced.ready[g->synced.got++];
         return true;
     }
-    if (!g->synced.live || g->synced.next == g->synced.chunks)
+    if (!g->synced.live || g->synced.next >= g->synced.own_chunks)
         return false;
     *out = (struct stage_item){ .chunk = g->synced.next++, .live = true };
     g->synced.reading[writer] = out->chunk;
@@ -127,6 +131,15 @@ void stage_release(struct stage *g, int writer, uint64_t bytes)
 void stage_give(struct stage *g, void *block)
 {
     pool_put(&g->pool, block);
+}
+
+void stage_filled(struct stage *g, uint64_t chunk, void *block)
+{
+    pthread_mutex_lock(&g->synced.lock);
+    g->synced.captured_bytes += g->synced.share->chunk[chunk].payload_bytes;
+    g->synced.ready[g->synced.put++] = (struct stage_item){ .chunk = chunk, .block = block };
+    pthread_cond_broadcast(&g->synced.changed);
+    pthread_mutex_unlock(&g->synced.lock);
 }
 
 void *stage_bounce(struct stage *g, int writer)
@@ -174,7 +187,7 @@ void stage_look(struct stage *g, struct stage_view *out)
 {
     pthread_mutex_lock(&g->synced.lock);
     size_t blocks = g->memory ? g->pool.block_bytes * g->pool.count : 0;
-    out->captured = is_free_locked(g, g->synced.chunks);
+    out->captured = is_free_locked(g, g->synced.tensor_chunks);
     out->captured_bytes = g->synced.captured_bytes;
     out->clock = g->synced.clock;
     out->cap_bytes = g->memory_bytes;
@@ -273,6 +286,8 @@ void stage_start(struct stage *g, struct share *s, bool live)
     g->synced.share = s;
     g->synced.live = live;
     g->synced.chunks = s->chunks;
+    g->synced.own_chunks = s->own_chunks;
+    g->synced.tensor_chunks = s->tensor_chunks;
     g->synced.next = g->synced.put = g->synced.got = 0;
     g->synced.captured_bytes = 0;
     g->synced.clock = (struct report_clock){ 0 };

@@ -8,6 +8,9 @@
  *   [0 .. next) taken | [next .. chunks) nobody's          live:      next -> a writer
  *                                                          not live:  next -> capture thread -> ready -> a writer
  *
+ * Chunks of merged pieces (the share's own_chunks and after) read no tensor of this rank: the capture thread hands each
+ * with a block to the sink, which fills it in its own time and gives it back by stage_filled.
+ *
  * Invariants: (1) what stage_wait(k) returned for may be overwritten: chunks below k are taken, and whoever took one of
  * them reads no tensor for it any more; (2) staging memory never grows past what stage_prepare set; (3) every chunk
  * reaches some writer, also after a failure (then without a block), so that whoever counts chunks always reaches the
@@ -27,8 +30,9 @@ enum { BOUNCE_BYTES = 256 << 10 }; /* a writer's own buffer, for the parts of li
 
 struct stage_sink {
     void *arg;
-    void (*fail)(void *arg, status *st); /* takes st */
-    const atomic_bool *failed;           /* set: stop copying */
+    void (*fail)(void *arg, status *st);                  /* takes st */
+    const atomic_bool *failed;                            /* set: stop copying */
+    bool (*hand)(void *arg, uint64_t chunk, void *block); /* true: taken over, until stage_filled */
 };
 
 /* A chunk that a writer has taken. live: from the tensors; else from block, which is NULL for a header and after a
@@ -53,7 +57,7 @@ struct stage {
         pthread_cond_t changed;
         struct share *share; /* being captured; the last one afterwards, not to be looked at */
         bool live;
-        uint64_t chunks, next;
+        uint64_t chunks, own_chunks, tensor_chunks, next;
         uint64_t *reading; /* [writers + 1] the chunk that each writer, and last the capture thread, reads tensors
                             * for; UINT64_MAX: none */
         struct stage_item *ready; /* [room] what the capture thread is done with, in order */
@@ -82,6 +86,8 @@ bool stage_take(struct stage *g, int writer, struct stage_item *out);
 /* The writer reads no tensor for its live chunk any more; `bytes` of them it has passed on. */
 void stage_release(struct stage *g, int writer, uint64_t bytes);
 void stage_give(struct stage *g, void *block);
+/* What the sink has taken over is filled, or never will be; the writers take it from here. */
+void stage_filled(struct stage *g, uint64_t chunk, void *block);
 void *stage_bounce(struct stage *g, int writer);
 /* From here on everything is copied. */
 void stage_end_live(struct stage *g);

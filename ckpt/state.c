@@ -254,6 +254,30 @@ static uint64_t put_text(tessera_state *s, const char *text)
     return at;
 }
 
+void state_source(const struct state_piece *p, uint64_t first, uint64_t elems, struct share_source *out)
+{
+    const size_t elem_bytes = dtype_bytes(p->dtype);
+    uintptr_t base = (uintptr_t)p->data;
+    *out =
+        (struct share_source){ .piece = p->piece, .strided = p->strided, .base = p->data, .begin = base, .end = base };
+    memcpy(out->stride, p->stride, sizeof out->stride);
+    if (!elems)
+        return;
+    if (!p->strided) {
+        out->begin = base + first * elem_bytes;
+        out->end = out->begin + elems * elem_bytes;
+        return;
+    }
+    int64_t lo = 0, hi = 0; /* the whole box */
+    for (int d = 0; d < p->shape.ndim; d++) {
+        int64_t reach = p->stride[d] * (int64_t)(p->piece.box.len[d] - 1);
+        lo += reach < 0 ? reach : 0;
+        hi += reach > 0 ? reach : 0;
+    }
+    out->begin = base + (uintptr_t)(lo * (int64_t)elem_bytes);
+    out->end = base + (uintptr_t)((hi + 1) * (int64_t)elem_bytes);
+}
+
 status *state_describe(tessera_state *s)
 {
     if (s->described)

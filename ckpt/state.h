@@ -4,7 +4,7 @@
 #ifndef TESSERA_CKPT_STATE_H
 #define TESSERA_CKPT_STATE_H
 
-#include "ckpt/plan.h"
+#include "ckpt/share.h"
 #include "ckpt/tessera.h"
 
 #include <stdbool.h>
@@ -51,6 +51,9 @@ enum { STATE_BLOB_BYTES = 64 << 10, STATE_BLOBS_BYTES = 4 << 20 };
 
 /* Fill desc, text and fingerprint; does nothing (and allocates nothing) when no piece was added since the last call. */
 status *state_describe(struct tessera_state *s) WARN_UNUSED;
+
+/* Where elements [first, first + elems) of the piece's run are read from. */
+void state_source(const struct state_piece *p, uint64_t first, uint64_t elems, struct share_source *out);
 
 /* A growing byte string; zeroed is empty. */
 struct state_bytes {

@@ -24,6 +24,7 @@ module tessera
   integer(c_int64_t), parameter :: TESSERA_NEWEST = -1
   integer(c_int), parameter :: TESSERA_ALLOW_MISSING = 1, TESSERA_ALLOW_UNEXPECTED = 2, TESSERA_ALLOW_MISSHAPEN = 4, &
     TESSERA_LENIENT = 7, TESSERA_ALLOW_CAST = 8
+  integer(c_int), parameter :: TESSERA_AS_GIVEN = 0, TESSERA_MERGE = 1, TESSERA_GATHER = 2
   integer(c_int), parameter :: TESSERA_MISSING = 1, TESSERA_UNEXPECTED = 2, TESSERA_MISSHAPEN = 3
 
   type, bind(c) :: tessera_options
@@ -42,6 +43,7 @@ module tessera
     type(c_ptr) :: keep_metric = c_null_ptr
     integer(c_int) :: view = 0
     integer(c_int) :: reference_frozen = 0
+    integer(c_int) :: irregular = 0
   end type
 
   type, bind(c) :: tessera_tensor

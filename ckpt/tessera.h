@@ -33,8 +33,8 @@
  *
  * Threads: a handle and the states used with it belong to one thread at a time, the "training thread": functions must
  * not run at once on one handle. A process may have several handles, on different roots. A writing handle has threads
- * of its own (one that copies, `writers` that write, on rank 0 one that commits); they block all signals and do not
- * call MPI, so MPI_THREAD_FUNNELED is enough.
+ * of its own (one that copies, two with TESSERA_MERGE, `writers` that write, on rank 0 one that commits); they block
+ * all signals and do not call MPI, so MPI_THREAD_FUNNELED is enough.
  *
  * Structs that the caller gives begin with `size`, set by their initialiser macro, so that fields can be added: any
  * size from that of the first release on is fine, and nothing behind it is read or written. In C++ write `struct
@@ -96,6 +96,14 @@ enum {
     TESSERA_U8 = 16,
     TESSERA_BOOL = 17 /* one byte */
 };
+/* How a save stores runs of boxes. A load gives back the same bytes for all of them. */
+enum {
+    TESSERA_AS_GIVEN = 0, /* as they are: nothing is sent. A load cuts them into boxes */
+    TESSERA_MERGE = 1,    /* the runs that make up a box are sent, while training goes on, to one of the ranks that have
+                           * a part of it, which stores the box: a dataset of all its dimensions */
+    TESSERA_GATHER = 2    /* the same files; but tessera_save itself waits until all ranks that have a part of a box
+                           * have received all of it, as the loads and saves of other systems do. To compare with */
+};
 enum { TESSERA_DIMS = 8 }; /* most dimensions of a tensor */
 
 /* ---- A handle on one checkpoint root ---------------------------------------- */
@@ -140,11 +148,17 @@ struct tessera_options {
      * and none differed is not written again. What was saved at another cut is written once more first. From then on
      * `frozen` is taken at its word: the caller must not change the bytes while the state is used */
     int reference_frozen;
+    /* How runs that are no boxes of their tensors are stored: TESSERA_AS_GIVEN (0), TESSERA_MERGE or TESSERA_GATHER.
+     * TESSERA_MERGE takes memory for the runs that this rank gives, once, as part of staging_bytes, or beyond it if
+     * that is less; tessera_tick and tessera_fence move its messages on. TESSERA_GATHER takes memory for the boxes that
+     * this rank stores and for the largest other one that it has a part of; tessera_save then waits for the other ranks
+     */
+    int irregular;
 };
 #define TESSERA_OPTIONS                                                                                                \
     {                                                                                                                  \
         sizeof(struct tessera_options), NULL, -1, 0, 0, 0, 0, 0, 0, 0, NULL, { 0, 0, 0, 0, 0 }, NULL, NULL, 0, 0, 0,   \
-            NULL, 0, 0                                                                                                 \
+            NULL, 0, 0, 0                                                                                              \
     }
 
 /* Open a root. Collective. Unless read_only, draws a new 64-bit attempt and takes the root's lease: a second live job
@@ -285,10 +299,12 @@ struct tessera_progress {
     uint64_t save_ns;            /* from tessera_save to committed, of the last finished save */
     uint64_t saves, failures;    /* since tessera_open: committed, failed; alike on all ranks */
     uint64_t live_bytes;         /* of written_bytes: straight from the tensors, never copied */
+    uint64_t wire_bytes;         /* of tensors, sent to other ranks in such a save (options.irregular) */
+    uint64_t plan_ns;            /* the last plan that was made: descriptors to rank 0, planning, parts back */
 };
 #define TESSERA_PROGRESS                                                                                               \
     {                                                                                                                  \
-        sizeof(struct tessera_progress), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                         \
+        sizeof(struct tessera_progress), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                   \
     }
 /* Not collective; at any time, waits for nothing. */
 void tessera_get_progress(tessera *t, struct tessera_progress *out);
@@ -425,10 +441,11 @@ struct tessera_load_report {
     uint64_t storage_bytes; /* read from storage: whole checksum blocks of 1 MiB */
     uint64_t unique_bytes;  /* stored bytes that some rank wanted, each counted once */
     uint64_t ns;            /* the call, on this rank */
+    uint64_t wire_bytes;    /* of tensors, sent from rank to rank */
 };
 #define TESSERA_LOAD_REPORT                                                                                            \
     {                                                                                                                  \
-        sizeof(struct tessera_load_report), 0, 0, 0                                                                    \
+        sizeof(struct tessera_load_report), 0, 0, 0, 0                                                                 \
     }
 /* Of the last load that succeeded. Not collective. */
 void tessera_get_load_report(tessera *t, struct tessera_load_report *out);

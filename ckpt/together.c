@@ -7,6 +7,7 @@
 #include "ckpt/together.h"
 
 #include "ckpt/commit.h"
+#include "ckpt/merge_plan.h"
 #include "comm/agree.h"
 #include "comm/base/mem.h"
 
@@ -128,7 +129,7 @@ static void free_joined(struct joined *j)
 }
 
 static status *plan_joined(const struct nodes *n, const struct nodes_message *m, void **all, size_t bytes,
-                           const struct plan_hooks *hooks, struct plan **out)
+                           int irregular, const struct plan_hooks *hooks, struct plan **out)
 {
     struct joined j = { .count = 0 };
     struct plan *plan = NULL;
@@ -136,7 +137,7 @@ static status *plan_joined(const struct nodes *n, const struct nodes_message *m,
     if (!st && hooks)
         st = hooks->before(hooks->arg, j.desc, j.count, (char **)all, &bytes);
     if (!st) {
-        const struct plan_options o = { .node_of = n->node_of, .extra_bytes = j.extra };
+        const struct plan_options o = { .node_of = n->node_of, .extra_bytes = j.extra, .irregular = irregular };
         st = plan_make(j.desc, j.count, *all, bytes, n->all->size, &o, &plan);
     }
     if (!st && hooks)
@@ -184,15 +185,19 @@ static void free_parts(struct nodes_message *m, int ranks)
 }
 
 /* Rank 0: what each other rank gets. */
-static status *pack_parts(const struct plan *p, struct nodes_message **out)
+static status *pack_parts(const struct plan *p, int irregular, struct nodes_message **out)
 {
     uint32_t *list = NULL;
-    uint64_t *first = NULL;
+    uint64_t *first = NULL, *first_source = NULL;
+    struct plan_source *source = NULL;
     struct nodes_message *m = mem_calloc((size_t)p->ranks, sizeof *m);
     status *st = m ? sort_by_writer(p, &list, &first) : ERR(NO_MEMORY, "%d ranks", p->ranks);
+    if (!st)
+        st = plan_sources_by_rank(p, irregular == PLAN_GATHER, &source, &first_source);
     for (int r = 1; !st && r < p->ranks; r++) {
         void *buf = NULL;
-        st = plan_pack_part(p, list + first[r], first[r + 1] - first[r], &buf, &m[r].bytes);
+        st = plan_pack_part(p, list + first[r], first[r + 1] - first[r], source + first_source[r],
+                            first_source[r + 1] - first_source[r], &buf, &m[r].bytes);
         m[r].data = buf;
     }
     if (st)
@@ -201,15 +206,17 @@ static status *pack_parts(const struct plan *p, struct nodes_message **out)
         *out = m;
     mem_free(list);
     mem_free(first);
+    mem_free(source);
+    mem_free(first_source);
     return st;
 }
 
-static status *spread(const struct nodes *n, struct plan *whole, struct plan **out)
+static status *spread(const struct nodes *n, struct plan *whole, int irregular, struct plan **out)
 {
     struct nodes_message *parts = NULL;
     void *mine = NULL;
     size_t bytes = 0;
-    status *st = comm_agree(n->all, whole ? pack_parts(whole, &parts) : NULL);
+    status *st = comm_agree(n->all, whole ? pack_parts(whole, irregular, &parts) : NULL);
     if (!st)
         st = nodes_scatter(n, parts, &mine, &bytes);
     if (!st)
@@ -219,8 +226,8 @@ static status *spread(const struct nodes *n, struct plan *whole, struct plan **o
     return st;
 }
 
-status *plan_together(const struct nodes *n, const tessera_state *s, status *mine, const struct plan_hooks *hooks,
-                      struct plan **out)
+status *plan_together(const struct nodes *n, const tessera_state *s, status *mine, int irregular,
+                      const struct plan_hooks *hooks, struct plan **out)
 {
     void *packed = NULL, *all = NULL;
     size_t packed_bytes = 0, bytes = 0;
@@ -231,11 +238,11 @@ status *plan_together(const struct nodes *n, const tessera_state *s, status *min
         st = nodes_gather(n, packed, packed_bytes, &m, &all, &bytes);
     mem_free(packed);
     if (!st)
-        st = comm_agree(n->all, n->all->rank == 0 ? plan_joined(n, m, &all, bytes, hooks, &whole) : NULL);
+        st = comm_agree(n->all, n->all->rank == 0 ? plan_joined(n, m, &all, bytes, irregular, hooks, &whole) : NULL);
     mem_free(all);
     mem_free(m);
     if (!st)
-        st = spread(n, whole, &part);
+        st = spread(n, whole, irregular, &part);
     if (st) {
         plan_free(whole);
         plan_free(part);

@@ -15,11 +15,10 @@ struct plan_hooks {
     status *(*after)(void *arg, const struct plan *p);
     void *arg;
 };
-/* hooks: may be NULL. */
-/* mine: why this rank cannot take part (taken), or NULL. *out: the whole plan on rank 0, elsewhere the rank's own part.
- * Collective; the error is agreed. */
-status *plan_together(const struct nodes *n, const tessera_state *s, status *mine, const struct plan_hooks *hooks,
-                      struct plan **out) WARN_UNUSED;
+/* mine: why this rank cannot take part (taken), or NULL. irregular: as in plan_options. hooks: may be NULL. *out: the
+ * whole plan on rank 0, elsewhere the rank's own part. Collective; the error is agreed. */
+status *plan_together(const struct nodes *n, const tessera_state *s, status *mine, int irregular,
+                      const struct plan_hooks *hooks, struct plan **out) WARN_UNUSED;
 
 /* The plan that made this step, if this rank's state is the one that was saved: whole on rank 0, elsewhere the rank's
  * part. *out stays NULL where it cannot serve (another world or state, or the step does not say). Local; fails only

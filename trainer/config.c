@@ -110,6 +110,9 @@ static const struct option checkpoint_rows[] = {
         "with keep_last: so many steps with the best keep_metric stay too; 0: none"),
     ROW(OPT_BOOL, checkpoint_config, reference_frozen, "reference_frozen", "false", 0, 0, NULL, "",
         "frozen weights and tables are written once; later steps refer to the step that has them, which stays, whole"),
+    ROW(OPT_ENUM, checkpoint_config, irregular, "irregular", "default", 0, 0, "default|merge|gather", "",
+        "runs that are no boxes of their tensors (ZeRO's): stored as they are, merged into boxes by messages while "
+        "training goes on, or gathered before the save (to compare with)"),
     ROW(OPT_STRING, checkpoint_config, keep_metric, "keep_metric", "", 0, 0, NULL, "",
         "a step metric of metrics.jsonl, or eval/loss, eval/logps/accuracy, eval/rewards/accuracy, eval/logps/margin, "
         "eval/task/accuracy; stored with each step that has it"),

@@ -69,6 +69,7 @@ struct checkpoint_config {
     uint64_t staging_bytes, chunk_bytes;
     bool async, rewind, state_hash, reference_frozen;
     int on_error, overlap, keep_order, view;
+    int irregular; /* TESSERA_AS_GIVEN, TESSERA_MERGE, TESSERA_GATHER */
 };
 
 struct config {

@@ -198,6 +198,7 @@ static status *open_checkpoint(struct trainer *t, bool read_only)
     o.keep_metric = c->keep_metric;
     o.view = c->view == VIEW_NEVER ? -1 : c->view == VIEW_ALWAYS;
     o.reference_frozen = c->reference_frozen;
+    o.irregular = c->irregular;
     o.rewind = c->rewind;
     o.staging_bytes = c->staging_bytes;
     o.chunk_bytes = c->chunk_bytes;

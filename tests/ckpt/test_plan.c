@@ -834,7 +834,7 @@ static void test_parts(void **state)
         for (uint64_t k = 0; k < p->piece_count; k++)
             if (p->piece[k].writer == r)
                 list[n++] = (uint32_t)k;
-        assert_null(plan_pack_part(p, list, n, &buf, &bytes));
+        assert_null(plan_pack_part(p, list, n, NULL, 0, &buf, &bytes));
         assert_null(plan_unpack(buf, bytes, &q));
         mem_free(buf);
         assert_int_equal(q->piece_count, n);

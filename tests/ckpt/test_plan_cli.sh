@@ -31,6 +31,17 @@ says() { # TEXT then the command that must fail with it
 keys_hold "$(plan --model llama3-8b --mesh pp=2,dp=8,tp=4 --to pp=1,dp=6,tp=8 --json)"
 keys_hold "$(plan --model llama3-405b --mesh=pp=16,dp=4,tp=8 --to=pp=8,dp=5,tp=8 --zero=1 --json)"
 keys_hold "$(plan --synthetic tensors=64,pieces=128 --to dp=96 --json)"
+
+# Runs: nothing is sent as given; merged, each box but the writer's own run; gathered, each box to all of its dp ranks.
+wire() { plan --model llama3-8b --mesh dp=4,tp=8 --to tp=8 --json "$@" | python3 -c 'import json,sys; r = json.load(sys.stdin); print(r["irregular"], r["wire_bytes"])'; }
+python3 - "$(wire)" "$(wire --irregular merge)" "$(wire --irregular=gather)" <<'PY'
+import sys
+(d, default), (m, merge), (g, gather) = (line.split() for line in sys.argv[1:])
+assert (d, m, g) == ("default", "merge", "gather"), sys.argv
+assert int(default) == 0 < int(merge), sys.argv
+assert 3 < int(gather) / int(merge) < 6, sys.argv  # 4 where all runs of a box are equal; buckets end within boxes
+PY
+says 'default, merge or gather' --model llama3-8b --mesh dp=1 --irregular yes
 plan --model dit-xl2 --mesh dp=4 --zero 0 | grep -q 'dit-xl2 on 4 ranks'
 test "$(plan --model llama3-70b --mesh pp=4,dp=2,tp=8 --json | python3 -c 'import json,sys; print(json.load(sys.stdin)["params"])')" = 70553706496
 

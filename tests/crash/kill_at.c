@@ -1,9 +1,10 @@
 /* kill_at: a library to preload into the ranks of a job, which counts their calls by pipeline stage and, at the n-th
  * call of one stage, ends its process by SIGKILL.
  *
- * A stage is THREAD/CALL/OBJECT. THREAD: main, capture, write, keeper, load, or none of them. CALL: what is about to
- * happen ("fsync", "pwrite", ...); "untemp" removes a file that still has its temporary name. OBJECT: what the file is
- * in the checkpoint root: shard, metadata, latest, lease, mark, clock, step (a step's directory), root. Of no file:
+ * A stage is THREAD/CALL/OBJECT. THREAD: main, capture, merge, write, keeper, load, or none of them. CALL: what is
+ * about to happen ("fsync", "pwrite", ...); "untemp" removes a file that still has its temporary name. OBJECT: what the
+ * file is in the checkpoint root: shard, metadata, latest, lease, mark, clock, step (a step's directory), root. Of no
+ * file:
  *
  *   lock     pthread_mutex_lock by a thread of a save or load: between its chunks and its states
  *   crc      a checksum
@@ -31,7 +32,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define THREADS(x) x(main) x(capture) x(write) x(keeper) x(load) x(none)
+#define THREADS(x) x(main) x(capture) x(merge) x(write) x(keeper) x(load) x(none)
 #define CALLS(x)                                                                                                       \
     x(create) x(mkdir) x(ftruncate) x(write) x(pwrite) x(pread) x(fsync) x(rename) x(link) x(untemp) x(unlink)         \
         x(rmdir) x(lock) x(crc) x(reduce) x(vote)
@@ -107,6 +108,7 @@ static enum thread this_thread(void)
     return !strncmp(name, "tsr-write", 9)  ? T_write
            : !strncmp(name, "tsr-load", 8) ? T_load
            : !strcmp(name, "tsr-capture")  ? T_capture
+           : !strcmp(name, "tsr-merge")    ? T_merge
            : !strcmp(name, "tsr-keeper")   ? T_keeper
                                            : T_none;
 }

@@ -2,7 +2,8 @@
 """kill -9 of one rank at every stage of the pipeline, by construction: kill_at.so counts a rank's calls by stage (its header says what a stage
 is) and ends it at the n-th call of one.
 
-Two runs that nobody kills say which stages there are, on which ranks, and how often: a start from nothing and a resumed one. Each kill is one
+Three runs that nobody kills say which stages there are, on which ranks, and how often: a start from nothing, a resumed one, and one that is resumed and
+merges runs (checkpoint.irregular). Each kill is one
 attempt on a root that earlier kills have left, with another number of ranks, and would end by itself some saves later. After it: what a save
 event called committed is there, every listed step passes `tessera ckpt verify`, and the attempt had resumed from the newest committed step with
 the hashes of its save and then had the losses of a run that nobody disturbed, bit for bit, and that run's weights if it came to its end.
@@ -34,7 +35,7 @@ REQUIRED = """
     main/create/lease main/write/lease main/fsync/lease main/link/lease main/rename/lease
     main/pread/metadata load/pread/shard load/crc/none
     main/reduce/first main/reduce/second main/vote/second
-    capture/lock/none write/lock/none write/crc/none
+    capture/lock/none merge/lock/none write/lock/none write/crc/none
     write/create/shard write/mkdir/step write/ftruncate/shard write/pwrite/shard write/fsync/shard write/rename/shard write/fsync/step write/fsync/root
     keeper/lock/none keeper/crc/none keeper/create/metadata keeper/write/metadata keeper/fsync/metadata keeper/link/metadata
     keeper/untemp/metadata keeper/fsync/step keeper/fsync/root
@@ -53,7 +54,7 @@ def config(name):
 class Attempt:
     """One job of SAVES saves with kill_at.so and metrics of its own, on the root of the config `name`; `target`: "RANK STAGE N" or None."""
 
-    def __init__(self, name, number, ranks, target=None):
+    def __init__(self, name, number, ranks, target=None, merge=False):
         self.name, self.dir, self.ckpt = name, tmp / name / f"attempt-{number}", tmp / name / "ckpt"
         self.log = tmp / name / f"kill-{number}"
         self.newest = (job.committed(self.ckpt) or [None])[-1]
@@ -62,7 +63,8 @@ class Attempt:
             preload["KILL_AT"] = target
         self.log.parent.mkdir(exist_ok=True)
         self.log.touch()
-        self.job = job.start(ranks, config(name), f"run.dir={self.dir}", f"train.steps={max(self.newest or 0, SWITCH) + SAVES * EVERY}", environ=preload)
+        self.job = job.start(ranks, config(name), f"run.dir={self.dir}", f"train.steps={max(self.newest or 0, SWITCH) + SAVES * EVERY}",
+                             f"checkpoint.irregular={'merge' if merge else 'default'}", environ=preload)
         self.status = self.job.wait()
 
     def events(self):
@@ -107,12 +109,12 @@ job.run(2, config("whole"), "checkpoint.keep_best=0", "checkpoint.keep_metric=")
 whole = job.events(tmp / "whole")
 want = job.losses(whole)
 dry = {}
-for kind in ("fresh", "resumed"):
-    a = Attempt("dry", kind, RANKS)
+for kind in ("fresh", "resumed", "merged"):
+    a = Attempt("dry", kind, RANKS, merge=kind == "merged")
     job.check(a.status == 0, f"the {kind} dry run failed:\n{a.job.output}")
     a.check(f"the {kind} dry run")
     dry[kind] = a.counts()
-stages = sorted({*dry["fresh"], *dry["resumed"]})
+stages = sorted({*dry["fresh"], *dry["resumed"], *dry["merged"]})
 job.check(not set(REQUIRED) - set(stages), f"no such stages any more: {sorted(set(REQUIRED) - set(stages))}; found {stages}")
 
 
@@ -125,7 +127,7 @@ def calls(kind, stage, rank):
 def targets():
     """(kind of start, stage, rank, call)"""
     for stage in stages:
-        kind = "resumed" if stage in dry["resumed"] else "fresh"
+        kind = next(k for k in ("resumed", "fresh", "merged") if stage in dry[k])
         ranks = sorted(dry[kind][stage])
         if not everything:
             rank = draw.choice(ranks)
@@ -143,12 +145,12 @@ def targets():
 hits, missed, chain, number, newest = collections.Counter(), 0, 0, 0, None
 
 
-def attempt(ranks, target=None):
+def attempt(ranks, target=None, merge=False):
     """Returns whether it died where it should."""
     global number, newest
     number += 1
     text = f"attempt {number}: {ranks} ranks, {target or 'nobody killed'}"
-    a = Attempt(f"chain-{chain}", number, ranks, target)
+    a = Attempt(f"chain-{chain}", number, ranks, target, merge)
     job.check((a.status == 0) == (not a.hit()), f"{text}: exit status {a.status}:\n{a.job.output}")
     before, newest = a.newest, a.check(text)
     job.say(f"{text}{' (not reached)' if target and not a.hit() else ''}: newest committed step {before} -> {newest}")
@@ -160,9 +162,10 @@ def one_kill(kind, stage, rank, call):
     if kind == "fresh" or chain == 0 or (newest or 0) > STEPS - SAVES * EVERY:
         chain += 1
         newest = None
-    if kind == "resumed" and newest is None:
+    if kind != "fresh" and newest is None:
         attempt(2)
-    return attempt(draw.choice([n for n in range(1, RANKS + 1) if n > rank and (n > 1 or "/vote/" not in stage)]), f"{rank} {stage} {call}")
+    return attempt(draw.choice([n for n in range(1, RANKS + 1) if n > rank and (n > 1 or not ("/vote/" in stage or kind == "merged"))]),
+                   f"{rank} {stage} {call}", kind == "merged")
 
 
 plan = list(targets())

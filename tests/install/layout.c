@@ -27,6 +27,7 @@ int main(void)
     FIELD(options, keep_metric);
     FIELD(options, view);
     FIELD(options, reference_frozen);
+    FIELD(options, irregular);
     SIZE(options);
     FIELD(tensor, size);
     FIELD(tensor, part);

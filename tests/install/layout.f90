@@ -29,6 +29,7 @@ program layout
   call field('options%keep_metric', c_loc(options), c_loc(options%keep_metric))
   call field('options%view', c_loc(options), c_loc(options%view))
   call field('options%reference_frozen', c_loc(options), c_loc(options%reference_frozen))
+  call field('options%irregular', c_loc(options), c_loc(options%irregular))
   print '(a, i0)', 'options ', c_sizeof(options)
   call field('tensor%size', c_loc(tensor), c_loc(tensor%size))
   call field('tensor%part', c_loc(tensor), c_loc(tensor%part))
