@@ -60,6 +60,23 @@ for bad in dp2-dp4 dp2 dp2- "dp2-dp1," ",dp2-dp1" dp0-dp1 pp2-dp1 dp1-dp1x dp1-t
   grep -q 'cases: ' err || fail "cases=$bad is not named"
 done
 
+ranks 4 irregular --quick --json state_bytes=32MiB steps=3 step_ms=5 || fail "bench irregular"
+python3 - <<'END' || fail "bench irregular: values"
+import json
+
+modes = {r["mode"]: r for r in map(json.loads, open("out"))}
+assert list(modes) == ["default", "merge", "gather"]
+for r in modes.values():
+    assert r["tp"] == 2 and r["dp"] == 2 and r["ranks"] == 4 and r["state_bytes"] == 2 * 1001 * 1500 * 10
+    assert 0 < r["plan_s"] < 10 and 0 < r["call_wall_ms_p50"] and 0 <= r["fence_ms_max"] and 0 < r["stall_ms"]
+    assert 0 < r["save_gbps"] and 0 < r["load_s"] and isinstance(r["lost_ms"], (int, float))
+    assert 0 < r["load_wire_bytes"] < r["state_bytes"] and 0 < r["staging_bytes"]
+moments = 2 * 1001 * 1500 * 8
+assert modes["default"]["wire_bytes"] == 0
+assert abs(modes["merge"]["wire_bytes"] / (moments / 2) - 1) < 0.01, "of two runs of a box one travels"
+assert modes["gather"]["wire_bytes"] == moments, "of two runs of a box both do"
+END
+
 ranks 1 save --quick state_bytes=5MiB windows=1 steps=2 step_ms=1 repeats=1 || fail "bench save, one rank, as a table"
 grep -q "^throughput_ratio  " out || fail "table"
 

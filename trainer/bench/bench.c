@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const struct bench_verb *const verbs[] = { &bench_save, &bench_load };
+static const struct bench_verb *const verbs[] = { &bench_save, &bench_load, &bench_irregular };
 enum { VERBS = sizeof verbs / sizeof *verbs };
 
 /* ---- options */
@@ -155,5 +155,5 @@ status *bench_cli(struct comm *world, int argc, char **argv)
         mem_free(options);
         return st;
     }
-    return ERR(INVALID, "bench: \"%.100s\" is no bench (legal: save, load, help)", name);
+    return ERR(INVALID, "bench: \"%.100s\" is no bench (legal: save, load, irregular, help)", name);
 }

@@ -1,10 +1,11 @@
-/* bench: `tessera bench save|load`: what checkpoints cost training, and how near they come to the hardware.
+/* bench: `tessera bench save|load|irregular`: what checkpoints cost training, and how near they come to the hardware.
  *
  * Every ratio is of two figures that the same run took on the same machine, files and bytes. docs/performance.md says
  * how each is measured. Under mpirun; every rank takes part, rank 0 prints.
  *
  *   bench.c    command line, working folder, printing        field.c   the tensors that are saved and loaded
  *   bench_save.c, bench_load.c   the two benches              limits.c  plain writes and reads beside them
+ *   bench_irregular.c   ways to store runs                    slices.c  the tensors of that one
  *   measure.c  medians, intervals, CPU seconds */
 #ifndef TESSERA_TRAINER_BENCH_BENCH_H
 #define TESSERA_TRAINER_BENCH_BENCH_H
@@ -14,8 +15,8 @@
 
 enum { BENCH_PATH_BYTES = 1024 };
 
-/* argv[0] is "save", "load" or "help"; then key=value words, --json, --quick. Collective over world; the error is the
- * same on all ranks. */
+/* argv[0] is "save", "load", "irregular" or "help"; then key=value words, --json, --quick. Collective over world; the
+ * error is the same on all ranks. */
 status *bench_cli(struct comm *world, int argc, char **argv) WARN_UNUSED;
 
 struct bench {
@@ -24,7 +25,7 @@ struct bench {
     bool json;
 };
 
-/* One of the two. `run` gets options filled from the table. */
+/* One of them. `run` gets options filled from the table. */
 struct bench_verb {
     const char *name, *help;
     struct option_table options;
@@ -33,7 +34,7 @@ struct bench_verb {
     const char *const (*quick)[2]; /* key, value: what --quick changes in the defaults; ends with NULL */
     status *(*run)(struct bench *b, const void *options);
 };
-extern const struct bench_verb bench_save, bench_load;
+extern const struct bench_verb bench_save, bench_load, bench_irregular;
 
 /* Start together, without spinning: ranks that wait leave the cores to those that work. Collective. */
 status *bench_meet(struct bench *b) WARN_UNUSED;

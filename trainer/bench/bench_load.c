@@ -221,12 +221,6 @@ static void report(struct load_bench *lb, const struct load_case *k, const doubl
     bench_print(lb->b, f, sizeof f / sizeof *f);
 }
 
-static double load_average(void)
-{
-    double load[3];
-    return getloadavg(load, 3) > 0 ? load[0] : NAN;
-}
-
 static status *run_case(struct bench *b, const struct load_options *o, const struct load_case *k, int number)
 {
     struct load_bench lb = { .b = b, .o = o };

@@ -441,9 +441,7 @@ static status *open_checkpoint(struct save_bench *sb)
 static status *measure(struct save_bench *sb)
 {
     uint64_t first;
-    double load[3][3] = { 0 };
-    if (getloadavg(load[0], 3) < 1)
-        load[0][0] = NAN;
+    double load[2] = { load_average(), NAN };
     TRY(open_checkpoint(sb));
     TRY(calibrate(sb));
     sb->rss_before = mem_peak_rss_bytes(); /* staging is taken by the first save */
@@ -451,12 +449,11 @@ static status *measure(struct save_bench *sb)
     TRY(run_windows(sb));
     sb->rss_peak = mem_peak_rss_bytes();
     TRY(run_rates(sb));
-    if (getloadavg(load[1], 3) < 1)
-        load[1][0] = NAN;
+    load[1] = load_average();
     TRY(gather(sb));
     double *scratch = mem_array(NULL, sb->s.count, sizeof *scratch);
     TRY(comm_agree(sb->b->world, scratch ? NULL : ERR(NO_MEMORY, "%zu samples", sb->s.count)));
-    report(sb, (const double[]){ load[0][0], load[1][0] }, scratch);
+    report(sb, load, scratch);
     mem_free(scratch);
     return NULL;
 }

@@ -81,3 +81,9 @@ uint64_t process_cpu_ns(void)
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &ts);
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }
+
+double load_average(void)
+{
+    double load[1];
+    return getloadavg(load, 1) == 1 ? load[0] : NAN;
+}

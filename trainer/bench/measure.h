@@ -21,5 +21,6 @@ struct interval median_interval(double *x, size_t n, double wanted);
 /* CPU nanoseconds this process's living threads have used whose name begins with prefix. */
 status *threads_cpu_ns(const char *prefix, uint64_t *out) WARN_UNUSED;
 uint64_t process_cpu_ns(void); /* of all threads, dead ones too */
+double load_average(void);     /* of the last minute; NaN: the system does not say */
 
 #endif
