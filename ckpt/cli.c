@@ -521,6 +521,10 @@ static const struct verb {
     { "report", "URL [STEP] [--load] [--stage NAME] [--over K] [--mtbf S] [--interval S] [--trace FILE] [--json]",
       "what the last save (or load) cost: a map over the mesh, stragglers, ETTR, a trace for Perfetto", cli_report,
       OWN_WORDS },
+    { "export", "URL [STEP] FOLDER [--dtype=bf16|f16|f32|f64] [--shard-bytes=N]",
+      "the model of a step (the newest) as a Hugging Face folder: safetensors and config.json", NULL, OWN_WORDS },
+    { "import", "FOLDER URL [STEP]", "a Hugging Face folder as a step (0) of a new root, types as they are", NULL,
+      OWN_WORDS },
     { "plan", "--model NAME --mesh pp=,dp=,tp= [--zero 0|1] [--to MESH] [--json]",
       "plan a save and a load of a known model (or --synthetic tensors=,pieces=) on any mesh, here", cli_plan,
       OWN_WORDS },
@@ -537,7 +541,7 @@ static void print_help(void)
 
 static status *unknown_verb(const char *verb)
 {
-    char legal[128] = "";
+    char legal[160] = "";
     size_t n = 0;
     for (size_t i = 0; i < VERBS; i++)
         n += (size_t)snprintf(legal + n, sizeof legal - n, "%s%s", i ? ", " : "", verbs[i].name);
@@ -575,6 +579,9 @@ bool cli_cut_step(char *url, uint64_t *step)
 static status *run_verb(const struct verb *v, struct request *r, char *url)
 {
     uint64_t step;
+    if (!v->run)
+        return ERR(UNSUPPORTED, "ckpt %s: this program is built without models",
+                   v->name); /* trainer/hf/hf_cli.c has it */
     if (v->takes & (OWN_URLS | OWN_WORDS))
         return v->run(r);
     if (cli_cut_step(url, &step)) {

@@ -2,6 +2,7 @@
 
 #include "comm/agree.h"
 #include "comm/base/mem.h"
+#include "trainer/hf/hf_config.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +29,12 @@ static const struct option run_rows[] = {
     ROW(OPT_STRING, run_config, dir, "dir", "", 0, 0, NULL, "", "folder for metrics.jsonl; empty: runs/NAME"),
     ROW(OPT_INT, run_config, seed, "seed", "0", 0, 9e15, NULL, "",
         "seed of initialisation, shuffling and every other draw"),
+};
+static const struct option model_rows[] = {
+    ROW(OPT_STRING, model_choice, init_from, "init_from", "", 0, 0, NULL, "",
+        "folder of a Hugging Face model (config.json, safetensors): the first weights, and the keys of this section "
+        "that "
+        "are not set here; empty: random weights"),
 };
 static const struct option data_rows[] = {
     ROW(OPT_STRING, data_config, sft, "sft", "", 0, 0, NULL, "",
@@ -147,8 +154,8 @@ static const struct option eval_rows[] = {
 };
 
 static const struct option_table top_table = TABLE("", top_rows), run_table = TABLE("run", run_rows),
-                                 data_table = TABLE("data", data_rows), algo_table = TABLE("algo", algo_rows),
-                                 train_table = TABLE("train", train_rows),
+                                 model_table = TABLE("model", model_rows), data_table = TABLE("data", data_rows),
+                                 algo_table = TABLE("algo", algo_rows), train_table = TABLE("train", train_rows),
                                  parallel_table = TABLE("parallel", parallel_rows),
                                  memory_table = TABLE("memory", memory_rows),
                                  checkpoint_table = TABLE("checkpoint", checkpoint_rows),
@@ -178,6 +185,7 @@ static struct sections sections_of(struct config *c)
     struct sections all = { .count = 0 };
     add_section(&all, &top_table, &c->top);
     add_section(&all, &run_table, &c->run);
+    add_section(&all, &model_table, &c->model_choice);
     add_section(&all, c->model_ops ? c->model_ops->options : NULL, c->model);
     add_section(&all, &data_table, &c->data);
     add_section(&all, &algo_table, &c->algo);
@@ -345,6 +353,40 @@ static status *apply_preset(struct sections *all, const struct algo_ops *algo, c
     return NULL;
 }
 
+/* Keys that say what tensors a model has: where a config says otherwise than config.json, one of them is wrong. */
+static bool shapes_tensors(const char *key)
+{
+    static const char *const keys[] = { "kind",     "layers", "hidden", "heads",   "kv_heads",
+                                        "head_dim", "ffn",    "vocab",  "qk_norm", "qkv_bias" };
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        if (!strcmp(key, keys[i]))
+            return true;
+    return false;
+}
+
+/* Take what config.json of model.init_from says as if it were set here; what is set here stays. */
+static status *take_init_from(struct assignments *l, struct hf_config *hf)
+{
+    const char *where = "", *folder = value_of(l, "model", "init_from", &where);
+    char from[256];
+    *hf = (struct hf_config){ .count = 0 };
+    if (!folder || !*folder)
+        return NULL;
+    status *st = hf_config_read(folder, hf);
+    if (st)
+        return status_wrap(st, "%s: model.init_from", where);
+    snprintf(from, sizeof from, "%.200s/config.json", folder);
+    for (int i = 0; i < hf->count; i++) {
+        const char *key = hf->set[i].key, *theirs = hf->set[i].value, *ours = value_of(l, "model", key, &where);
+        if (!ours)
+            TRY(assign(l, "model", key, theirs, from, false));
+        else if (shapes_tensors(key) && strcmp(ours, theirs))
+            return ERR(INVALID, "%s: model.%s: %.60s, but %s in %s (leave it out to take that)", where, key, ours,
+                       theirs, from);
+    }
+    return NULL;
+}
+
 static status *check_required(const struct sections *all, const struct assignments *l, const char *name)
 {
     for (int i = 0; i < all->count; i++) {
@@ -450,8 +492,10 @@ static status *collect(yaml_document_t *doc, const char *name, int overrides, ch
     return NULL;
 }
 
-static status *fill(struct config *c, const struct assignments *l, const char *name)
+static status *fill(struct config *c, struct assignments *l, const char *name)
 {
+    struct hf_config hf;
+    TRY(take_init_from(l, &hf));
     TRY(choose_kinds(c, l, name));
     struct sections all = sections_of(c);
     for (int i = 0; i < all.count; i++)
@@ -518,8 +562,13 @@ status *config_load(struct comm *world, const char *path, int overrides, char **
     TRY(comm_agree(world, world->rank == 0 ? read_file(path, &text, &bytes) : NULL));
     void *buf = text;
     TRY(comm_bcast_bytes(world, &buf, &bytes, 0));
-    status *st = config_parse(buf, bytes, path, overrides, override, out);
+    struct config *c = NULL;
+    status *st = comm_agree(world, config_parse(buf, bytes, path, overrides, override, &c));
     mem_free(buf);
+    if (st)
+        config_free(c);
+    else
+        *out = c;
     return st;
 }
 
@@ -570,7 +619,7 @@ static bool defines_state(const char *key)
     for (size_t i = 0; i < sizeof exact / sizeof exact[0]; i++)
         if (!strcmp(key, exact[i]))
             return true;
-    return !strncmp(key, "model.", 6);
+    return !strncmp(key, "model.", 6) && strcmp(key, "model.init_from") != 0;
 }
 
 /* Where a text's key ends the run, it is not news. */
@@ -623,10 +672,10 @@ static void help_presets(const struct algo_ops *algo, FILE *to)
 
 void config_help(FILE *to)
 {
-    static const struct option_table *const common[] = { &top_table,      &run_table,    &data_table,
-                                                         &algo_table,     &train_table,  &optim_options,
-                                                         &parallel_table, &memory_table, &checkpoint_table,
-                                                         &eval_table };
+    static const struct option_table *const common[] = { &top_table,        &run_table,      &data_table,
+                                                         &model_table,      &algo_table,     &train_table,
+                                                         &optim_options,    &parallel_table, &memory_table,
+                                                         &checkpoint_table, &eval_table };
     for (size_t i = 0; i < sizeof common / sizeof common[0]; i++)
         options_help(common[i], to);
     for (int i = 0; model_registry[i]; i++) {

@@ -23,6 +23,10 @@ struct run_config {
     int64_t seed;
 };
 
+struct model_choice { /* of every kind of model */
+    char *init_from;
+};
+
 struct data_config {
     char *sft, *prefs, *labelled, *heldout, *tasks;
     int64_t max_length;
@@ -75,6 +79,7 @@ struct checkpoint_config {
 struct config {
     struct top_config top;
     struct run_config run;
+    struct model_choice model_choice;
     struct data_config data;
     struct algo_choice algo;
     struct train_config train;

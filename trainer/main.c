@@ -5,6 +5,7 @@
 #include "trainer/bench/bench.h"
 #include "trainer/config.h"
 #include "trainer/data/prepare.h"
+#include "trainer/hf/hf_cli.h"
 #include "trainer/trainer.h"
 
 #include <stdio.h>
@@ -76,7 +77,7 @@ static status *bench(struct comm *world, const struct log *log, int argc, char *
 static status *ckpt(struct comm *world, const struct log *log, int argc, char **argv)
 {
     (void)log;
-    return ckpt_cli_ranks(world, argc, argv);
+    return hf_cli_has(argc, argv) ? hf_cli(argc, argv) : ckpt_cli_ranks(world, argc, argv);
 }
 
 /* Run a verb on the ranks of a backend (NULL: this process alone, world is NULL). Its error is the same on all ranks

@@ -7,6 +7,7 @@
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 #include "trainer/data/tokenizer.h"
+#include "trainer/hf/hf_load.h"
 
 #include <inttypes.h>
 #include <string.h>
@@ -211,6 +212,23 @@ static status *open_checkpoint(struct trainer *t, bool read_only)
     return ckpt_open(&o, t->world, t->device, NULL, &t->ckpt);
 }
 
+/* Weights of model.init_from, where no step was resumed from. Collective. */
+static status *init_weights(struct trainer *t)
+{
+    const char *folder = t->cfg->model_choice.init_from;
+    uint64_t read = 0, begun = clock_ns();
+    if (!*folder || t->resumed_from != UINT64_MAX)
+        return NULL;
+    TRY(status_wrap(hf_load(t->world, folder, &t->model->params, &read), "model.init_from"));
+    TRY(comm_allreduce(t->world, &read, 1, COMM_U64, COMM_SUM, NULL));
+    metrics_begin(t->metrics, "init_from", t->step);
+    metrics_integer(t->metrics, "bytes_read", read);
+    metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
+    metrics_say(t->metrics, "weights of %s in %.2f s", folder, ns_to_s(clock_ns() - begun));
+    metrics_end(t->metrics);
+    return NULL;
+}
+
 static status *open_all(struct trainer *t)
 {
     int ranks_here = 1;
@@ -230,7 +248,8 @@ static status *open_all(struct trainer *t)
     TRY(open_mesh(t));
     TRY(open_zero(t));
     TRY(open_checkpoint(t, false));
-    return state_resume(t);
+    TRY(state_resume(t));
+    return init_weights(t);
 }
 
 /* One phase without data: the algorithm, for its sums and its loss. */
@@ -260,6 +279,7 @@ static status *open_for_eval(struct trainer *t)
     TRY(comm_agree(t->world, st));
     TRY(comm_agree(t->world, dry_run(t, &t->heldout_pack)));
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
+    TRY(init_weights(t));
     TRY(open_mesh(t));
     return open_checkpoint(t, true);
 }

@@ -2,6 +2,7 @@
  * opens can be read whole: every tensor lies in the file, and together they fill it. */
 #include "comm/base/bytes.h"
 #include "tests/fuzz/fuzz.h"
+#include "trainer/hf/hf_config.h"
 #include "trainer/hf/safetensors.h"
 
 #include <unistd.h>
@@ -46,11 +47,22 @@ static void try_header(const uint8_t *data, size_t n, uint64_t file_bytes)
     mem_free(text);
 }
 
+static void try_config(const uint8_t *data, size_t n)
+{
+    struct hf_config c, again;
+    char *text = fuzz_text(data, n), *json = NULL;
+    if (fuzz_ok(hf_config_parse(text, n, "config", &c)) && fuzz_ok(hf_config_json(&c, "F32", &json)))
+        (void)fuzz_ok(hf_config_parse(json, strlen(json), "again", &again)); /* numbers may be ones that no model has */
+    mem_free(json);
+    mem_free(text);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     static const char good[] = "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]}}";
     char dir[64], file[sizeof good + 9];
     struct store *s;
+    try_config(data, n);
     try_header(data, n, 8 + n);
     try_header(data, n, 8 + n + 16);
     snprintf(dir, sizeof dir, "/dev/shm/fuzz-safetensors-%d", (int)getpid());

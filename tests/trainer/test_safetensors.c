@@ -440,6 +440,7 @@ static void hostile_indexes(void **state)
     } rows[] = {
         { "{\"weight_map\":{\"a\":\"x.safetensors\",\"b\":\"y.safetensors\"}}", NULL },
         { "{\"weight_map\":{\"a\":\"x.safetensors\",\"d\":\"z.safetensors\"}}", "\"a\" is in two files" },
+        { "{\"weight_map\":{}}", NULL },
         { "{}", "no weight_map" },
         { "{\"weight_map\":[]}", "no weight_map" },
         { "nonsense", "does not begin" },

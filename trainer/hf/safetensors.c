@@ -343,7 +343,8 @@ static status *read_files(struct safetensors *s)
 {
     for (uint32_t i = 0; i < s->files; i++)
         TRY(add_file(s, i));
-    qsort(s->tensor, s->count, sizeof *s->tensor, by_name);
+    if (s->count)
+        qsort(s->tensor, s->count, sizeof *s->tensor, by_name);
     for (uint64_t i = 1; i < s->count; i++)
         if (!strcmp(s->tensor[i].name, s->tensor[i - 1].name)) {
             char text[TEXT_BYTES];

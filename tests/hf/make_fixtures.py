@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""make_fixtures.py: the small random models under tests/hf/fixtures, one of each family and scaling of positions, by transformers; with
+their logits. Run once (torch 2.15, transformers 5.23 made those in the repository)."""
+import os
+import shutil
+
+import make_logits
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, AutoModelForCausalLM
+
+HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fixtures")
+SMALL = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+
+
+def rope(**more):
+    return dict(rope_theta=100.0, **more)
+
+
+MODELS = {
+    "llama3": LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=False,
+                          rope_parameters=rope(rope_type="llama3", factor=8.0, original_max_position_embeddings=16,
+                                               low_freq_factor=1.0, high_freq_factor=4.0)),
+    "linear": LlamaConfig(**SMALL, num_key_value_heads=4, rope_parameters=rope(rope_type="linear", factor=4.0)),
+    "yarn": LlamaConfig(**SMALL, num_key_value_heads=1, head_dim=16,
+                        rope_parameters=rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0,
+                                             beta_slow=1.0)),
+    "smollm2": LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=rope(rope_type="default")),
+    "mistral": MistralConfig(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=7, rope_parameters=rope(rope_type="default")),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=9, max_window_layers=1,
+                         rope_parameters=rope(rope_type="default")),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+                         rope_parameters=rope(rope_type="yarn", factor=2.0, original_max_position_embeddings=32)),
+}
+
+for name, config in MODELS.items():
+    folder = os.path.join(HERE, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(len(name))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if name == "mistral" else torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():  # larger than usual, so that no part of the model drowns
+            p.copy_(torch.randn(p.shape) * (0.3 if p.ndim > 1 else 0.5) + (1.0 if p.ndim == 1 else 0.0))
+    model.save_pretrained(folder, max_shard_size="9KB" if name == "qwen3" else "5GB")
+    for extra in ("generation_config.json",):
+        if os.path.exists(os.path.join(folder, extra)):
+            os.remove(os.path.join(folder, extra))
+    make_logits.make(folder)

@@ -1,0 +1,172 @@
+#!/usr/bin/python3
+"""Weights from and to Hugging Face folders, by the program: import and export give back every bit (files read here by a parser of 20 lines);
+view.h5 of the step has the same bits; a run on 2 ranks is exported, cast, sharded, and taken up by model.init_from on
+1 and 2 ranks; what does not fit is one line and leaves nothing behind."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import struct
+import sys
+
+sys.dont_write_bytecode = True
+here = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(here.parent / "support"))
+import h5py  # noqa: E402
+import job  # noqa: E402
+
+tmp = job.workspace()
+fixtures = sorted((here / "fixtures").iterdir())
+TIED = {"smollm2", "qwen3"}
+
+
+def parse(path):
+    """{name: (dtype, shape, bytes)} of one file, as its format is described."""
+    data = path.read_bytes()
+    (n,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + n])
+    job.check(header.pop("__metadata__", None) == {"format": "pt"}, f"{path}: metadata")
+    job.check(n % 8 == 0 and data[8:9] == b"{", f"{path}: header of {n} bytes")
+    spans = sorted(t["data_offsets"] for t in header.values())
+    job.check([s[0] for s in spans] == [0] + [s[1] for s in spans][:-1] and spans[-1][1] == len(data) - 8 - n, f"{path}: holes or overlaps")
+    return {k: (t["dtype"], t["shape"], data[8 + n + t["data_offsets"][0]:8 + n + t["data_offsets"][1]]) for k, t in header.items()}
+
+
+def read(folder):
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return parse(folder / "model.safetensors")
+    where = json.loads(index.read_text())["weight_map"]
+    out = {}
+    for file in set(where.values()):
+        found = parse(folder / file)
+        job.check(all(where[k] == file for k in found), f"{file}: not as the index says")
+        out |= found
+    job.check(set(out) == set(where), f"{index}: names")
+    return out
+
+
+def bf16(raw):
+    """Nearest even, of finite f32."""
+    out = bytearray()
+    for (u,) in struct.iter_unpack("<I", raw):
+        out += struct.pack("<H", (u + 0x7FFF + (u >> 16 & 1)) >> 16)
+    return bytes(out)
+
+
+def view(root, want):
+    job.tool("ckpt", "view", root)
+    step = job.committed(root)[-1]
+    with h5py.File(job.step_dir(root, step) / "view.h5", "r") as f:
+        for name, (dtype, shape, raw) in want.items():
+            d = f[f"model/{name}"]
+            job.check(list(d.shape) == shape, f"view of {name}: {d.shape}")
+            if dtype == "F32":
+                job.check(d[()].tobytes() == raw, f"view of {name}: values")
+
+
+def round_trips():
+    for folder in fixtures:
+        root, out, again = tmp / f"root-{folder.name}", tmp / f"out-{folder.name}", tmp / f"again-{folder.name}"
+        want = read(folder)
+        job.tool("ckpt", "import", folder, root)
+        job.check(job.committed(root) == [0], f"{folder.name}: steps {job.committed(root)}")
+        job.tool("ckpt", "verify", root)
+        job.tool("ckpt", "export", root, out)
+        job.check(read(out) == want, f"{folder.name}: export differs")
+        job.tool("ckpt", "export", f"{root}/step-{0:012d}", 0, again, "--shard-bytes=3000")
+        job.check(read(again) == want and len(list(again.glob("model-*-of-*.safetensors"))) > 3, f"{folder.name}: shards differ")
+        job.check(not list(tmp.glob("*.part-*")), "a .part- folder stayed")
+        view(root, want)
+        a, b = (json.loads((f / "config.json").read_text()) for f in (folder, out))
+        for key in ("num_hidden_layers", "hidden_size", "num_key_value_heads", "vocab_size", "tie_word_embeddings", "model_type", "sliding_window"):
+            job.check(a.get(key) == b.get(key), f"{folder.name}: {key} is {b.get(key)}, not {a.get(key)}")
+        job.check(("lm_head.weight" in want) == (folder.name not in TIED), f"{folder.name}: lm_head")
+    job.say(f"round trips of {len(fixtures)} folders")
+
+
+def training():
+    data = tmp / "data"
+    job.write_data(data)
+    run = job.write_config(tmp, "run", data, train_steps=16)
+    job.run(2, run)
+    ckpt = tmp / "run" / "ckpt"
+    newest = job.committed(ckpt)[-1]
+    for out, *more in (("whole", ), ("cut", "--shard-bytes=20000"), ("half", "--dtype=bf16")):
+        job.tool("ckpt", "export", f"file:{ckpt}", tmp / out, *more)
+    whole, half = read(tmp / "whole"), read(tmp / "half")
+    job.check(read(tmp / "cut") == whole and "lm_head.weight" not in whole, "shards differ, or a tied head was written")
+    view(ckpt, whole)
+    job.check(all(half[k] == ("BF16", s, bf16(raw)) for k, (_, s, raw) in whole.items()), "bf16 is not the f32 rounded to nearest even")
+
+    saved = job.last(job.events(tmp / "run"), "save_start", step=newest)
+    crc = {}
+    for name, folder, ranks in (("one", "whole", 1), ("two", "cut", 2), ("three", "half", 2)):
+        path = job.write_config(tmp, name, data, train_steps=13, model_init_from=tmp / folder)
+        if name != "two":  # every key from config.json
+            path.write_text(re.sub(r"model:\n(  .*\n)+", f"model:\n  init_from: {tmp / folder}\n", path.read_text()))
+        job.run(ranks, path)
+        e = job.last(job.events(tmp / name), "init_from")
+        job.check(e is not None, f"{name}: no event init_from")
+        bytes_of = sum(len(raw) for _, _, raw in read(tmp / folder).values())
+        job.check(e["bytes_read"] == bytes_of, f"{name}: {ranks} ranks read {e['bytes_read']} bytes of {bytes_of}")
+        crc[name] = e["weights_crc32c"]
+        job.run(ranks, path, "train.steps=14")  # resumes: the folder's weights are not taken again
+        job.check(job.last(job.events(tmp / name), "resume") is not None, f"{name}: no resume")
+    job.check(crc["one"] == crc["two"] != crc["three"], f"weights after init_from: {crc}")
+    job.check(crc["one"] == saved["weights_crc32c"], "weights are not those that were saved")
+    return data
+
+
+def refusals(data):
+    base = fixtures[0]
+
+    def broken(name, **keys):
+        shutil.copytree(base, tmp / name)
+        config = json.loads((tmp / name / "config.json").read_text())
+        config.update(keys)
+        (tmp / name / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
+        return tmp / name
+
+    for keys, words in (
+            ({"model_type": "qwen3_moe"}, 'model_type "qwen3_moe" is not built: experts are missing'),
+            ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not built'),
+            ({"hidden_size": "gone"}, "key hidden_size is missing"),
+            ({"hidden_size": "wide"}, "key hidden_size is not a whole number"),
+            ({"attention_bias": True}, "attention_bias: true is not built"),
+            ({"quantization_config": {}}, "quantized weights"),
+            ({"rope_parameters": {"rope_type": "longrope", "factor": 2}}, 'rope scaling "longrope" is not built'),
+            ({"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, "rope scaling without factor"),
+            ({"num_hidden_layers": 3}, "missing model.layers.2."),
+            ({"num_hidden_layers": 1}, "unexpected model.layers.1."),
+            ({"intermediate_size": 25}, "(24, 16), not (25, 16), is the shape of model.layers.0.mlp.gate_proj.weight"),
+    ):
+        folder = broken("bad", **keys)
+        _, err = job.tool("ckpt", "import", folder, tmp / "nowhere", status=None)
+        job.check(job.tool.status in (65, 77) and words in err and err.count("\n") == 1, f"{keys}: {job.tool.status}: {err}")
+        job.check(not (tmp / "nowhere").exists(), f"{keys}: left something behind")
+        shutil.rmtree(folder)
+
+    folder = broken("bad")
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[:-1])
+    _, err = job.tool("ckpt", "import", folder, tmp / "nowhere", status=71)
+    job.check("model.safetensors: tensor" in err, err)
+    _, err = job.tool("ckpt", "import", base, tmp / f"root-{base.name}", status=67)
+    job.check("holds step 0 already" in err, err)
+    before = sorted(os.listdir(tmp / f"out-{base.name}"))
+    _, err = job.tool("ckpt", "export", tmp / f"root-{base.name}", tmp / f"out-{base.name}", status=67)
+    job.check("is there already" in err and sorted(os.listdir(tmp / f"out-{base.name}")) == before, err)
+    _, err = job.tool("ckpt", "export", tmp / f"root-{base.name}", 7, tmp / "nowhere", status=66)
+    _, err = job.tool("ckpt", "export", tmp / f"root-{base.name}", tmp / "nowhere", "--dtype=i8", status=65)
+    job.check("bf16, f16, f32 or f64" in err and not (tmp / "nowhere").exists(), err)
+
+    path = job.write_config(tmp, "clash", data, train_steps=13, model_init_from=tmp / "whole", model_heads=3)
+    out = job.run(2, path, status=65)
+    job.check("model.heads: 3, but" in out and len(job.error_lines(out)) == 1, out)
+
+
+round_trips()
+refusals(training())

@@ -1,0 +1,406 @@
+#include "trainer/hf/hf_config.h"
+
+#include "comm/base/mem.h"
+#include "storage/store.h"
+#include "trainer/hf/safetensors.h"
+
+#include <jansson.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Keys that are the same thing under two names. A default of NULL: the key must be there. */
+static const struct same {
+    const char *theirs, *ours, *def;
+    char type; /* i, f, b */
+} same[] = {
+    { "num_hidden_layers", "layers", NULL, 'i' },
+    { "hidden_size", "hidden", NULL, 'i' },
+    { "num_attention_heads", "heads", NULL, 'i' },
+    { "num_key_value_heads", "kv_heads", "0", 'i' },
+    { "intermediate_size", "ffn", NULL, 'i' },
+    { "vocab_size", "vocab", NULL, 'i' },
+    { "max_position_embeddings", "max_positions", NULL, 'i' },
+    { "rms_norm_eps", "norm_eps", "1e-6", 'f' },
+    { "tie_word_embeddings", "tied", "false", 'b' },
+    { "initializer_range", "init_std", "0.02", 'f' },
+};
+enum { SAME = sizeof same / sizeof *same };
+
+/* What is being read, for messages. */
+struct reading {
+    const char *name;
+    const json_t *root;
+    struct hf_config *out;
+};
+
+#define NOT_BUILT(r, fmt, ...) ERR(UNSUPPORTED, "%s: " fmt, (r)->name, __VA_ARGS__)
+
+const char *hf_config_get(const struct hf_config *c, const char *key)
+{
+    for (int i = 0; i < c->count; i++)
+        if (!strcmp(c->set[i].key, key))
+            return c->set[i].value;
+    return NULL;
+}
+
+static status *put(struct hf_config *c, const char *key, const char *value)
+{
+    struct hf_setting *s = &c->set[c->count];
+    if (c->count == HF_SETTINGS || strlen(key) >= sizeof s->key || strlen(value) >= sizeof s->value)
+        return ERR(INVALID, "model.%.60s=%.60s: too many settings, or too long", key, value);
+    snprintf(s->key, sizeof s->key, "%s", key);
+    snprintf(s->value, sizeof s->value, "%s", value);
+    c->count++;
+    return NULL;
+}
+
+/* null counts as not there. */
+static const json_t *value_of(const json_t *object, const char *key)
+{
+    const json_t *v = json_object_get(object, key);
+    return json_is_null(v) ? NULL : v;
+}
+
+static status *put_number(const struct reading *r, const char *theirs, const char *ours, const json_t *v, char type)
+{
+    char text[HF_VALUE_BYTES];
+    if (type == 'b' ? !json_is_boolean(v) : type == 'i' ? !json_is_integer(v) : !json_is_number(v))
+        return ERR(INVALID, "%s: key %s is not %s", r->name, theirs,
+                   type == 'b'   ? "true or false"
+                   : type == 'i' ? "a whole number"
+                                 : "a number");
+    if (type == 'b')
+        snprintf(text, sizeof text, "%s", json_is_true(v) ? "true" : "false");
+    else if (json_is_integer(v))
+        snprintf(text, sizeof text, "%lld", (long long)json_integer_value(v));
+    else
+        snprintf(text, sizeof text, "%.17g", json_real_value(v));
+    return put(r->out, ours, text);
+}
+
+/* ---- the angles ---- */
+
+static status *take_yarn_amplitude(const struct reading *r, const json_t *s)
+{
+    const json_t *given = value_of(s, "attention_factor"), *m = value_of(s, "mscale"),
+                 *all = value_of(s, "mscale_all_dim"), *truncate = value_of(s, "truncate");
+    if (json_is_false(truncate))
+        return NOT_BUILT(r, "%s", "rope scaling yarn with truncate: false is not built");
+    if (given)
+        return put_number(r, "attention_factor", "rope_amplitude", given, 'f');
+    double factor = json_number_value(value_of(s, "factor")), a = json_number_value(m), b = json_number_value(all);
+    if (!(a > 0 && b > 0 && factor > 1))
+        return NULL;
+    /* DeepSeek's form of the same factor (transformers, _compute_yarn_parameters) */
+    json_t *ratio = json_real((0.1 * a * log(factor) + 1) / (0.1 * b * log(factor) + 1));
+    status *st = put_number(r, "mscale", "rope_amplitude", ratio, 'f');
+    json_decref(ratio);
+    return st;
+}
+
+static status *take_one(const struct reading *r, const json_t *s, const char *theirs, const char *ours, bool needed)
+{
+    const json_t *v = value_of(s, theirs);
+    if (!v)
+        return needed ? ERR(INVALID, "%s: rope scaling without %s", r->name, theirs) : NULL;
+    return put_number(r, theirs, ours, v, 'f');
+}
+
+static status *take_scaling(const struct reading *r, const json_t *s, const char *type)
+{
+    TRY(put(r->out, "rope_scaling", type));
+    TRY(take_one(r, s, "factor", "rope_factor", true));
+    bool yarn = !strcmp(type, "yarn");
+    if (!strcmp(type, "linear"))
+        return NULL;
+    if (yarn && !value_of(s, "original_max_position_embeddings"))
+        TRY(put_number(r, "max_position_embeddings", "rope_original", value_of(r->root, "max_position_embeddings"),
+                       'i'));
+    else
+        TRY(take_one(r, s, "original_max_position_embeddings", "rope_original", true));
+    if (!yarn) {
+        TRY(take_one(r, s, "low_freq_factor", "rope_low", true));
+        return take_one(r, s, "high_freq_factor", "rope_high", true);
+    }
+    TRY(take_one(r, s, "beta_fast", "rope_beta_fast", false));
+    TRY(take_one(r, s, "beta_slow", "rope_beta_slow", false));
+    return take_yarn_amplitude(r, s);
+}
+
+/* rope_theta and rope_scaling, or both in rope_parameters (transformers 5). */
+static status *take_rope(const struct reading *r)
+{
+    const json_t *s = value_of(r->root, "rope_parameters"), *theta = value_of(s, "rope_theta"), *type;
+    if (!s)
+        s = value_of(r->root, "rope_scaling");
+    if (!theta)
+        theta = value_of(r->root, "rope_theta");
+    if (theta)
+        TRY(put_number(r, "rope_theta", "rope_theta", theta, 'f'));
+    if (s && !json_is_object(s))
+        return ERR(INVALID, "%s: key rope_scaling is not an object", r->name);
+    const json_t *partial = value_of(s, "partial_rotary_factor");
+    if (!partial)
+        partial = value_of(r->root, "partial_rotary_factor");
+    if (partial && json_number_value(partial) < 1)
+        return NOT_BUILT(r, "%s", "partial_rotary_factor below 1 is not built");
+    type = value_of(s, "rope_type");
+    if (!type)
+        type = value_of(s, "type");
+    const char *name = json_string_value(type);
+    if (!s || !json_object_size(s) || (name && !strcmp(name, "default")))
+        return NULL;
+    char text[32];
+    safetensors_text(name ? name : "", text, sizeof text);
+    if (!name && theta && json_object_size(s) == 1)
+        return NULL; /* rope_theta alone */
+    if (!name || (strcmp(name, "linear") && strcmp(name, "llama3") && strcmp(name, "yarn")))
+        return NOT_BUILT(r, "rope scaling \"%s\" is not built (legal: default, linear, llama3, yarn)", text);
+    return take_scaling(r, s, name);
+}
+
+/* ---- windows ---- */
+
+/* Qwen's layers: full ones first, then those with a window. */
+static status *take_layer_types(const struct reading *r, const json_t *types)
+{
+    size_t full = 0, n = json_array_size(types);
+    while (full < n && !strcmp(json_string_value(json_array_get(types, full)) ?: "", "full_attention"))
+        full++;
+    for (size_t i = full; i < n; i++)
+        if (strcmp(json_string_value(json_array_get(types, i)) ?: "", "sliding_attention"))
+            return NOT_BUILT(r, "%s", "layer_types other than full_attention, then sliding_attention, is not built");
+    char text[24];
+    snprintf(text, sizeof text, "%zu", full);
+    return put(r->out, "window_from", text);
+}
+
+static status *take_window(const struct reading *r, const char *family)
+{
+    const json_t *window = value_of(r->root, "sliding_window"), *types = value_of(r->root, "layer_types"),
+                 *from = value_of(r->root, "max_window_layers");
+    bool qwen = !strncmp(family, "qwen", 4);
+    if (!window || !strcmp(family, "llama") || (qwen && !json_is_true(value_of(r->root, "use_sliding_window"))))
+        return NULL;
+    TRY(put_number(r, "sliding_window", "sliding_window", window, 'i'));
+    if (!qwen)
+        return NULL;
+    if (json_is_array(types))
+        return take_layer_types(r, types);
+    return from ? put_number(r, "max_window_layers", "window_from", from, 'i') : put(r->out, "window_from", "28");
+}
+
+/* ---- the whole ---- */
+
+static status *refuse_rest(const struct reading *r)
+{
+    static const char *const biases[] = { "attention_bias", "mlp_bias" };
+    for (size_t i = 0; i < 2; i++)
+        if (json_is_true(value_of(r->root, biases[i])))
+            return NOT_BUILT(r, "%s: true is not built", biases[i]);
+    if (value_of(r->root, "quantization_config"))
+        return NOT_BUILT(r, "%s", "quantized weights (quantization_config) are not built");
+    const char *act = json_string_value(value_of(r->root, "hidden_act"));
+    char text[32];
+    safetensors_text(act ? act : "", text, sizeof text);
+    return act && strcmp(act, "silu") ? NOT_BUILT(r, "hidden_act \"%s\" is not built (legal: silu)", text) : NULL;
+}
+
+static status *take_family(const struct reading *r, const char **family)
+{
+    static const char *const families[] = { "llama", "mistral", "qwen2", "qwen3" };
+    const char *type = json_string_value(value_of(r->root, "model_type"));
+    char text[40];
+    safetensors_text(type ? type : "", text, sizeof text);
+    for (size_t i = 0; type && i < sizeof families / sizeof *families; i++)
+        if (!strcmp(type, families[i])) {
+            *family = families[i];
+            return NULL;
+        }
+    return NOT_BUILT(r, "model_type \"%s\" is not built%s (legal: llama, mistral, qwen2, qwen3)", text,
+                     strstr(text, "moe") || strstr(text, "mixtral") ? ": experts are missing" : "");
+}
+
+static status *take_all(const struct reading *r)
+{
+    const char *family = NULL;
+    TRY(take_family(r, &family));
+    TRY(refuse_rest(r));
+    TRY(put(r->out, "kind", "llama"));
+    for (size_t i = 0; i < SAME; i++) {
+        const json_t *v = value_of(r->root, same[i].theirs);
+        if (!v && !same[i].def)
+            return ERR(INVALID, "%s: key %s is missing", r->name, same[i].theirs);
+        TRY(v ? put_number(r, same[i].theirs, same[i].ours, v, same[i].type) : put(r->out, same[i].ours, same[i].def));
+    }
+    const json_t *dim = value_of(r->root, "head_dim");
+    if (dim)
+        TRY(put_number(r, "head_dim", "head_dim", dim, 'i'));
+    else if (!strcmp(family, "qwen3"))
+        TRY(put(r->out, "head_dim", "128")); /* Qwen3Config's default */
+    if (!strcmp(family, "qwen2"))
+        TRY(put(r->out, "qkv_bias", "true"));
+    if (!strcmp(family, "qwen3"))
+        TRY(put(r->out, "qk_norm", "true"));
+    TRY(take_rope(r));
+    return take_window(r, family);
+}
+
+status *hf_config_parse(const char *json, size_t n, const char *name, struct hf_config *out)
+{
+    json_error_t e;
+    char text[128];
+    json_t *root = json_loadb(json, n, JSON_REJECT_DUPLICATES, &e);
+    if (!root)
+        safetensors_text(e.text, text, sizeof text);
+    struct hf_config c = { .count = 0 };
+    struct reading r = { name, root, &c };
+    status *st = !root                  ? ERR(INVALID, "%s:%d: %s", name, e.line, text)
+                 : json_is_object(root) ? take_all(&r)
+                                        : ERR(INVALID, "%s: not an object", name);
+    json_decref(root);
+    if (!st)
+        *out = c;
+    return st;
+}
+
+status *hf_config_read(const char *folder, struct hf_config *out)
+{
+    char name[512];
+    void *text = NULL;
+    size_t n;
+    struct store *s;
+    snprintf(name, sizeof name, "%s/config.json", folder);
+    TRY(store_open(folder, false, &s));
+    status *st = store_get_all(s, "config.json", HF_CONFIG_MAX, &text, &n);
+    store_close(s);
+    TRY(st);
+    st = hf_config_parse(text, n, name, out);
+    mem_free(text);
+    return st;
+}
+
+/* ---- back ---- */
+
+status *hf_config_stored(const char *text, struct hf_config *out)
+{
+    static const char mine[] = "model.";
+    *out = (struct hf_config){ .count = 0 };
+    for (const char *line = text; *line; line += strcspn(line, "\n"), line += *line == '\n') {
+        size_t n = strcspn(line, "\n"), key = strcspn(line, "=");
+        if (strncmp(line, mine, sizeof mine - 1) || key >= n || !strncmp(line, "model.init_from=", 16))
+            continue;
+        char k[HF_KEY_BYTES + 1], v[HF_VALUE_BYTES + 1];
+        snprintf(k, sizeof k, "%.*s", (int)(key - (sizeof mine - 1)), line + sizeof mine - 1);
+        snprintf(v, sizeof v, "%.*s", (int)(n - key - 1), line + key + 1);
+        TRY(put(out, k, v));
+    }
+    return out->count ? NULL : ERR(INVALID, "the stored configuration has no section model");
+}
+
+static double number(const struct hf_config *c, const char *key, double otherwise)
+{
+    const char *v = hf_config_get(c, key);
+    return v ? strtod(v, NULL) : otherwise;
+}
+
+static bool is(const struct hf_config *c, const char *key, const char *value)
+{
+    const char *v = hf_config_get(c, key);
+    return v && !strcmp(v, value);
+}
+
+static json_t *whole(double v)
+{
+    return json_integer((json_int_t)fmin(fmax(v, -1e15), 1e15)); /* sizes; a stranger's number may be any */
+}
+
+static json_t *scaling_json(const struct hf_config *c)
+{
+    const char *type = hf_config_get(c, "rope_scaling");
+    if (!type || !strcmp(type, "none"))
+        return json_null();
+    json_t *s = json_pack("{s:s, s:f}", "rope_type", type, "factor", number(c, "rope_factor", 1));
+    if (strcmp(type, "linear"))
+        json_object_set_new(s, "original_max_position_embeddings", whole(number(c, "rope_original", 0)));
+    if (!strcmp(type, "llama3")) {
+        json_object_set_new(s, "low_freq_factor", json_real(number(c, "rope_low", 1)));
+        json_object_set_new(s, "high_freq_factor", json_real(number(c, "rope_high", 4)));
+    }
+    if (!strcmp(type, "yarn")) {
+        json_object_set_new(s, "beta_fast", json_real(number(c, "rope_beta_fast", 32)));
+        json_object_set_new(s, "beta_slow", json_real(number(c, "rope_beta_slow", 1)));
+        if (number(c, "rope_amplitude", 0) > 0)
+            json_object_set_new(s, "attention_factor", json_real(number(c, "rope_amplitude", 0)));
+    }
+    return s;
+}
+
+static status *family_of(const struct hf_config *c, const char **type, const char **class)
+{
+    bool norm = is(c, "qk_norm", "true"), bias = is(c, "qkv_bias", "true");
+    double window = number(c, "sliding_window", 0), from = number(c, "window_from", 0);
+    if (norm && bias)
+        return ERR(UNSUPPORTED, "no Hugging Face family has both model.qk_norm and model.qkv_bias");
+    if (!norm && !bias && window > 0 && from > 0)
+        return ERR(UNSUPPORTED, "no Hugging Face family has model.window_from without qk_norm or qkv_bias");
+    *type = norm ? "qwen3" : bias ? "qwen2" : window > 0 ? "mistral" : "llama";
+    *class = norm         ? "Qwen3ForCausalLM"
+             : bias       ? "Qwen2ForCausalLM"
+             : window > 0 ? "MistralForCausalLM"
+                          : "LlamaForCausalLM";
+    return NULL;
+}
+
+static json_t *config_json(const struct hf_config *c, const char *dtype, const char *type, const char *class)
+{
+    double heads = number(c, "heads", 0), kv = number(c, "kv_heads", 0), dim = number(c, "head_dim", 0),
+           hidden = number(c, "hidden", 0), window = number(c, "sliding_window", 0);
+    json_t *o = json_pack("{s:[s], s:s, s:s, s:s}", "architectures", class, "model_type", type, "torch_dtype",
+                          !strcmp(dtype, "BF16")  ? "bfloat16"
+                          : !strcmp(dtype, "F16") ? "float16"
+                          : !strcmp(dtype, "F64") ? "float64"
+                                                  : "float32",
+                          "hidden_act", "silu");
+    for (size_t i = 0; i < SAME; i++) {
+        double v = number(c, same[i].ours, same[i].def ? strtod(same[i].def, NULL) : 0);
+        json_object_set_new(o, same[i].theirs,
+                            same[i].type == 'b'   ? json_boolean(is(c, same[i].ours, "true"))
+                            : same[i].type == 'i' ? whole(v)
+                                                  : json_real(v));
+    }
+    json_object_set_new(o, "num_key_value_heads", whole(kv > 0 ? kv : heads));
+    json_object_set_new(o, "head_dim", whole(dim > 0 || heads < 1 ? dim : floor(hidden / heads)));
+    json_object_set_new(o, "rope_theta", json_real(number(c, "rope_theta", 10000)));
+    json_object_set_new(o, "rope_scaling", scaling_json(c));
+    if (strcmp(type, "qwen2"))
+        json_object_set_new(o, "attention_bias", json_false());
+    if (strcmp(type, "llama"))
+        json_object_set_new(o, "sliding_window", window > 0 ? whole(window) : json_null());
+    if (!strncmp(type, "qwen", 4)) {
+        json_object_set_new(o, "use_sliding_window", json_boolean(window > 0));
+        json_object_set_new(o, "max_window_layers",
+                            whole(window > 0 ? number(c, "window_from", 0) : number(c, "layers", 0)));
+    }
+    return o;
+}
+
+status *hf_config_json(const struct hf_config *c, const char *dtype, char **text)
+{
+    const char *type = NULL, *class = NULL;
+    if (!is(c, "kind", "llama"))
+        return ERR(UNSUPPORTED, "a model of kind %s has no Hugging Face family", hf_config_get(c, "kind") ?: "unknown");
+    TRY(family_of(c, &type, &class));
+    json_t *o = config_json(c, dtype, type, class);
+    const size_t how = JSON_INDENT(2) | JSON_REAL_PRECISION(17);
+    size_t n = json_dumpb(o, NULL, 0, how);
+    char *out = n ? mem_alloc(n + 2) : NULL;
+    if (out) {
+        (void)json_dumpb(o, out, n, how);
+        memcpy(out + n, "\n", 2);
+        *text = out;
+    }
+    json_decref(o);
+    return out ? NULL : ERR(NO_MEMORY, "config.json");
+}

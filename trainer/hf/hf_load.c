@@ -1,0 +1,199 @@
+#include "trainer/hf/hf_load.h"
+
+#include "ckpt/ckpt.h"
+#include "comm/agree.h"
+#include "comm/base/mem.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { BATCH_BYTES = 256 << 20, LIST_BYTES = 768 };
+
+/* ---- names ---- */
+
+/* A list of complaints, cut off where it becomes long. */
+struct complaints {
+    char text[LIST_BYTES];
+    size_t used;
+    int left_out;
+};
+
+static void complain(struct complaints *c, const char *what, const char *name)
+{
+    char text[PARAM_NAME_BYTES];
+    safetensors_text(name, text, sizeof text);
+    int n = snprintf(c->text + c->used, sizeof c->text - c->used, "%s%s%s", c->used ? "; " : "", what, text);
+    if (n < 0 || (size_t)n >= sizeof c->text - c->used) {
+        c->text[c->used] = 0;
+        c->left_out++;
+    } else {
+        c->used += (size_t)n;
+    }
+}
+
+static bool is_float(enum dtype t)
+{
+    return t == DTYPE_F64 || t == DTYPE_F32 || t == DTYPE_F16 || t == DTYPE_BF16;
+}
+
+static void match_one(const struct safetensors *s, const struct param *p, struct complaints *c)
+{
+    const struct safetensor *t = safetensors_find(s, p->name);
+    char have[64], want[64], what[224];
+    if (!t) {
+        complain(c, "missing ", p->name);
+        return;
+    }
+    if (t->shape.ndim != p->shape.ndim ||
+        memcmp(t->shape.dim, p->shape.dim, (size_t)p->shape.ndim * sizeof t->shape.dim[0])) {
+        dims_text(t->shape.ndim, t->shape.dim, have, sizeof have);
+        dims_text(p->shape.ndim, p->shape.dim, want, sizeof want);
+        snprintf(what, sizeof what, "%s, not %s, is the shape of ", have, want);
+        complain(c, what, p->name);
+    } else if (!is_float(t->dtype)) {
+        snprintf(what, sizeof what, "%s is no type of weights: ", safetensors_dtype(t->dtype));
+        complain(c, what, p->name);
+    }
+}
+
+static bool ignored(const char *name)
+{
+    static const char angles[] = ".rotary_emb.inv_freq";
+    size_t n = strlen(name), m = sizeof angles - 1;
+    return n > m && !strcmp(name + n - m, angles);
+}
+
+status *hf_match(const struct safetensors *s, const struct params *ps)
+{
+    struct complaints c = { .used = 0 };
+    for (int i = 0; i < ps->count; i++)
+        if (ps->p[i].alias < 0)
+            match_one(s, &ps->p[i], &c);
+    for (uint64_t i = 0; i < s->count; i++)
+        if (!params_find(ps, s->tensor[i].name) && !ignored(s->tensor[i].name))
+            complain(&c, "unexpected ", s->tensor[i].name);
+    if (!c.used)
+        return NULL;
+    char more[32] = "";
+    if (c.left_out)
+        snprintf(more, sizeof more, "; and %d more", c.left_out);
+    return ERR(INVALID, "%s does not fit the model: %s%s", s->url, c.text, more);
+}
+
+/* ---- values ---- */
+
+struct loading {
+    struct comm *world;
+    struct safetensors *s;
+    struct params *ps;
+    tessera *t;
+};
+
+/* This rank's 1/n of p: read, and added to `from`. The bytes live at buf. */
+static status *add_read(const struct loading *l, const struct param *p, tessera_state *from, unsigned char *buf,
+                        size_t *used)
+{
+    const struct safetensor *t = safetensors_find(l->s, p->name);
+    struct piece part = piece_whole(&t->shape);
+    layout_cut(part.end, (uint64_t)l->world->size, (uint64_t)l->world->rank, &part.begin, &part.end);
+    if (part.begin == part.end)
+        return NULL;
+    TRY(safetensors_read(l->s, t, &part, buf + *used));
+    struct tessera_tensor d = TESSERA_TENSOR;
+    d.part = "model";
+    d.name = p->name;
+    d.dtype = (int)t->dtype;
+    d.ndim = t->shape.ndim;
+    for (int i = 0; i < d.ndim; i++)
+        d.shape[i] = d.length[i] = t->shape.dim[i];
+    d.run_begin = part.begin;
+    d.run_end = part.end;
+    d.data = buf + *used;
+    *used += (piece_elems(&part) * dtype_bytes(t->dtype) + 63) / 64 * 64;
+    return tessera_state_add_tensor(from, &d);
+}
+
+static status *add_wanted(const struct param *p, tessera_state *to)
+{
+    struct tessera_tensor d = TESSERA_TENSOR;
+    d.part = "model";
+    d.name = p->name;
+    d.dtype = (int)p->value.dtype;
+    d.ndim = p->shape.ndim;
+    d.data = p->value.data;
+    for (int i = 0; i < d.ndim; i++) {
+        d.shape[i] = p->shape.dim[i];
+        d.offset[i] = p->box.off[i];
+        d.length[i] = p->box.len[i];
+    }
+    return tessera_state_add_tensor(to, &d);
+}
+
+/* Parameters [first, end). */
+static status *load_batch(const struct loading *l, int first, int end, size_t bytes)
+{
+    tessera_state *from = NULL, *to = NULL;
+    size_t used = 0;
+    unsigned char *buf = mem_alloc(bytes);
+    status *st = buf ? NULL : ERR(NO_MEMORY, "%zu bytes of weights to be read at a time", bytes);
+    if (!st)
+        st = tessera_state_new(l->t, &from);
+    if (!st)
+        st = tessera_state_new(l->t, &to);
+    for (int i = first; i < end && !st; i++) {
+        if (l->ps->p[i].alias >= 0)
+            continue;
+        st = add_read(l, &l->ps->p[i], from, buf, &used);
+        if (!st)
+            st = add_wanted(&l->ps->p[i], to);
+    }
+    st = comm_agree(l->world, st);
+    struct tessera_load_options o = TESSERA_LOAD_OPTIONS;
+    o.allow = TESSERA_ALLOW_CAST;
+    if (!st)
+        st = tessera_reshard(l->t, from, to, &o);
+    tessera_state_free(from);
+    tessera_state_free(to);
+    mem_free(buf);
+    return st;
+}
+
+/* Room for a rank's share of p, at most. */
+static size_t share_of(const struct loading *l, const struct param *p)
+{
+    const struct safetensor *t = p->alias < 0 ? safetensors_find(l->s, p->name) : NULL;
+    return t ? t->bytes / (uint64_t)l->world->size + 128 : 0;
+}
+
+static status *load_all(const struct loading *l)
+{
+    for (int first = 0, end; first < l->ps->count; first = end) {
+        size_t bytes = share_of(l, &l->ps->p[first]);
+        for (end = first + 1; end < l->ps->count && bytes + share_of(l, &l->ps->p[end]) <= BATCH_BYTES; end++)
+            bytes += share_of(l, &l->ps->p[end]);
+        TRY(load_batch(l, first, end, bytes));
+    }
+    return NULL;
+}
+
+status *hf_load(struct comm *world, const char *folder, struct params *ps, uint64_t *read)
+{
+    struct loading l = { .world = world, .ps = ps };
+    struct tessera_options o = TESSERA_OPTIONS;
+    status *st = safetensors_open(folder, &l.s);
+    if (!st)
+        st = hf_match(l.s, ps);
+    st = comm_agree(world, st);
+    o.url = "mem:"; /* a handle to reshard with: nothing is stored */
+    if (!st)
+        st = ckpt_open(&o, world, NULL, NULL, &l.t);
+    if (!st)
+        st = load_all(&l);
+    if (l.t)
+        st = status_first(st, tessera_close(l.t));
+    if (!st)
+        *read = l.s->bytes_read;
+    safetensors_close(l.s);
+    return st;
+}

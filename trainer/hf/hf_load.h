@@ -1,0 +1,20 @@
+/* hf_load: weights of a folder into parameters that are spread over ranks in whatever way. */
+#ifndef TESSERA_TRAINER_HF_HF_LOAD_H
+#define TESSERA_TRAINER_HF_HF_LOAD_H
+
+#include "comm/comm.h"
+#include "trainer/hf/safetensors.h"
+#include "trainer/model/model.h"
+
+/* Hold names, shapes and types against the parameters. INVALID names all that are missing, unexpected, misshapen or no
+ * floats. Not missed: names that share another's memory. Not unexpected: such names, and buffers of angles
+ * (*.rotary_emb.inv_freq) that old files have. Not collective. */
+status *hf_match(const struct safetensors *s, const struct params *ps) WARN_UNUSED;
+
+/* Fill the parameters' parts on every rank of `world`. Each rank reads 1/n of every tensor, once, and what it holds
+ * comes from those who have read it (tessera_reshard), cast if types differ, rounded once; some tensors at a time, so
+ * that a rank needs the larger of 256 MiB and its share of the largest one besides the parameters. *read: bytes that
+ * this rank read. Collective; errors are the same on all ranks, and leave the values undefined. */
+status *hf_load(struct comm *world, const char *folder, struct params *ps, uint64_t *read) WARN_UNUSED;
+
+#endif
