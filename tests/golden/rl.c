@@ -463,8 +463,10 @@ static status *scorer_init(struct scorer *s, const json_t *rows)
 /* logp of the targets; with dlogp also dx. */
 static status *scorer_run(struct scorer *s, float temperature, const float *dlogp)
 {
-    struct tensor x = { DTYPE_F32, 2, { s->n, s->v }, s->x, dlogp ? s->dx : NULL };
-    struct tensor w = { DTYPE_F32, 2, { s->v, s->v }, s->w, NULL };
+    struct tensor x = {
+        .dtype = DTYPE_F32, .ndim = 2, .dim = { s->n, s->v }, .data = s->x, .grad = dlogp ? s->dx : NULL
+    };
+    struct tensor w = { .dtype = DTYPE_F32, .ndim = 2, .dim = { s->v, s->v }, .data = s->w };
     struct tape *t;
     TRY(tape_open(NULL, NULL, 0, &t));
     tape_begin(t, TAPE_TRAIN);
