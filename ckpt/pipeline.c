@@ -66,6 +66,21 @@ static void file_key(const struct pipeline *p, const struct share_file *f, char 
     commit_shard_key(p->step, f->part, p->o.rank, p->o.attempt, key);
 }
 
+/* Tell the store where this file's chunks begin, so that each can be a part of its own. */
+static status *cut_file(const struct pipeline *p, uint32_t f)
+{
+    const struct share *s = p->share;
+    uint64_t n = 0, *cut = mem_array(NULL, s->file[f].chunks, sizeof *cut);
+    if (!cut)
+        return ERR(NO_MEMORY, "the cuts of a file");
+    for (uint64_t i = 0; i < s->chunks && n < s->file[f].chunks; i++)
+        if (s->chunk[i].file == f)
+            cut[n++] = s->chunk[i].offset;
+    status *st = store_writer_cuts(p->file[f].writer, cut, n);
+    mem_free(cut);
+    return st;
+}
+
 static status *open_file(struct pipeline *p, uint32_t f)
 {
     status *st = NULL;
@@ -74,6 +89,8 @@ static status *open_file(struct pipeline *p, uint32_t f)
         char key[STORE_KEY_BYTES];
         file_key(p, &p->share->file[f], key);
         st = store_writer_open(p->o.store, key, p->share->file[f].image.file_bytes, &p->file[f].writer);
+        if (!st && p->o.store->ops->cuts)
+            st = cut_file(p, f);
     }
     pthread_mutex_unlock(&p->open_lock);
     return st;

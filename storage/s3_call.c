@@ -324,10 +324,8 @@ status *s3_try(struct s3 *s, const struct s3_call *c, struct s3_tries *t, struct
     if (!a)
         return ERR(NO_MEMORY, "a request");
     status *st = sign(s, c, t, a);
-    if (!st) {
+    if (!st)
         st = send_signed(s, c, a, r);
-        t->ambiguous = t->ambiguous || (st && status_code(st) == ST_UNAVAILABLE) || r->status >= 500;
-    }
     explicit_bzero(a, sizeof *a);
     mem_free(a);
     if (!st && (r->status < 200 || r->status > 299))
@@ -396,13 +394,12 @@ bool s3_again(struct s3 *s, struct s3_tries *t, const struct http_reply *r, stat
     return again;
 }
 
-status *s3_send(struct s3 *s, const struct s3_call *c, struct s3_tries *t, struct http_reply *r)
+status *s3_send(struct s3 *s, const struct s3_call *c, struct http_reply *r)
 {
-    struct s3_tries own = { 0 };
-    t = t ? t : &own;
+    struct s3_tries t = { 0 };
     for (;;) {
-        status *st = s3_try(s, c, t, r);
-        if (!st || !s3_again(s, t, r, &st))
+        status *st = s3_try(s, c, &t, r);
+        if (!st || !s3_again(s, &t, r, &st))
             return st;
         http_reply_free(r);
     }
@@ -413,7 +410,7 @@ status *s3_send_only(struct s3 *s, const struct s3_call *c)
     struct http_reply *r = mem_calloc(1, sizeof *r);
     if (!r)
         return ERR(NO_MEMORY, "a reply");
-    status *st = s3_send(s, c, NULL, r);
+    status *st = s3_send(s, c, r);
     http_reply_free(r);
     mem_free(r);
     return st;

@@ -11,7 +11,7 @@
 #include "storage/s3_sign.h"
 
 /* How an exclusive put is done on this server; s3_put.h. */
-enum s3_exclusive { S3_EXCLUSIVE_UNKNOWN, S3_EXCLUSIVE_PUT, S3_EXCLUSIVE_COMPLETE, S3_EXCLUSIVE_CLAIM };
+enum s3_exclusive { S3_EXCLUSIVE_UNKNOWN, S3_EXCLUSIVE_PUT, S3_EXCLUSIVE_CLAIM };
 
 /* One bucket. All functions may be called from any thread. */
 struct s3 {
@@ -48,7 +48,6 @@ struct s3_call {
 struct s3_tries {
     uint64_t first_failure_ns;
     uint32_t tries;
-    bool ambiguous; /* a try failed after the server may have done what was asked */
     bool skew_fixed, keys_renewed;
     uint64_t generation; /* of the credentials of the last try */
     bool has_token;
@@ -59,8 +58,8 @@ struct s3_tries {
 status *s3_try(struct s3 *s, const struct s3_call *c, struct s3_tries *t, struct http_reply *r) WARN_UNUSED;
 /* Whether to try again after *st, which it takes then; it has waited, or mended what was wrong. */
 bool s3_again(struct s3 *s, struct s3_tries *t, const struct http_reply *r, status **st);
-/* Both in a loop. t: NULL, or {0} for who wants to know. */
-status *s3_send(struct s3 *s, const struct s3_call *c, struct s3_tries *t, struct http_reply *r) WARN_UNUSED;
+/* Both in a loop. */
+status *s3_send(struct s3 *s, const struct s3_call *c, struct http_reply *r) WARN_UNUSED;
 /* s3_send for who wants nothing of the reply but that it is good. */
 status *s3_send_only(struct s3 *s, const struct s3_call *c) WARN_UNUSED;
 

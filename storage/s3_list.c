@@ -38,7 +38,7 @@ static status *found(void *arg, const struct s3_found *f)
 static status *get_page(struct s3 *s, const struct s3_call *c, struct page_of *p, struct s3_page *page, uint64_t *ns)
 {
     struct http_reply r;
-    status *st = s3_send(s, c, NULL, &r);
+    status *st = s3_send(s, c, &r);
     if (!st)
         st = s3_xml_page(r.text ? r.text : "", r.text_bytes, found, p, page);
     if (!st && ns)
@@ -140,7 +140,7 @@ static status *send_removal(struct removal *k)
                                .pieces = 1 };
     struct http_reply r;
     struct s3_fault why;
-    status *st = s3_send(k->s, &c, NULL, &r);
+    status *st = s3_send(k->s, &c, &r);
     if (!st)
         st = s3_xml_deleted(r.text ? r.text : "", r.text_bytes, key, sizeof key, &why);
     if (!st && key[0])

@@ -26,7 +26,7 @@ status *s3_mark_is_on(struct s3 *s, const char *key, const char *mark, bool *yes
     const struct s3_call c = { .method = "HEAD", .key = key };
     char have[S3_MARK_BYTES];
     struct http_reply r;
-    status *st = s3_send(s, &c, NULL, &r);
+    status *st = s3_send(s, &c, &r);
     *yes = !st && http_header(&r, MARK_HEADER, have, sizeof have) && strcmp(have, mark) == 0;
     http_reply_free(&r);
     if (status_code(st) != ST_NOT_FOUND)
@@ -50,7 +50,7 @@ status *s3_multipart_begin(struct s3 *s, const char *key, const char *mark, char
                                .param = { { "uploads", "" } },
                                .header = { { MARK_HEADER, mark }, { "x-amz-checksum-algorithm", "CRC32C" } } };
     struct http_reply r;
-    status *st = s3_send(s, &c, NULL, &r);
+    status *st = s3_send(s, &c, &r);
     if (!st)
         st = status_wrap(s3_xml_upload_id(r.text ? r.text : "", r.text_bytes, id, S3_UPLOAD_ID_BYTES), "%s", key);
     http_reply_free(&r);
@@ -72,7 +72,10 @@ status *s3_multipart_part(struct s3 *s, const char *key, const char *id, uint32_
                                .hedge = hedge,
                                .hedge_arg = hedge_arg };
     struct http_reply r;
-    status *st = s3_send(s, &c, NULL, &r);
+    status *st = s3_send(s, &c, &r);
+    char echo[S3_CRC32C_TEXT_BYTES];
+    if (!st && !http_header(&r, "x-amz-checksum-crc32c", echo, sizeof echo))
+        out->crc32c[0] = 0; /* a server that does not know it may not take it in the list of parts, either */
     if (!st && !http_header(&r, "etag", out->etag, sizeof out->etag))
         st = ERR(IO, "%s: part %" PRIu32 ": the server's reply has no ETag", key, number);
     http_reply_free(&r);
@@ -85,7 +88,10 @@ static void list_parts(const struct s3_part *part, size_t parts, struct s3_text 
     for (size_t i = 0; i < parts; i++) {
         s3_text_add(t, "<Part><PartNumber>%zu</PartNumber><ETag>", i + 1);
         s3_text_escaped(t, part[i].etag);
-        s3_text_add(t, "</ETag><ChecksumCRC32C>%s</ChecksumCRC32C></Part>", part[i].crc32c);
+        s3_text_add(t, "</ETag>");
+        if (part[i].crc32c[0])
+            s3_text_add(t, "<ChecksumCRC32C>%s</ChecksumCRC32C>", part[i].crc32c);
+        s3_text_add(t, "</Part>");
     }
     s3_text_add(t, "</CompleteMultipartUpload>");
 }
@@ -97,18 +103,17 @@ static status *complete_once(struct s3 *s, const struct s3_call *c, struct s3_tr
     TRY(s3_try(s, c, t, r));
     if (!s3_xml_fault(r->text, r->text_bytes, &fault))
         return NULL;
-    t->ambiguous = true;
     r->status = 500;
     return s3_refusal(s, c, r);
 }
 
-/* Whether the failure is the echo of a success: a try before this one was answered, but not heard. */
-static status *own_success(struct s3 *s, const struct s3_call *c, const struct s3_tries *t, const char *mark,
-                           status *st)
+/* Whether the failure is the echo of a success whose reply got lost: the request was sent again, by us or by libcurl.
+ */
+static status *own_success(struct s3 *s, const struct s3_call *c, const char *mark, status *st)
 {
     bool ours = false;
     enum status_code code = status_code(st);
-    if (!t->ambiguous || (code != ST_NOT_FOUND && code != ST_EXISTS))
+    if (code != ST_NOT_FOUND && code != ST_EXISTS)
         return st;
     status *look = s3_mark_is_on(s, c->key, mark, &ours);
     status_free(look); /* not known: then the first error stands */
@@ -146,7 +151,7 @@ status *s3_multipart_complete(struct s3 *s, const char *key, const char *id, con
             break;
     }
     if (st)
-        st = own_success(s, &c, &t, mark, st);
+        st = own_success(s, &c, mark, st);
     mem_free(text.text);
     return st;
 }

@@ -14,7 +14,8 @@ enum {
 };
 
 struct s3_part {
-    char etag[S3_ETAG_BYTES], crc32c[S3_CRC32C_TEXT_BYTES];
+    char etag[S3_ETAG_BYTES];
+    char crc32c[S3_CRC32C_TEXT_BYTES]; /* "" from a server that does not know of it */
 };
 
 /* x-amz-meta-tessera-put: a random word by which a writer tells its own object from one that another put under the same

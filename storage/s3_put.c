@@ -21,8 +21,7 @@ status *s3_temp_key(const char *key, uint64_t random, char *buf, size_t size)
 }
 
 /* One PUT. mark: NULL, or what the object carries. */
-static status *put(struct s3 *s, const char *key, const void *buf, size_t n, const char *mark, bool conditional,
-                   struct s3_tries *t)
+static status *put(struct s3 *s, const char *key, const void *buf, size_t n, const char *mark, bool conditional)
 {
     char crc[S3_CRC32C_TEXT_BYTES];
     const struct http_piece body = { buf, n };
@@ -36,14 +35,14 @@ static status *put(struct s3 *s, const char *key, const void *buf, size_t n, con
     if (conditional)
         c.header[more++] = (struct s3_header){ "if-none-match", "*" };
     struct http_reply r;
-    status *st = s3_send(s, &c, t, &r);
+    status *st = s3_send(s, &c, &r);
     http_reply_free(&r);
     return st;
 }
 
 status *s3_put(struct s3 *s, const char *key, const void *buf, size_t n)
 {
-    return put(s, key, buf, n, NULL, false, NULL);
+    return put(s, key, buf, n, NULL, false);
 }
 
 static status *drop(struct s3 *s, const char *key)
@@ -54,21 +53,6 @@ static status *drop(struct s3 *s, const char *key)
         return st;
     status_free(st);
     return NULL;
-}
-
-/* An upload of one part. */
-static status *put_by_upload(struct s3 *s, const char *key, const void *buf, size_t n, const char *mark)
-{
-    char id[S3_UPLOAD_ID_BYTES];
-    struct s3_part part;
-    const struct http_piece body = { buf, n };
-    TRY(s3_multipart_begin(s, key, mark, id));
-    status *st = s3_multipart_part(s, key, id, 1, &body, 1, NULL, NULL, &part);
-    if (!st)
-        st = s3_multipart_complete(s, key, id, mark, &part, 1, true);
-    if (st)
-        status_free(s3_multipart_abort(s, key, id)); /* nothing of it is visible; gc aborts what stays */
-    return st;
 }
 
 /* ---- What the server honours */
@@ -87,12 +71,9 @@ static status *judge(status *st, bool *honoured)
 
 static status *ask(struct s3 *s, const char *temp, const char *mark, enum s3_exclusive *out)
 {
-    bool by_put, by_complete = false;
-    struct s3_tries t = { 0 };
-    TRY(judge(put(s, temp, "x", 1, mark, true, &t), &by_put));
-    if (!by_put)
-        TRY(judge(put_by_upload(s, temp, "x", 1, mark), &by_complete));
-    *out = by_put ? S3_EXCLUSIVE_PUT : by_complete ? S3_EXCLUSIVE_COMPLETE : S3_EXCLUSIVE_CLAIM;
+    bool by_put;
+    TRY(judge(put(s, temp, "x", 1, mark, true), &by_put));
+    *out = by_put ? S3_EXCLUSIVE_PUT : S3_EXCLUSIVE_CLAIM;
     return NULL;
 }
 
@@ -106,7 +87,7 @@ static status *probe(struct s3 *s, const char *key, enum s3_exclusive *out)
     TRY(s3_random(&random));
     TRY(s3_temp_key(key, random, temp, sizeof temp));
     TRY(s3_mark_draw(mark));
-    TRY(put(s, temp, "x", 1, NULL, false, NULL));
+    TRY(put(s, temp, "x", 1, NULL, false));
     status *st = ask(s, temp, mark, out);
     st = status_first(st, drop(s, temp));
     if (!st)
@@ -163,7 +144,7 @@ static status *outlast(struct s3 *s, const char *prefix, const char *own, bool *
     const struct s3_listing l = { .prefix = prefix, .flat = true, .found = other_claim, .arg = &k };
     for (;;) {
         struct http_reply r;
-        status *st = s3_send(s, &look, NULL, &r);
+        status *st = s3_send(s, &look, &r);
         if (!st)
             st = s3_date(&r, &k.now_ns);
         http_reply_free(&r);
@@ -185,12 +166,12 @@ static status *try_claim(struct s3 *s, const char *key, const char *prefix, cons
     bool there = false;
     TRY(s3_random(&random));
     snprintf(own, sizeof own, "%s%016" PRIx64, prefix, random);
-    TRY(put(s, own, "x", 1, NULL, false, NULL));
+    TRY(put(s, own, "x", 1, NULL, false));
     status *st = outlast(s, prefix, own, lost);
     if (!st && !*lost)
         st = is_there(s, key, &there);
     if (!st && !*lost)
-        st = there ? ERR(EXISTS, "%s is there already", key) : put(s, key, buf, n, NULL, false, NULL);
+        st = there ? ERR(EXISTS, "%s is there already", key) : put(s, key, buf, n, NULL, false);
     return status_first(st, drop(s, own));
 }
 
@@ -220,12 +201,12 @@ static status *put_by_claim(struct s3 *s, const char *key, const void *buf, size
 
 /* ---- Exclusive puts */
 
+/* What is there already may be ours: a reply got lost, and the request was sent again, by s3_send or by libcurl. */
 static status *put_if_none(struct s3 *s, const char *key, const void *buf, size_t n, const char *mark)
 {
-    struct s3_tries t = { 0 };
     bool ours = false;
-    status *st = put(s, key, buf, n, mark, true, &t);
-    if (status_code(st) != ST_EXISTS || !t.ambiguous)
+    status *st = put(s, key, buf, n, mark, true);
+    if (status_code(st) != ST_EXISTS)
         return st;
     status *look = s3_mark_is_on(s, key, mark, &ours);
     status_free(look); /* not known: somebody's it is */
@@ -243,7 +224,5 @@ status *s3_put_exclusive(struct s3 *s, const char *key, const void *buf, size_t 
     TRY(s3_mark_draw(mark));
     if (how == S3_EXCLUSIVE_PUT)
         return put_if_none(s, key, buf, n, mark);
-    if (how == S3_EXCLUSIVE_COMPLETE && n > 0) /* there is no empty part */
-        return put_by_upload(s, key, buf, n, mark);
     return put_by_claim(s, key, buf, n);
 }

@@ -129,7 +129,8 @@ status *store_list_add(struct store_list *l, const char *name, const struct stor
 status *store_writer_open(struct store *s, const char *key, uint64_t bytes, struct store_writer **out) WARN_UNUSED;
 status *store_write(struct store_writer *w, uint64_t offset, const void *buf, size_t n) WARN_UNUSED;
 /* Where writes will begin, ascending, said before the first: a store that keeps an object in parts cuts it there, so
- * that a write which is a part need not be copied. A hint: any write is right wherever it begins. */
+ * that a write which is a part need not be copied. A hint: any write is right
+ * wherever it begins. */
 status *store_writer_cuts(struct store_writer *w, const uint64_t *cut, size_t cuts) WARN_UNUSED;
 /* How writes can spare themselves a copy. A hint: any write is right whatever its alignment, and the answer may turn to
  * {0, 0} at any time, when the storage refuses after all. */

@@ -161,7 +161,7 @@ static status *s3_store_stat(struct store *s, const char *key, struct store_info
     struct http_reply r;
     char modified[64];
     uint64_t seconds;
-    status *st = s3_send(s->impl, &c, NULL, &r);
+    status *st = s3_send(s->impl, &c, &r);
     http_reply_free(&r);
     if (!st) {
         if (r.length == UINT64_MAX || !http_header(&r, "last-modified", modified, sizeof modified) ||
@@ -293,7 +293,7 @@ static status *s3_store_now(struct store *s, uint64_t *ns)
 {
     const struct s3_call c = { .method = "HEAD" };
     struct http_reply r;
-    status *st = s3_send(s->impl, &c, NULL, &r);
+    status *st = s3_send(s->impl, &c, &r);
     http_reply_free(&r);
     return st ? st : s3_date(&r, ns);
 }

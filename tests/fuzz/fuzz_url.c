@@ -7,6 +7,8 @@
 static void try_url(const char *url)
 {
     struct store *s;
+    if (!strncmp(url, "s3:", 3)) /* it would ask a server; fuzz_s3_url reads such URLs */
+        return;
     if (fuzz_ok(store_open(url, false, &s)))
         store_close(s);
 }

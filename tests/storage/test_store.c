@@ -378,6 +378,55 @@ static void check_shared_writer(struct store *s)
     mem_free(got);
 }
 
+/* An object large enough for parts: said where writes begin, written from both ends, one gap left. */
+static void check_large(struct store *s)
+{
+    enum { N = 21 << 20, CHUNK = 6 << 20, HEAD = 5000, GAP = 20 << 20, GAP_END = GAP + 70000 };
+    static const uint64_t cut[] = { 0, HEAD, HEAD + CHUNK, HEAD + 2 * CHUNK, HEAD + 3 * CHUNK };
+    unsigned char *all = pattern_bytes(N), *got = mem_alloc(N);
+    struct store_writer *w;
+    struct store_info info;
+    OK(store_writer_open(s, "large", N, &w));
+    OK(store_writer_cuts(w, cut, sizeof cut / sizeof *cut));
+    OK(store_write(w, GAP_END, all + GAP_END, N - GAP_END));
+    OK(store_write(w, cut[4], all + cut[4], GAP - cut[4]));
+    OK(store_write(w, cut[3], all + cut[3], CHUNK));
+    OK(store_write(w, 0, all, HEAD));
+    OK(store_write(w, cut[1], all + cut[1], 2 * CHUNK)); /* two at once */
+    FAILS(ST_NOT_FOUND, "", store_stat(s, "large", &info));
+    OK(store_writer_finish(w));
+    OK(store_get(s, "large", 0, got, N));
+    memset(all + GAP, 0, GAP_END - GAP);
+    assert_memory_equal(got, all, N);
+    OK(store_writer_open(s, "gone", N, &w));
+    OK(store_write(w, 0, all, N));
+    store_writer_abort(w);
+    expect_list(s, "", "large");
+    mem_free(all);
+    mem_free(got);
+}
+
+/* More names than a server tells at once. */
+static void check_many(struct store *s)
+{
+    enum { NAMES = 1003 };
+    char key[32];
+    struct store_list l;
+    for (int i = 0; i < NAMES; i++) {
+        snprintf(key, sizeof key, "many/%04d", i);
+        OK(store_put(s, key, "", 0, STORE_REPLACE));
+    }
+    OK(store_list(s, "many", &l));
+    assert_int_equal(l.count, NAMES);
+    for (int i = 0; i < NAMES; i++) {
+        snprintf(key, sizeof key, "%04d", i);
+        assert_string_equal(l.entry[i].name, key);
+    }
+    store_list_free(&l);
+    OK(store_remove_tree(s, "many"));
+    expect_list(s, "", "");
+}
+
 /* Puts, removals of the directory and lists side by side: none may fail, or see half an object. */
 static status *churn(void *arg)
 {
@@ -422,7 +471,8 @@ static void test_conformance(void **state)
     (void)state;
     static void (*const checks[])(struct store *) = { check_objects,        check_ranges,        check_lists,
                                                       check_rename,         check_writer,        check_keys,
-                                                      check_exclusive_race, check_shared_writer, check_churn };
+                                                      check_exclusive_race, check_shared_writer, check_churn,
+                                                      check_large,          check_many };
     int stores = 0;
     for (size_t i = 0; store_registry[i]; i++, stores++)
         for (size_t k = 0; can_run(store_registry[i]) && k < sizeof checks / sizeof *checks; k++) {
