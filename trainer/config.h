@@ -51,6 +51,7 @@ struct train_config {
 struct parallel_config {
     int64_t pp, dp, ep, cp, tp, zero;
     uint64_t bucket;
+    bool sequence;
 };
 
 struct memory_config {

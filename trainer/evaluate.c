@@ -70,6 +70,8 @@ static status *evaluate_rows(struct trainer *t, struct model *m, const struct da
         st = forward_sums(t, m, p, sums + k * mb * per_row, ref ? ref + k * mb * per_row : NULL,
                           loss ? loss + k * mb : NULL);
     }
+    if (st && t->tp) /* its tensor-parallel peers wait for it in the same pass */
+        trainer_abort(t, st);
     st = comm_agree(t->dp, st);
     /* every value is one rank's; the others add zero, so the sum is exact in any order */
     if (!st)

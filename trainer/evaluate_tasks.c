@@ -73,7 +73,10 @@ status *evaluate_tasks(struct trainer *t)
         return NULL;
     uint64_t begin, end, solved = 0, rows = e->tasks->rows;
     layout_cut(rows, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &begin, &end);
-    TRY(comm_agree(t->dp, count_solved(e, begin, end, &solved)));
+    status *st = count_solved(e, begin, end, &solved);
+    if (st && t->tp) /* its tensor-parallel peers wait for it in the same pass */
+        trainer_abort(t, st);
+    TRY(comm_agree(t->dp, st));
     TRY(comm_allreduce(t->dp, &solved, 1, COMM_U64, COMM_SUM, NULL));
     e->evaluated_step = t->step;
     double accuracy = (double)solved / (double)rows;

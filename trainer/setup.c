@@ -113,13 +113,16 @@ static status *open_model(struct trainer *t, int ranks_here)
                    "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only",
                    t->device->ops->name);
     TRY(workers_open(threads_of(t, ranks_here), &t->workers));
-    TRY(model_open(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &t->model));
+    struct tp_place at = { t->tp ? t->tp->size : 1, t->tp ? t->tp->rank : 0, t->tp && t->cfg->parallel.sequence };
+    TRY(model_open_at(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &t->model));
     TRY(params_alloc(&t->model->params, true));
     if (t->cfg->algo.reference == REFERENCE_LIVE && algo_needs_reference(t->cfg->algo_ops, t->cfg->algo_own)) {
-        TRY(model_open(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &t->ref_model));
+        TRY(model_open_at(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &t->ref_model));
         TRY(params_alloc(&t->ref_model->params, false));
     }
-    return tape_open(t->workers, NULL, (size_t)t->cfg->memory.activations, &t->tape);
+    TRY(tape_open(t->workers, NULL, (size_t)t->cfg->memory.activations, &t->tape));
+    tape_spread(t->tape, t->tp, at.sequence);
+    return NULL;
 }
 
 /* The longest rows of a data set in one pack: the most memory a micro-batch can need. */
@@ -163,7 +166,8 @@ static status *open_mesh(struct trainer *t)
     t->mesh = (struct mesh){ { (int)c->parallel.pp, (int)c->parallel.dp, (int)c->parallel.ep, (int)c->parallel.cp,
                                (int)c->parallel.tp } };
     TRY(mesh_init(&t->mesh, t->world->size));
-    return mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->dp);
+    TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->dp));
+    return t->mesh.size[MESH_TP] > 1 ? mesh_comm(&t->mesh, t->world, 1u << MESH_TP, &t->tp) : NULL;
 }
 
 static status *open_zero(struct trainer *t)
@@ -172,7 +176,8 @@ static status *open_zero(struct trainer *t)
     struct zero_options o = { .stage = (int)c->parallel.zero,
                               .deterministic = c->train.deterministic,
                               .lanes = (int)c->train.lanes,
-                              .bucket_elems = c->parallel.bucket / sizeof(float) / PARAM_ALIGN * PARAM_ALIGN };
+                              .bucket_elems = c->parallel.bucket / sizeof(float) / PARAM_ALIGN * PARAM_ALIGN,
+                              .tp = t->tp };
     return zero_open(&o, &t->model->params, t->dp, &t->zero);
 }
 
@@ -232,6 +237,7 @@ static status *init_weights(struct trainer *t)
 static status *open_all(struct trainer *t)
 {
     int ranks_here = 1;
+    TRY(open_mesh(t));
     TRY(count_local_ranks(t->world, &ranks_here));
     TRY(comm_agree(t->world, metrics_open(t->cfg->run.dir, t->world->rank == 0, &t->metrics)));
     status *st = open_data(t);
@@ -245,7 +251,6 @@ static status *open_all(struct trainer *t)
     TRY(dry_runs(t));
     TRY(comm_agree(t->world, task_eval_open(t)));
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
-    TRY(open_mesh(t));
     TRY(open_zero(t));
     TRY(open_checkpoint(t, false));
     TRY(state_resume(t));
@@ -272,6 +277,7 @@ static status *open_eval_data(struct trainer *t)
 static status *open_for_eval(struct trainer *t)
 {
     int ranks_here = 1;
+    TRY(open_mesh(t));
     TRY(count_local_ranks(t->world, &ranks_here));
     status *st = open_eval_data(t);
     if (!st)
@@ -280,7 +286,6 @@ static status *open_for_eval(struct trainer *t)
     TRY(comm_agree(t->world, dry_run(t, &t->heldout_pack)));
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
     TRY(init_weights(t));
-    TRY(open_mesh(t));
     return open_checkpoint(t, true);
 }
 
@@ -326,6 +331,7 @@ status *trainer_close(struct trainer *t)
     model_close(t->model);
     workers_close(t->workers);
     device_close(t->device);
+    comm_close(t->tp);
     comm_close(t->dp);
     for (int i = 0; i < t->phases; i++) {
         pack_fini(&t->phase[i].pack);

@@ -170,39 +170,20 @@ uint32_t state_weights_crc(const struct trainer *t)
     return crc32c(0, t->model->params.data, t->model->params.total * sizeof(float));
 }
 
-/* A hash of the moments that does not depend on how they are cut: the sum over aligned blocks of hash(block number,
- * content). Collective. */
-static status *moments_hash(struct trainer *t, uint64_t *out)
-{
-    struct zero_moments z = zero_moments(t->zero);
-    uint64_t sum = 0, held = 0;
-    for (uint64_t r = 0; r < z.run_count; held += z.run[r].end - z.run[r].begin, r++)
-        for (uint64_t e = z.run[r].begin; e < z.run[r].end; e += PARAM_ALIGN)
-            for (int moment = 0; moment < 2; moment++) {
-                struct hash128 h = hash_init(2 * (e / PARAM_ALIGN) + (uint64_t)moment);
-                hash_update(&h, (moment ? z.v : z.m) + held + (e - z.run[r].begin), PARAM_ALIGN * sizeof(float));
-                sum += hash_final(h).a;
-            }
-    *out = sum;
-    if (t->cfg->parallel.zero == 0) /* everyone holds everything */
-        return NULL;
-    return comm_allreduce(t->dp, out, 1, COMM_U64, COMM_SUM, NULL);
-}
-
 static status *log_hashes(struct trainer *t)
 {
     if (!t->cfg->checkpoint.state_hash)
         return NULL;
-    uint64_t moments;
-    TRY(moments_hash(t, &moments));
+    struct state_hashes h;
+    TRY(state_hashes(t, &h));
     metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
-    metrics_integer(t->metrics, "moments_hash", moments);
+    metrics_integer(t->metrics, "weights_hash", h.weights);
+    metrics_integer(t->metrics, "moments_hash", h.moments);
     if (t->ref.rows)
         metrics_integer(t->metrics, "ref_hash",
                         hash64(t->ref.logp, t->ref.rows * (size_t)t->ref.sequences * sizeof(double)));
     if (t->ref_live)
-        metrics_integer(t->metrics, "ref_hash",
-                        hash64(t->ref_model->params.data, t->ref_model->params.total * sizeof(float)));
+        metrics_integer(t->metrics, "ref_hash", h.reference);
     return NULL;
 }
 

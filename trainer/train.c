@@ -220,7 +220,7 @@ static status *sync_reference(struct trainer *t)
 struct step_result {
     double metric[ALGO_METRICS]; /* divided by their counts */
     double norm, lr, seconds;
-    uint64_t tokens, allocations;
+    uint64_t tokens, allocations, dp_sent, tp_sent; /* bytes that this rank gave to others of the axis */
 };
 
 static status *optimise(struct trainer *t, const struct phase *p, struct step_result *r)
@@ -326,6 +326,8 @@ static void report(struct trainer *t, const struct step_result *r)
     metrics_number(t->metrics, "seconds", r->seconds);
     metrics_integer(t->metrics, "samples", t->samples[trainer_phase_at(t, t->step - 1)]);
     metrics_integer(t->metrics, "allocations", r->allocations);
+    metrics_integer(t->metrics, "dp_sent_bytes", r->dp_sent);
+    metrics_integer(t->metrics, "tp_sent_bytes", r->tp_sent);
     if (line.save_percent >= 0) {
         metrics_integer(t->metrics, "saving", line.save_step);
         metrics_text(t->metrics, "save_phase", line.save_phase);
@@ -375,8 +377,10 @@ static status *one_step(struct trainer *t)
 {
     uint64_t began = clock_ns();
     bool saving = t->save_started != UINT64_MAX;
-    struct step_result r = { .norm = 0 };
+    struct step_result r = { .dp_sent = t->dp->sent_bytes, .tp_sent = t->tp ? t->tp->sent_bytes : 0 };
     TRY(train_step(t, &r));
+    r.dp_sent = t->dp->sent_bytes - r.dp_sent;
+    r.tp_sent = t->tp ? t->tp->sent_bytes - r.tp_sent : 0;
     r.seconds = ns_to_s(clock_ns() - began);
     save_cost_step(&t->cost, saving, r.seconds);
     TRY(count_allocations(t, &r));

@@ -31,7 +31,7 @@ struct trainer {
     struct comm *world;
     const struct log *log;
     struct mesh mesh;
-    struct comm *dp;
+    struct comm *dp, *tp; /* the ranks of this one's axes; tp NULL: there is one */
     struct device *device;
     struct workers *workers;
     struct metrics *metrics;
@@ -137,7 +137,13 @@ status *state_tick(struct trainer *t) WARN_UNUSED;
 /* The parameters alone, from `part` of a step ("model", "ref/model"). Collective. */
 status *state_load_weights(struct trainer *t, uint64_t step, const char *part) WARN_UNUSED;
 status *state_finish(struct trainer *t) WARN_UNUSED; /* wait for the save in flight. Collective */
-uint32_t state_weights_crc(const struct trainer *t); /* of the block of parameters */
+uint32_t state_weights_crc(const struct trainer *t); /* of this rank's block of parameters */
+/* state_hash.c: of all weights, AdamW's moments and a live reference's weights (else 0), the same on every mesh.
+ * Collective. */
+struct state_hashes {
+    uint64_t weights, moments, reference;
+};
+status *state_hashes(struct trainer *t, struct state_hashes *out) WARN_UNUSED;
 
 /* Enter the phase of t->step: at the switch from SFT the optimiser restarts and references are computed. Collective. */
 status *trainer_enter_phase(struct trainer *t, int phase) WARN_UNUSED;

@@ -281,9 +281,9 @@ def step_dir(ckpt, step):
 
 def same_state(saved, resumed, text):
     """The hashes of a save_start and a resume event."""
-    for key in ("weights_crc32c", "moments_hash", "ref_hash"):
+    for key in ("weights_hash", "moments_hash", "ref_hash"):
         check(saved.get(key) == resumed.get(key), f"{text}: {key} {resumed.get(key)} restored, {saved.get(key)} saved")
-    check("weights_crc32c" in saved and "moments_hash" in saved, f"{text}: no hashes in the save_start event")
+    check("weights_hash" in saved and "moments_hash" in saved, f"{text}: no hashes in the save_start event")
 
 
 def same_losses(want, got, steps, text, bound=False):

@@ -87,7 +87,7 @@ struct model_input {
     struct kv_cache *cache; /* [layers], or NULL */
 };
 
-/* What a cache of keys and values needs to know. */
+/* What a cache of keys and values needs to know; kv_heads: those that this rank holds. */
 struct kv_shape {
     int32_t layers, kv_heads, head_dim;
     int64_t max_positions;

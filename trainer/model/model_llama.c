@@ -242,11 +242,11 @@ static struct tensor *param(const struct pass *p, int index)
     return index < 0 ? NULL : &p->m->params.p[index].value;
 }
 
-/* A projection of x seen as heads: [N, heads, D]. */
-static struct tensor *heads(const struct pass *p, struct tensor *x, int w, int b, int64_t count)
+/* A projection of x seen as heads, as many as are here: [N, heads, D]. */
+static struct tensor *heads(const struct pass *p, struct tensor *x, int w, int b)
 {
     return op_view(p->t, op_linear(p->t, x, param(p, w), param(p, b)), 3,
-                   (int64_t[]){ p->in->tokens, count, p->l->c.head_dim });
+                   (int64_t[]){ p->in->tokens, -1, p->l->c.head_dim });
 }
 
 /* Queries and keys: normalised if the model does so, then turned. */
@@ -262,12 +262,12 @@ static struct tensor *attention_block(const struct pass *p, struct tensor *x, in
     const struct llama_config *c = &p->l->c;
     const struct llama_layer *l = &p->l->layer[i];
     struct tensor *h = op_rmsnorm(p->t, x, param(p, l->input_norm), (float)c->norm_eps);
-    struct tensor *q = turned(p, heads(p, h, l->q, l->q_bias, c->heads), l->q_norm);
-    struct tensor *k = turned(p, heads(p, h, l->k, l->k_bias, c->kv_heads), l->k_norm);
-    struct tensor *v = heads(p, h, l->v, l->v_bias, c->kv_heads);
+    struct tensor *q = turned(p, heads(p, h, l->q, l->q_bias), l->q_norm);
+    struct tensor *k = turned(p, heads(p, h, l->k, l->k_bias), l->k_norm);
+    struct tensor *v = heads(p, h, l->v, l->v_bias);
     int64_t window = i >= c->window_from ? c->window : 0;
     struct tensor *o = op_attention(p->t, q, k, v, &p->in->seg, window, p->in->cache ? &p->in->cache[i] : NULL);
-    o = op_view(p->t, o, 2, (int64_t[]){ p->in->tokens, c->heads * c->head_dim });
+    o = op_view(p->t, o, 2, (int64_t[]){ p->in->tokens, -1 });
     return op_add(p->t, x, op_linear(p->t, o, param(p, l->o), NULL));
 }
 
@@ -311,8 +311,9 @@ static double llama_flops(const struct model *m, double mean_context)
 
 static struct kv_shape llama_kv_shape(const struct model *m)
 {
-    const struct llama_config *c = &((const struct llama *)m->impl)->c;
-    return (struct kv_shape){ (int32_t)c->layers, (int32_t)c->kv_heads, (int32_t)c->head_dim, c->max_positions };
+    const struct llama *l = m->impl;
+    int64_t here = m->params.p[l->layer[0].k].value.dim[0] / l->c.head_dim;
+    return (struct kv_shape){ (int32_t)l->c.layers, (int32_t)here, (int32_t)l->c.head_dim, l->c.max_positions };
 }
 
 static int llama_layers(const struct model *m)

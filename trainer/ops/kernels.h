@@ -50,9 +50,23 @@ struct attention {
 };
 enum { ATTENTION_HEAD_MAX = 256 };
 
+/* What a part of the vocabulary says of a token, to be merged with the other parts; u = z - most. */
+struct logprob_part {
+    double sum[3]; /* of e^u, e^u u, e^2u; without stats the first one only */
+    double total;  /* of x w^T */
+    float raw;     /* the largest of x w^T; most = raw / temperature */
+    float target;  /* the target's x w^T, or -inf: it is in another part */
+    int64_t top;   /* index of the first one equal to raw, in the whole vocabulary; of no meaning without stats */
+};
+
 /* op_logprob: rows with target >= 0 are gathered `chunk` at a time. */
 struct logprob {
     int64_t n, c, v, chunk;
+    int64_t first, vocab; /* w is rows [first, first + v) of `vocab` */
+    /* [parts][N], or NULL: w is the whole matrix. Else the forward kernel fills row `own` of it, and no output;
+     * logprob_merge makes the outputs of all rows, in their order. */
+    struct logprob_part *part;
+    int parts, own;
     const float *x; /* [N, C] */
     const void *w;  /* [V, C] */
     enum dtype w_dtype;
@@ -72,6 +86,7 @@ struct kernels {
     void (*gemm)(struct workers *w, const struct gemm *g);
     /* db[j] += sum over rows of dy[n, j], rows ascending from 0, then added. */
     void (*bias_bwd)(struct workers *w, float *db, const float *dy, int64_t n, int64_t m);
+    /* id < 0: a row of zeros, without a gradient. */
     void (*embedding)(struct workers *w, float *y, const void *table, enum dtype t, const int32_t *id, int64_t n,
                       int64_t c);
     void (*embedding_bwd)(struct workers *w, float *dtable, const float *dy, const int32_t *id, int64_t n, int64_t c);
@@ -103,6 +118,7 @@ struct kernels {
     /* *y = sum of x: block_sums, then tree_sum; partial [ceil(n / 1024)] is scratch. */
     void (*sum)(struct workers *w, float *y, const float *x, int64_t n, double *partial);
     void (*logprob)(struct workers *w, const struct logprob *p);
+    void (*logprob_merge)(struct workers *w, const struct logprob *p);
     void (*logprob_bwd)(struct workers *w, const struct logprob *p);
     /* AdamW with decoupled decay (Loshchilov, Hutter 2019, arXiv:1711.05101, algorithm 2 with schedule multiplier in
      * lr), step >= 1: g' = grad_scale g,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2 p -= lr (m / (1 - b1^step)

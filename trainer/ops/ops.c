@@ -4,145 +4,8 @@
  * Invariants: a dry pass takes exactly the memory of a training pass, so kernels and backward never allocate; an op
  * records itself only if its output has a gradient; what backward reads lives in the arena, in parameters, or in what
  * the caller keeps (ids, segments). */
-#include "trainer/ops/ops.h"
-
-#include "trainer/ops/kernels.h"
-
-#include <stdio.h>
-#include <string.h>
-
-enum {
-    LOGPROB_CHUNK = 128,
-    LOGPROB_ELEMS = 8 << 20
-}; /* tokens of a chunk at most; logits of a chunk at most (32 MiB) */
-
-#define WEIGHT_HALF(halves) ((halves) & (unsigned)TAPE_BACKWARD_WEIGHT)
-#define INPUT_HALF(halves)  ((halves) & (unsigned)TAPE_BACKWARD_INPUT)
-
-/* ---- what all ops share ---- */
-
-struct shape_text {
-    char s[96];
-};
-
-static struct shape_text text_of(const struct tensor *x)
-{
-    struct shape_text t;
-    size_t used = (size_t)snprintf(t.s, sizeof t.s, "[");
-    for (int i = 0; i < x->ndim; i++)
-        used += (size_t)snprintf(t.s + used, sizeof t.s - used, "%s%lld", i ? ", " : "", (long long)x->dim[i]);
-    snprintf(t.s + used, sizeof t.s - used, "]%s", x->dtype == DTYPE_F32 ? "" : dtype_name(x->dtype));
-    return t;
-}
-
-/* "op_linear: x [4, 8] and w [3, 7]: why". b may be NULL. */
-static struct tensor *misfit(struct tape *t, const char *op, const char *why, const struct tensor *a,
-                             const struct tensor *b)
-{
-    if (b)
-        return tape_fail(t, ERR(INVALID, "%s: %s and %s: %s", op, text_of(a).s, text_of(b).s, why));
-    return tape_fail(t, ERR(INVALID, "%s: %s: %s", op, text_of(a).s, why));
-}
-
-/* An input is missing: an earlier op failed, or the caller forgot it. */
-static struct tensor *missing(struct tape *t, const char *op)
-{
-    return t->error ? NULL : tape_fail(t, ERR(INVALID, "%s: an input is NULL", op));
-}
-
-static bool same_shape(const struct tensor *a, const struct tensor *b)
-{
-    return a->ndim == b->ndim && !memcmp(a->dim, b->dim, (size_t)a->ndim * sizeof *a->dim);
-}
-
-static bool is_f32(const struct tensor *x)
-{
-    return x->dtype == DTYPE_F32;
-}
-
-static bool is_weight(const struct tensor *x)
-{
-    return x->dtype == DTYPE_F32 || x->dtype == DTYPE_BF16;
-}
-
-static bool runs(const struct tape *t)
-{
-    return t->mode != TAPE_DRY;
-}
-
-/* Whether an output that depends on x gets a gradient. */
-static bool learns(const struct tape *t, const struct tensor *x)
-{
-    return t->mode != TAPE_FORWARD && x && x->grad;
-}
-
-static void *take(struct tape *t, size_t count, size_t bytes)
-{
-    void *p = t->error ? NULL : arena_alloc(&t->arena, count * bytes);
-    if (!p && !t->error)
-        tape_fail(t, ERR(NO_MEMORY, "%zu bytes of activations: %zu in use, cap %zu", count * bytes, t->arena.used_bytes,
-                         t->arena.cap_bytes));
-    return p;
-}
-
-static float *take_floats(struct tape *t, int64_t n)
-{
-    return take(t, (size_t)n, sizeof(float));
-}
-
-/* A tensor with a zeroed gradient, if any, and data not yet written. */
-static struct tensor *make(struct tape *t, int ndim, const int64_t *dim, bool with_grad)
-{
-    struct tensor *x = take(t, 1, sizeof *x);
-    if (!x)
-        return NULL;
-    *x = (struct tensor){ .dtype = DTYPE_F32, .ndim = ndim };
-    memcpy(x->dim, dim, (size_t)ndim * sizeof *dim);
-    int64_t n = tensor_elems(x);
-    x->data = take_floats(t, n);
-    if (with_grad && t->mode != TAPE_FORWARD)
-        x->grad = take_floats(t, n);
-    if (t->error)
-        return NULL;
-    if (x->grad && runs(t))
-        t->kernels->zero(t->workers, x->grad, n);
-    return x;
-}
-
-static struct tensor *make_like(struct tape *t, const struct tensor *x, bool with_grad)
-{
-    return make(t, x->ndim, x->dim, with_grad);
-}
-
-/* A record of `bytes` with its first fields set, put on the tape once its op has filled it. NULL: the tape has failed.
- */
-static void *record(struct tape *t, size_t bytes, void (*backward)(struct tape *, const struct tape_record *, unsigned))
-{
-    struct tape_record *r = take(t, 1, bytes);
-    if (!r)
-        return NULL;
-    memset(r, 0, bytes);
-    r->prev = t->last;
-    r->backward = backward;
-    t->last = r;
-    return r;
-}
-
-/* A small weight as f32: its data, or a widened copy in the arena. */
-static const float *widened(struct tape *t, const struct tensor *x)
-{
-    if (is_f32(x))
-        return x->data;
-    float *y = take_floats(t, tensor_elems(x));
-    if (y && runs(t))
-        t->kernels->widen(t->workers, y, x->data, tensor_elems(x));
-    return y;
-}
-
-static const float *f32(const struct tensor *x)
-{
-    return x->data;
-}
+#include "trainer/ops/op.h"
+#include "trainer/ops/spread.h"
 
 struct tensor *op_new(struct tape *t, int ndim, const int64_t *dim, bool with_grad)
 {
@@ -158,10 +21,16 @@ struct tensor *op_view(struct tape *t, struct tensor *x, int ndim, const int64_t
 {
     if (!x)
         return missing(t, "op_view");
-    struct tensor v = { .dtype = x->dtype, .ndim = ndim, .data = x->data, .grad = x->grad };
+    struct tensor v = { .dtype = x->dtype, .ndim = ndim, .data = x->data, .grad = x->grad, .cut_rows = x->cut_rows };
     if (ndim < 1 || ndim > TENSOR_DIMS)
         return tape_fail(t, ERR(INVALID, "op_view: %d dimensions", ndim));
     memcpy(v.dim, dim, (size_t)ndim * sizeof *dim);
+    for (int i = 0; i < ndim; i++)
+        if (dim[i] < 0) {
+            v.dim[i] = 1;
+            v.dim[i] = tensor_elems(&v) > 0 ? tensor_elems(x) / tensor_elems(&v) : 0;
+            break;
+        }
     if (tensor_elems(&v) != tensor_elems(x))
         return misfit(t, "op_view", "not the same volume", x, &v);
     struct tensor *y = take(t, 1, sizeof *y);
@@ -185,16 +54,31 @@ static void embedding_backward(struct tape *t, const struct tape_record *base, u
         t->kernels->embedding_bwd(t->workers, r->table->grad, r->y->grad, r->id, r->y->dim[0], r->y->dim[1]);
 }
 
+/* Ids as rows of this rank's part; -1: of another's. */
+static const int32_t *own_ids(struct tape *t, const struct tensor_cut *cut, const int32_t *id, int64_t n)
+{
+    int32_t *own = take(t, (size_t)n, sizeof *own);
+    for (int64_t i = 0; own && runs(t) && i < n; i++)
+        own[i] = id[i] >= cut->first && id[i] < cut->first + cut->count ? (int32_t)(id[i] - cut->first) : -1;
+    return own;
+}
+
 struct tensor *op_embedding(struct tape *t, struct tensor *table, const int32_t *id, int64_t n)
 {
     if (!table)
         return missing(t, "op_embedding");
     if (table->ndim != 2 || !is_weight(table))
         return misfit(t, "op_embedding", "a table is [V, C]", table, NULL);
+    const char *why = cut_misfit(t, table, 1);
+    if (why)
+        return misfit(t, "op_embedding", why, table, NULL);
+    int64_t rows = table->cut ? table->cut->total : table->dim[0];
     for (int64_t i = 0; runs(t) && i < n; i++)
-        if (id[i] < 0 || id[i] >= table->dim[0])
+        if (id[i] < 0 || id[i] >= rows)
             return tape_fail(t, ERR(INVALID, "op_embedding: token %lld has id %d, the table has %lld rows",
-                                    (long long)i, id[i], (long long)table->dim[0]));
+                                    (long long)i, id[i], (long long)rows));
+    if (table->cut)
+        id = own_ids(t, table->cut, id, n);
     struct tensor *y = make(t, 2, (int64_t[]){ n, table->dim[1] }, learns(t, table));
     if (!y)
         return NULL;
@@ -206,7 +90,7 @@ struct tensor *op_embedding(struct tape *t, struct tensor *table, const int32_t 
         r->y = y;
         r->id = id;
     }
-    return t->error ? NULL : y;
+    return t->error ? NULL : table->cut ? tp_leave(t, y) : y;
 }
 
 /* ---- linear ---- */
@@ -257,11 +141,21 @@ struct tensor *op_linear(struct tape *t, struct tensor *x, struct tensor *w, str
         return misfit(t, "op_linear", "x is f32 [N, K], w [M, K]", x, w);
     if (b && (b->ndim != 1 || b->dim[0] != w->dim[0] || !is_weight(b)))
         return misfit(t, "op_linear", "w is [M, K], b [M]", w, b);
+    const char *why = cut_misfit(t, w, 3);
+    if (!why && cut_along(w, 1) && b)
+        why = "a bias cannot be added to one rank's summand";
+    if (!why && w->cut && w->cut->count != w->dim[w->cut->dim])
+        why = "the ranks' parts are not equal";
+    if (why)
+        return misfit(t, "op_linear", why, w, b);
+    if (cut_along(w, 0) && !(x = tp_enter(t, x)))
+        return NULL;
     int64_t n = x->dim[0], k = x->dim[1], m = w->dim[0];
     struct tensor *y = make(t, 2, (int64_t[]){ n, m }, learns(t, x) || learns(t, w) || learns(t, b));
     const float *bias = b ? widened(t, b) : NULL;
     if (t->error)
         return NULL;
+    y->cut_rows = x->cut_rows;
     if (runs(t))
         t->kernels->gemm(t->workers, &(struct gemm){ .m = n,
                                                      .n = m,
@@ -282,7 +176,7 @@ struct tensor *op_linear(struct tape *t, struct tensor *x, struct tensor *w, str
         r->b = b;
         r->y = y;
     }
-    return t->error ? NULL : y;
+    return t->error ? NULL : cut_along(w, 1) ? tp_leave(t, y) : y;
 }
 
 /* ---- rmsnorm ---- */
@@ -659,88 +553,5 @@ struct tensor *op_sum(struct tape *t, struct tensor *x)
     if (runs(t))
         t->kernels->sum(t->workers, y->data, x->data, n, partial);
     push(t, x, NULL, y, 0, sum_backward);
-    return t->error ? NULL : y;
-}
-
-/* ---- logprob ---- */
-
-struct logprob_record {
-    struct tape_record base;
-    struct tensor *x, *w, *y;
-    struct logprob p;
-};
-
-static void logprob_backward(struct tape *t, const struct tape_record *base, unsigned halves)
-{
-    const struct logprob_record *r = (const void *)base;
-    struct logprob p = r->p;
-    p.dlogp = r->y->grad;
-    p.dx = INPUT_HALF(halves) ? r->x->grad : NULL;
-    p.dw = WEIGHT_HALF(halves) ? r->w->grad : NULL;
-    if (p.dx || p.dw)
-        t->kernels->logprob_bwd(t->workers, &p);
-}
-
-static bool take_logprob_scratch(struct tape *t, struct logprob *p, bool train)
-{
-    int64_t chunk = LOGPROB_ELEMS / p->v;
-    chunk = chunk < 1 ? 1 : chunk > LOGPROB_CHUNK ? LOGPROB_CHUNK : chunk;
-    p->chunk = chunk < p->n ? chunk : p->n;
-    p->lse = take_floats(t, p->n);
-    p->rows = take_floats(t, p->chunk * p->c);
-    p->drows = train ? take_floats(t, p->chunk * p->c) : NULL;
-    p->logits = take_floats(t, p->chunk * p->v);
-    p->index = take(t, (size_t)p->chunk, sizeof *p->index);
-    return !t->error;
-}
-
-static bool take_logprob_stats(struct tape *t, int64_t n, struct logprob_stats *s)
-{
-    *s = (struct logprob_stats){ take_floats(t, n), take_floats(t, n), take_floats(t, n), take_floats(t, n) };
-    return !t->error;
-}
-
-struct tensor *op_logprob(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target, float temperature)
-{
-    return op_logprob_stats(t, x, w, target, temperature, NULL);
-}
-
-struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target,
-                                float temperature, struct logprob_stats *stats)
-{
-    if (!x || !w)
-        return missing(t, "op_logprob");
-    if (x->ndim != 2 || w->ndim != 2 || x->dim[1] != w->dim[1] || w->dim[0] < 1 || !is_f32(x) || !is_weight(w))
-        return misfit(t, "op_logprob", "x is f32 [N, C], w [V, C]", x, w);
-    if (!(temperature > 0))
-        return tape_fail(t, ERR(INVALID, "op_logprob: temperature %g is not above 0", (double)temperature));
-    int64_t n = x->dim[0];
-    for (int64_t i = 0; runs(t) && i < n; i++)
-        if (target[i] >= w->dim[0])
-            return tape_fail(t, ERR(INVALID, "op_logprob: token %lld has target %d, the vocabulary has %lld",
-                                    (long long)i, target[i], (long long)w->dim[0]));
-    struct tensor *y = make(t, 1, &n, learns(t, x) || learns(t, w));
-    struct logprob p = { .n = n,
-                         .c = x->dim[1],
-                         .v = w->dim[0],
-                         .x = f32(x),
-                         .w = w->data,
-                         .w_dtype = w->dtype,
-                         .target = target,
-                         .temperature = temperature };
-    if (!y || !take_logprob_scratch(t, &p, y->grad != NULL) || (stats && !take_logprob_stats(t, n, &p.stats)))
-        return NULL;
-    if (stats)
-        *stats = p.stats;
-    p.logp = y->data;
-    if (runs(t))
-        t->kernels->logprob(t->workers, &p);
-    struct logprob_record *r = y->grad ? record(t, sizeof *r, logprob_backward) : NULL;
-    if (r) {
-        r->x = x;
-        r->w = w;
-        r->y = y;
-        r->p = p;
-    }
     return t->error ? NULL : y;
 }

@@ -5,7 +5,11 @@
  * gradient). Outputs live in the tape's arena. An output has a gradient if an input has one and the tape trains. Errors
  * stick to the tape (INVALID with both shapes); NULL in, NULL out. All CPU kernels give the same bits for any thread
  * count and any packing of the same segments. Sums over channels and tokens of one row are f32 unless said otherwise.
- */
+ *
+ * On a tape that is spread over tensor-parallel ranks (tape_spread) weights may be cut (tensor.cut): op_embedding,
+ * op_linear and op_logprob then exchange what the whole result needs, so that a model is written as if weights were
+ * whole; what it sees of cut heads or columns is this rank's part of them. All ranks run the same ops on the same
+ * tokens, and get the same bits where a result is whole. */
 #ifndef TESSERA_TRAINER_OPS_OPS_H
 #define TESSERA_TRAINER_OPS_OPS_H
 
@@ -28,15 +32,17 @@ struct kv_cache {
 
 /* An activation of its own: zeroed, in the arena. with_grad: give it a gradient when the tape trains. */
 struct tensor *op_new(struct tape *t, int ndim, const int64_t *dim, bool with_grad);
-/* The same data and gradient under other dimensions of equal volume. */
+/* The same data and gradient under other dimensions of equal volume; one of them may be -1: what remains. */
 struct tensor *op_view(struct tape *t, struct tensor *x, int ndim, const int64_t *dim);
 
 /* y[n, :] = table[id[n], :].  table [V, C], id [N] in 0..V-1 (else INVALID with the token), y [N, C].
- * Backward: dtable[id[n], :] += dy[n, :] in token order. */
+ * Backward: dtable[id[n], :] += dy[n, :] in token order. A table cut by rows: y is summed over the ranks. */
 struct tensor *op_embedding(struct tape *t, struct tensor *table, const int32_t *id, int64_t n);
 
 /* y = x w^T + b.  x [N, K], w [M, K], b [M] or NULL, y [N, M].  Each y is one fused multiply-add chain over k ascending
- * from 0, then b. dx += dy w (one chain over m), dw += dy^T x (one chain over n from 0, then added), db += sum_n dy. */
+ * from 0, then b. dx += dy w (one chain over m), dw += dy^T x (one chain over n from 0, then added), db += sum_n dy.
+ * w cut by rows (and b with it): y has this rank's columns, dx is summed over the ranks. w cut by columns (no b, else
+ * INVALID): x has this rank's columns, y is summed over the ranks. */
 struct tensor *op_linear(struct tape *t, struct tensor *x, struct tensor *w, struct tensor *b);
 
 /* y = x * rsqrt(mean(x^2) + eps) * w over the last dimension (Zhang, Sennrich 2019, arXiv:1910.07467).  x, y [..., C],
@@ -87,7 +93,8 @@ struct tensor *op_sum(struct tape *t, struct tensor *x); /* y [1] = sum of all e
 /* logp[n] = log softmax(x[n] w^T / temperature)[target[n]], 0 where target[n] < 0.  x [N, C], w [V, C], target [N],
  * logp [N]. Logits exist for one chunk of tokens at a time; keeps log-sum-exp [N]; backward recomputes the chunk's
  * logits: dlogit[n, v] = dlogp[n] (1{v = target[n]} - softmax[n, v]) / temperature. Tokens with target < 0 cost
- * nothing. Log-sum-exp is computed in f32 with f64 for the final log; tokens' bits do not depend on the chunking. */
+ * nothing. Log-sum-exp is computed in f32 with f64 for the final log; tokens' bits do not depend on the chunking.
+ * w cut by rows: the ranks exchange each token's maximum, sums and target logit (struct logprob_part), never logits. */
 struct tensor *op_logprob(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target, float temperature);
 
 /* What else a row of logits z = x[n] w^T / temperature says, while it is there; p = softmax(z). Each [N] f32 in the
@@ -98,6 +105,12 @@ struct logprob_stats {
     float *log_square; /* log sum_v p_v^2 */
     float *top;        /* 1 if target[n] has the largest logit, the smallest index among equal ones; else 0 */
 };
+/* Logits [N, V] = x w^T whole on every rank, also where w is cut (then without backward, INVALID in TAPE_TRAIN): for
+ * the few rows that tokens are drawn from. */
+struct tensor *op_logits(struct tape *t, struct tensor *x, struct tensor *w);
+/* All rows of x on every rank, where x may be cut by tokens. No backward then: INVALID in TAPE_TRAIN. */
+struct tensor *op_whole(struct tape *t, struct tensor *x);
+
 /* op_logprob with the same bits, which also fills *stats. NULL: op_logprob. */
 struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target,
                                 float temperature, struct logprob_stats *stats);

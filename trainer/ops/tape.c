@@ -36,12 +36,21 @@ void tape_close(struct tape *t)
     mem_free(t);
 }
 
+void tape_spread(struct tape *t, struct comm *tp, bool sequence)
+{
+    t->tp = tp;
+    t->sequence = sequence;
+}
+
 void tape_begin(struct tape *t, enum tape_mode mode)
 {
     status_free(t->error);
     t->error = NULL;
     t->last = NULL;
     t->rope = NULL;
+    t->outside = t->inside = NULL;
+    t->room = NULL;
+    t->room_floats = 0;
     t->mode = mode;
     arena_reset(&t->arena);
 }
@@ -86,7 +95,9 @@ status *tape_backward(struct tape *t, struct tensor *root, const float *droot, u
         t->kernels->scale(t->workers, root->grad, droot, 1.0f, tensor_elems(root));
     for (const struct tape_record *r = t->last; r; r = r->prev)
         r->backward(t, r, halves);
-    return NULL;
+    status *st = t->error;
+    t->error = NULL;
+    return st;
 }
 
 struct tensor *tape_fail(struct tape *t, status *st)

@@ -36,7 +36,10 @@ struct tensor {
     int64_t dim[TENSOR_DIMS];
     void *data;
     float *grad;                  /* f32, same shape; NULL: no gradient is wanted */
-    const struct tensor_cut *cut; /* NULL: whole on every tensor-parallel rank */
+    const struct tensor_cut *cut; /* of a weight; NULL: whole on every tensor-parallel rank */
+    /* Of an activation, 0, or the rows of a whole that the tensor-parallel ranks hold cut by tokens: each has
+     * ceil(cut_rows / ranks) of them in dim[0], zeros behind the last. */
+    int64_t cut_rows;
 };
 
 /* Product of the dimensions. */
@@ -56,6 +59,7 @@ enum tape_backward {
 
 struct kernels; /* trainer/ops/kernels.h: one table of raw kernels a device */
 struct rope_table;
+struct comm;
 struct tape;
 
 /* One op's part of backward. Ops put their own fields behind it, in the arena (ops.c). */
@@ -72,11 +76,22 @@ struct tape {
     struct tape_record *last; /* newest record; linked backwards */
     struct rope_table *rope;  /* angles made since tape_begin, shared by all layers */
     status *error;            /* first error since tape_begin */
+
+    struct comm *tp; /* tape_spread */
+    bool sequence;
+    /* since tape_begin: the last activation that weights cut by rows were applied to, and what they saw; room for sums
+     * over ranks */
+    struct tensor *outside, *inside;
+    float *room;
+    int64_t room_floats;
 };
 
 /* kernels NULL: the CPU's. cap_bytes 0: no cap on activations. */
 status *tape_open(struct workers *w, const struct kernels *k, size_t cap_bytes, struct tape **out) WARN_UNUSED;
 void tape_close(struct tape *t); /* NULL is fine */
+/* From now on weights may be cut (tensor.cut) over the ranks of tp, which all run the same passes; borrowed. sequence:
+ * between blocks activations are cut by tokens. */
+void tape_spread(struct tape *t, struct comm *tp, bool sequence);
 /* Forget all records and tensors of before. */
 void tape_begin(struct tape *t, enum tape_mode mode);
 /* Take the tape's first error. After TAPE_DRY the tensors are gone, and the arena is one block that holds as much as
@@ -84,7 +99,7 @@ void tape_begin(struct tape *t, enum tape_mode mode);
 status *tape_end(struct tape *t) WARN_UNUSED;
 /* Seed `root` with droot (same shape, f32, overwrites root->grad; NULL: what root->grad holds already) and replay. Only
  * after TAPE_TRAIN without error, once for each half: INPUT first and WEIGHT later, or both at once. INVALID if root
- * has no gradient. */
+ * has no gradient. Collective over the ranks of a spread tape, as a pass is; an error of the transport is returned. */
 status *tape_backward(struct tape *t, struct tensor *root, const float *droot, unsigned halves) WARN_UNUSED;
 
 /* Set the first error; returns NULL, so that an op can `return tape_fail(...)`. Takes st. */

@@ -15,6 +15,7 @@
 #include "comm/agree.h"
 #include "comm/base/mem.h"
 #include "trainer/ops/kernels.h"
+#include "trainer/parallel/shared_grads.h"
 #include "trainer/parallel/treesum.h"
 
 #include <math.h>
@@ -65,7 +66,9 @@ struct zero {
     double *norm;      /* [dp][norm_cap]: sums of squares of each rank's norm nodes */
     uint64_t norm_cap; /* most norm nodes of a rank */
     uint64_t *cursor;  /* [dp] */
-    double *scalar;    /* [dp][scalar_cap] of zero_sum_scalars */
+    double *tp_norm;   /* [tp]: sums of squares of each tensor-parallel rank; NULL: there is one */
+    struct shared_grads *shared;
+    double *scalar; /* [dp][scalar_cap] of zero_sum_scalars */
     size_t scalar_cap;
 
     uint32_t k, next, end, lane; /* of the step: micro-batches, next own one, end of the own ones, first open lane */
@@ -233,6 +236,24 @@ static status *open_messages(struct zero *z)
     return NULL;
 }
 
+/* What tensor parallelism adds: sums over its ranks of this rank's runs. */
+static status *open_tp(struct zero *z)
+{
+    struct comm *tp = z->o.tp;
+    struct zero_run *run = mem_array(NULL, z->buckets + 1, sizeof *run);
+    z->tp_norm = tp ? mem_calloc((size_t)tp->size, sizeof *z->tp_norm) : NULL;
+    status *st =
+        run && (!tp || z->tp_norm) ? NULL : ERR(NO_MEMORY, "runs of %llu buckets", (unsigned long long)z->buckets);
+    if (tp)
+        st = comm_agree(tp, st);
+    for (uint64_t b = 0; !st && b < z->buckets; b++)
+        run[b] = run_at(z, b, z->dp->rank);
+    if (!st)
+        st = shared_grads_open(z->p, run, z->buckets, tp, &z->shared);
+    mem_free(run);
+    return st;
+}
+
 static status *open_all(struct zero *z)
 {
     uint64_t total = z->p->total, wanted = z->o.bucket_elems ? z->o.bucket_elems : BUCKET_ELEMS;
@@ -257,6 +278,10 @@ status *zero_open(const struct zero_options *o, struct params *p, struct comm *d
         st = open_all(z);
     }
     st = comm_agree(dp, st);
+    if (o->tp)
+        st = comm_agree(o->tp, st);
+    if (!st)
+        st = comm_agree(dp, open_tp(z));
     if (st) {
         zero_close(z);
         return st;
@@ -269,6 +294,8 @@ void zero_close(struct zero *z)
 {
     if (!z)
         return;
+    shared_grads_close(z->shared);
+    mem_free(z->tp_norm);
     mem_free(z->scalar);
     mem_free(z->cursor);
     mem_free(z->norm);
@@ -431,20 +458,49 @@ static status *reduce_bucket(struct zero *z, uint64_t bucket)
 
 _Static_assert((int)PARAM_ALIGN == (int)SUM_BLOCK, "a run of the norm's blocks is a run of the flat block");
 
+/* Does this rank count the parameter that lies at `at`? Of those that share it, the first one does. *i: of an earlier
+ * place, or 0. */
+static bool counts(const struct zero *z, uint64_t at, int *i)
+{
+    const struct param *p = z->p->p;
+    while (*i + 1 < z->p->count && (p[*i + 1].alias >= 0 || p[*i + 1].offset <= at))
+        ++*i;
+    int owner = *i;
+    while (owner > 0 && p[owner].alias >= 0)
+        owner--;
+    return !z->o.tp || p[owner].share <= 1 || z->o.tp->rank % p[owner].share == 0;
+}
+
 /* Sums of squares of the aligned nodes of this rank's runs, bucket by bucket. */
 static void norm_nodes(const struct zero *z, double *out)
 {
+    int param = 0;
     for (uint64_t b = 0; b < z->buckets; b++) {
         struct zero_run run = run_at(z, b, z->dp->rank);
         struct tree t = { 0 };
         for (uint64_t at = run.begin; at < run.end; at += PARAM_ALIGN) {
-            double squares;
-            block_sums(NULL, z->p->grad + at, PARAM_ALIGN, true, &squares);
+            double squares = 0;
+            if (counts(z, at, &param))
+                block_sums(NULL, z->p->grad + at, PARAM_ALIGN, true, &squares);
             tree_push(&t, 0, at / PARAM_ALIGN, squares);
         }
         for (int i = 0; i < t.n; i++)
             *out++ = t.node[i].value;
     }
+}
+
+/* From the sum of this rank's part to the norm of the whole. */
+static status *tp_norm(struct zero *z, double squares, double *norm)
+{
+    if (z->o.tp) {
+        double mine = squares;
+        TRY(comm_allgather(z->o.tp, &mine, z->tp_norm, sizeof mine, NULL));
+        squares = 0;
+        for (int r = 0; r < z->o.tp->size; r++)
+            squares += z->tp_norm[r];
+    }
+    *norm = sqrt(squares);
+    return NULL;
 }
 
 static status *global_norm(struct zero *z, double *norm)
@@ -464,8 +520,7 @@ static status *global_norm(struct zero *z, double *norm)
                 at += (uint64_t)1 << level;
             }
         }
-    *norm = sqrt(tree_total(&t));
-    return NULL;
+    return tp_norm(z, tree_total(&t), norm);
 }
 
 status *zero_reduce(struct zero *z, double *norm)
@@ -474,6 +529,7 @@ status *zero_reduce(struct zero *z, double *norm)
     CHECK(z->stack.n == z->own_parts, "%d nodes where %d are due", z->stack.n, z->own_parts);
     for (uint64_t b = 0; b < z->buckets; b++)
         TRY(reduce_bucket(z, b));
+    TRY(shared_grads_sum(z->shared));
     return global_norm(z, norm);
 }
 

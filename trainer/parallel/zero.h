@@ -20,6 +20,7 @@ struct zero_options {
     bool deterministic;
     int lanes;             /* deterministic: a power of two, 1..64; INVALID if below dp */
     uint64_t bucket_elems; /* multiple of PARAM_ALIGN; 0: 4 Mi */
+    struct comm *tp;       /* ranks that hold the other parts of the parameters; NULL: none. Borrowed */
 };
 
 /* A run of the flat block that this rank owns; buckets in order. */
@@ -36,7 +37,7 @@ struct zero_moments {
     uint64_t run_count;
 };
 
-/* Collective over dp. params must have gradients; both are borrowed. All memory is taken here. */
+/* Collective over dp and tp. params must have gradients; both are borrowed. All memory is taken here. */
 status *zero_open(const struct zero_options *o, struct params *p, struct comm *dp, struct zero **out) WARN_UNUSED;
 void zero_close(struct zero *z); /* NULL is fine */
 struct zero_moments zero_moments(struct zero *z);
@@ -50,8 +51,9 @@ void zero_micro_batches(const struct zero *z, uint32_t k, uint32_t *first, uint3
 void zero_begin(struct zero *z, uint32_t k); /* clears gradients */
 void zero_added(struct zero *z,
                 uint32_t micro_batch); /* params.grad now also holds this micro-batch; closes lanes as they fill */
-/* Sum gradients over all ranks; each rank then has its owned runs. *norm = global L2 norm: f64 sums of squares of
- * aligned 1,024-element blocks up a dyadic tree, the same bits on any dp. Collective. */
+/* Sum gradients over all ranks, and over those of tp where several hold summands (shared_grads.h); each rank then has
+ * its owned runs. *norm = global L2 norm of the whole model: f64 sums of squares of aligned 1,024-element blocks up a
+ * dyadic tree, the same bits on any dp; over tp in order of ranks, what several hold once. Collective over both. */
 status *zero_reduce(struct zero *z, double *norm) WARN_UNUSED;
 
 struct adamw {

@@ -49,6 +49,7 @@ static bool is_done(const struct generator *g, int32_t s)
 /* Hidden states -> the row of each sequence's last token in this pass [rows, C]; g->row says whose they are. */
 static struct tensor *last_rows(struct generator *g, struct tensor *hidden, int32_t n, int32_t rows)
 {
+    hidden = op_whole(g->tape, hidden);
     if (!hidden)
         return NULL;
     int64_t c = hidden->dim[1];
@@ -87,7 +88,7 @@ static status *run_pass(struct generator *g, const struct generate_options *o, c
     struct model_input in = input_of(g, n);
     tape_begin(g->tape, TAPE_FORWARD);
     struct tensor *x = last_rows(g, g->model->ops->forward(g->model, g->tape, &in), n, rows);
-    struct tensor *logits = op_linear(g->tape, x, head, NULL);
+    struct tensor *logits = op_logits(g->tape, x, head);
     if (logits)
         append(g, o, prompt, logits, rows);
     if (logits && o->logps)
@@ -180,7 +181,7 @@ static status *dry_run(struct generator *g)
     struct model_input in = input_of(g, g->batch);
     tape_begin(g->tape, TAPE_DRY);
     struct tensor *x = last_rows(g, g->model->ops->forward(g->model, g->tape, &in), g->batch, g->batch);
-    (void)op_linear(g->tape, x, head, NULL);
+    (void)op_logits(g->tape, x, head);
     (void)op_logprob(g->tape, x, head, g->picked, 1.0f);
     return status_wrap(tape_end(g->tape), "a batch of %d prompts of %d tokens", g->batch, g->longest_prompt);
 }

@@ -74,6 +74,7 @@ void cpu_zero(struct workers *w, float *y, int64_t n);
 void cpu_widen(struct workers *w, float *y, const uint16_t *x, int64_t n);
 void cpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial);
 void cpu_logprob(struct workers *w, const struct logprob *p);
+void cpu_logprob_merge(struct workers *w, const struct logprob *p);
 void cpu_logprob_bwd(struct workers *w, const struct logprob *p);
 
 #endif

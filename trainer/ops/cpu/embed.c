@@ -20,7 +20,9 @@ static void gather(void *arg, size_t index)
     for (int64_t i = first; i < last; i++) {
         float *y = t->out + i * t->c;
         int64_t from = t->id[i] * t->c;
-        if (t->dtype == DTYPE_BF16)
+        if (from < 0)
+            memset(y, 0, (size_t)t->c * sizeof(float));
+        else if (t->dtype == DTYPE_BF16)
             for (int64_t j = 0; j < t->c; j++)
                 y[j] = bf16_to_f32(((const uint16_t *)t->table)[from + j]);
         else
@@ -41,7 +43,8 @@ static void scatter(void *arg, size_t index)
     int64_t j = (int64_t)index * t->each, cols = min64(t->each, t->c - j);
     for (int64_t i = 0; i < t->n; i++) {
         float *row = t->out + t->id[i] * t->c + j;
-        t->isa->add(row, row, t->dy + i * t->c + j, cols);
+        if (t->id[i] >= 0)
+            t->isa->add(row, row, t->dy + i * t->c + j, cols);
     }
 }
 

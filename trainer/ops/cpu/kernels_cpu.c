@@ -25,6 +25,7 @@ const struct kernels kernels_cpu = {
     .widen = cpu_widen,
     .sum = cpu_sum,
     .logprob = cpu_logprob,
+    .logprob_merge = cpu_logprob_merge,
     .logprob_bwd = cpu_logprob_bwd,
     .adamw = adamw_update,
 };

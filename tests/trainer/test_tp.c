@@ -1,0 +1,521 @@
+/* Tensor parallelism: a model whose weights are cut over ranks (threads of this process) against the same model whole:
+ * log-probabilities and what goes with them, gradients of every tensor, the norm, generated tokens; the bytes the ranks
+ * exchange; memory of a dry pass; paddings; what cannot be cut. */
+#include "comm/base/mem.h"
+#include "comm/base/rng.h"
+#include "tests/support/comm_threads.h"
+#include "trainer/model/model.h"
+#include "trainer/ops/kernels.h"
+#include "trainer/parallel/zero.h"
+#include "trainer/rollout/generate.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define EXPECT(condition, ...)                                                                                         \
+    do {                                                                                                               \
+        if (!(condition))                                                                                              \
+            return ERR(INTERNAL, "(" #condition ") " __VA_ARGS__);                                                     \
+    } while (0)
+
+enum { VOCAB = 37, TOKENS = 51, SEQUENCES = 3, LAYERS = 2 };
+
+struct variant {
+    const char *name, *options;
+    int ranks[4]; /* ended by 0 */
+};
+static const struct variant variants[] = {
+    { "grouped, tied", "heads=4,kv_heads=2,hidden=24,ffn=40,tied=true", { 2, 4 } },
+    { "qwen2", "heads=4,kv_heads=1,hidden=24,ffn=40,tied=true,qkv_bias=true", { 2, 4 } },
+    { "qwen3", "heads=8,kv_heads=2,head_dim=6,hidden=20,ffn=24,qk_norm=true", { 2, 4, 8 } },
+    { "thirds", "heads=6,kv_heads=3,hidden=36,ffn=33,qk_norm=true,qkv_bias=true", { 3 } },
+    { "all kv heads", "heads=4,kv_heads=4,hidden=16,ffn=20,vocab=64", { 2, 4 } },
+};
+enum { VARIANTS = sizeof variants / sizeof *variants };
+
+static const struct model_ops *llama(void)
+{
+    const struct model_ops *ops = NULL;
+    status *st = model_lookup("llama", &ops);
+    CHECK(!st, "there is no llama");
+    return ops;
+}
+
+static status *set(void *config, const char *pair)
+{
+    char text[64];
+    snprintf(text, sizeof text, "%s", pair);
+    char *equal = strchr(text, '=');
+    *equal = 0;
+    return options_set(llama()->options, text, equal + 1, config, "test");
+}
+
+static status *open_at(const char *options, const struct tp_place *at, struct model **out)
+{
+    char text[256];
+    void *config = mem_calloc(1, llama()->config_bytes);
+    snprintf(text, sizeof text, "layers=%d,rope_theta=100,%s", LAYERS, options);
+    TRY(options_defaults(llama()->options, config));
+    for (char *save = NULL, *pair = strtok_r(text, ",", &save); pair; pair = strtok_r(NULL, ",", &save))
+        TRY(set(config, pair));
+    status *st = model_open_at(llama(), config, VOCAB, at, out);
+    options_fini(llama()->options, config);
+    mem_free(config);
+    return st ? st : params_alloc(&(*out)->params, true);
+}
+
+static void must(status *st)
+{
+    if (st)
+        fail_msg("%s (rank %d, %s:%d)", status_message(st), status_rank(st), status_file(st), status_line(st));
+}
+
+/* Larger and irregular weights, so that no term of a gradient is lost in small numbers. */
+static void stir(struct model *m)
+{
+    for (int i = 0; i < m->params.count; i++) {
+        struct param *p = &m->params.p[i];
+        float *x = p->value.data;
+        for (int64_t e = 0; p->alias < 0 && e < tensor_elems(&p->value); e++) {
+            float z;
+            rng_normals((struct rng_at){ .seed = 9, .sample = (uint32_t)i, .stream = RNG_DATA }, (uint64_t)e, 1, &z);
+            x[e] = p->init == INIT_NORMAL ? 0.25f * z : p->init == INIT_ONE ? 1 + 0.3f * z : 0.5f * z;
+        }
+    }
+}
+
+/* Where element e of a part lies in the whole tensor. */
+static uint64_t whole_index(const struct param *p, uint64_t e)
+{
+    if (p->shape.ndim == 1)
+        return p->box.off[0] + e;
+    return (p->box.off[0] + e / p->box.len[1]) * p->shape.dim[1] + p->box.off[1] + e % p->box.len[1];
+}
+
+static void take_parts(struct model *m, const struct model *whole)
+{
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *p = &m->params.p[i];
+        const float *from = whole->params.p[i].value.data;
+        for (uint64_t e = 0; p->alias < 0 && e < box_volume(p->shape.ndim, &p->box); e++)
+            ((float *)p->value.data)[e] = from[whole_index(p, e)];
+    }
+}
+
+/* ---- a pack, and what a model makes of it ---- */
+
+static const int32_t offsets[SEQUENCES + 1] = { 0, 23, 24, TOKENS };
+struct batch {
+    int32_t token[TOKENS], target[TOKENS], position[TOKENS];
+    float weight[TOKENS];
+    struct model_input in;
+};
+
+static void fill(struct batch *b, int64_t tokens)
+{
+    for (int s = 0; s < SEQUENCES; s++)
+        for (int i = offsets[s]; i < offsets[s + 1]; i++) {
+            b->token[i] = (i * 11 + 3) % VOCAB;
+            b->target[i] = i % 4 == 1 ? -1 : (i * 7 + 5) % VOCAB;
+            b->position[i] = i - offsets[s];
+            b->weight[i] = 0.3f * (float)(i % 7) - 0.8f;
+        }
+    b->in = (struct model_input){ tokens, b->token, { tokens == TOKENS ? SEQUENCES : 1, offsets, b->position }, NULL };
+}
+
+static status *run_model(struct model *m, struct tape *t, const struct batch *b, enum tape_mode mode,
+                         struct tensor **logp, struct logprob_stats *stats)
+{
+    tape_begin(t, mode);
+    struct tensor *h = m->ops->forward(m, t, &b->in);
+    *logp = op_logprob_stats(t, h, m->ops->head(m), b->target, 0.8f, stats);
+    TRY(tape_end(t));
+    return mode == TAPE_TRAIN ? tape_backward(t, *logp, b->weight, TAPE_BACKWARD_ALL) : NULL;
+}
+
+enum { VALUES = 5 };
+struct results {
+    float value[VALUES][TOKENS]; /* logp, entropy, logit, log_square, top */
+    double norm;
+};
+
+static void keep(struct results *r, const struct tensor *logp, const struct logprob_stats *s)
+{
+    const float *const from[VALUES] = { logp->data, s->entropy, s->logit, s->log_square, s->top };
+    for (int i = 0; i < VALUES; i++)
+        memcpy(r->value[i], from[i], sizeof r->value[i]);
+}
+
+/* A step of one micro-batch up to the norm. */
+static status *step(struct model *m, struct tape *t, const struct batch *b, struct zero *z, struct results *r)
+{
+    struct tensor *logp;
+    struct logprob_stats stats;
+    zero_begin(z, 1);
+    TRY(run_model(m, t, b, TAPE_TRAIN, &logp, &stats));
+    keep(r, logp, &stats);
+    zero_added(z, 0);
+    return zero_reduce(z, &r->norm);
+}
+
+struct whole {
+    const struct variant *v;
+    struct model *m;
+    struct results r;
+    bool sequence;
+};
+
+static status *compute_whole(struct comm *self, void *arg)
+{
+    struct whole *w = arg;
+    struct batch b;
+    struct tape *t = NULL;
+    struct zero *z = NULL;
+    fill(&b, TOKENS);
+    TRY(open_at(w->v->options, &(struct tp_place){ .size = 1 }, &w->m));
+    stir(w->m);
+    TRY(zero_open(&(struct zero_options){ .stage = 1 }, &w->m->params, self, &z));
+    TRY(tape_open(NULL, NULL, 0, &t));
+    status *st = step(w->m, t, &b, z, &w->r);
+    tape_close(t);
+    zero_close(z);
+    return st;
+}
+
+/* ---- the same on many ranks ---- */
+
+static double rel(double got, double want)
+{
+    return fabs(got - want) / fmax(fabs(want), 0.1);
+}
+
+static status *check_values(const struct whole *w, const struct results *r)
+{
+    for (int k = 0; k < VALUES; k++)
+        for (int i = 0; i < TOKENS; i++)
+            EXPECT(rel((double)r->value[k][i], (double)w->r.value[k][i]) < 1e-5,
+                   "value %d of token %d is %.9g, not %.9g", k, i, (double)r->value[k][i], (double)w->r.value[k][i]);
+    EXPECT(rel(r->norm, w->r.norm) < 1e-6, "norm %.12g, not %.12g", r->norm, w->r.norm);
+    return NULL;
+}
+
+/* ||g - g'|| / ||g|| of a rank's part, with g the whole tensor. */
+static status *check_gradients(const struct whole *w, const struct model *m)
+{
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *p = &m->params.p[i];
+        const float *want = w->m->params.p[i].value.grad;
+        double off = 0, all = 0;
+        for (uint64_t e = 0; e < param_elems(&w->m->params.p[i]); e++)
+            all += (double)want[e] * (double)want[e];
+        for (uint64_t e = 0; e < param_elems(p); e++) {
+            bool padding = e >= box_volume(p->shape.ndim, &p->box);
+            double d = (double)p->value.grad[e] - (padding ? 0 : (double)want[whole_index(p, e)]);
+            EXPECT(!padding || (d == 0 && ((float *)p->value.data)[e] == 0), "%s: padding was touched", p->name);
+            off += d * d;
+        }
+        EXPECT(all > 0 && sqrt(off) <= 1e-5 * sqrt(all), "gradient of %s: off by %.3g of %.3g", p->name, sqrt(off),
+               sqrt(all));
+    }
+    return NULL;
+}
+
+static status *same_on_all(struct comm *c, const void *data, size_t bytes, const char *what)
+{
+    unsigned char *all = mem_alloc(bytes * (size_t)c->size);
+    TRY(comm_allgather(c, data, all, bytes, NULL));
+    for (int r = 1; r < c->size; r++)
+        EXPECT(!memcmp(all, all + (size_t)r * bytes, bytes), "%s: ranks 0 and %d differ", what, r);
+    mem_free(all);
+    return NULL;
+}
+
+/* What several ranks hold of a parameter has one gradient, to the last bit. */
+static status *check_sharers(struct comm *c, const struct model *m)
+{
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *p = &m->params.p[i];
+        struct comm *group;
+        TRY(comm_split(c, c->rank / p->share, c->rank, &group));
+        status *st = same_on_all(group, p->value.grad, param_elems(p) * sizeof(float), p->name);
+        comm_close(group);
+        TRY(st);
+    }
+    return NULL;
+}
+
+/* Four sums of [N, C] a layer and two around the layers, each 2 (p - 1) N C floats over all ranks; the parts of the
+ * log-probabilities. */
+static status *check_traffic(struct comm *c, const struct model *m, uint64_t sent)
+{
+    uint64_t p = (uint64_t)c->size, width = m->params.p[0].shape.dim[1],
+             want = (4 * LAYERS + 2) * 2 * (p - 1) * TOKENS * width * sizeof(float) +
+                    p * (p - 1) * TOKENS * sizeof(struct logprob_part);
+    TRY(comm_allreduce(c, &sent, 1, COMM_U64, COMM_SUM, NULL));
+    EXPECT(sent == want, "%llu bytes were sent, not %llu", (unsigned long long)sent, (unsigned long long)want);
+    return NULL;
+}
+
+static status *check_memory(struct model *m, struct tape *t, const struct batch *b)
+{
+    struct batch less;
+    struct tensor *logp;
+    struct logprob_stats stats;
+    TRY(run_model(m, t, b, TAPE_DRY, &logp, &stats));
+    uint64_t grown = t->arena.grown;
+    TRY(run_model(m, t, b, TAPE_TRAIN, &logp, &stats));
+    size_t used = t->arena.used_bytes;
+    tape_begin(t, TAPE_DRY);
+    struct tensor *h = m->ops->forward(m, t, &b->in);
+    (void)op_logprob_stats(t, h, m->ops->head(m), b->target, 0.8f, &stats);
+    EXPECT(t->arena.used_bytes == used, "a dry pass takes %zu bytes, a real one %zu", t->arena.used_bytes, used);
+    TRY(tape_end(t));
+    for (int n = offsets[1]; n > 0; n--) {
+        fill(&less, n);
+        int32_t one[] = { 0, n };
+        less.in.seg.offset = one;
+        TRY(run_model(m, t, &less, TAPE_TRAIN, &logp, &stats));
+        EXPECT(t->arena.used_bytes <= used && t->arena.grown == grown, "%d tokens take more than %d", n, TOKENS);
+    }
+    return NULL;
+}
+
+static status *tp_rank(struct comm *c, void *arg)
+{
+    const struct whole *w = arg;
+    struct batch b;
+    struct results r = { .norm = 0 };
+    struct model *m = NULL;
+    struct tape *t = NULL;
+    struct zero *z = NULL;
+    struct comm *dp;
+    fill(&b, TOKENS);
+    TRY(open_at(w->v->options, &(struct tp_place){ c->size, c->rank, w->sequence }, &m));
+    take_parts(m, w->m);
+    TRY(comm_split(c, c->rank, 0, &dp));
+    TRY(zero_open(&(struct zero_options){ .stage = 1, .bucket_elems = 4 * PARAM_ALIGN, .tp = c }, &m->params, dp, &z));
+    TRY(tape_open(NULL, NULL, 0, &t));
+    tape_spread(t, c, w->sequence);
+    struct tensor *logp;
+    struct logprob_stats stats;
+    uint64_t before = c->sent_bytes;
+    TRY(run_model(m, t, &b, TAPE_TRAIN, &logp, &stats));
+    TRY(check_traffic(c, m, c->sent_bytes - before));
+    TRY(step(m, t, &b, z, &r));
+    TRY(check_values(w, &r));
+    TRY(same_on_all(c, &r, sizeof r, "values"));
+    TRY(check_gradients(w, m));
+    TRY(check_sharers(c, m));
+    TRY(zero_update(z, &(struct adamw){ 0.1, 0.9, 0.95, 1e-8, 0.3, 1, 1 }, NULL, NULL));
+    for (int i = 0; i < m->params.count; i++)
+        for (uint64_t e = box_volume(m->params.p[i].shape.ndim, &m->params.p[i].box); e < param_elems(&m->params.p[i]);
+             e++)
+            EXPECT(((float *)m->params.p[i].value.data)[e] == 0, "%s: an update reached padding", m->params.p[i].name);
+    TRY(check_memory(m, t, &b));
+    tape_close(t);
+    zero_close(z);
+    comm_close(dp);
+    model_close(m);
+    return NULL;
+}
+
+static void against_whole(void **state)
+{
+    (void)state;
+    for (int i = 0; i < VARIANTS; i++) {
+        struct whole w = { .v = &variants[i] };
+        must(comm_threads_run(1, compute_whole, &w));
+        for (const int *ranks = variants[i].ranks; *ranks; ranks++)
+            for (int sequence = 0; sequence < 2; sequence++) {
+                w.sequence = sequence;
+                must(status_wrap(comm_threads_run(*ranks, tp_rank, &w), "%s, tp %d, sequence %d", variants[i].name,
+                                 *ranks, sequence));
+            }
+        model_close(w.m);
+    }
+}
+
+/* ---- initial values: every element is what the whole model has ---- */
+
+static void initial_values(void **state)
+{
+    (void)state;
+    for (int i = 0; i < VARIANTS; i++) {
+        struct model *whole, *m;
+        must(open_at(variants[i].options, &(struct tp_place){ .size = 1 }, &whole));
+        params_init(&whole->params, 5);
+        for (const int *ranks = variants[i].ranks; *ranks; ranks++)
+            for (int r = 0; r < *ranks; r++) {
+                must(open_at(variants[i].options, &(struct tp_place){ *ranks, r, false }, &m));
+                params_init(&m->params, 5);
+                for (int k = 0; k < m->params.count; k++) {
+                    const struct param *p = &m->params.p[k];
+                    const float *x = p->value.data, *want = whole->params.p[k].value.data;
+                    assert_int_equal(p->offset % PARAM_ALIGN, 0);
+                    for (uint64_t e = 0; e < param_elems(p); e++)
+                        assert_true(x[e] == (e < box_volume(p->shape.ndim, &p->box) ? want[whole_index(p, e)] : 0));
+                }
+                assert_int_equal(params_unique_elems(&m->params), params_unique_elems(&whole->params));
+                model_close(m);
+            }
+        model_close(whole);
+    }
+}
+
+/* Every element of every tensor is on as many ranks as `share` says; equal boxes are neighbours. */
+static void parts_tile(void **state)
+{
+    (void)state;
+    for (int i = 0; i < VARIANTS; i++)
+        for (const int *ranks = variants[i].ranks; *ranks; ranks++) {
+            struct model *m[8];
+            for (int r = 0; r < *ranks; r++)
+                must(open_at(variants[i].options, &(struct tp_place){ *ranks, r, false }, &m[r]));
+            for (int k = 0; k < m[0]->params.count; k++) {
+                uint64_t held = 0, volume = 1;
+                const struct param *first = &m[0]->params.p[k];
+                for (int d = 0; d < first->shape.ndim; d++)
+                    volume *= first->shape.dim[d];
+                for (int r = 0; r < *ranks; r++) {
+                    const struct param *p = &m[r]->params.p[k], *leader = &m[r / p->share * p->share]->params.p[k];
+                    held += box_volume(p->shape.ndim, &p->box);
+                    assert_memory_equal(&p->box, &leader->box, sizeof p->box);
+                    assert_int_equal(p->offset, first->offset);
+                    assert_int_equal(m[r]->params.total, m[0]->params.total);
+                }
+                assert_int_equal(held, volume * (uint64_t)first->share);
+            }
+            for (int r = 0; r < *ranks; r++)
+                model_close(m[r]);
+        }
+}
+
+/* ---- generation ---- */
+
+enum { PROMPTS = 3, NEW = 9 };
+static const int32_t prompt_tokens[] = { 4, 17, 2, 30, 9, 21, 36, 0, 5, 11 };
+static const struct prompt prompts[PROMPTS] = { { prompt_tokens, 4, 0 },
+                                                { prompt_tokens + 4, 1, 1 },
+                                                { prompt_tokens + 5, 5, 2 } };
+
+struct generated {
+    const struct variant *v;
+    struct model *whole;
+    bool sequence;
+    int32_t token[2][PROMPTS][NEW]; /* greedy, drawn */
+    float logp[2][PROMPTS][NEW];
+};
+
+static status *generate_all(struct model *m, struct tape *t, struct generated *out)
+{
+    struct generator *g;
+    struct completion c[PROMPTS];
+    TRY(generator_open(m, t, PROMPTS, 5, NEW, &g));
+    for (int drawn = 0; drawn < 2; drawn++) {
+        struct generate_options o = { .eos = -1, .temperature = drawn ? 0.9f : 0, .seed = 8, .logps = true };
+        TRY(generate(g, &o, prompts, PROMPTS, c));
+        for (int p = 0; p < PROMPTS; p++) {
+            memcpy(out->token[drawn][p], c[p].token, sizeof out->token[drawn][p]);
+            memcpy(out->logp[drawn][p], c[p].logp, sizeof out->logp[drawn][p]);
+        }
+    }
+    generator_close(g);
+    return NULL;
+}
+
+static status *generate_rank(struct comm *c, void *arg)
+{
+    const struct generated *want = arg;
+    struct generated got = { .v = NULL };
+    struct model *m;
+    struct tape *t;
+    TRY(open_at(want->v->options, &(struct tp_place){ c->size, c->rank, want->sequence }, &m));
+    take_parts(m, want->whole);
+    TRY(tape_open(NULL, NULL, 0, &t));
+    tape_spread(t, c, want->sequence);
+    TRY(generate_all(m, t, &got));
+    EXPECT(!memcmp(got.token, want->token, sizeof got.token), "other tokens");
+    for (size_t i = 0; i < sizeof got.logp / sizeof(float); i++) {
+        double a = (double)((float *)got.logp)[i], b = (double)((const float *)want->logp)[i];
+        EXPECT(rel(a, b) < 1e-5, "logp %zu is %g, not %g", i, a, b);
+    }
+    TRY(same_on_all(c, got.logp, sizeof got.logp, "log-probabilities"));
+    tape_close(t);
+    model_close(m);
+    return NULL;
+}
+
+static void generation(void **state)
+{
+    (void)state;
+    for (int i = 0; i < VARIANTS; i++) {
+        struct generated w = { .v = &variants[i] };
+        struct tape *t;
+        must(open_at(w.v->options, &(struct tp_place){ .size = 1 }, &w.whole));
+        stir(w.whole);
+        must(tape_open(NULL, NULL, 0, &t));
+        must(generate_all(w.whole, t, &w));
+        tape_close(t);
+        for (const int *ranks = variants[i].ranks; *ranks; ranks++) {
+            w.sequence = !w.sequence;
+            must(status_wrap(comm_threads_run(*ranks, generate_rank, &w), "%s, tp %d", variants[i].name, *ranks));
+        }
+        model_close(w.whole);
+    }
+}
+
+/* ---- what cannot be ---- */
+
+static void expect_refused(status *st, const char *words)
+{
+    assert_non_null(st);
+    assert_int_equal(status_code(st), ST_INVALID);
+    if (!strstr(status_message(st), words))
+        fail_msg("\"%s\" is not in \"%s\"", words, status_message(st));
+    status_free(st);
+}
+
+static void refusals(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *options;
+        int ranks;
+        const char *words;
+    } bad[] = {
+        { "heads=6,kv_heads=3,hidden=24,ffn=24", 4,
+          "parallel.tp: 4 does not fit model.heads: 6 (this model can be cut over 1, 3, 6 ranks)" },
+        { "heads=8,kv_heads=8,hidden=24,ffn=24,head_dim=4", 3, "model.heads: 8" },
+        { "heads=12,kv_heads=6,hidden=24,ffn=24", 4,
+          "model.kv_heads: 6 (this model can be cut over 1, 2, 3, 6, 12 ranks)" },
+        { "heads=4,kv_heads=4,hidden=24,ffn=30", 4, "model.ffn: 30 (this model can be cut over 1, 2 ranks)" },
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        struct model *m = NULL;
+        expect_refused(open_at(bad[i].options, &(struct tp_place){ .size = bad[i].ranks }, &m), bad[i].words);
+    }
+    struct model *m;
+    struct tape *t;
+    struct batch b;
+    struct tensor *logp;
+    fill(&b, TOKENS);
+    must(open_at(variants[0].options, &(struct tp_place){ .size = 2 }, &m));
+    must(tape_open(NULL, NULL, 0, &t));
+    expect_refused(run_model(m, t, &b, TAPE_FORWARD, &logp, NULL), "the tape is not spread");
+    tape_close(t);
+    model_close(m);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(parts_tile), cmocka_unit_test(initial_values), cmocka_unit_test(against_whole),
+        cmocka_unit_test(generation), cmocka_unit_test(refusals),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

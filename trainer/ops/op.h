@@ -1,0 +1,142 @@
+/* op: what the files of ops share: checks, memory of the arena, records. For op files only. */
+#ifndef TESSERA_TRAINER_OPS_OP_H
+#define TESSERA_TRAINER_OPS_OP_H
+
+#include "trainer/ops/kernels.h"
+#include "trainer/ops/ops.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define WEIGHT_HALF(halves) ((halves) & (unsigned)TAPE_BACKWARD_WEIGHT)
+#define INPUT_HALF(halves)  ((halves) & (unsigned)TAPE_BACKWARD_INPUT)
+
+struct shape_text {
+    char s[96];
+};
+
+static inline struct shape_text text_of(const struct tensor *x)
+{
+    struct shape_text t;
+    size_t used = (size_t)snprintf(t.s, sizeof t.s, "[");
+    for (int i = 0; i < x->ndim; i++)
+        used += (size_t)snprintf(t.s + used, sizeof t.s - used, "%s%lld", i ? ", " : "", (long long)x->dim[i]);
+    snprintf(t.s + used, sizeof t.s - used, "]%s", x->dtype == DTYPE_F32 ? "" : dtype_name(x->dtype));
+    return t;
+}
+
+/* "op_linear: x [4, 8] and w [3, 7]: why". b may be NULL. */
+static inline struct tensor *misfit(struct tape *t, const char *op, const char *why, const struct tensor *a,
+                                    const struct tensor *b)
+{
+    if (b)
+        return tape_fail(t, ERR(INVALID, "%s: %s and %s: %s", op, text_of(a).s, text_of(b).s, why));
+    return tape_fail(t, ERR(INVALID, "%s: %s: %s", op, text_of(a).s, why));
+}
+
+/* An input is missing: an earlier op failed, or the caller forgot it. */
+static inline struct tensor *missing(struct tape *t, const char *op)
+{
+    return t->error ? NULL : tape_fail(t, ERR(INVALID, "%s: an input is NULL", op));
+}
+
+static inline bool same_shape(const struct tensor *a, const struct tensor *b)
+{
+    return a->ndim == b->ndim && !memcmp(a->dim, b->dim, (size_t)a->ndim * sizeof *a->dim) &&
+           a->cut_rows == b->cut_rows;
+}
+
+static inline bool is_f32(const struct tensor *x)
+{
+    return x->dtype == DTYPE_F32;
+}
+
+static inline bool is_weight(const struct tensor *x)
+{
+    return x->dtype == DTYPE_F32 || x->dtype == DTYPE_BF16;
+}
+
+static inline bool runs(const struct tape *t)
+{
+    return t->mode != TAPE_DRY;
+}
+
+/* Whether an output that depends on x gets a gradient. */
+static inline bool learns(const struct tape *t, const struct tensor *x)
+{
+    return t->mode != TAPE_FORWARD && x && x->grad;
+}
+
+static inline void *take(struct tape *t, size_t count, size_t bytes)
+{
+    void *p = t->error ? NULL : arena_alloc(&t->arena, count * bytes);
+    if (!p && !t->error)
+        tape_fail(t, ERR(NO_MEMORY, "%zu bytes of activations: %zu in use, cap %zu", count * bytes, t->arena.used_bytes,
+                         t->arena.cap_bytes));
+    return p;
+}
+
+static inline float *take_floats(struct tape *t, int64_t n)
+{
+    return take(t, (size_t)n, sizeof(float));
+}
+
+/* A tensor with a zeroed gradient, if any, and data not yet written. */
+static inline struct tensor *make(struct tape *t, int ndim, const int64_t *dim, bool with_grad)
+{
+    struct tensor *x = take(t, 1, sizeof *x);
+    if (!x)
+        return NULL;
+    *x = (struct tensor){ .dtype = DTYPE_F32, .ndim = ndim };
+    memcpy(x->dim, dim, (size_t)ndim * sizeof *dim);
+    int64_t n = tensor_elems(x);
+    x->data = take_floats(t, n);
+    if (with_grad && t->mode != TAPE_FORWARD)
+        x->grad = take_floats(t, n);
+    if (t->error)
+        return NULL;
+    if (x->grad && runs(t))
+        t->kernels->zero(t->workers, x->grad, n);
+    return x;
+}
+
+static inline struct tensor *make_like(struct tape *t, const struct tensor *x, bool with_grad)
+{
+    struct tensor *y = make(t, x->ndim, x->dim, with_grad);
+    if (y)
+        y->cut_rows = x->cut_rows;
+    return y;
+}
+
+/* A record of `bytes` with its first fields set, put on the tape once its op has filled it. NULL: the tape has failed.
+ */
+static inline void *record(struct tape *t, size_t bytes,
+                           void (*backward)(struct tape *, const struct tape_record *, unsigned))
+{
+    struct tape_record *r = take(t, 1, bytes);
+    if (!r)
+        return NULL;
+    memset(r, 0, bytes);
+    r->prev = t->last;
+    r->backward = backward;
+    t->last = r;
+    return r;
+}
+
+/* A small weight as f32: its data, or a widened copy in the arena. */
+static inline const float *widened(struct tape *t, const struct tensor *x)
+{
+    if (is_f32(x))
+        return x->data;
+    float *y = take_floats(t, tensor_elems(x));
+    if (y && runs(t))
+        t->kernels->widen(t->workers, y, x->data, tensor_elems(x));
+    return y;
+}
+
+static inline const float *f32(const struct tensor *x)
+{
+    return x->data;
+}
+
+#endif

@@ -1,0 +1,124 @@
+/* shared_grads: see shared_grads.h. Parameters that equally many ranks share are summed together, from one buffer. */
+#include "trainer/parallel/shared_grads.h"
+
+#include "comm/agree.h"
+#include "comm/base/mem.h"
+#include "comm/ordered.h"
+
+#include <string.h>
+
+/* Parameters that `share` neighbouring ranks hold. */
+struct sharers {
+    struct comm *comm; /* these ranks */
+    struct zero_run *run;
+    uint64_t runs, elems;
+    float *buffer, *room; /* [elems]; of ordered_allreduce */
+};
+
+struct shared_grads {
+    const struct params *p;
+    int groups;
+    struct sharers group[ORDERED_RANKS];
+};
+
+/* The parts of `run` that are gradients shared by `share` ranks; with out, listed. Returns how many. */
+static uint64_t find_runs(const struct params *p, int share, const struct zero_run *run, uint64_t runs,
+                          struct zero_run *out)
+{
+    uint64_t n = 0;
+    for (uint64_t r = 0; r < runs; r++)
+        for (int i = 0; i < p->count; i++) {
+            const struct param *q = &p->p[i];
+            uint64_t begin = q->offset, end = q->offset + param_elems(q);
+            if (!q->partial || q->share != share || q->alias >= 0 || begin >= run[r].end || end <= run[r].begin)
+                continue;
+            if (out)
+                out[n] = (struct zero_run){ begin > run[r].begin ? begin : run[r].begin,
+                                            end < run[r].end ? end : run[r].end };
+            n++;
+        }
+    return n;
+}
+
+static bool any_shared(const struct params *p, int share)
+{
+    for (int i = 0; i < p->count; i++)
+        if (p->p[i].partial && p->p[i].share == share && p->p[i].alias < 0)
+            return true;
+    return false;
+}
+
+static status *open_group(struct sharers *g, const struct params *p, int share, const struct zero_run *run,
+                          uint64_t runs, struct comm *tp)
+{
+    TRY(comm_split(tp, tp->rank / share, tp->rank, &g->comm));
+    g->runs = find_runs(p, share, run, runs, NULL);
+    g->run = mem_array(NULL, g->runs + 1, sizeof *g->run);
+    if (!g->run)
+        return ERR(NO_MEMORY, "%llu runs of shared gradients", (unsigned long long)g->runs);
+    find_runs(p, share, run, runs, g->run);
+    for (uint64_t i = 0; i < g->runs; i++)
+        g->elems += g->run[i].end - g->run[i].begin;
+    g->buffer = mem_array(NULL, g->elems + 1, sizeof *g->buffer);
+    g->room = mem_array(NULL, ordered_room(g->comm, ordered_slice(g->comm, g->elems)) + 1, sizeof *g->room);
+    return g->buffer && g->room ? NULL : ERR(NO_MEMORY, "sums of %llu shared gradients", (unsigned long long)g->elems);
+}
+
+status *shared_grads_open(const struct params *p, const struct zero_run *run, uint64_t runs, struct comm *tp,
+                          struct shared_grads **out)
+{
+    struct shared_grads *s = mem_calloc(1, sizeof *s);
+    if (s)
+        s->p = p;
+    if (!tp || tp->size == 1) {
+        *out = s;
+        return s ? NULL : ERR(NO_MEMORY, "shared gradients");
+    }
+    status *st = comm_agree(tp, s ? NULL : ERR(NO_MEMORY, "shared gradients"));
+    for (int share = 2; !st && share <= tp->size && s->groups < ORDERED_RANKS; share++)
+        if (any_shared(p, share))
+            st = comm_agree(tp, open_group(&s->group[s->groups++], p, share, run, runs, tp));
+    if (st) {
+        shared_grads_close(s);
+        return st;
+    }
+    *out = s;
+    return NULL;
+}
+
+void shared_grads_close(struct shared_grads *s)
+{
+    if (!s)
+        return;
+    for (int i = 0; i < s->groups; i++) {
+        struct sharers *g = &s->group[i];
+        comm_close(g->comm);
+        mem_free(g->run);
+        mem_free(g->buffer);
+        mem_free(g->room);
+    }
+    mem_free(s);
+}
+
+/* Between the flat block and the buffer, run by run. */
+static void copy(const struct shared_grads *s, const struct sharers *g, bool to_buffer)
+{
+    float *at = g->buffer;
+    for (uint64_t i = 0; i < g->runs; i++) {
+        float *grad = s->p->grad + g->run[i].begin;
+        size_t n = g->run[i].end - g->run[i].begin;
+        memcpy(to_buffer ? at : grad, to_buffer ? grad : at, n * sizeof *at);
+        at += n;
+    }
+}
+
+status *shared_grads_sum(struct shared_grads *s)
+{
+    for (int i = 0; i < s->groups; i++) {
+        struct sharers *g = &s->group[i];
+        copy(s, g, true);
+        TRY(ordered_allreduce(g->comm, g->buffer, g->elems, g->room));
+        copy(s, g, false);
+    }
+    return NULL;
+}
