@@ -56,7 +56,9 @@ struct parallel_config {
 
 struct memory_config {
     uint64_t activations;
+    int recompute;
 };
+enum { RECOMPUTE_NONE, RECOMPUTE_BLOCK };
 
 struct eval_config { /* tessera eval */
     char *step, *reference, *pairs;

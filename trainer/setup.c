@@ -122,6 +122,7 @@ static status *open_model(struct trainer *t, int ranks_here)
     }
     TRY(tape_open(t->workers, NULL, (size_t)t->cfg->memory.activations, &t->tape));
     tape_spread(t->tape, t->tp, at.sequence);
+    tape_recompute(t->tape, t->cfg->memory.recompute == RECOMPUTE_BLOCK);
     return NULL;
 }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Tensor parallelism under mpirun: a run of dp 2 x tp 2 is killed and goes on at other meshes; what it left opens on one rank, and is alike however it
-was cut. Padding of the vocabulary (258 rows over 4 ranks) reaches no checkpoint."""
+was cut; `tessera eval` and model.init_from at tp. Padding of the vocabulary (258 rows over 4 ranks) reaches no checkpoint."""
 
+import json
 import pathlib
 import re
 import shutil
@@ -53,6 +54,16 @@ for name, ranks, cut in (("wide", 4, mesh(1, 4, sequence=True)), ("narrow", 3, m
     job.check(sent == {name == "wide"}, f"{name}: bytes sent over tp: {sent}")
     job.say(f"passed: from step {at} of dp 2, tp 2 at {cut}")
 
+# Scored at tp 2 and, from the same step, on one rank: as training saw it.
+want = job.last(whole, "eval", step=STEPS)
+for ranks, cut in ((2, mesh(1, 2, sequence=True)), (1, mesh(1, 1))):
+    scoring = job.Job(ranks, "eval", config("whole", **cut))
+    job.check(scoring.wait() == 0, f"eval at {cut}: {scoring.output}")
+    got = json.loads(next(line for line in scoring.output.splitlines() if line.startswith('{"step"')))
+    job.check(got["step"] == STEPS and abs(got["loss"] - want["loss"]) <= 1e-5 and got["rewards/accuracy"] == want["rewards/accuracy"],
+              f"eval at {cut}: {got}, training saw {want}")
+job.say("passed: eval at tp 2 and on one rank")
+
 # One step, saved at two meshes from the same weights: every tensor alike, and the vocabulary has its own rows only.
 for name, ranks, cut in (("four", 4, mesh(1, 4)), ("one", 1, mesh(1, 1))):
     shutil.copytree(job.step_dir(tmp / "whole" / "ckpt", 40), job.step_dir(tmp / name / "ckpt", 40))
@@ -64,6 +75,15 @@ listing, _ = job.tool("ckpt", "show", tmp / "four" / "ckpt", 41)
 job.check(re.search(r"model\.embed_tokens\.weight\s.*\b258\b", listing), f"no embedding of 258 rows: {listing}")
 job.tool("ckpt", "verify", tmp / "four" / "ckpt", 41)
 job.say("passed: saved at tp 4 and at one rank")
+
+# Weights of a folder go to the parts of four ranks, and come back.
+for root, step, out in ((tmp / "whole", STEPS, tmp / "out"), (tmp / "taken", 1, tmp / "back")):
+    if root.name == "taken":
+        job.run(4, config("taken", model_init_from=tmp / "out", algo_warmup_sft_steps=0, train_steps=1, optim_lr=0, **mesh(1, 4)))
+    job.tool("ckpt", "export", root / "ckpt", step, out)
+files = [(tmp / out / "model.safetensors").read_bytes() for out in ("out", "back")]
+job.check(files[0] == files[1], "weights of a folder differ after they were taken up at tp 4")
+job.say("passed: model.init_from at tp 4")
 
 # What cannot be: one line, before anything is made.
 for ranks, change, words in ((3, mesh(1, 3), "model.heads: 4"), (4, mesh(3, 2), "does not fit 4 ranks")):

@@ -1,6 +1,6 @@
 /* Tensor parallelism: a model whose weights are cut over ranks (threads of this process) against the same model whole:
  * log-probabilities and what goes with them, gradients of every tensor, the norm, generated tokens; the bytes the ranks
- * exchange; memory of a dry pass; paddings; what cannot be cut. */
+ * exchange; memory of a dry pass; paddings; blocks run again in backward; what cannot be cut. */
 #include "comm/base/mem.h"
 #include "comm/base/rng.h"
 #include "tests/support/comm_threads.h"
@@ -285,6 +285,36 @@ static status *check_memory(struct model *m, struct tape *t, const struct batch 
     return NULL;
 }
 
+/* Blocks that run again give the same bits, all at once and in halves. */
+static status *check_recompute(struct model *m, struct tape *t, const struct batch *b)
+{
+    struct tensor *logp;
+    struct results kept, again;
+    struct logprob_stats stats;
+    uint64_t bytes = m->params.total * sizeof(float);
+    float *grad = mem_alloc(bytes);
+    memset(m->params.grad, 0, bytes);
+    TRY(run_model(m, t, b, TAPE_TRAIN, &logp, &stats));
+    keep(&kept, logp, &stats);
+    memcpy(grad, m->params.grad, bytes);
+    tape_recompute(t, true);
+    for (int halves = 0; halves < 2; halves++) {
+        memset(m->params.grad, 0, bytes);
+        tape_begin(t, TAPE_TRAIN);
+        struct tensor *h = m->ops->forward(m, t, &b->in);
+        logp = op_logprob_stats(t, h, m->ops->head(m), b->target, 0.8f, &stats);
+        TRY(tape_end(t));
+        keep(&again, logp, &stats);
+        EXPECT(!memcmp(kept.value, again.value, sizeof kept.value), "forward with recompute");
+        TRY(tape_backward(t, logp, b->weight, halves ? TAPE_BACKWARD_INPUT : TAPE_BACKWARD_ALL));
+        if (halves)
+            TRY(tape_backward(t, logp, b->weight, TAPE_BACKWARD_WEIGHT));
+        EXPECT(!memcmp(grad, m->params.grad, bytes), "gradients with recompute, halves %d", halves);
+    }
+    mem_free(grad);
+    return NULL;
+}
+
 static status *tp_rank(struct comm *c, void *arg)
 {
     const struct whole *w = arg;
@@ -317,6 +347,8 @@ static status *tp_rank(struct comm *c, void *arg)
              e++)
             EXPECT(((float *)m->params.p[i].value.data)[e] == 0, "%s: an update reached padding", m->params.p[i].name);
     TRY(check_memory(m, t, &b));
+    TRY(check_recompute(m, t, &b));
+    TRY(check_memory(m, t, &b));
     tape_close(t);
     zero_close(z);
     comm_close(dp);
@@ -338,6 +370,39 @@ static void against_whole(void **state)
             }
         model_close(w.m);
     }
+}
+
+/* What a training pass of 24 layers holds: all activations, or of each layer its output and the angles' table, and one
+ * layer's activations. */
+static void recompute_holds_one_block(void **state)
+{
+    (void)state;
+    enum { MANY = 24 };
+    struct model *m;
+    struct tape *t;
+    struct batch b;
+    struct tensor *logp;
+    struct logprob_stats stats;
+    size_t bytes[2];
+    fill(&b, TOKENS);
+    must(open_at("heads=4,kv_heads=2,hidden=24,ffn=40,layers=24", &(struct tp_place){ .size = 1 }, &m));
+    stir(m);
+    for (int recompute = 0; recompute < 2; recompute++) {
+        must(tape_open(NULL, NULL, 0, &t));
+        tape_recompute(t, recompute);
+        must(run_model(m, t, &b, TAPE_DRY, &logp, &stats));
+        uint64_t grown = t->arena.grown;
+        must(run_model(m, t, &b, TAPE_TRAIN, &logp, &stats));
+        must(run_model(m, t, &b, TAPE_FORWARD, &logp, &stats));
+        assert_int_equal(t->arena.grown, grown);
+        bytes[recompute] = t->arena.peak_bytes;
+        must(check_recompute(m, t, &b));
+        tape_close(t);
+    }
+    size_t outputs = (size_t)MANY * 2 * TOKENS * 24 * sizeof(float);
+    if (bytes[1] < outputs || bytes[1] > outputs + bytes[0] / 8)
+        fail_msg("%zu bytes with recompute, %zu without, outputs %zu", bytes[1], bytes[0], outputs);
+    model_close(m);
 }
 
 /* ---- initial values: every element is what the whole model has ---- */
@@ -514,8 +579,9 @@ static void refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(parts_tile), cmocka_unit_test(initial_values), cmocka_unit_test(against_whole),
-        cmocka_unit_test(generation), cmocka_unit_test(refusals),
+        cmocka_unit_test(parts_tile),    cmocka_unit_test(initial_values),
+        cmocka_unit_test(against_whole), cmocka_unit_test(recompute_holds_one_block),
+        cmocka_unit_test(generation),    cmocka_unit_test(refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -19,7 +19,8 @@ enum { PARAM_NAME_BYTES = 96, PARAM_ALIGN = 1024 /* elements; 4 KiB of f32 */ };
 enum cut_fit {
     CUT_EVEN,   /* parts of equal size: the ranks must divide the units */
     CUT_SHARED, /* or the units the ranks: then neighbouring ranks hold the same unit */
-    CUT_UNEVEN, /* parts differ by a unit at most; in memory the shorter ones are padded with zeros to the longest */
+    CUT_UNEVEN, /* rows only: parts differ by a unit at most; in memory shorter ones are padded with zeros to the
+                   longest */
 };
 struct param_cut {
     uint64_t unit; /* 0: 1 */

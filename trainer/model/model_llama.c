@@ -280,6 +280,13 @@ static struct tensor *ffn_block(const struct pass *p, struct tensor *x, int64_t 
     return op_add(p->t, x, op_linear(p->t, op_swiglu(p->t, gate, up), param(p, l->down), NULL));
 }
 
+static struct tensor *layer(struct tape *t, const void *arg, int64_t i, struct tensor *x)
+{
+    const struct pass *p = arg;
+    (void)t;
+    return ffn_block(p, attention_block(p, x, i), i);
+}
+
 static struct tensor *llama_forward(struct model *m, struct tape *t, const struct model_input *in)
 {
     const struct llama *l = m->impl;
@@ -289,8 +296,9 @@ static struct tensor *llama_forward(struct model *m, struct tape *t, const struc
             return tape_fail(t, ERR(INVALID, "token %lld is at position %d, model.max_positions is %lld", (long long)i,
                                     in->seg.position[i], (long long)l->c.max_positions));
     struct tensor *x = op_embedding(t, param(&p, l->embed), in->token, in->tokens);
+    op_rope_angles(t, in->seg.position, in->tokens, l->c.head_dim, &l->rope);
     for (int64_t i = 0; i < l->c.layers; i++)
-        x = ffn_block(&p, attention_block(&p, x, i), i);
+        x = op_block(t, layer, &p, sizeof p, i, x);
     return op_rmsnorm(t, x, param(&p, l->norm), (float)l->c.norm_eps);
 }
 

@@ -275,6 +275,12 @@ static const float *rope_angles(struct tape *t, const int32_t *position, int64_t
     return angles;
 }
 
+void op_rope_angles(struct tape *t, const int32_t *position, int64_t n, int64_t d, const struct rope *how)
+{
+    if (!t->error)
+        (void)rope_angles(t, position, n, d, how);
+}
+
 static void rope_backward(struct tape *t, const struct tape_record *base, unsigned halves)
 {
     const struct rope_record *r = (const void *)base;

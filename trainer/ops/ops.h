@@ -73,6 +73,15 @@ double rope_frequencies(const struct rope *how, int64_t d, double *frequency);
  * i < D/2. x, y [N, H, D], D even. Angles are computed in f64. */
 struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, const struct rope *how);
 
+/* Take the angles that op_rope will need of these positions (D = d) now: what is made inside a block goes with it. */
+void op_rope_angles(struct tape *t, const int32_t *position, int64_t n, int64_t d, const struct rope *how);
+
+/* A block of a model: y = run(t, arg, index, x), of x's shape, from nothing but its arguments and parameters. With
+ * tape_recompute the tape keeps y alone, and backward calls `run` again; arg[bytes] is copied, what it points to must
+ * outlive backward. Else this is the call and no more. */
+typedef struct tensor *block_fn(struct tape *t, const void *arg, int64_t index, struct tensor *x);
+struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index, struct tensor *x);
+
 /* Causal attention inside each segment, grouped-query: query head h reads key/value head h / (H / G).
  *   o = softmax(q k^T / sqrt(D)) v over keys whose position is <= the query's.   q, o [N, H, D], k, v [N, G, D]
  * Tiled with running maximum and sum (Milakov, Gimelshein 2018; Dao et al. 2022); no [N, N] matrix is stored; keeps

@@ -36,6 +36,11 @@ void tape_close(struct tape *t)
     mem_free(t);
 }
 
+void tape_recompute(struct tape *t, bool blocks)
+{
+    t->recompute = blocks;
+}
+
 void tape_spread(struct tape *t, struct comm *tp, bool sequence)
 {
     t->tp = tp;
@@ -51,6 +56,7 @@ void tape_begin(struct tape *t, enum tape_mode mode)
     t->outside = t->inside = NULL;
     t->room = NULL;
     t->room_floats = 0;
+    t->block_bytes = 0;
     t->mode = mode;
     arena_reset(&t->arena);
 }
@@ -73,6 +79,9 @@ static status *settle(struct tape *t)
 
 status *tape_end(struct tape *t)
 {
+    if (!t->error && t->mode == TAPE_DRY && t->block_bytes && !arena_alloc(&t->arena, t->block_bytes))
+        tape_fail(t, ERR(NO_MEMORY, "%zu bytes of activations of a block: %zu in use, cap %zu", t->block_bytes,
+                         t->arena.used_bytes, t->arena.cap_bytes));
     status *st = t->error;
     t->error = NULL;
     if (st) { /* nothing to replay */

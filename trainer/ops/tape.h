@@ -77,6 +77,9 @@ struct tape {
     struct rope_table *rope;  /* angles made since tape_begin, shared by all layers */
     status *error;            /* first error since tape_begin */
 
+    bool recompute;     /* tape_recompute */
+    size_t block_bytes; /* with it, the most that a block has taken since tape_begin */
+
     struct comm *tp; /* tape_spread */
     bool sequence;
     /* since tape_begin: the last activation that weights cut by rows were applied to, and what they saw; room for sums
@@ -89,6 +92,9 @@ struct tape {
 /* kernels NULL: the CPU's. cap_bytes 0: no cap on activations. */
 status *tape_open(struct workers *w, const struct kernels *k, size_t cap_bytes, struct tape **out) WARN_UNUSED;
 void tape_close(struct tape *t); /* NULL is fine */
+/* From now on blocks (op_block) keep their outputs only; backward runs each again. The same bits, for a second forward
+ * pass and the memory of one block's activations instead of all. */
+void tape_recompute(struct tape *t, bool blocks);
 /* From now on weights may be cut (tensor.cut) over the ranks of tp, which all run the same passes; borrowed. sequence:
  * between blocks activations are cut by tokens. */
 void tape_spread(struct tape *t, struct comm *tp, bool sequence);

@@ -1,0 +1,105 @@
+/* block: a model's blocks with their activations kept, or run again in backward (Chen et al. 2016, arXiv:1604.06174).
+ *
+ * What a block takes lies in a region of the arena that is released when it is done; a dry pass notes the largest one,
+ * and tape_end lets the arena hold it behind all that is kept, where backward needs it. */
+#include "trainer/ops/op.h"
+
+struct block_record {
+    struct tape_record base;
+    struct tensor *x, *y;
+    block_fn *run;
+    const void *arg;
+    int64_t index;
+};
+
+/* What of a tape must not point into a region that is gone. */
+struct region {
+    struct arena_mark mark;
+    struct tape_record *last;
+    struct rope_table *rope;
+    float *room;
+    int64_t room_floats;
+    enum tape_mode mode;
+};
+
+static struct region open_region(struct tape *t, enum tape_mode mode)
+{
+    struct region r = { arena_mark(&t->arena), t->last, t->rope, t->room, t->room_floats, t->mode };
+    t->last = NULL;
+    t->outside = t->inside = NULL;
+    t->mode = mode;
+    return r;
+}
+
+static void close_region(struct tape *t, const struct region *r)
+{
+    size_t bytes = t->arena.used_bytes - r->mark.used_bytes;
+    t->block_bytes = bytes > t->block_bytes ? bytes : t->block_bytes;
+    arena_release(&t->arena, r->mark);
+    t->last = r->last;
+    t->rope = r->rope;
+    t->room = r->room;
+    t->room_floats = r->room_floats;
+    t->outside = t->inside = NULL;
+    t->mode = r->mode;
+}
+
+/* x with a gradient of its own: what of a block's gradient is wanted, x's owner decides. */
+static struct tensor *twin_of(struct tape *t, const struct tensor *x)
+{
+    struct tensor *y = take(t, 1, sizeof *y);
+    if (!y)
+        return NULL;
+    *y = *x;
+    y->grad = learns(t, x) ? take_floats(t, tensor_elems(x)) : NULL;
+    if (y->grad && runs(t))
+        t->kernels->zero(t->workers, y->grad, tensor_elems(x));
+    return t->error ? NULL : y;
+}
+
+static void block_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct block_record *r = (const void *)base;
+    if (t->error)
+        return;
+    struct region region = open_region(t, TAPE_TRAIN);
+    struct tensor *x = twin_of(t, r->x), *y = x ? r->run(t, r->arg, r->index, x) : NULL;
+    if (y && y->grad && !t->error) {
+        unsigned needed = WEIGHT_HALF(halves) ? (unsigned)TAPE_BACKWARD_ALL : halves; /* gradients inside are gone */
+        t->kernels->scale(t->workers, y->grad, r->y->grad, 1.0f, tensor_elems(y));
+        for (const struct tape_record *in = t->last; in; in = in->prev)
+            in->backward(t, in, needed);
+        if (INPUT_HALF(halves) && r->x->grad)
+            t->kernels->axpy(t->workers, r->x->grad, x->grad, 1.0f, tensor_elems(x));
+    }
+    close_region(t, &region);
+}
+
+struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index, struct tensor *x)
+{
+    if (!x)
+        return missing(t, "op_block");
+    if (!t->recompute)
+        return run(t, arg, index, x);
+    struct tensor *y = make_like(t, x, true);
+    void *own = take(t, 1, bytes);
+    if (!y || !own)
+        return NULL;
+    memcpy(own, arg, bytes);
+    struct region region = open_region(t, runs(t) ? TAPE_FORWARD : TAPE_DRY);
+    struct tensor *in = runs(t) ? x : twin_of(t, x), *out = in ? run(t, own, index, in) : NULL;
+    if (out && !same_shape(out, x))
+        out = misfit(t, "op_block", "a block's output has its input's shape", x, out);
+    if (out && runs(t))
+        memcpy(y->data, out->data, (size_t)tensor_elems(y) * sizeof(float));
+    close_region(t, &region);
+    struct block_record *r = out && y->grad ? record(t, sizeof *r, block_backward) : NULL;
+    if (r) {
+        r->x = x;
+        r->y = y;
+        r->run = run;
+        r->arg = own;
+        r->index = index;
+    }
+    return out && !t->error ? y : NULL;
+}
