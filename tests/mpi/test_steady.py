@@ -36,16 +36,21 @@ def allocating_steps(all_events):
     return looked, bad
 
 
+def steady(name, ranks, **change):
+    path = job.write_config(tmp, name, tmp / "data", train_steps=160, algo_warmup_sft_steps=25, train_eval_every=9, checkpoint_every=40,
+                            checkpoint_lease_seconds=1, checkpoint_view="never", checkpoint_keep_last=0, **change)
+    job.run(ranks, path)
+    got = job.events(tmp / name)
+    job.check(max(e["allocations"] for e in got if e["event"] == "step") > 0, f"{name}: the count never moves, not even in a save")
+    looked, bad = allocating_steps(got)
+    job.check(looked >= 10, f"{name}: only {looked} steps without a save in flight")
+    job.check(not bad, f"{name}: steps that called the allocator, and how often: {bad}")
+    job.say(f"passed: {name}, {looked} steps")
+
+
 for deterministic in (True, False):
     for zero in (0, 1):
         for ranks in (1, 3):
-            name = f"steady-{deterministic}-{zero}-{ranks}"
-            path = job.write_config(tmp, name, tmp / "data", train_steps=160, algo_warmup_sft_steps=25, train_eval_every=9, checkpoint_every=40,
-                                    checkpoint_lease_seconds=1, checkpoint_view="never", checkpoint_keep_last=0, train_deterministic=deterministic, parallel_zero=zero)
-            job.run(ranks, path)
-            got = job.events(tmp / name)
-            job.check(max(e["allocations"] for e in got if e["event"] == "step") > 0, f"{name}: the count never moves, not even in a save")
-            looked, bad = allocating_steps(got)
-            job.check(looked >= 10, f"{name}: only {looked} steps without a save in flight")
-            job.check(not bad, f"{name}: steps that called the allocator, and how often: {bad}")
-            job.say(f"passed: {name}, {looked} steps")
+            steady(f"steady-{deterministic}-{zero}-{ranks}", ranks, train_deterministic=deterministic, parallel_zero=zero)
+steady("steady-tp", 4, parallel_dp=2, parallel_tp=2, parallel_sequence=True)
+steady("steady-recompute", 2, parallel_tp=2, memory={"recompute": "block"})

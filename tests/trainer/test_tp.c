@@ -372,6 +372,140 @@ static void against_whole(void **state)
     }
 }
 
+/* ---- each op, and its gradients, against formulas in double ---- */
+
+enum { V = 7, C = 4, M = 6, N = 5, WEIGHTS = 4 };
+static const int64_t sizes[WEIGHTS][2] = {
+    { V, C }, { M, C }, { C, M }, { V, C }
+}; /* embedding, rows, columns, head */
+static const int cut_dims[WEIGHTS] = { 0, 0, 1, 0 };
+static const int32_t op_ids[N] = { 6, 0, 3, 6, 2 }, op_targets[N] = { 1, 6, -1, 3, 0 };
+static const float op_weights[N] = { 0.7f, -1.1f, 0.4f, 0.9f, -0.3f };
+
+static void draw_weights(double w[WEIGHTS][V * M])
+{
+    for (int k = 0; k < WEIGHTS; k++)
+        for (uint64_t e = 0; e < (uint64_t)(sizes[k][0] * sizes[k][1]); e++) {
+            float z;
+            rng_normals((struct rng_at){ .seed = 4, .sample = (uint32_t)k, .stream = RNG_DATA }, e, 1, &z);
+            w[k][e] = (double)z;
+        }
+}
+
+/* sum of weight * log softmax(head (columns (rows x)))[target], x = embedding[id]. */
+static double in_double(double w[WEIGHTS][V * M])
+{
+    double sum = 0;
+    for (int n = 0; n < N; n++) {
+        double a[M] = { 0 }, y[C] = { 0 }, logit[V] = { 0 }, total = 0;
+        for (int m = 0; m < M; m++)
+            for (int c = 0; c < C; c++)
+                a[m] += w[1][m * C + c] * w[0][op_ids[n] * C + c];
+        for (int c = 0; c < C; c++)
+            for (int m = 0; m < M; m++)
+                y[c] += w[2][c * M + m] * a[m];
+        for (int v = 0; v < V; v++) {
+            for (int c = 0; c < C; c++)
+                logit[v] += w[3][v * C + c] * y[c];
+            total += exp(logit[v]);
+        }
+        sum += op_targets[n] < 0 ? 0 : (double)op_weights[n] * (logit[op_targets[n]] - log(total));
+    }
+    return sum;
+}
+
+/* A weight's part on this rank, as model.c would cut it. */
+struct cut_weight {
+    struct tensor x;
+    struct tensor_cut cut;
+    float data[V * M], grad[V * M];
+};
+
+static uint64_t index_in_whole(const struct cut_weight *w, int k, int64_t e)
+{
+    int64_t cols = w->x.dim[1], row = e / cols, col = e % cols;
+    return (uint64_t)((row + (cut_dims[k] == 0 ? w->cut.first : 0)) * sizes[k][1] + col +
+                      (cut_dims[k] == 1 ? w->cut.first : 0));
+}
+
+static int64_t held_elems(const struct cut_weight *w, int k)
+{
+    return cut_dims[k] == 0 ? w->cut.count * w->x.dim[1] : tensor_elems(&w->x);
+}
+
+static void cut_one(const struct comm *c, int k, const double *whole, struct cut_weight *w)
+{
+    uint64_t begin, end, n = (uint64_t)c->size, total = (uint64_t)sizes[k][cut_dims[k]];
+    layout_cut(total, n, (uint64_t)c->rank, &begin, &end);
+    *w = (struct cut_weight){ .cut = { cut_dims[k], (int64_t)begin, (int64_t)(end - begin), (int64_t)total } };
+    w->x = (struct tensor){ .dtype = DTYPE_F32, .ndim = 2, .dim = { sizes[k][0], sizes[k][1] } };
+    w->x.dim[cut_dims[k]] = (int64_t)((total + n - 1) / n);
+    w->x.data = w->data;
+    w->x.grad = w->grad;
+    w->x.cut = &w->cut;
+    for (int64_t e = 0; e < held_elems(w, k); e++)
+        w->data[e] = (float)whole[index_in_whole(w, k, e)];
+    for (int e = 0; e < V * M; e++)
+        w->grad[e] = 0.5f;
+}
+
+static status *check_differences(double whole[WEIGHTS][V * M], int k, const struct cut_weight *w)
+{
+    const double h = 1e-5;
+    for (int64_t e = 0; e < held_elems(w, k); e++) {
+        double *at = &whole[k][index_in_whole(w, k, e)], was = *at;
+        *at = was + h;
+        double up = in_double(whole);
+        *at = was - h;
+        double want = (up - in_double(whole)) / (2 * h), got = (double)w->grad[e] - 0.5;
+        *at = was;
+        EXPECT(fabs(got - want) <= 1e-5 * (1 + fabs(want)), "weight %d, element %d: gradient %.9g, not %.9g", k, (int)e,
+               got, want);
+    }
+    for (int64_t e = held_elems(w, k); e < V * M; e++)
+        EXPECT(w->grad[e] == 0.5f, "weight %d: padding has a gradient", k);
+    return NULL;
+}
+
+static status *ops_rank(struct comm *c, void *arg)
+{
+    struct cut_weight w[WEIGHTS];
+    double whole[WEIGHTS][V * M], sum = 0;
+    struct tape *t;
+    draw_weights(whole);
+    for (int k = 0; k < WEIGHTS; k++)
+        cut_one(c, k, whole[k], &w[k]);
+    for (int k = 0; k < WEIGHTS; k++) /* the double model has the values that f32 has */
+        for (int e = 0; e < V * M; e++)
+            whole[k][e] = (double)(float)whole[k][e];
+    TRY(tape_open(NULL, NULL, 0, &t));
+    tape_spread(t, c, *(bool *)arg);
+    tape_begin(t, TAPE_TRAIN);
+    struct tensor *x = op_embedding(t, &w[0].x, op_ids, N);
+    x = op_linear(t, op_linear(t, x, &w[1].x, NULL), &w[2].x, NULL);
+    struct tensor *logp = op_logprob(t, x, &w[3].x, op_targets, 1);
+    TRY(tape_end(t));
+    for (int n = 0; n < N; n++)
+        sum += (double)op_weights[n] * (double)((float *)logp->data)[n];
+    EXPECT(rel(sum, in_double(whole)) < 1e-6, "sum %.9g, not %.9g", sum, in_double(whole));
+    TRY(tape_backward(t, logp, op_weights, TAPE_BACKWARD_ALL));
+    for (int k = 0; k < WEIGHTS; k++)
+        TRY(check_differences(whole, k, &w[k]));
+    tape_close(t);
+    return NULL;
+}
+
+/* Ranks that divide neither the tokens nor the vocabulary. */
+static void ops_against_formulas(void **state)
+{
+    (void)state;
+    for (int ranks = 2; ranks <= 6; ranks += ranks == 3 ? 3 : 1)
+        for (int sequence = 0; sequence < 2; sequence++) {
+            bool by_tokens = sequence;
+            must(status_wrap(comm_threads_run(ranks, ops_rank, &by_tokens), "%d ranks, sequence %d", ranks, sequence));
+        }
+}
+
 /* What a training pass of 24 layers holds: all activations, or of each layer its output and the angles' table, and one
  * layer's activations. */
 static void recompute_holds_one_block(void **state)
@@ -579,9 +713,13 @@ static void refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(parts_tile),    cmocka_unit_test(initial_values),
-        cmocka_unit_test(against_whole), cmocka_unit_test(recompute_holds_one_block),
-        cmocka_unit_test(generation),    cmocka_unit_test(refusals),
+        cmocka_unit_test(parts_tile),
+        cmocka_unit_test(initial_values),
+        cmocka_unit_test(ops_against_formulas),
+        cmocka_unit_test(against_whole),
+        cmocka_unit_test(recompute_holds_one_block),
+        cmocka_unit_test(generation),
+        cmocka_unit_test(refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
