@@ -87,7 +87,7 @@ static const struct option parallel_rows[] = {
         "data-parallel ranks; 0: all that mpirun started"),
     ROW(OPT_INT, parallel_config, ep, "ep", "1", 1, 1, NULL, "ranks", "expert-parallel ranks"),
     ROW(OPT_INT, parallel_config, cp, "cp", "1", 1, 1, NULL, "ranks", "context-parallel ranks"),
-    ROW(OPT_INT, parallel_config, tp, "tp", "1", 1, 8, NULL, "ranks",
+    ROW(OPT_INT, parallel_config, tp, "tp", "1", 1, TP_MAX, NULL, "ranks",
         "tensor-parallel ranks: each matrix is cut over them, heads and vocabulary too"),
     ROW(OPT_BOOL, parallel_config, sequence, "sequence", "false", 0, 0, NULL, "",
         "with tp: activations between blocks are cut by tokens"),

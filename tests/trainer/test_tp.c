@@ -691,7 +691,7 @@ static void refusals(void **state)
           "parallel.tp: 4 does not fit model.heads: 6 (this model can be cut over 1, 3, 6 ranks)" },
         { "heads=8,kv_heads=8,hidden=24,ffn=24,head_dim=4", 3, "model.heads: 8" },
         { "heads=12,kv_heads=6,hidden=24,ffn=24", 4,
-          "model.kv_heads: 6 (this model can be cut over 1, 2, 3, 6, 12 ranks)" },
+          "model.kv_heads: 6 (this model can be cut over 1, 2, 3, 6 ranks)" },
         { "heads=4,kv_heads=4,hidden=24,ffn=30", 4, "model.ffn: 30 (this model can be cut over 1, 2 ranks)" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {

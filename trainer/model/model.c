@@ -94,8 +94,6 @@ static uint64_t padded(const struct param *p)
     return (param_elems(p) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
 }
 
-enum { TP_MAX = 64 };
-
 static status *does_not_fit(const struct params *ps, const struct param *p, int size)
 {
     char legal[256] = "";

@@ -47,6 +47,8 @@ struct param {
     struct tensor_cut part; /* what value.cut points to */
 };
 
+enum { TP_MAX = 8 }; /* ranks that parallel.tp can be */
+
 /* A rank's place among those that tensor parallelism cuts a model over. */
 struct tp_place {
     int size, rank;
