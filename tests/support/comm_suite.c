@@ -8,6 +8,7 @@
 #include "comm/base/rng.h"
 #include "comm/mesh.h"
 #include "comm/ordered.h"
+#include "comm/window.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -603,6 +604,54 @@ static status *check_sent_bytes(struct comm *c)
     return NULL;
 }
 
+/* ---- shared memory (the ranks of this job run on one host) ---- */
+
+static size_t window_bytes(int round, int r)
+{
+    return round == 0 || (round == 1 && r != 1) ? 0 : (size_t)(r * 5000 + round * 777 + 1);
+}
+
+static status *check_window_round(struct comm *c, int round, const struct comm_window *w)
+{
+    size_t mine = window_bytes(round, c->rank);
+    for (size_t i = 0; i < mine; i++) {
+        EXPECT(w->part[c->rank][i] == 0, "byte %zu", i);
+        w->part[c->rank][i] = pattern(c->rank, round, i);
+    }
+    TRY(comm_barrier(c));
+    for (int r = 0; r < c->size; r++)
+        for (size_t i = 0; i < window_bytes(round, r); i++)
+            EXPECT(w->part[r][i] == pattern(r, round, i), "byte %zu of rank %d", i, r);
+    TRY(comm_barrier(c));
+    int next = (c->rank + 1) % c->size;
+    if (window_bytes(round, next))
+        w->part[next][0] = (unsigned char)(c->rank + 100);
+    TRY(comm_barrier(c));
+    EXPECT(!mine || w->part[c->rank][0] == (c->rank + c->size - 1) % c->size + 100);
+    return NULL;
+}
+
+static status *check_window(struct comm *c)
+{
+    for (int round = 0; round < 4; round++) {
+        struct comm_window w;
+        bool any = round > 1 || (round == 1 && c->size > 1);
+        TRY(comm_window_open(c, window_bytes(round, c->rank), &w));
+        EXPECT((w.part != NULL) == any, "round %d", round);
+        status *st = any ? check_window_round(c, round, &w) : NULL;
+        if (!st && any && c->rank != 0) /* rank 0, who made it, may leave first */
+            st = comm_barrier(c);
+        if (!st && any && c->rank != 0 && window_bytes(round, c->rank))
+            w.part[c->rank][0] = 1;
+        comm_window_close(&w);
+        if (!st && any && c->rank == 0)
+            st = comm_barrier(c);
+        TRY(st);
+        comm_window_close(&w); /* closed and zeroed */
+    }
+    return NULL;
+}
+
 /* ---- one verdict ---- */
 
 static status *check_agree(struct comm *c)
@@ -647,6 +696,7 @@ status *comm_suite_run(struct comm *world)
         { "dup", check_dup },
         { "split", check_split },
         { "mesh", check_mesh },
+        { "window", check_window },
         { "sums in order", check_ordered },
         { "bytes sent", check_sent_bytes },
         { "agree", check_agree },
