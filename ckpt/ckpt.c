@@ -167,13 +167,17 @@ static status *take_lease(tessera *t, uint64_t ids[3])
     return NULL;
 }
 
-static status *open_writing(tessera *t)
+static status *find_nodes(tessera *t)
 {
-    uint64_t ids[3] = { 0 };
     char host[256] = "";
     if (gethostname(host, sizeof host - 1) != 0)
         host[0] = 0; /* then all such ranks count as one node */
-    TRY(nodes_open(t->x, host, &t->nodes));
+    return nodes_open(t->x, host, &t->nodes);
+}
+
+static status *open_writing(tessera *t)
+{
+    uint64_t ids[3] = { 0 };
     TRY(comm_agree(t->x, t->x->rank == 0 ? take_lease(t, ids) : NULL));
     TRY(comm_bcast(t->x, ids, sizeof ids, 0, NULL));
     t->attempt = ids[0];
@@ -256,6 +260,8 @@ status *ckpt_open(const struct tessera_options *o, struct comm *world, struct de
         st = handle_same(t, "options: read_only", (uint64_t)t->o.read_only);
     if (!st)
         st = handle_same(t, "options: irregular", (uint64_t)t->o.irregular);
+    if (!st)
+        st = find_nodes(t);
     if (!st && !t->o.read_only)
         st = open_writing(t);
     if (!st)

@@ -11,8 +11,7 @@
  * NULL (rank 0's and every other rank's may be one object: tests wrap it), else opened from o->url. Collective. */
 status *ckpt_open(const struct tessera_options *o, struct comm *world, struct device *dev, struct store *s,
                   tessera **out) WARN_UNUSED;
-/* Say which node this rank is on, in place of the host's name. A writing handle without a save in flight. Collective.
- */
+/* Say which node this rank is on, in place of the host's name. Without a save in flight. Collective. */
 status *ckpt_set_node(tessera *t, const char *host) WARN_UNUSED;
 uint64_t ckpt_attempt(const tessera *t);
 /* Plans this handle has made so far: a save that finds its plan in the cache makes none. */

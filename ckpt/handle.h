@@ -97,7 +97,7 @@ struct tessera {
     struct mesh mesh;
     struct comm *ticks; /* only the ticks' reductions */
     struct comm *x;     /* all else */
-    struct nodes nodes; /* of x; writing handles */
+    struct nodes nodes; /* of x */
     struct device *dev;
     struct store *store;
     bool own_dev, own_store;

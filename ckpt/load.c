@@ -237,7 +237,7 @@ static status *load_state(tessera *t, const tessera_state *s, const struct tesse
     struct match_fill f = { 0 };
     status *st = match_state(t->x, t->dev, t->meta, s, o, &f, &t->lists);
     if (!st)
-        st = loadpipe_run(t->x, t->store, t->meta, f.want, f.count, totals, cost);
+        st = loadpipe_run(&t->nodes, t->store, t->meta, f.want, f.count, totals, cost);
     if (!st)
         st = place_rest(t, s, &f, cost);
     match_fill_free(&f, s ? s->count : 0);

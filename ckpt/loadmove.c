@@ -1,17 +1,23 @@
 /* loadmove: see loadmove.h.
  *
- *   reader threads    run: read and verify -> what stays here to its place, the rest into messages
- *   calling thread    open rounds -> send a round's messages when its last run is packed -> unpack -> open the next
+ *   reader threads    run: read and verify -> a slot that the node sees -> what stays here to its place, what goes to
+ *                     other nodes into messages
+ *   calling thread    open rounds -> send a round's messages when its last run is packed -> unpack -> open the next;
+ *                     and from the slots of others on the node to the places here, as they are filled
  *
  * Up to MOVE_ROUNDS rounds are open: one is read while those before it travel. No rank waits for another one but for
- * its messages. A run whose bytes are wanted here just as they are stored is read into its place, and copied nowhere.
+ * its messages and for its slots. A run whose bytes are wanted here just as they are stored is read into its place, and
+ * copied nowhere else here. Reads go to private memory and not to slots: shared memory has no huge pages on most
+ * systems, and direct reads into pages of 4 KiB take twice as long as the copy costs.
  *
  * Invariants: (1) only the calling thread calls comm; messages of a pair go in the order of rounds; (2) what a run
  * packs and places belongs to it alone, so readers share nothing but `synced`; (3) a rank that fails goes on taking
- * part, with whatever bytes its messages hold, and reads no more; its error is that of its first bad run, however its
- * threads were timed. */
+ * part, with whatever bytes its messages hold and slots that say so, and reads no more; its error is that of its first
+ * bad run, however its threads were timed; (4) ranks of a node either all share slots, or none does and all messages
+ * are like those to other nodes. */
 #include "ckpt/loadmove.h"
 
+#include "ckpt/loadring.h"
 #include "comm/agree.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
@@ -19,14 +25,13 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 enum { LOAD_TAG = 2, ALIGN = 4096, SLOT_BYTES = MOVE_RUN_BYTES + ALIGN, POLL_NS = 100000 };
 
 /* An open round. */
 struct flight {
     uint64_t round, left; /* left: runs that are not packed yet; synced */
-    size_t *place;        /* where in `send` each part goes: by block, use and member, others than us */
+    size_t *place;        /* where in `send` each part goes: by block and use, of those that travel */
     unsigned char *send, *receive;
     size_t *send_at, *receive_at; /* [size + 1] by peer */
     struct comm_req sending, receiving;
@@ -36,6 +41,7 @@ struct flight {
 struct reader {
     struct move *v;
     unsigned char *slot; /* NULL: no run needs it */
+    uint8_t *to;         /* [ranks of the node] */
     struct thread thread;
 };
 
@@ -43,10 +49,15 @@ struct move {
     struct comm *c;
     const struct metadata *m;
     const struct load_want *want;
-    const struct load_plan *p;
+    const struct load_part *p;
     const struct load_source *from;
-    struct load_run *run; /* this rank's, in the order of rounds */
-    uint64_t *round_run;  /* [rounds + 1] the first one of a round */
+    struct load_ring ring;
+    int32_t *local; /* [size] the rank's number on this node, if slots bring its bytes and ours; else -1 */
+    const struct part_block **take; /* blocks to take from slots, by who reads them and number */
+    uint64_t *first_take;           /* [ranks of the node + 1] */
+    uint64_t left;                  /* of them */
+    struct load_run *run;           /* this rank's, in the order of rounds */
+    uint64_t *round_run;            /* [rounds + 1] the first one of a round */
     uint64_t runs;
     struct flight flight[MOVE_ROUNDS]; /* round r: [r % MOVE_ROUNDS] */
     struct comm_xfer *xfer;            /* [size] */
@@ -54,9 +65,8 @@ struct move {
     unsigned char *slots; /* of all readers; NULL: no run needs one */
     struct {
         pthread_mutex_t lock;
-        pthread_cond_t work, packed;
+        pthread_cond_t work;
         uint64_t next, open; /* runs taken, runs of open rounds */
-        uint64_t packs;      /* rounds packed so far */
         uint64_t bad;        /* the first run that failed; UINT64_MAX: none */
         status *st;          /* its error */
         bool quit;
@@ -65,12 +75,12 @@ struct move {
 
 /* ---- which bytes go where */
 
-/* This rank's blocks of a round: [*first, *end) of the plan's. */
+/* This rank's blocks of a round: [*first, *end) of the part's. */
 static void my_blocks(const struct move *v, uint64_t round, uint64_t *first, uint64_t *end)
 {
-    const struct load_plan *p = v->p;
+    const struct load_part *p = v->p;
     uint64_t i = p->round[round];
-    while (i < p->round[round + 1] && p->block[i].reader < v->c->rank)
+    while (i < p->round[round + 1] && p->block[i].reader != v->c->rank)
         i++;
     *first = i;
     while (i < p->round[round + 1] && p->block[i].reader == v->c->rank)
@@ -78,15 +88,9 @@ static void my_blocks(const struct move *v, uint64_t round, uint64_t *first, uin
     *end = i;
 }
 
-static size_t elem_bytes(const struct move *v, const struct load_use *u)
+static size_t elem_bytes(const struct move *v, const struct part_block *b)
 {
-    return dtype_bytes(v->m->tensor[use_group(v->p, u)->tensor].dtype);
-}
-
-/* The i-th rank's want that a use serves. */
-static const struct load_want *want_of(const struct move *v, const struct load_group *g, uint64_t i)
-{
-    return &v->want[v->p->member[g->first + i]];
+    return dtype_bytes(v->m->tensor[b->tensor].dtype);
 }
 
 /* Where the want has element `lo` of the stored run, if [lo, hi) are in its memory as they are stored; else NULL. */
@@ -99,32 +103,38 @@ static unsigned char *home_of(const struct reshard_copy *c, size_t elem, uint64_
 }
 
 /* A block's elements, as positions in its stored run. */
-static void block_elems(const struct move *v, const struct load_block *b, size_t elem, uint64_t *lo, uint64_t *hi)
+static void block_elems(const struct move *v, const struct part_block *b, size_t elem, uint64_t *lo, uint64_t *hi)
 {
     *lo = b->block * (META_BLOCK_BYTES / elem);
     *hi = *lo + block_bytes(&v->m->piece[b->piece], b->block) / elem;
 }
 
-static unsigned char *block_home(const struct move *v, const struct load_block *b)
+static unsigned char *block_home(const struct move *v, const struct part_block *b)
 {
-    for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++) {
-        const struct load_use *u = &v->p->use[k];
-        const struct load_group *g = use_group(v->p, u);
-        size_t elem = elem_bytes(v, u);
-        uint64_t lo, hi;
-        block_elems(v, b, elem, &lo, &hi);
-        for (uint64_t j = 0; j < g->count; j++) {
-            const struct load_want *w = want_of(v, g, j);
-            unsigned char *home = w->rank == v->c->rank ? home_of(&v->p->list.copy[u->copy], elem, lo, hi, w) : NULL;
-            if (home && ((uintptr_t)home - block_offset(v->m, b)) % v->from->align == 0)
-                return home;
-        }
+    size_t elem = elem_bytes(v, b);
+    uint64_t lo, hi;
+    block_elems(v, b, elem, &lo, &hi);
+    for (const struct part_use *u = &v->p->use[b->first_use]; u < &v->p->use[b->first_use + b->uses]; u++) {
+        if (u->rank != v->c->rank)
+            continue;
+        unsigned char *home = home_of(&v->p->copy[u->copy], elem, lo, hi, &v->want[u->want]);
+        if (home && ((uintptr_t)home - block_offset(v->m, b)) % v->from->align == 0)
+            return home;
     }
     return NULL;
 }
 
+/* Another rank of the node takes some of it from a slot. */
+static bool is_given(const struct move *v, const struct part_block *b)
+{
+    for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++)
+        if (v->p->use[k].rank != v->c->rank && v->local[v->p->use[k].rank] >= 0)
+            return true;
+    return false;
+}
+
 /* Whether a block can be read together with the run before it. */
-static bool joins(const struct move *v, const struct load_run *r, const struct load_block *b, unsigned char *home)
+static bool joins(const struct move *v, const struct load_run *r, const struct part_block *b, unsigned char *home)
 {
     uint64_t offset = block_offset(v->m, b), end = r->offset + r->bytes;
     if (v->m->piece[b->piece].file != v->m->piece[r->block->piece].file || offset < end ||
@@ -149,7 +159,7 @@ static status *make_runs(struct move *v)
     for (uint64_t r = 0; r < rounds; r++) {
         my_blocks(v, r, &first, &end);
         for (uint64_t i = first; i < end; i++) {
-            const struct load_block *b = &v->p->block[i];
+            const struct part_block *b = &v->p->block[i];
             unsigned char *home = block_home(v, b);
             uint64_t offset = block_offset(v->m, b);
             if (v->runs == v->round_run[r] || !joins(v, &v->run[v->runs - 1], b, home))
@@ -157,6 +167,7 @@ static status *make_runs(struct move *v)
                     (struct load_run){ .block = b, .round = (uint32_t)r, .offset = offset, .home = home };
             struct load_run *run = &v->run[v->runs - 1];
             run->blocks++;
+            run->given = run->given || is_given(v, b);
             run->bytes = offset + block_bytes(&v->m->piece[b->piece], b->block) - run->offset;
         }
         v->round_run[r + 1] = v->runs;
@@ -164,30 +175,25 @@ static status *make_runs(struct move *v)
     return NULL;
 }
 
-/* Bytes to each peer and from each peer in a round, as offsets into the two message buffers. Returns the parts that
- * this rank sends. */
+/* Bytes to each peer and from each peer in a round that travel as messages, as offsets into the two message buffers.
+ * Returns the parts that this rank sends. */
 static uint64_t measure(const struct move *v, uint64_t round, struct flight *f)
 {
-    const struct load_plan *p = v->p;
+    const struct load_part *p = v->p;
     size_t n = (size_t)v->c->size;
     uint64_t parts = 0;
     int me = v->c->rank;
     memset(f->send_at, 0, (n + 1) * sizeof *f->send_at);
     memset(f->receive_at, 0, (n + 1) * sizeof *f->receive_at);
     for (uint64_t i = p->round[round]; i < p->round[round + 1]; i++) {
-        const struct load_block *b = &p->block[i];
+        const struct part_block *b = &p->block[i];
+        size_t elem = elem_bytes(v, b);
         for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++) {
-            const struct load_group *g = use_group(p, &p->use[k]);
-            size_t bytes = p->use[k].elems * elem_bytes(v, &p->use[k]);
-            for (uint64_t j = 0; j < g->count; j++) {
-                int to = want_of(v, g, j)->rank;
-                if (b->reader == me && to != me) {
-                    f->send_at[to + 1] += bytes;
-                    parts++;
-                }
-                if (b->reader != me && to == me)
-                    f->receive_at[b->reader + 1] += bytes;
-            }
+            int to = p->use[k].rank, peer = b->reader == me ? to : b->reader;
+            if (peer == me || v->local[peer] >= 0)
+                continue;
+            (b->reader == me ? f->send_at : f->receive_at)[peer + 1] += p->use[k].elems * elem;
+            parts += b->reader == me;
         }
     }
     for (size_t r = 0; r < n; r++) {
@@ -205,17 +211,13 @@ static void give_places(struct move *v, struct flight *f)
     for (uint64_t i = v->round_run[f->round]; i < v->round_run[f->round + 1]; i++) {
         struct load_run *r = &v->run[i];
         r->first_place = at;
-        for (const struct load_block *b = r->block; b < r->block + r->blocks; b++)
+        for (const struct part_block *b = r->block; b < r->block + r->blocks; b++)
             for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++) {
-                const struct load_use *u = &v->p->use[k];
-                const struct load_group *g = use_group(v->p, u);
-                for (uint64_t j = 0; j < g->count; j++) {
-                    int to = want_of(v, g, j)->rank;
-                    if (to == v->c->rank)
-                        continue;
-                    f->place[at++] = f->send_at[to];
-                    f->send_at[to] += u->elems * elem_bytes(v, u);
-                }
+                int to = v->p->use[k].rank;
+                if (to == v->c->rank || v->local[to] >= 0)
+                    continue;
+                f->place[at++] = f->send_at[to];
+                f->send_at[to] += v->p->use[k].elems * elem_bytes(v, b);
             }
     }
     memmove(f->send_at + 1, f->send_at, n * sizeof *f->send_at); /* each is now where the next one began */
@@ -230,45 +232,96 @@ struct spread {
 };
 
 /* From a block to its place here, unless it was read there, and into messages. Returns the parts packed. */
-static uint64_t spread_block(const struct move *v, const struct flight *f, const struct load_block *b,
+static uint64_t spread_block(const struct move *v, const struct flight *f, const struct part_block *b,
                              const unsigned char *src, const size_t *place, struct spread *took)
 {
-    uint64_t parts = 0;
-    for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++) {
-        const struct load_use *u = &v->p->use[k];
-        const struct reshard_copy *c = &v->p->list.copy[u->copy];
-        const struct load_group *g = use_group(v->p, u);
-        size_t elem = elem_bytes(v, u);
-        uint64_t lo, hi;
-        block_elems(v, b, elem, &lo, &hi);
-        for (uint64_t j = 0; j < g->count; j++) {
-            const struct load_want *w = want_of(v, g, j);
-            bool here = w->rank == v->c->rank;
-            uint64_t begin = clock_ns();
-            if (!here)
-                reshard_pack(c, elem, src, lo, hi, f->send + place[parts++]);
-            else if (home_of(c, elem, lo, hi, w) != src)
-                reshard_apply(c, elem, src, lo, hi, w->dst);
-            else
-                continue;
-            report_add(here ? &took->place : &took->pack, begin, clock_ns(), 0, u->elems * elem);
-        }
+    uint64_t parts = 0, lo, hi;
+    size_t elem = elem_bytes(v, b);
+    block_elems(v, b, elem, &lo, &hi);
+    for (const struct part_use *u = &v->p->use[b->first_use]; u < &v->p->use[b->first_use + b->uses]; u++) {
+        const struct reshard_copy *c = &v->p->copy[u->copy];
+        bool here = u->rank == v->c->rank;
+        uint64_t begin = clock_ns();
+        if (here && home_of(c, elem, lo, hi, &v->want[u->want]) != src)
+            reshard_apply(c, elem, src, lo, hi, v->want[u->want].dst);
+        else if (!here && v->local[u->rank] < 0)
+            reshard_pack(c, elem, src, lo, hi, f->send + place[parts++]);
+        else
+            continue;
+        report_add(here ? &took->place : &took->pack, begin, clock_ns(), 0, u->elems * elem);
     }
     return parts;
 }
 
-static status *do_run(const struct move *v, const struct load_run *r, unsigned char *slot)
+/* What others on this node take of a block: its elements [*lo, *hi), and who they are. */
+static void given_span(const struct move *v, const struct part_block *b, size_t elem, uint64_t *lo, uint64_t *hi,
+                       uint8_t *to)
 {
-    const struct flight *f = &v->flight[r->round % MOVE_ROUNDS];
-    const unsigned char *src = v->from->at ? v->from->at(v->from->arg, r) : NULL;
-    if (!src) {
-        unsigned char *to = r->home ? r->home : slot + r->offset % ALIGN;
-        TRY(v->from->read(v->from->arg, v->p, r, to));
-        src = to;
+    uint64_t first, end, from = UINT64_MAX, until = 0;
+    for (const struct part_use *u = &v->p->use[b->first_use]; u < &v->p->use[b->first_use + b->uses]; u++) {
+        if (u->rank == v->c->rank || v->local[u->rank] < 0)
+            continue;
+        reshard_span(&v->p->copy[u->copy], &first, &end);
+        from = first < from ? first : from;
+        until = end > until ? end : until;
+        to[v->local[u->rank]] = 1;
     }
+    block_elems(v, b, elem, lo, hi);
+    *lo = from > *lo ? from : *lo;
+    *hi = until < *hi ? until : *hi;
+}
+
+/* Fill a slot for the others on this node; src NULL: there is nothing to fill it with. */
+static void hand_out(struct reader *me, const struct load_run *r, const unsigned char *src)
+{
+    struct move *v = me->v;
+    struct ring_mail mail = { .first = r->block->number, .blocks = r->blocks, .offset = r->offset, .bad = !src };
+    uint64_t begin = clock_ns(), bytes = 0, lo, hi;
+    if (!ring_take(&v->ring, &mail.slot))
+        return;
+    uint64_t waited = clock_ns() - begin;
+    unsigned char *slot = ring_slot(&v->ring, v->ring.rank, mail.slot);
+    memset(me->to, 0, (size_t)v->ring.ranks);
+    for (const struct part_block *b = r->block; b < r->block + r->blocks; b++) {
+        size_t elem = elem_bytes(v, b);
+        given_span(v, b, elem, &lo, &hi, me->to);
+        if (!src || hi <= lo)
+            continue;
+        uint64_t at = block_offset(v->m, b) - r->offset + (lo - b->block * (META_BLOCK_BYTES / elem)) * elem;
+        memcpy(slot + at, src + at, (hi - lo) * elem);
+        bytes += (hi - lo) * elem;
+    }
+    ring_give(&v->ring, &mail, me->to);
+    report_note(v->from->cost, REPORT_EXCHANGE, begin, waited, bytes);
+}
+
+/* Read a run, or find it in memory. */
+static status *fetch(const struct move *v, const struct load_run *r, unsigned char *slot, const unsigned char **src)
+{
+    const unsigned char *at = v->from->at ? v->from->at(v->from->arg, r) : NULL;
+    if (!at) {
+        unsigned char *to = r->home ? r->home : slot + r->offset % ALIGN;
+        TRY(v->from->read(v->from->arg, r, to));
+        at = to;
+    }
+    *src = at;
+    return NULL;
+}
+
+/* skip: a run before it failed. */
+static status *do_run(struct reader *me, const struct load_run *r, bool skip)
+{
+    struct move *v = me->v;
+    const struct flight *f = &v->flight[r->round % MOVE_ROUNDS];
+    const unsigned char *src = NULL;
+    status *st = skip ? NULL : fetch(v, r, me->slot, &src);
+    if (r->given)
+        hand_out(me, r, src);
+    if (!src)
+        return st;
     uint64_t place = r->first_place;
     struct spread took = { 0 };
-    for (const struct load_block *b = r->block; b < r->block + r->blocks; b++)
+    for (const struct part_block *b = r->block; b < r->block + r->blocks; b++)
         place += spread_block(v, f, b, src + (block_offset(v->m, b) - r->offset), f->place + place, &took);
     report_note_clock(v->from->cost, REPORT_EXCHANGE, &took.pack);
     report_note_clock(v->from->cost, REPORT_PLACE, &took.place);
@@ -277,7 +330,7 @@ static status *do_run(const struct move *v, const struct load_run *r, unsigned c
 
 static status *reader_main(void *arg)
 {
-    const struct reader *me = arg;
+    struct reader *me = arg;
     struct move *v = me->v;
     pthread_mutex_lock(&v->synced.lock);
     for (;;) {
@@ -288,7 +341,7 @@ static status *reader_main(void *arg)
         uint64_t i = v->synced.next++;
         bool skip = v->synced.bad < i;
         pthread_mutex_unlock(&v->synced.lock);
-        status *st = skip ? NULL : do_run(v, &v->run[i], me->slot);
+        status *st = do_run(me, &v->run[i], skip);
         pthread_mutex_lock(&v->synced.lock);
         if (st && i < v->synced.bad) {
             status_free(v->synced.st);
@@ -297,10 +350,8 @@ static status *reader_main(void *arg)
         } else {
             status_free(st);
         }
-        if (--v->flight[v->run[i].round % MOVE_ROUNDS].left == 0) {
-            v->synced.packs++;
-            pthread_cond_signal(&v->synced.packed);
-        }
+        if (--v->flight[v->run[i].round % MOVE_ROUNDS].left == 0)
+            ring_bell(&v->ring);
     }
     pthread_mutex_unlock(&v->synced.lock);
     return NULL;
@@ -332,7 +383,6 @@ static status *open_round(struct move *v, uint64_t round)
     TRY(post(v, f, false, &f->receiving));
     pthread_mutex_lock(&v->synced.lock);
     f->left = v->round_run[round + 1] - v->round_run[round];
-    v->synced.packs += f->left == 0;
     v->synced.open = v->round_run[round + 1];
     pthread_cond_broadcast(&v->synced.work);
     pthread_mutex_unlock(&v->synced.lock);
@@ -341,25 +391,55 @@ static status *open_round(struct move *v, uint64_t round)
 
 static void unpack(const struct move *v, const struct flight *f)
 {
-    const struct load_plan *p = v->p;
-    for (uint64_t i = p->round[f->round]; i < p->round[f->round + 1]; i++) {
-        const struct load_block *b = &p->block[i];
-        if (b->reader == v->c->rank)
+    const struct load_part *p = v->p;
+    for (const struct part_block *b = &p->block[p->round[f->round]]; b < &p->block[p->round[f->round + 1]]; b++) {
+        size_t elem = elem_bytes(v, b);
+        uint64_t lo, hi;
+        if (b->reader == v->c->rank || v->local[b->reader] >= 0)
             continue;
-        for (uint64_t k = b->first_use; k < b->first_use + b->uses; k++) {
-            const struct reshard_copy *c = &p->list.copy[p->use[k].copy];
-            const struct load_group *g = use_group(p, &p->use[k]);
-            size_t elem = elem_bytes(v, &p->use[k]);
-            uint64_t lo, hi;
-            block_elems(v, b, elem, &lo, &hi);
-            for (uint64_t j = 0; j < g->count; j++) {
-                const struct load_want *w = want_of(v, g, j);
-                if (w->rank == v->c->rank)
-                    f->receive_at[b->reader] +=
-                        reshard_unpack(c, elem, f->receive + f->receive_at[b->reader], lo, hi, w->dst);
-            }
+        block_elems(v, b, elem, &lo, &hi);
+        for (const struct part_use *u = &p->use[b->first_use]; u < &p->use[b->first_use + b->uses]; u++)
+            f->receive_at[b->reader] += reshard_unpack(&p->copy[u->copy], elem, f->receive + f->receive_at[b->reader],
+                                                       lo, hi, v->want[u->want].dst);
+    }
+}
+
+/* The first block of those that rank `from` of the node reads whose number is at least `number`. */
+static uint64_t find_take(const struct move *v, int from, uint64_t number)
+{
+    uint64_t lo = v->first_take[from], hi = v->first_take[from + 1];
+    while (lo < hi) {
+        uint64_t mid = lo + (hi - lo) / 2;
+        if (v->take[mid]->number < number)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    return lo;
+}
+
+/* Take this rank's parts from a slot, if one was filled. */
+static bool take_mail(struct move *v)
+{
+    struct ring_mail mail;
+    if (!ring_next(&v->ring, &mail))
+        return false;
+    const unsigned char *slot = ring_slot(&v->ring, mail.from, mail.slot);
+    uint64_t begin = clock_ns(), bytes = 0, i = find_take(v, mail.from, mail.first), lo, hi;
+    for (; i < v->first_take[mail.from + 1] && v->take[i]->number < mail.first + mail.blocks; i++, v->left--) {
+        const struct part_block *b = v->take[i];
+        const unsigned char *src = slot + (block_offset(v->m, b) - mail.offset);
+        size_t elem = elem_bytes(v, b);
+        block_elems(v, b, elem, &lo, &hi);
+        for (uint64_t k = b->first_use; !mail.bad && k < b->first_use + b->uses; k++) {
+            const struct part_use *u = &v->p->use[k];
+            reshard_apply(&v->p->copy[u->copy], elem, src, lo, hi, v->want[u->want].dst);
+            bytes += u->elems * elem;
         }
     }
+    ring_done(&v->ring, &mail);
+    report_note(v->from->cost, REPORT_PLACE, begin, 0, bytes);
+    return true;
 }
 
 /* Move an open round on as far as it goes without waiting. */
@@ -382,50 +462,34 @@ static status *move_on(struct move *v, struct flight *f, bool *moved)
     return NULL;
 }
 
-/* Until a round is packed that was not before (`seen`), or it is time to look at the messages again. */
-static void wait_a_while(struct move *v, uint64_t seen, bool messages)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    t.tv_nsec += POLL_NS;
-    t.tv_sec += t.tv_nsec / 1000000000;
-    t.tv_nsec %= 1000000000;
-    pthread_mutex_lock(&v->synced.lock);
-    if (v->synced.packs == seen && messages)
-        (void)pthread_cond_timedwait(&v->synced.packed, &v->synced.lock, &t);
-    while (v->synced.packs == seen && !messages)
-        pthread_cond_wait(&v->synced.packed, &v->synced.lock);
-    pthread_mutex_unlock(&v->synced.lock);
-}
-
-/* idle: this rank has nothing more to send, so it waits for others. */
+/* Until there is something to do, or it is time to look at the messages again. idle: this rank has nothing more to
+ * send, so it waits for others. */
 static void wait_for(struct move *v, uint64_t seen, bool messages, bool idle)
 {
     uint64_t begin = clock_ns();
-    wait_a_while(v, seen, messages);
+    ring_wait(&v->ring, seen, messages ? POLL_NS : 0);
     if (idle)
         report_note(v->from->cost, REPORT_EXCHANGE, begin, clock_ns() - begin, 0);
 }
 
-static uint64_t packs_of(struct move *v, const struct flight *f, bool *packed)
+static bool is_packed(struct move *v, const struct flight *f)
 {
     pthread_mutex_lock(&v->synced.lock);
-    uint64_t packs = v->synced.packs;
-    *packed = f->left == 0;
+    bool packed = f->left == 0;
     pthread_mutex_unlock(&v->synced.lock);
-    return packs;
+    return packed;
 }
 
 /* Only the transport's errors end it early. */
 static status *move_rounds(struct move *v)
 {
     uint64_t opened = 0, sent = 0, done = 0, rounds = v->p->rounds;
-    while (done < rounds) {
-        bool moved = false, packed = false, messages = false;
+    while (done < rounds || v->left) {
+        bool moved = false, messages = false;
+        uint64_t bells = ring_bells(&v->ring);
         while (opened < rounds && opened < done + MOVE_ROUNDS)
             TRY(open_round(v, opened++));
-        uint64_t packs = packs_of(v, &v->flight[sent % MOVE_ROUNDS], &packed);
-        if (sent < opened && packed) {
+        if (sent < opened && is_packed(v, &v->flight[sent % MOVE_ROUNDS])) {
             struct flight *f = &v->flight[sent++ % MOVE_ROUNDS];
             TRY(post(v, f, true, &f->sending));
             f->sent = moved = true;
@@ -436,15 +500,80 @@ static status *move_rounds(struct move *v)
             messages = messages || comm_pending(&f->receiving) || comm_pending(&f->sending);
         }
         const struct flight *oldest = &v->flight[done % MOVE_ROUNDS];
-        if (oldest->sent && oldest->unpacked && !comm_pending(&oldest->sending))
+        if (done < opened && oldest->sent && oldest->unpacked && !comm_pending(&oldest->sending)) {
             done++;
-        else if (!moved)
-            wait_for(v, packs, messages, sent == opened);
+            moved = true;
+        }
+        if (!take_mail(v) && !moved)
+            wait_for(v, bells, messages, sent == opened);
     }
     return NULL;
 }
 
 /* ---- memory and threads */
+
+/* Which ranks' bytes slots bring. */
+static status *find_local(struct move *v, struct comm *node)
+{
+    int32_t me = v->c->rank, *world = mem_array(NULL, (size_t)node->size, sizeof *world);
+    v->local = mem_array(NULL, (size_t)v->c->size, sizeof *v->local);
+    status *st = world && v->local ? NULL : ERR(NO_MEMORY, "%d ranks", v->c->size);
+    st = comm_agree(node, st);
+    if (!st)
+        st = comm_allgather(node, &me, world, sizeof me, NULL);
+    for (int r = 0; !st && r < v->c->size; r++)
+        v->local[r] = -1;
+    for (int r = 0; !st && ring_shared(&v->ring) && r < node->size; r++)
+        v->local[world[r]] = r;
+    mem_free(world);
+    return st;
+}
+
+/* Whether this rank reads something that others on the node want. */
+static bool has_gifts(const struct load_part *p, int me)
+{
+    for (uint64_t i = 0; i < p->blocks; i++)
+        for (uint64_t k = p->block[i].first_use; k < p->block[i].first_use + p->block[i].uses; k++)
+            if (p->block[i].reader == me && p->use[k].rank != me)
+                return true;
+    return false;
+}
+
+/* Collective over the node. */
+static status *share_slots(struct move *v, struct comm *node)
+{
+    TRY(ring_open(node, node->size > 1 && has_gifts(v->p, v->c->rank), MOVE_RUN_BYTES, &v->ring));
+    return find_local(v, node);
+}
+
+static const struct part_block *next_take(const struct move *v, uint64_t *i)
+{
+    for (; *i < v->p->blocks; ++*i) {
+        const struct part_block *b = &v->p->block[*i];
+        if (b->reader != v->c->rank && v->local[b->reader] >= 0)
+            return b;
+    }
+    return NULL;
+}
+
+static status *find_takes(struct move *v)
+{
+    const struct part_block *b;
+    size_t n = (size_t)v->ring.ranks;
+    v->first_take = mem_calloc(n + 2, sizeof *v->first_take);
+    if (!v->first_take)
+        return ERR(NO_MEMORY, "%zu ranks", n);
+    for (uint64_t i = 0; (b = next_take(v, &i)); i++, v->left++)
+        v->first_take[v->local[b->reader] + 2]++;
+    for (size_t r = 0; r < n; r++)
+        v->first_take[r + 2] += v->first_take[r + 1];
+    v->take = mem_array(NULL, v->left + 1, sizeof *v->take);
+    if (!v->take)
+        return ERR(NO_MEMORY, "%llu blocks to take", (unsigned long long)v->left);
+    for (uint64_t i = 0; (b = next_take(v, &i)); i++)
+        v->take[v->first_take[v->local[b->reader] + 1]++] = b;
+    return NULL;
+}
 
 static status *allocate(struct move *v)
 {
@@ -495,6 +624,9 @@ static status *start_readers(struct move *v)
         struct reader *r = &v->reader[i];
         snprintf(name, sizeof name, "tsr-load-%d", i);
         r->v = v;
+        r->to = mem_alloc((size_t)v->ring.ranks);
+        if (!r->to)
+            return ERR(NO_MEMORY, "%d ranks", v->ring.ranks);
         r->slot = v->slots ? v->slots + (size_t)i * SLOT_BYTES : NULL;
         TRY(thread_start(&r->thread, name, reader_main, r));
     }
@@ -503,13 +635,8 @@ static status *start_readers(struct move *v)
 
 static void synced_init(struct move *v)
 {
-    pthread_condattr_t a;
-    pthread_condattr_init(&a);
-    pthread_condattr_setclock(&a, CLOCK_MONOTONIC);
     pthread_mutex_init(&v->synced.lock, NULL);
     pthread_cond_init(&v->synced.work, NULL);
-    pthread_cond_init(&v->synced.packed, &a);
-    pthread_condattr_destroy(&a);
     v->synced.bad = UINT64_MAX;
 }
 
@@ -519,8 +646,16 @@ static void stop(struct move *v)
     v->synced.quit = true;
     pthread_cond_broadcast(&v->synced.work);
     pthread_mutex_unlock(&v->synced.lock);
-    for (int i = 0; i < MOVE_READERS; i++)
+    if (v->ring.own)
+        ring_quit(&v->ring);
+    for (int i = 0; i < MOVE_READERS; i++) {
         status_free(thread_join(&v->reader[i].thread));
+        mem_free(v->reader[i].to);
+    }
+    ring_close(&v->ring);
+    mem_free(v->local);
+    mem_free(v->take);
+    mem_free(v->first_take);
     if (v->slots)
         mem_block_free(v->slots, (size_t)MOVE_READERS * SLOT_BYTES);
     for (int i = 0; i < MOVE_ROUNDS; i++) {
@@ -536,13 +671,13 @@ static void stop(struct move *v)
     mem_free(v->round_run);
     pthread_mutex_destroy(&v->synced.lock);
     pthread_cond_destroy(&v->synced.work);
-    pthread_cond_destroy(&v->synced.packed);
 }
 
 /* Nobody sends before all are ready to receive. */
 static status *ready(struct move *v)
 {
     TRY(make_runs(v));
+    TRY(find_takes(v));
     TRY(allocate(v));
     return start_readers(v);
 }
@@ -562,17 +697,18 @@ static status *agree_asleep(struct comm *c, status *st)
     return any ? comm_agree(c, st) : NULL;
 }
 
-status *load_move(struct comm *c, const struct metadata *m, const struct load_want *want, const struct load_plan *p,
-                  const struct load_source *from, status *mine)
+status *load_move(const struct nodes *n, const struct metadata *m, const struct load_want *want,
+                  const struct load_part *p, const struct load_source *from)
 {
-    struct move v = { .c = c, .m = m, .want = want, .p = p, .from = from };
+    struct move v = { .c = n->all, .m = m, .want = want, .p = p, .from = from };
     synced_init(&v);
-    status *st = comm_agree(c, mine ? mine : ready(&v));
+    status *st = share_slots(&v, n->node);
+    st = comm_agree(v.c, st ? st : ready(&v));
     status *broken = st ? NULL : move_rounds(&v);
     stop(&v);
     if (st || broken) {
         status_free(v.synced.st);
         return st ? st : broken;
     }
-    return agree_asleep(c, v.synced.st);
+    return agree_asleep(v.c, v.synced.st);
 }

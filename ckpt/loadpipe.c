@@ -1,36 +1,77 @@
-/* loadpipe: gather the wants, plan (loadplan.c), and carry it out (loadmove.c); here also what it is to read from
- * files: ranges of them, and a checksum for every block. */
+/* loadpipe: gather the wants at rank 0, plan there (loadplan.c), send every rank its part (loadpart.c), and carry it
+ * out (loadmove.c); here also what it is to read from files: ranges of them, and a checksum for every block. */
 #include "ckpt/loadpipe.h"
 
 #include "ckpt/loadmove.h"
 #include "ckpt/refs.h"
+#include "comm/agree.h"
 #include "comm/base/bytes.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 
 #include <stdio.h>
+#include <string.h>
 
-/* ---- wants */
+/* ---- the plan */
 
-/* Everybody's wants, by rank, on every rank. */
-static status *gather_wants(struct comm *c, struct load_want *mine, uint64_t count, struct load_want **out,
-                            uint64_t *wants)
+/* Rank 0: all ranks' wants one behind another; first[ranks + 1]. */
+static status *join_wants(const struct nodes_message *m, int ranks, struct load_want **out, uint64_t **first)
 {
-    void *all = NULL;
-    size_t *counts = NULL, bytes = 0;
-    int me = c->rank;
-    TRY(comm_gather_bytes(c, mine, count * sizeof *mine, 0, &all, &counts));
-    for (int r = 0; me == 0 && r < c->size; r++)
-        bytes += counts[r];
-    mem_free(counts);
-    status *st = comm_bcast_bytes(c, &all, &bytes, 0);
-    if (st) {
-        mem_free(me == 0 ? all : NULL);
-        return st;
-    }
+    uint64_t *f = mem_calloc((size_t)ranks + 1, sizeof *f);
+    if (!f)
+        return ERR(NO_MEMORY, "%d ranks", ranks);
+    for (int r = 0; r < ranks; r++)
+        f[r + 1] = f[r] + m[r].bytes / sizeof **out;
+    struct load_want *all = mem_array(NULL, f[ranks] + 1, sizeof *all);
+    for (int r = 0; all && r < ranks; r++)
+        if (m[r].bytes)
+            memcpy(all + f[r], m[r].data, m[r].bytes); /* the pointers in it serve the rank they came from */
+    *first = f;
     *out = all;
-    *wants = bytes / sizeof **out;
-    return NULL; /* the pointers that travelled serve the rank they came from */
+    return all ? NULL : ERR(NO_MEMORY, "%llu wanted pieces", (unsigned long long)f[ranks]);
+}
+
+/* Rank 0: everybody's part. */
+static status *plan_parts(const struct metadata *m, const struct nodes_message *wants, int ranks, const int32_t *reader,
+                          struct nodes_message **out)
+{
+    struct load_want *all = NULL;
+    uint64_t *first = NULL;
+    struct load_plan plan = { 0 };
+    status *st = join_wants(wants, ranks, &all, &first);
+    if (!st)
+        st = load_plan_make_from(m, all, first[ranks], ranks, reader, &plan);
+    if (!st)
+        st = load_parts_pack(&plan, all, first, ranks, out);
+    load_plan_free(&plan);
+    mem_free(all);
+    mem_free(first);
+    return st;
+}
+
+/* This rank's part. mine: as for loadpipe_from. Collective; the error is agreed. */
+static status *plan_load(const struct nodes *n, const struct metadata *m, const int32_t *reader,
+                         const struct load_want *want, uint64_t count, status *mine, struct load_part *out)
+{
+    struct nodes_message *wants = NULL, *parts = NULL;
+    void *buf = NULL;
+    size_t bytes = 0;
+    int ranks = n->all->size;
+    status *st = comm_agree(n->all, mine);
+    if (!st)
+        st = nodes_gather(n, want, count * sizeof *want, &wants, &buf, &bytes);
+    if (!st)
+        st = comm_agree(n->all, n->all->rank == 0 ? plan_parts(m, wants, ranks, reader, &parts) : NULL);
+    mem_free(buf);
+    mem_free(wants);
+    buf = NULL;
+    if (!st)
+        st = nodes_scatter(n, parts, &buf, &bytes);
+    load_parts_free(parts, ranks);
+    if (!st)
+        st = comm_agree(n->all, load_part_unpack(buf, bytes, out));
+    mem_free(buf);
+    return st;
 }
 
 /* ---- from files */
@@ -41,19 +82,17 @@ struct files {
     struct report_sum *cost;
 };
 
-static status *damaged(const struct metadata *m, const struct load_plan *p, const struct load_block *b,
-                       const char *words)
+static status *damaged(const struct metadata *m, const struct part_block *b, const char *words)
 {
     const struct meta_piece *at = &m->piece[b->piece];
-    const struct meta_tensor *t = &m->tensor[use_group(p, &p->use[b->first_use])->tensor];
+    const struct meta_tensor *t = &m->tensor[b->tensor];
     char owner[REFS_WORDS];
     refs_words(m, &m->file[at->file], owner);
     return ERR(CORRUPT, "step %llu: %sfile %s: tensor %s/%s: block at offset %llu: %s", (unsigned long long)m->step,
                owner, m->file[at->file].name, t->part, t->name, (unsigned long long)block_offset(m, b), words);
 }
 
-static status *check_block(const struct metadata *m, const struct load_plan *plan, const struct load_block *b,
-                           const unsigned char *payload)
+static status *check_block(const struct metadata *m, const struct part_block *b, const unsigned char *payload)
 {
     const struct meta_piece *p = &m->piece[b->piece];
     uint32_t crc = crc32c(0, payload, block_bytes(p, b->block)), stored = m->crc[p->first_crc + b->block];
@@ -61,10 +100,10 @@ static status *check_block(const struct metadata *m, const struct load_plan *pla
     if (crc == stored)
         return NULL;
     snprintf(words, sizeof words, "crc32c is %08x, the metadata says %08x", crc, stored);
-    return damaged(m, plan, b, words);
+    return damaged(m, b, words);
 }
 
-static status *read_run(const void *arg, const struct load_plan *p, const struct load_run *r, unsigned char *to)
+static status *read_run(const void *arg, const struct load_run *r, unsigned char *to)
 {
     const struct files *x = arg;
     const struct metadata *m = x->m;
@@ -74,48 +113,40 @@ static status *read_run(const void *arg, const struct load_plan *p, const struct
     uint64_t begin = clock_ns();
     status *st = store_get_direct(origins_store(&x->from, f), key, r->offset, to, r->bytes);
     if (status_code(st) == ST_CORRUPT || status_code(st) == ST_NOT_FOUND) {
-        status *named = damaged(m, p, r->block, status_message(st));
+        status *named = damaged(m, r->block, status_message(st));
         status_free(st);
         return named;
     }
     report_note(x->cost, REPORT_READ, begin, 0, r->bytes);
     begin = clock_ns();
     for (uint32_t i = 0; !st && i < r->blocks; i++)
-        st = check_block(m, p, &r->block[i], to + (block_offset(m, &r->block[i]) - r->offset));
+        st = check_block(m, &r->block[i], to + (block_offset(m, &r->block[i]) - r->offset));
     report_note(x->cost, REPORT_CHECKSUM, begin, 0, r->bytes);
     return st;
 }
 
 /* ---- all of it */
 
-status *loadpipe_from(struct comm *c, const struct metadata *m, const struct load_source *from, const int32_t *reader,
-                      struct load_want *want, uint64_t count, status *mine, struct load_totals *out)
+status *loadpipe_from(const struct nodes *n, const struct metadata *m, const struct load_source *from,
+                      const int32_t *reader, struct load_want *want, uint64_t count, status *mine,
+                      struct load_totals *out)
 {
-    struct load_want *all = NULL;
-    struct load_plan plan = { 0 };
-    uint64_t wants = 0;
+    struct load_part part = { 0 };
     for (uint64_t i = 0; i < count; i++)
-        want[i].rank = c->rank;
-    status *st = gather_wants(c, want, count, &all, &wants);
-    if (st) {
-        status_free(mine);
-        return st;
-    }
-    st = status_first(mine, load_plan_make_from(m, all, wants, c->size, reader, &plan));
-    st = load_move(c, m, all, &plan, from, st);
-    if (!st)
-        *out = plan.totals;
-    load_plan_free(&plan);
-    mem_free(all);
+        want[i].rank = n->all->rank;
+    TRY(plan_load(n, m, reader, want, count, mine, &part));
+    status *st = load_move(n, m, want, &part, from);
+    *out = part.totals;
+    load_part_free(&part);
     return st;
 }
 
-status *loadpipe_run(struct comm *c, struct store *s, const struct metadata *m, struct load_want *want, uint64_t count,
-                     struct load_totals *out, struct report_sum *cost)
+status *loadpipe_run(const struct nodes *n, struct store *s, const struct metadata *m, struct load_want *want,
+                     uint64_t count, struct load_totals *out, struct report_sum *cost)
 {
     struct files files = { .m = m, .cost = cost };
     const struct load_source from = { .arg = &files, .read = read_run, .align = STORE_DIRECT_BYTES, .cost = cost };
-    status *st = loadpipe_from(c, m, &from, NULL, want, count, origins_open(s, m, &files.from), out);
+    status *st = loadpipe_from(n, m, &from, NULL, want, count, origins_open(s, m, &files.from), out);
     origins_close(&files.from);
     return st;
 }

@@ -1,5 +1,5 @@
 /* loadplan: who reads which block for whom, in which round. Pure: the metadata and all ranks' wants in, one schedule
- * out, the same on every rank. Ranks that want the same piece (a group) are planned for once. */
+ * out. Ranks that want the same piece (a group) are planned for once. */
 #ifndef TESSERA_CKPT_LOADPLAN_H
 #define TESSERA_CKPT_LOADPLAN_H
 
@@ -10,6 +10,7 @@ enum {
     ROUND_READ_BYTES = 4 << 20, /* a reader's blocks in a round */
     LEAST_READ_BYTES = 4096,    /* what a small block counts as there */
     ROUND_SEND_BYTES = 8 << 20, /* what it sends then, and what a rank receives, unless one block alone is more */
+    READ_RUN_BYTES = 2 << 20,   /* blocks behind one another go to one reader up to that, if it may read them at all */
     READ_AHEAD_BYTES = 16 << 20 /* how much more than the mean a rank reads before others help out */
 };
 
@@ -47,7 +48,7 @@ struct load_plan {
     struct load_totals totals;
 };
 
-/* want: in any order, the same on every rank; must stay where it is while the plan is made. */
+/* want: in any order; must stay where it is while the plan is made. */
 status *load_plan_make(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
                        struct load_plan *out) WARN_UNUSED;
 /* The same where stored piece p is read by rank reader[p]; NULL: by whom the planner chooses. */

@@ -34,13 +34,12 @@ static const unsigned char *piece_at(const void *arg, const struct load_run *r)
     return p->strided ? NULL : (const unsigned char *)p->data + first_elem(g, r, elem) * elem;
 }
 
-static status *read_piece(const void *arg, const struct load_plan *plan, const struct load_run *r, unsigned char *to)
+static status *read_piece(const void *arg, const struct load_run *r, unsigned char *to)
 {
     const struct giver *g = arg;
     const struct state_piece *p = &g->from->piece[g->plan->piece[r->block->piece].local];
     size_t elem = piece_elem_bytes(g, r);
     uint64_t first = first_elem(g, r, elem);
-    (void)plan;
     piece_gather(p->shape.ndim, &p->piece, elem, p->data, p->strided ? p->stride : NULL, first, first + r->bytes / elem,
                  to);
     return NULL;
@@ -119,17 +118,11 @@ static void describe_free(tessera_state *s)
 static status *plan_givers(tessera *t, const tessera_state *from, struct giver *g)
 {
     tessera_state plain = { 0 };
-    struct nodes own = { 0 };
     struct plan *plan = NULL;
     status *mine = from ? describe_state(from, &plain) : ERR(INVALID, "no state to take tensors from");
-    status *st = t->nodes.all ? NULL : nodes_open(t->x, "", &own);
-    if (st)
-        status_free(mine);
-    else
-        st = plan_together(t->nodes.all ? &t->nodes : &own, &plain, mine, PLAN_AS_GIVEN, NULL, &plan);
+    status *st = plan_together(&t->nodes, &plain, mine, PLAN_AS_GIVEN, NULL, &plan);
     if (!st)
         st = share_plan(t->x, plan, &g->plan);
-    nodes_close(&own);
     describe_free(&plain);
     return st ? st : comm_agree(t->x, describe(g));
 }
@@ -141,7 +134,7 @@ static status *fill_from(tessera *t, const struct giver *g, tessera_state *to, c
     struct load_totals totals;
     status *st = match_state(t->x, t->dev, &g->m, to, o, &f, &t->lists);
     if (!st)
-        st = loadpipe_from(t->x, &g->m, &source, g->reader, f.want, f.count, NULL, &totals);
+        st = loadpipe_from(&t->nodes, &g->m, &source, g->reader, f.want, f.count, NULL, &totals);
     if (!st)
         st = comm_agree(t->x, match_place(t->dev, to, &f));
     match_fill_free(&f, to ? to->count : 0);

@@ -48,7 +48,18 @@ struct grid_case {
     struct side save, load;
     uint64_t staging;
     int irregular;
+    int node; /* ranks of one; 0: all, who share memory; -N: every N-th rank */
 };
+
+/* Bytes go through shared memory within a node, and as messages between nodes. */
+static status *open_handle(struct comm *world, const struct grid_case *c, const struct tessera_options *o, tessera **t)
+{
+    char host[16];
+    int r = world->rank;
+    TRY(ckpt_open(o, world, NULL, c->store, t));
+    snprintf(host, sizeof host, "h%d", c->node > 0 ? r / c->node : c->node < 0 ? r % -c->node : 0);
+    return ckpt_set_node(*t, host);
+}
 
 static struct mesh draw_mesh(struct draw *d)
 {
@@ -119,6 +130,7 @@ static void draw_case(uint32_t number, struct grid_case *c)
     c->load.mesh = draw_mesh(&d);
     c->save.count = c->load.count = (int)draw_between(&d, 1, TENSORS);
     c->staging = draw_below(&d, 3) ? 0 : 1;
+    c->node = (int)(number * 5 / 3 % 6) - 2;
     for (int i = 0; i < c->save.count; i++) {
         struct drawn *a = &c->save.tensor[i], *b = &c->load.tensor[i];
         draw_tensor(&d, i, a);
@@ -274,7 +286,7 @@ static status *load_side(struct comm *world, void *arg)
     struct held h;
     tessera *t;
     o.read_only = (int)(c->number % 2);
-    TRY(ckpt_open(&o, world, NULL, c->store, &t));
+    TRY(open_handle(world, c, &o, &t));
     TRY(open_held(&c->load, world->rank, &h));
     TRY(tessera_load(t, h.state, 2));
     TRY(check_held(c, &h, world->rank));
@@ -300,7 +312,7 @@ static status *reshard_sides(struct comm *world, void *arg)
     struct held from, to;
     tessera *t;
     o.read_only = (int)(c->number % 2);
-    TRY(ckpt_open(&o, world, NULL, c->store, &t));
+    TRY(open_handle(world, c, &o, &t));
     TRY(open_side(&c->save, world->rank, &from));
     TRY(open_side(&c->load, world->rank, &to));
     if (world->rank < mesh_world(&c->save.mesh))

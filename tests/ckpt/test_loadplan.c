@@ -1,6 +1,7 @@
 /* The schedule of a load, against what it must be: every wanted element is brought once, every block has one reader,
- * rounds keep their bounds, and nobody is left with all the reading. */
-#include "ckpt/loadplan.h"
+ * rounds keep their bounds, nobody is left with all the reading, and every rank's part of it says what the whole says.
+ */
+#include "ckpt/loadpart.h"
 #include "comm/base/mem.h"
 
 #include <setjmp.h>
@@ -126,6 +127,100 @@ static void check_rounds(const struct fixture *f, const struct load_plan *p)
     }
 }
 
+/* ---- parts */
+
+static bool same_copy(const struct reshard_copy *a, const struct reshard_copy *b)
+{
+    size_t n = (size_t)a->ndim * sizeof *a->len;
+    return a->ndim == b->ndim && a->src == b->src && a->dst == b->dst && !memcmp(a->len, b->len, n) &&
+           !memcmp(a->src_stride, b->src_stride, n) && !memcmp(a->dst_stride, b->dst_stride, n);
+}
+
+/* The part's block *at is the plan's block i as rank r sees it, if that has to do with it. */
+static void check_part_block(const struct fixture *f, const struct load_plan *p, uint64_t i, uint64_t number, int r,
+                             const struct load_want *sorted[], const uint64_t *first, const struct load_part *part,
+                             uint64_t *at)
+{
+    const struct load_block *b = &p->block[i];
+    const struct part_block *o = &part->block[*at];
+    uint64_t k = 0;
+    for (uint64_t u = b->first_use; u < b->first_use + b->uses; u++) {
+        const struct load_group *g = use_group(p, &p->use[u]);
+        for (uint64_t j = g->first; j < g->first + g->count; j++) {
+            int rank = sorted[p->member[j]]->rank;
+            if (rank != r && b->reader != r)
+                continue;
+            assert_true(*at < part->blocks && k < o->uses);
+            const struct part_use *x = &part->use[o->first_use + k++];
+            assert_int_equal(x->rank, rank);
+            assert_int_equal(x->want + first[rank], p->member[j]);
+            assert_int_equal(x->elems, p->use[u].elems);
+            assert_true(same_copy(&part->copy[x->copy], &p->list.copy[p->use[u].copy]));
+        }
+    }
+    if (!k)
+        return;
+    assert_int_equal(o->uses, k);
+    assert_true(o->piece == b->piece && o->block == b->block && o->round == b->round && o->reader == b->reader);
+    assert_int_equal(o->number, number);
+    assert_in_range(o->piece, f->tensor[o->tensor].first_piece,
+                    f->tensor[o->tensor].first_piece + f->tensor[o->tensor].piece_count - 1);
+    ++*at;
+}
+
+/* What is too short, or not of a part, is refused. */
+static void check_refused(const struct nodes_message *m)
+{
+    struct load_part part;
+    for (size_t n = 0; n < m->bytes; n += 1 + n / 7) {
+        status *st = load_part_unpack(m->data, n, &part);
+        assert_int_equal(status_code(st), ST_INTERNAL);
+        status_free(st);
+    }
+}
+
+/* The plan is made anew for wants by rank, as they are gathered. */
+static void check_parts(struct fixture *f)
+{
+    static struct load_want all[MAX_WANTS];
+    const struct load_want *sorted[MAX_WANTS];
+    uint64_t first[RANKS + 1] = { 0 }, n = 0;
+    struct load_plan p;
+    struct nodes_message *m = NULL;
+    for (int r = 0; r < RANKS; r++) {
+        for (uint64_t i = 0; i < f->wants; i++)
+            if (f->want[i].rank == r)
+                all[n++] = f->want[i];
+        first[r + 1] = n;
+    }
+    for (uint64_t i = 0; i < n; i++)
+        sorted[i] = &all[i];
+    assert_null(load_plan_make(&f->m, all, n, RANKS, &p));
+    assert_null(load_parts_pack(&p, all, first, RANKS, &m));
+    for (int r = 0; r < RANKS; r++) {
+        struct load_part part;
+        uint64_t at = 0, number[RANKS] = { 0 };
+        assert_null(load_part_unpack(m[r].data, m[r].bytes, &part));
+        check_refused(&m[r]);
+        for (uint64_t i = 0; i < p.blocks; i++)
+            check_part_block(f, &p, i, number[p.block[i].reader]++, r, sorted, first, &part, &at);
+        assert_int_equal(at, part.blocks);
+        assert_int_equal(part.rounds, p.rounds);
+        assert_int_equal(part.totals.storage_bytes, p.totals.storage_bytes);
+        assert_int_equal(part.totals.unique_bytes, p.totals.unique_bytes);
+        for (uint64_t k = 0; k < part.rounds; k++)
+            for (uint64_t i = part.round[k]; i < part.round[k + 1]; i++)
+                assert_int_equal(part.block[i].round, k);
+        assert_int_equal(part.round[part.rounds], part.blocks);
+        for (uint64_t i = 0; i < part.copies; i++) /* each once */
+            for (uint64_t k = i + 1; k < part.copies; k++)
+                assert_false(part.copies < 200 && same_copy(&part.copy[i], &part.copy[k]) && f->m.tensor_count == 1);
+        load_part_free(&part);
+    }
+    load_parts_free(m, RANKS);
+    load_plan_free(&p);
+}
+
 static void make(struct fixture *f, struct load_plan *p)
 {
     status *st = load_plan_make(&f->m, f->want, f->wants, RANKS, p);
@@ -133,6 +228,7 @@ static void make(struct fixture *f, struct load_plan *p)
     check_complete(f, p);
     check_blocks(f, p);
     check_rounds(f, p);
+    check_parts(f);
 }
 
 static void load_of(const struct fixture *f, const struct load_plan *p, uint64_t read[RANKS])
@@ -345,6 +441,33 @@ static void test_missing(void **state)
     status_free(st);
 }
 
+/* All want all of pieces that lie one behind another: a reader gets stretches of READ_RUN_BYTES, not a block here and
+ * there. */
+static void test_stretches(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct load_plan p;
+    uint64_t stretches = 0, length = 0;
+    init(&f);
+    add_tensor(&f, 40 * 256, 1024, 8); /* 5 MiB each */
+    for (int r = 0; r < RANKS; r++)
+        add_want(&f, 0, r, 0, 40 * 256, 200 * (uint64_t)r, 200);
+    add_want(&f, 0, 0, 0, 40 * 256, 1000, 24);
+    make(&f, &p);
+    static int reader[40];
+    for (uint64_t i = 0; i < p.blocks; i++)
+        reader[p.block[i].piece * 5 + p.block[i].block] = p.block[i].reader;
+    for (int i = 0; i < 40; i++) {
+        bool new = i == 0 || reader[i] != reader[i - 1];
+        length = new ? 1 : length + 1;
+        stretches += new;
+        assert_true(length <= READ_RUN_BYTES / META_BLOCK_BYTES);
+    }
+    assert_int_equal(stretches, 40 * META_BLOCK_BYTES / READ_RUN_BYTES);
+    load_plan_free(&p);
+}
+
 /* Everybody wants 60 MiB of its own, in files one after another: nobody reads for another, whoever comes first. */
 static void test_no_help_needed(void **state)
 {
@@ -366,7 +489,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_replicas_share), cmocka_unit_test(test_others_help),    cmocka_unit_test(test_own_reads),
         cmocka_unit_test(test_random),         cmocka_unit_test(test_amplification),  cmocka_unit_test(test_any_order),
-        cmocka_unit_test(test_missing),        cmocka_unit_test(test_no_help_needed),
+        cmocka_unit_test(test_missing),        cmocka_unit_test(test_no_help_needed), cmocka_unit_test(test_stretches),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

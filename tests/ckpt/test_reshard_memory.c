@@ -1,19 +1,44 @@
 /* tessera_reshard where the grid (test_grid.c) does not go: strided memory on both sides, casts, replicas, tensors of
- * several checksum blocks and rounds, selection, and what is refused. Ranks are threads. */
+ * several checksum blocks and rounds, selection, and what is refused; on one node that shares memory, or cannot, and on
+ * several. Ranks are threads. */
 #include "ckpt/cast.h"
 #include "comm/base/mem.h"
 #include "tests/support/comm_threads.h"
 #include "tests/support/fake_state.h"
 #include "tests/support/test_root.h"
 
+#include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <cmocka.h>
 
 enum { ROWS = 37 };
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+enum { FEW = 1 };
+#else
+enum { FEW = 0 };
+#endif
+enum placing { ONE_NODE, ONE_NODE_NO_WINDOW, PAIRS, ALTERNATE, ALONE, PLACINGS };
+
+static atomic_bool no_windows;
+static atomic_int windows; /* made */
+
+int __real_memfd_create(const char *name, unsigned flags);
+int __wrap_memfd_create(const char *name, unsigned flags);
+int __wrap_memfd_create(const char *name, unsigned flags)
+{
+    if (no_windows) {
+        errno = ENOSYS;
+        return -1;
+    }
+    windows++;
+    return __real_memfd_create(name, flags);
+}
 
 struct job {
     struct store *store;
@@ -21,7 +46,19 @@ struct job {
     int step;              /* elements between neighbours in a row, of both sides */
     bool columns, replica; /* how `to` is cut; `from` lies whole on every rank */
     int from_type, to_type;
+    enum placing placing;
 };
+
+static status *place(tessera *t, const struct comm *world, enum placing how)
+{
+    char host[16];
+    snprintf(host, sizeof host, "h%d",
+             how == PAIRS       ? world->rank / 2
+             : how == ALTERNATE ? world->rank % 2
+             : how == ALONE     ? world->rank
+                                : 0);
+    return ckpt_set_node(t, host);
+}
 
 struct half {
     tessera_state *state;
@@ -96,6 +133,7 @@ static status *move_job(struct comm *world, void *arg)
     struct half from, to;
     tessera *t;
     TRY(ckpt_open(&o, world, NULL, j->store, &t));
+    TRY(place(t, world, j->placing));
     TRY(half_open(j, j->from_type, world->rank, world->size, false, j->replica, &from));
     TRY(half_open(j, j->to_type, world->rank, world->size, j->columns, false, &to));
     half_is(j, &from, true);
@@ -115,6 +153,7 @@ static status *move_job(struct comm *world, void *arg)
 static void test_moves(void **state)
 {
     (void)state;
+    int number = 0;
     static const uint64_t cols[] = { 1, 3, 64, 1001, 90001 }; /* 90001: 13 MiB of f32, several rounds a rank */
     for (int ranks = 1; ranks <= 4; ranks++)
         for (size_t i = 0; i < sizeof cols / sizeof *cols; i++)
@@ -127,9 +166,34 @@ static void test_moves(void **state)
                 j.replica = kind % 4 >= 2;
                 j.from_type = TESSERA_F32;
                 j.to_type = kind >= 9 ? TESSERA_F64 : TESSERA_F32;
+                j.placing = (enum placing)(number++ % PLACINGS);
+                no_windows = j.placing == ONE_NODE_NO_WINDOW;
+                int before = windows;
                 assert_ok(comm_threads_run(ranks, move_job, &j));
+                if (ranks == 1 || j.placing == ONE_NODE_NO_WINDOW || j.placing == ALONE)
+                    assert_int_equal(windows, before);
+                else if (j.placing == ONE_NODE && j.columns && !j.replica && cols[i] > 3)
+                    assert_int_equal(windows, before + 1);
+                no_windows = false;
                 root_close(&r);
             }
+}
+
+/* Many rounds and slots, every way. */
+static void test_placings(void **state)
+{
+    (void)state;
+    for (int placing = 0; placing < PLACINGS; placing++)
+        for (int columns = FEW; columns < 2; columns++) {
+            struct root r = root_open(true);
+            struct job j = { .store = r.store, .cols = 60001, .step = 1, .columns = columns };
+            j.from_type = j.to_type = TESSERA_F32;
+            j.placing = (enum placing)placing;
+            no_windows = j.placing == ONE_NODE_NO_WINDOW;
+            assert_ok(comm_threads_run(4, move_job, &j));
+            no_windows = false;
+            root_close(&r);
+        }
 }
 
 /* What `from` lacks, and what is not whole. */
@@ -178,6 +242,7 @@ static void test_refused(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(test_moves), cmocka_unit_test(test_refused) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(test_moves), cmocka_unit_test(test_placings),
+                                        cmocka_unit_test(test_refused) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
