@@ -1,4 +1,4 @@
-/* base: status, memory, arena, queue, pool, threads and workers, bytes, dtypes, log, clock. */
+/* base: status, memory, arena, pool, threads and workers, bytes, dtypes, log, clock. */
 #include "comm/base/arena.h"
 #include "comm/base/bytes.h"
 #include "comm/base/clock.h"
@@ -273,100 +273,7 @@ static void test_arena_cap(void **state)
     arena_fini(&a);
 }
 
-/* ---- queue, pool ---- */
-
-static void test_queue(void **state)
-{
-    (void)state;
-    struct queue q;
-    int item[5];
-    void *got = NULL;
-    status *st = queue_init(&q, 0);
-    assert_int_equal(status_code(st), ST_INVALID);
-    status_free(st);
-    queue_fini(&q);
-    assert_ok(queue_init(&q, 3));
-    assert_false(queue_try_get(&q, &got));
-    for (int lap = 0; lap < 4; lap++) { /* the ring wraps */
-        for (int i = 0; i < 3; i++)
-            assert_true(queue_try_put(&q, &item[i]));
-        assert_false(queue_try_put(&q, &item[3]));
-        for (int i = 0; i < 2; i++) {
-            assert_true(queue_get(&q, &got));
-            assert_ptr_equal(got, &item[i]);
-        }
-        assert_true(queue_put(&q, &item[4]));
-        assert_true(queue_get(&q, &got));
-        assert_ptr_equal(got, &item[2]);
-        assert_true(queue_get(&q, &got));
-        assert_ptr_equal(got, &item[4]);
-    }
-    assert_true(queue_put(&q, &item[0]));
-    queue_close(&q);
-    assert_false(queue_put(&q, &item[1]));
-    assert_false(queue_try_put(&q, &item[1]));
-    assert_true(queue_get(&q, &got)); /* what is in it can still be taken */
-    assert_ptr_equal(got, &item[0]);
-    assert_false(queue_get(&q, &got));
-    queue_fini(&q);
-}
-
-struct passing {
-    struct queue *q;
-    atomic_size_t sum;
-};
-
-static status *consume(void *p)
-{
-    struct passing *s = p;
-    void *item;
-    while (queue_get(s->q, &item))
-        atomic_fetch_add(&s->sum, (size_t)item);
-    return ERR(CANCELLED, "closed");
-}
-
-static status *fill_until_closed(void *p)
-{
-    struct passing *s = p;
-    while (queue_put(s->q, (void *)(size_t)1))
-        ;
-    return NULL;
-}
-
-/* Waiting getters and putters pass everything on once, and close wakes them. */
-static void test_queue_threads(void **state)
-{
-    (void)state;
-    struct queue q;
-    struct thread t[3];
-    assert_ok(queue_init(&q, 2));
-    struct passing s = { .q = &q };
-    for (int i = 0; i < 3; i++)
-        assert_ok(thread_start(&t[i], "a name longer than fifteen", consume, &s));
-    for (size_t i = 1; i <= 3000; i++)
-        assert_true(queue_put(&q, (void *)i));
-    queue_close(&q);
-    for (int i = 0; i < 3; i++) {
-        status *st = thread_join(&t[i]);
-        assert_int_equal(status_code(st), ST_CANCELLED); /* join returns what the function returned */
-        status_free(st);
-        assert_null(thread_join(&t[i]));
-    }
-    assert_int_equal(s.sum, 3000 * 3001 / 2);
-    queue_fini(&q);
-    assert_ok(queue_init(&q, 2));
-    for (int i = 0; i < 3; i++)
-        assert_ok(thread_start(&t[i], "putter", fill_until_closed, &s));
-    for (bool full = false; !full; full = !queue_try_put(&q, &s))
-        ;
-    clock_sleep_us(2000); /* lets them wait in queue_put, where close must reach them; not needed for the result */
-    queue_close(&q);
-    for (int i = 0; i < 3; i++)
-        assert_ok(thread_join(&t[i]));
-    queue_fini(&q);
-    struct thread never = { 0 };
-    assert_null(thread_join(&never));
-}
+/* ---- pool ---- */
 
 static status *take_block(void *p)
 {
@@ -393,12 +300,17 @@ static void test_pool(void **state)
         pool_put(&p, b[i]);
     }
     assert_int_equal(pool_free_count(&p), 5);
+    for (int i = 0; i < 7; i++) { /* what was touched last comes first, and nothing else is touched */
+        assert_ptr_equal(pool_get(&p), b[4]);
+        pool_put(&p, b[4]);
+    }
     for (int i = 0; i < 5; i++)
         b[i] = pool_get(&p);
     struct thread t;
-    assert_ok(thread_start(&t, "waits", take_block, &p));
+    assert_ok(thread_start(&t, "a name longer than fifteen", take_block, &p));
     pool_put(&p, b[0]); /* wakes the one that waits */
     assert_ok(thread_join(&t));
+    assert_null(thread_join(&t));
     assert_ok(thread_start(&t, "waits", take_block, &p));
     pool_close(&p);
     status *st = thread_join(&t);
@@ -416,6 +328,55 @@ static void test_pool(void **state)
     assert_int_equal(status_code(st), ST_INVALID);
     status_free(st);
     pool_fini(&p);
+}
+
+struct sharing {
+    struct pool pool;
+    atomic_uint used[3]; /* by block */
+};
+
+static status *use_blocks(void *p)
+{
+    struct sharing *s = p;
+    unsigned char *b;
+    while ((b = pool_get(&s->pool))) {
+        atomic_uint *used = &s->used[(b - s->pool.memory) / 100];
+        if (atomic_fetch_add(used, 1)) /* somebody else has it */
+            return ERR(INTERNAL, "a block was handed out twice");
+        clock_sleep_us(*b % 7); /* another turn each time; not needed for the result */
+        (*b)++;
+        atomic_fetch_sub(used, 1);
+        pool_put(&s->pool, b);
+    }
+    return ERR(CANCELLED, "closed");
+}
+
+/* A block is one thread's until it is put back; close ends those that wait and those that do not. */
+static void test_pool_threads(void **state)
+{
+    (void)state;
+    unsigned char memory[3 * 100] = { 0 };
+    struct sharing s = { 0 };
+    struct thread t[5];
+    assert_ok(pool_init(&s.pool, memory, 100, 3));
+    for (int i = 0; i < 5; i++)
+        assert_ok(thread_start(&t[i], "shares", use_blocks, &s));
+    for (int i = 0; i < 500; i++) {
+        unsigned char *b = pool_get(&s.pool);
+        assert_int_equal(atomic_fetch_add(&s.used[(b - memory) / 100], 1), 0);
+        atomic_fetch_sub(&s.used[(b - memory) / 100], 1);
+        pool_put(&s.pool, b);
+    }
+    pool_close(&s.pool);
+    for (int i = 0; i < 5; i++) {
+        status *st = thread_join(&t[i]);
+        assert_int_equal(status_code(st), ST_CANCELLED); /* join returns what the function returned */
+        status_free(st);
+    }
+    assert_int_equal(pool_free_count(&s.pool), 3);
+    pool_fini(&s.pool);
+    struct thread never = { 0 };
+    assert_null(thread_join(&never));
 }
 
 /* ---- workers ---- */
@@ -589,12 +550,12 @@ static void test_clock(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_status),      cmocka_unit_test(test_status_null), cmocka_unit_test(test_status_first),
-        cmocka_unit_test(test_status_long), cmocka_unit_test(test_status_sys),  cmocka_unit_test(test_log),
-        cmocka_unit_test(test_mem),         cmocka_unit_test(test_arena),       cmocka_unit_test(test_arena_marks),
-        cmocka_unit_test(test_arena_cap),   cmocka_unit_test(test_queue),       cmocka_unit_test(test_queue_threads),
-        cmocka_unit_test(test_pool),        cmocka_unit_test(test_workers),     cmocka_unit_test(test_bytes),
-        cmocka_unit_test(test_hash),        cmocka_unit_test(test_dtype),       cmocka_unit_test(test_clock),
+        cmocka_unit_test(test_status),      cmocka_unit_test(test_status_null),  cmocka_unit_test(test_status_first),
+        cmocka_unit_test(test_status_long), cmocka_unit_test(test_status_sys),   cmocka_unit_test(test_log),
+        cmocka_unit_test(test_mem),         cmocka_unit_test(test_arena),        cmocka_unit_test(test_arena_marks),
+        cmocka_unit_test(test_arena_cap),   cmocka_unit_test(test_pool_threads), cmocka_unit_test(test_pool),
+        cmocka_unit_test(test_workers),     cmocka_unit_test(test_bytes),        cmocka_unit_test(test_hash),
+        cmocka_unit_test(test_dtype),       cmocka_unit_test(test_clock),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
