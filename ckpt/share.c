@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GAP_BYTES = 64 << 10 }; /* zeros worth writing to keep a chunk going */
+enum { GAP_BYTES = 64 << 10, /* zeros worth writing to keep a chunk going */ LEAST_CHUNKS = 16 };
 
 void roster_free(struct roster *r)
 {
@@ -194,9 +194,12 @@ static void close_chunk(struct share *s, struct share_chunk *c)
     s->data_chunks++;
 }
 
-static struct share_chunk *new_chunk(struct share *s, uint32_t file, uint64_t offset)
+static struct share_chunk *new_chunk(struct share *s, uint64_t piece, uint64_t offset)
 {
-    s->chunk[s->chunks] = (struct share_chunk){ .file = file, .offset = offset, .first_segment = s->segments };
+    uint32_t file = s->piece[piece].file;
+    s->chunk[s->chunks] = (struct share_chunk){
+        .file = file, .first_piece = (uint32_t)piece, .offset = offset, .first_segment = s->segments
+    };
     s->file[file].chunks++;
     return &s->chunk[s->chunks++];
 }
@@ -212,42 +215,84 @@ static uint64_t fits(const struct share_chunk *c, const struct share_piece *q, u
     return left <= room ? left : room / META_BLOCK_BYTES * META_BLOCK_BYTES;
 }
 
-static void cut_chunks(struct share *s, uint64_t chunk_bytes)
+/* Most that one chunk holds: whole checksum blocks. */
+static uint64_t most_of_chunk(const struct share *s)
+{
+    uint64_t blocks = s->payload_bytes / LEAST_CHUNKS / META_BLOCK_BYTES + 1;
+    return blocks * META_BLOCK_BYTES < s->chunk_bytes ? blocks * META_BLOCK_BYTES : s->chunk_bytes;
+}
+
+/* Put piece i behind what chunk c (NULL: none) holds, and into as many more chunks as it takes; before the first piece
+ * of a file, its header. Returns the last chunk. */
+static struct share_chunk *cut_piece(struct share *s, uint64_t i, struct share_chunk *c, uint64_t most)
+{
+    const struct share_piece *q = &s->piece[i];
+    if (!s->file[q->file].chunks) {
+        close_chunk(s, c);
+        c = new_chunk(s, i, 0);
+        c->bytes = s->file[q->file].image.header_bytes;
+    }
+    for (uint64_t lo = 0; lo < q->bytes;) {
+        uint64_t n = fits(c, q, lo, most);
+        if (!n) {
+            close_chunk(s, c);
+            c = new_chunk(s, i, q->offset + lo);
+            n = q->bytes - lo < most ? q->bytes - lo : most;
+        }
+        uint64_t at = q->offset + lo - c->offset;
+        s->segment[s->segments++] = (struct share_segment){ .piece = (uint32_t)i, .lo = lo, .hi = lo + n, .at = at };
+        c->segments++;
+        c->payload_bytes += n;
+        c->bytes = at + n;
+        lo += n;
+    }
+    return c;
+}
+
+static int by_first_piece(const void *va, const void *vb)
+{
+    const struct share_chunk *a = va, *b = vb;
+    if (a->first_piece != b->first_piece)
+        return a->first_piece < b->first_piece ? -1 : 1;
+    return a->offset < b->offset ? -1 : a->offset > b->offset; /* of one file, then */
+}
+
+/* Pieces of this rank's own tensors: file by file. */
+static void cut_own(struct share *s, uint64_t most)
+{
+    for (uint32_t f = 0; f < s->files; f++) {
+        struct share_chunk *c = NULL;
+        for (uint64_t i = 0; i < s->own_pieces; i++)
+            if (s->piece[i].file == f)
+                c = cut_piece(s, i, c, most);
+        close_chunk(s, c);
+    }
+    if (s->chunks)
+        qsort(s->chunk, s->chunks, sizeof *s->chunk, by_first_piece);
+    for (uint64_t i = 0, past = 0; i < s->own_pieces; i++) {
+        while (past < s->chunks && s->chunk[past].first_piece <= i)
+            past++;
+        s->piece[i].past_chunk = past;
+    }
+    s->tensor_chunks = s->own_chunks = s->chunks;
+}
+
+/* Merged ones, whose bytes others send in the order of the pieces: as they come. */
+static void cut_merged(struct share *s, uint64_t most)
 {
     struct share_chunk *c = NULL;
-    for (uint64_t i = 0; i < s->pieces; i++) {
-        const struct share_piece *q = &s->piece[i];
-        struct share_file *f = &s->file[q->file];
-        if (i == s->own_pieces) { /* from here on others' bytes are waited for */
-            close_chunk(s, c);
-            c = NULL;
-            s->tensor_chunks = s->own_chunks = s->chunks;
-        }
-        if (!f->chunks) {
-            close_chunk(s, c);
-            c = new_chunk(s, q->file, 0);
-            c->bytes = f->image.header_bytes;
-        }
-        for (uint64_t lo = 0; lo < q->bytes;) {
-            uint64_t n = fits(c, q, lo, chunk_bytes);
-            if (!n) {
-                close_chunk(s, c);
-                c = new_chunk(s, q->file, q->offset + lo);
-                n = q->bytes - lo < chunk_bytes ? q->bytes - lo : chunk_bytes;
-            }
-            uint64_t at = q->offset + lo - c->offset;
-            s->segment[s->segments++] =
-                (struct share_segment){ .piece = (uint32_t)i, .lo = lo, .hi = lo + n, .at = at };
-            c->segments++;
-            c->payload_bytes += n;
-            c->bytes = at + n;
-            lo += n;
-        }
-        s->piece[i].past_chunk = q->bytes ? s->chunks : i ? q[-1].past_chunk : 0;
+    for (uint64_t i = s->own_pieces; i < s->pieces; i++) {
+        c = cut_piece(s, i, c, most);
+        s->piece[i].past_chunk = s->chunks;
     }
     close_chunk(s, c);
-    if (s->own_pieces == s->pieces)
-        s->tensor_chunks = s->own_chunks = s->chunks;
+}
+
+static void cut_chunks(struct share *s)
+{
+    const uint64_t most = most_of_chunk(s);
+    cut_own(s, most);
+    cut_merged(s, most);
 }
 
 status *share_make(const struct plan *p, const struct roster *r, int rank, uint64_t chunk_bytes, struct share **out)
@@ -257,6 +302,7 @@ status *share_make(const struct plan *p, const struct roster *r, int rank, uint6
         return ERR(NO_MEMORY, "a share");
     s->pieces = r->first[rank + 1] - r->first[rank];
     s->files = r->files[rank];
+    s->chunk_bytes = chunk_bytes;
     size_t n = s->pieces ? s->pieces : 1, blocks = r->crcs[rank];
     s->piece = mem_calloc(n, sizeof *s->piece);
     s->by_plan = mem_calloc(n, sizeof *s->by_plan);
@@ -277,7 +323,7 @@ status *share_make(const struct plan *p, const struct roster *r, int rank, uint6
         share_free(s);
         return st;
     }
-    cut_chunks(s, chunk_bytes);
+    cut_chunks(s);
     *out = s;
     return NULL;
 }

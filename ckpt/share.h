@@ -3,9 +3,11 @@
  * calls no HDF5 and allocates nothing.
  *
  * A chunk is a stretch of one file, filled in memory exactly as it will lie there (pieces at their offsets, zeros
- * between), so that many small tensors leave in one write. Invariants: chunks follow the order of the state; a checksum
- * block (META_BLOCK_BYTES of a piece's payload) lies whole in one chunk; chunks and segments start at multiples of 4
- * KiB of their file, and chunks do not overlap. */
+ * between), so that many small tensors leave in one write. Each file fills chunks of its own, however its pieces
+ * alternate with those of other files. Invariants: chunks follow the order of the state by the first piece in them; a
+ * checksum block (META_BLOCK_BYTES of a piece's payload) lies whole in one chunk; chunks and segments start at
+ * multiples of 4 KiB of their file, and chunks do not overlap. A chunk has at most chunk_bytes, and not much more than
+ * a 16th of the share, so that a rank's writers end together. */
 #ifndef TESSERA_CKPT_SHARE_H
 #define TESSERA_CKPT_SHARE_H
 
@@ -52,7 +54,7 @@ struct share_segment {
 };
 
 struct share_chunk {
-    uint32_t file;
+    uint32_t file, first_piece; /* first_piece: of its segments; a header's: of the file */
     uint64_t offset, bytes;
     uint64_t payload_bytes;           /* of its segments */
     uint64_t first_segment, segments; /* no segments: the file's header */
@@ -76,6 +78,7 @@ struct share {
     uint32_t *crc; /* [crcs] of the save in flight */
     uint64_t pieces, files, segments, chunks, crcs;
     uint64_t payload_bytes;
+    uint64_t chunk_bytes;   /* as given; a chunk may be smaller */
     uint64_t block_bytes;   /* largest chunk with segments, up to 4 KiB; 0: none */
     uint64_t data_chunks;   /* chunks with segments */
     uint64_t own_pieces;    /* those before the merged ones */
