@@ -31,7 +31,7 @@ enum {
     OPTIONS_BYTES = offsetof(struct tessera_options, warn_arg) + sizeof(void *),
     TICK_BYTES = offsetof(struct tessera_tick, committed) + sizeof(uint64_t)
 };
-enum { DEFAULT_CHUNK = 16 << 20, DEFAULT_LEASE_SECONDS = 30, MAX_WRITERS = 64 };
+enum { DEFAULT_CHUNK = 16 << 20, DEFAULT_WRITERS = 2, DEFAULT_LEASE_SECONDS = 30, MAX_WRITERS = 64 };
 
 /* ---- errors of the public API are statuses */
 
@@ -100,7 +100,7 @@ static status *read_options(const struct tessera_options *in, bool has_store, st
         return ERR(INVALID, "options: irregular %d; legal are TESSERA_AS_GIVEN, TESSERA_MERGE and TESSERA_GATHER",
                    o->irregular);
     o->chunk_bytes = o->chunk_bytes ? o->chunk_bytes : DEFAULT_CHUNK;
-    o->writers = o->writers ? o->writers : 1;
+    o->writers = o->writers ? o->writers : DEFAULT_WRITERS;
     o->lease_seconds = o->lease_seconds ? o->lease_seconds : DEFAULT_LEASE_SECONDS;
     return NULL;
 }
@@ -190,6 +190,7 @@ static status *open_writing(tessera *t)
         .store = t->store,
         .writers = t->o.writers,
         .rank = t->x->rank,
+        .node_ranks = t->nodes.node->size,
         .attempt = t->attempt,
         .hand = merge_hand,
         .hand_arg = t->merge,
@@ -511,6 +512,8 @@ status *tessera_wait(tessera *t, uint64_t *committed)
     status *st = NULL;
     while (!st && t->save.phase != TESSERA_IDLE) {
         st = tick(t, none);
+        if (t->save.phase == TESSERA_VOTE || t->save.phase == TESSERA_COMMIT)
+            pause.max_us = 100; /* a few milliseconds, of several ticks */
         if (!st && t->save.phase != TESSERA_IDLE)
             backoff_wait(&pause);
     }

@@ -32,6 +32,7 @@ struct pipeline {
     struct writer *writer;  /* [o.writers] */
     struct file *file;      /* [files] */
     uint64_t chunks, files; /* of the share that was prepared */
+    bool small;             /* it is staged at once */
     struct share
         *share; /* of the save in flight or the last one; set by the training thread while nothing is in flight */
     uint64_t step, saves; /* set as share is; saves: how many were started */
@@ -117,6 +118,36 @@ static status *write_staged(struct share *s, const struct share_chunk *c, struct
     return timed_write(w, c->offset, block, c->bytes, &clock[REPORT_WRITE]);
 }
 
+static void *block_for_rest(void *arg)
+{
+    struct pipeline *p = arg;
+    return stage_try_block(&p->stage);
+}
+
+static size_t live_piece_bytes(const struct pipeline_options *o)
+{
+    enum { LEAST = 256 << 10, MOST = 4 << 20, GRAIN = 64 << 10 };
+    size_t n = LIVE_FLIGHT_BYTES / ((size_t)o->writers * (size_t)o->node_ranks) / GRAIN * GRAIN;
+    return n < LEAST ? LEAST : n > MOST ? MOST : n;
+}
+
+/* From the tensors, as long as nobody wants to overwrite them. */
+static status *write_live(struct pipeline *p, int writer, struct live *l)
+{
+    l->bounce = stage_bounce(&p->stage, writer);
+    l->bounce_bytes = BOUNCE_BYTES;
+    l->piece_bytes = live_piece_bytes(&p->o);
+    l->block = block_for_rest;
+    l->arg = p;
+    status *st = live_write(l);
+    stage_release(&p->stage, writer, st ? 0 : l->c->payload_bytes);
+    if (!l->given)
+        return st;
+    st = live_write_rest(l);
+    stage_give(&p->stage, l->given);
+    return st;
+}
+
 /* Write what a writer has taken; *live: how much of it was not copied. */
 static status *write_chunk(struct pipeline *p, int writer, const struct stage_item *it, uint64_t *live,
                            struct report_clock clock[REPORT_STAGES])
@@ -133,7 +164,10 @@ static status *write_chunk(struct pipeline *p, int writer, const struct stage_it
         return timed_write(w, c->offset, s->file[c->file].image.header, c->bytes, &clock[REPORT_WRITE]);
     if (!it->live)
         return write_staged(s, c, w, it->block, clock);
-    return live_write(s, c, w, stage_bounce(&p->stage, writer), BOUNCE_BYTES, live, clock);
+    struct live l = { .s = s, .c = c, .w = w, .clock = clock };
+    status *st = write_live(p, writer, &l);
+    *live = l.straight;
+    return st;
 }
 
 static void end_save(struct pipeline *p)
@@ -190,7 +224,7 @@ static void handle(struct writer *w, const struct stage_item *it, uint64_t waite
             fail(p, st);
     }
     if (it->live)
-        stage_release(&p->stage, w->index, written);
+        stage_release(&p->stage, w->index, 0); /* also when it was never looked at */
     if (it->block)
         stage_give(&p->stage, it->block);
     pthread_mutex_lock(&p->synced.lock);
@@ -293,6 +327,15 @@ void pipeline_close(struct pipeline *p)
     mem_free(p);
 }
 
+/* What is resident from the start: so much that this and all else that saves take (books, votes, HDF5's own: some MiB)
+ * stay below the cap. The rest is for a first fence that comes before a 16th of the share is written. */
+static uint64_t touched_blocks(const struct share *s, uint64_t staging_bytes, uint64_t bounce)
+{
+    uint64_t cap = staging_bytes < s->payload_bytes ? staging_bytes : s->payload_bytes;
+    uint64_t others = cap / 16 + (8 << 20) + bounce;
+    return s->block_bytes && cap > others ? (cap - others) / s->block_bytes : 0;
+}
+
 status *pipeline_prepare(struct pipeline *p, const struct share *s, uint64_t staging_bytes)
 {
     struct file *file = mem_calloc(s->files ? s->files : 1, sizeof *file);
@@ -307,7 +350,9 @@ status *pipeline_prepare(struct pipeline *p, const struct share *s, uint64_t sta
     uint64_t blocks = s->block_bytes ? room / s->block_bytes : 0;
     blocks = blocks < 2 ? 2 : blocks;
     blocks = blocks > s->data_chunks ? s->data_chunks : blocks;
-    return stage_prepare(&p->stage, s->block_bytes, blocks, s->chunks);
+    p->small = s->payload_bytes <= s->chunk_bytes && blocks == s->data_chunks;
+    uint64_t touched = p->small ? blocks : touched_blocks(s, staging_bytes, bounce);
+    return stage_prepare(&p->stage, s->block_bytes, blocks, touched < blocks ? touched : blocks, s->chunks);
 }
 
 void pipeline_start(struct pipeline *p, struct share *s, uint64_t step)
@@ -330,7 +375,7 @@ void pipeline_start(struct pipeline *p, struct share *s, uint64_t step)
     p->synced.retries = atomic_load(&p->o.store->retries);
     atomic_store(&p->failed, false);
     pthread_mutex_unlock(&p->synced.lock);
-    stage_start(&p->stage, s, p->o.dev->host && !atomic_load(&p->buffered));
+    stage_start(&p->stage, s, p->o.dev->host && !atomic_load(&p->buffered) && !p->small);
 }
 
 uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes)

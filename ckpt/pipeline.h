@@ -5,7 +5,14 @@
  *                                                                  -> [all files] drained
  *
  * On a host device, and while the store takes bytes straight from memory (store_writer_direct), chunks are written from
- * the tensors until the first fence; else, and afterwards, from staging.
+ * the tensors until the first fence; else, and afterwards, from staging. A share of no more than chunk_bytes is staged
+ * at once, if all of it fits: copying it is over long before the first fence, while a write may wait for the disk.
+ *
+ * A fence waits for what writers have given to the storage from tensors, and for copies: one write of each writer,
+ * small enough that those of a node's ranks together are LIVE_FLIGHT_BYTES (but each 256 KiB to 4 MiB), then the rest
+ * of each writer's chunk and of the chunks before the fenced range. On a node of R ranks with W writers each, with a
+ * disk of `rate` and memory copied at `memory`, and blocks for all (staging_bytes 0): wait <= W R piece / rate + (W
+ * chunk_bytes + what is left before the range) / memory, piece = max(256 KiB, min(4 MiB, LIVE_FLIGHT_BYTES / (W R)))
  *
  * Invariants: (1) the first error sticks; after it nothing more is copied or written, but every chunk still passes, so
  * the end is always reached and every block comes back; (2) when a save that failed is over, no writer is open:
@@ -19,11 +26,14 @@
 #include "comm/device/device.h"
 #include "storage/store.h"
 
+enum { LIVE_FLIGHT_BYTES = 16 << 20 };
+
 struct pipeline;
 struct pipeline_options {
     struct device *dev;
     struct store *store;
     int writers, rank;
+    int node_ranks; /* how many ranks of this node save at the same time */
     uint64_t attempt;
     bool (*hand)(void *arg, uint64_t chunk, void *block); /* as in stage_sink; back by pipeline_filled */
     void *hand_arg;

@@ -36,14 +36,19 @@ static status *fill(struct stage *g, const struct share *s, const struct share_c
     return g->dev->host ? NULL : g->dev->ops->stream_sync(g->dev, g->stream);
 }
 
+static void note_peak_locked(struct stage *g)
+{
+    size_t used = g->pool.count - pool_free_count(&g->pool);
+    g->synced.peak_blocks = used > g->synced.peak_blocks ? used : g->synced.peak_blocks;
+}
+
 static void *take_block(struct stage *g, uint64_t *waited_ns)
 {
     uint64_t begin = clock_ns();
     void *block = pool_get(&g->pool);
     *waited_ns = clock_ns() - begin;
-    size_t used = g->pool.count - pool_free_count(&g->pool);
     pthread_mutex_lock(&g->synced.lock);
-    g->synced.peak_blocks = used > g->synced.peak_blocks ? used : g->synced.peak_blocks;
+    note_peak_locked(g);
     pthread_mutex_unlock(&g->synced.lock);
     return block;
 }
@@ -105,7 +110,8 @@ static bool try_take_locked(struct stage *g, int writer, struct stage_item *out)
     if (!g->synced.live || g->synced.next >= g->synced.own_chunks)
         return false;
     *out = (struct stage_item){ .chunk = g->synced.next++, .live = true };
-    g->synced.reading[writer] = out->chunk;
+    if (g->synced.share->chunk[out->chunk].segments) /* a header is no tensor's */
+        g->synced.reading[writer] = out->chunk;
     return true;
 }
 
@@ -140,6 +146,16 @@ void stage_filled(struct stage *g, uint64_t chunk, void *block)
     g->synced.ready[g->synced.put++] = (struct stage_item){ .chunk = chunk, .block = block };
     pthread_cond_broadcast(&g->synced.changed);
     pthread_mutex_unlock(&g->synced.lock);
+}
+
+void *stage_try_block(struct stage *g)
+{
+    pthread_mutex_lock(&g->synced.lock);
+    void *block = g->synced.live ? NULL : pool_try_get(&g->pool);
+    if (block)
+        note_peak_locked(g);
+    pthread_mutex_unlock(&g->synced.lock);
+    return block;
 }
 
 void *stage_bounce(struct stage *g, int writer)
@@ -252,7 +268,7 @@ void stage_close(struct stage *g)
     g->dev = NULL;
 }
 
-status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, uint64_t chunks)
+status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, size_t touched, uint64_t chunks)
 {
     if (chunks > g->synced.room) {
         struct stage_item *ready = mem_array(g->synced.ready, chunks, sizeof *ready);
@@ -276,6 +292,8 @@ status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, uint64
     }
     g->memory = memory;
     g->memory_bytes = bytes;
+    memset(g->memory, 0, touched * block_bytes);
+    memset(g->memory + blocks * block_bytes, 0, bytes - blocks * block_bytes);
     return NULL;
 }
 

@@ -2,8 +2,8 @@
  *
  * Every chunk is taken once, in order, by one of two: a writer, which writes it from live memory, or the capture
  * thread, which copies it into a block of staging memory; writers take the blocks. A save begins live or not; the first
- * fence ends live for the rest of the save, and from then on the capture thread copies ahead as far as there are
- * blocks.
+ * fence ends live for the rest of the save: from then on the capture thread copies ahead as far as there are blocks,
+ * and a writer that has a live chunk in hand copies what is left of it (stage_try_block).
  *
  *   [0 .. next) taken | [next .. chunks) nobody's          live:      next -> a writer
  *                                                          not live:  next -> capture thread -> ready -> a writer
@@ -75,9 +75,10 @@ status *stage_open(struct stage *g, struct device *dev, int writers, struct stag
 void stage_quit(struct stage *g);
 /* End the thread and free the memory; after stage_quit and the last stage_take. */
 void stage_close(struct stage *g);
-/* Have `blocks` blocks of block_bytes, touched, and room for the books of a share of `chunks`. Only while nothing is
- * captured. */
-status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, uint64_t chunks) WARN_UNUSED;
+/* Have `blocks` blocks of block_bytes, and room for the books of a share of `chunks`. `touched` of the blocks, which
+ * are used first, are resident from here on; the others from the first time that so many are in use at once. Only while
+ * nothing is captured. */
+status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, size_t touched, uint64_t chunks) WARN_UNUSED;
 /* Begin with s; live only on a host device. */
 void stage_start(struct stage *g, struct share *s, bool live);
 
@@ -88,6 +89,8 @@ void stage_release(struct stage *g, int writer, uint64_t bytes);
 void stage_give(struct stage *g, void *block);
 /* What the sink has taken over is filled, or never will be; the writers take it from here. */
 void stage_filled(struct stage *g, uint64_t chunk, void *block);
+/* For a writer between two parts of a live chunk: NULL while it shall go on, else a block to copy the rest into. */
+void *stage_try_block(struct stage *g);
 void *stage_bounce(struct stage *g, int writer);
 /* From here on everything is copied. */
 void stage_end_live(struct stage *g);

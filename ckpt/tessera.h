@@ -120,11 +120,15 @@ struct tessera_options {
                       * writer's retention, for a minute at most if this job dies */
     int keep_last;   /* committed steps that stay, at least 0; older ones are removed after a commit; 0: all stay */
     int rewind;      /* 1: loading a step below the newest retires the later ones; 0: that is INVALID */
-    uint64_t staging_bytes; /* cap of the staging pool of this rank; 0: the bytes this rank writes in a save. With less,
-                             * fences may wait for storage. 2 MiB and 256 KiB a writer are always taken */
-    uint64_t chunk_bytes; /* unit of capture and writing; 0: 16 MiB; a multiple of 4 KiB. Used in whole MiB, at least 1,
-                           * at most half of staging_bytes */
-    int writers;          /* writer threads of this rank, at most 64; 0: 1 */
+    uint64_t staging_bytes; /* cap of the staging pool of this rank; 0: the bytes this rank writes in a save, in whole
+                             * chunks. With less, fences may wait for storage. 2 MiB and 256 KiB a writer are always
+                             * taken. Of the pool 15/16 less 8 MiB are resident from the first save on, the rest once it
+                             * is needed */
+    /* Most that is captured and written as one; 0: 16 MiB; a multiple of 4 KiB. Whole MiB are used: at least 1, at most
+     * half of staging_bytes and a 16th of what this rank writes. A rank that writes no more than this has all of it
+     * staged at once */
+    uint64_t chunk_bytes;
+    int writers;            /* writer threads of this rank, at most 64; 0: 2 */
     uint32_t lease_seconds; /* a job that has not renewed its lease for this long is taken for dead; 0: 30 */
     const char *build;      /* text stored as the writer's identity, for people; may be NULL */
     int mesh[5]; /* sizes of pp, dp, ep, cp, tp stored for information; all zeros: dp = all ranks, else 0 is 1

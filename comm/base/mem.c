@@ -54,22 +54,35 @@ void mem_free(void *p)
 
 enum { HUGE_PAGE = 2 << 20 };
 
-void *mem_block(size_t bytes, size_t align)
+static void *take_block(size_t bytes, size_t align, size_t *size)
 {
     count_call();
     size_t a = align < 4096 ? 4096 : align;
     if (bytes >= HUGE_PAGE && a < HUGE_PAGE)
         a = HUGE_PAGE;
-    size_t size = (bytes + a - 1) / a * a;
-    if (size < bytes)
+    *size = (bytes + a - 1) / a * a;
+    if (*size < bytes)
         return NULL;
-    void *p = aligned_alloc(a, size ? size : a);
-    if (!p)
-        return NULL;
-    if (bytes >= HUGE_PAGE)
-        (void)madvise(p, size, MADV_HUGEPAGE);
-    memset(p, 0, size ? size : a);
+    *size = *size ? *size : a;
+    void *p = aligned_alloc(a, *size);
+    if (p && bytes >= HUGE_PAGE)
+        (void)madvise(p, *size, MADV_HUGEPAGE);
     return p;
+}
+
+void *mem_block(size_t bytes, size_t align)
+{
+    size_t size;
+    void *p = take_block(bytes, align, &size);
+    if (p)
+        memset(p, 0, size);
+    return p;
+}
+
+void *mem_block_untouched(size_t bytes, size_t align)
+{
+    size_t size;
+    return take_block(bytes, align, &size);
 }
 
 void mem_block_free(void *p, size_t bytes)

@@ -21,6 +21,8 @@ void mem_free(void *p);
 /* A large block: aligned to `align` (a power of two, at least 4096), zeroed, on huge pages where the system has them,
  * touched. */
 void *mem_block(size_t bytes, size_t align);
+/* The same, but neither zeroed nor touched: each part becomes resident when it is first written. */
+void *mem_block_untouched(size_t bytes, size_t align);
 void mem_block_free(void *p, size_t bytes);
 
 /* Calls to all of the above that obtained memory, on all threads of the process since its start. */

@@ -29,7 +29,7 @@ struct device_ops {
     status *(*alloc)(struct device *d, size_t bytes, void **out); /* device memory, 4 KiB aligned, zeroed */
     void (*free)(struct device *d, void *p, size_t bytes);
     status *(*alloc_pinned)(struct device *d, size_t bytes,
-                            void **out); /* host memory the device copies fast; touched */
+                            void **out); /* host memory the device copies fast, 4 KiB aligned */
     void (*free_pinned)(struct device *d, void *p, size_t bytes);
     status *(*stream_open)(struct device *d, struct stream **out);
     void (*stream_close)(struct device *d, struct stream *s);

@@ -50,7 +50,7 @@ static void open_fixture(struct fixture *f, const uint64_t *length, size_t count
     assert_ok(plan_make(desc, count, text, sizeof text, 1, NULL, &f->plan));
     assert_ok(roster_make(f->plan, &f->roster));
     assert_ok(share_make(f->plan, &f->roster, 0, chunk, &f->share));
-    struct pipeline_options o = { .dev = f->dev, .store = f->store, .writers = 2, .attempt = ATTEMPT };
+    struct pipeline_options o = { .dev = f->dev, .store = f->store, .writers = 2, .node_ranks = 1, .attempt = ATTEMPT };
     assert_ok(pipeline_open(&o, &f->pipe));
     assert_ok(pipeline_prepare(f->pipe, f->share, staging));
     for (uint64_t i = 0; i < f->share->pieces; i++) { /* in the order of the state; empty ones may be left out */
