@@ -289,7 +289,7 @@ static void *block_at_last(void *arg)
 }
 
 static void write_live(struct fixture *f, const struct share_chunk *c, struct store_writer *w, unsigned char *memory,
-                       struct draw *d, uint64_t *copied)
+                       struct draw *d, uint64_t *copied, uint64_t *straight)
 {
     struct report_clock clock[REPORT_STAGES] = { 0 };
     unsigned char *block = memory + BOUNCE_BYTES;
@@ -300,6 +300,7 @@ static void write_live(struct fixture *f, const struct share_chunk *c, struct st
     l.piece_bytes = draw_between(d, 1, 32) * 65536;
     memset(block, 0xdd, f->share->block_bytes);
     assert_ok(live_write(&l));
+    *straight += l.straight;
     for (uint64_t i = 0; i < c->segments; i++) { /* from here on the tensors are training's */
         const struct tensor *t = &f->tensor[f->share->piece[f->share->segment[c->first_segment + i].piece].local];
         memset(t->begin, 0xee, (size_t)(t->end - t->begin));
@@ -338,7 +339,7 @@ static void test_copied_rest(void **state)
                 memcpy(want + seg->at, f.tensor[f.share->piece[seg->piece].local].want + seg->lo, seg->hi - seg->lo);
             }
             assert_ok(store_writer_open(f.store, "chunk", c->offset + c->bytes, &w));
-            write_live(&f, c, w, memory, &d, &copied);
+            write_live(&f, c, w, memory, &d, &copied, &straight);
             assert_ok(store_writer_finish(w));
             assert_ok(store_get_all(f.root.store, "chunk", 1 << 28, &got, &bytes));
             assert_memory_equal((unsigned char *)got + c->offset, want, c->bytes);
@@ -351,7 +352,6 @@ static void test_copied_rest(void **state)
                                      crc32c(0, want + seg->at + at, left < META_BLOCK_BYTES ? left : META_BLOCK_BYTES));
                 }
             }
-            straight += c->bytes;
             mem_free(want);
             mem_free(got);
         }
