@@ -67,18 +67,19 @@ static void file_key(const struct pipeline *p, const struct share_file *f, char 
     commit_shard_key(p->step, f->part, p->o.rank, p->o.attempt, key);
 }
 
-/* Tell the store where this file's chunks begin, so that each can be a part of its own. */
-static status *cut_file(const struct pipeline *p, uint32_t f)
+/* Tell the store what this file's chunks are, so that each can be a part of its own. */
+static status *tell_extents(const struct pipeline *p, uint32_t f)
 {
     const struct share *s = p->share;
-    uint64_t n = 0, *cut = mem_array(NULL, s->file[f].chunks, sizeof *cut);
-    if (!cut)
-        return ERR(NO_MEMORY, "the cuts of a file");
+    size_t n = 0;
+    struct store_extent *e = mem_array(NULL, s->file[f].chunks, sizeof *e);
+    if (!e)
+        return ERR(NO_MEMORY, "the chunks of a file");
     for (uint64_t i = 0; i < s->chunks && n < s->file[f].chunks; i++)
         if (s->chunk[i].file == f)
-            cut[n++] = s->chunk[i].offset;
-    status *st = store_writer_cuts(p->file[f].writer, cut, n);
-    mem_free(cut);
+            e[n++] = (struct store_extent){ s->chunk[i].offset, s->chunk[i].bytes };
+    status *st = store_writer_extents(p->file[f].writer, e, n);
+    mem_free(e);
     return st;
 }
 
@@ -90,8 +91,8 @@ static status *open_file(struct pipeline *p, uint32_t f)
         char key[STORE_KEY_BYTES];
         file_key(p, &p->share->file[f], key);
         st = store_writer_open(p->o.store, key, p->share->file[f].image.file_bytes, &p->file[f].writer);
-        if (!st && p->o.store->ops->cuts)
-            st = cut_file(p, f);
+        if (!st && p->o.store->ops->extents)
+            st = tell_extents(p, f);
     }
     pthread_mutex_unlock(&p->open_lock);
     return st;

@@ -1,7 +1,7 @@
 /* s3_writer: read s3_writer_write: who copies and who sends.
  *
  * Invariants: (1) a part is sent once, by whoever claimed its last byte (or by finish, when nobody wrote some); (2) its
- * buffer is only read when every copy into it has ended: copied + the last write == the part's bytes. */
+ * buffer is only read when every copy into it has ended: copied + the last write == what is wanted of the part. */
 #include "storage/s3_writer.h"
 
 #include "comm/base/clock.h"
@@ -17,6 +17,7 @@ enum { SMALL_BYTES = 8 << 20, PART_BYTES = 16 << 20, HEDGE_LEAST_MS = 1000, HEDG
 struct part {
     uint64_t begin, end;
     unsigned char *buffer;    /* [end - begin], zero where nothing was copied; NULL: nothing was */
+    uint64_t wanted;          /* bytes that will be written; the others are zero */
     uint64_t claimed, copied; /* bytes that writes have claimed, and of these those that are in the buffer */
     bool sent;
 };
@@ -96,6 +97,7 @@ static status *make_parts(struct s3_writer *k, const char *key, const uint64_t *
     for (size_t i = 0; i < parts; i++) {
         part[i].begin = begin[i];
         part[i].end = begin[i + 1];
+        part[i].wanted = begin[i + 1] - begin[i];
     }
     free_parts(k);
     k->synced.part = part;
@@ -104,19 +106,48 @@ static status *make_parts(struct s3_writer *k, const char *key, const uint64_t *
     return NULL;
 }
 
-status *s3_writer_cuts(struct store_writer *w, const uint64_t *cut, size_t cuts)
+/* How much of each part the extents fill. */
+static void want(struct s3_writer *k, const struct store_extent *e, size_t n)
 {
-    struct s3_writer *k = w->impl;
-    CHECK(k->synced.started == 0, "cuts come before writes");
-    if (k->small)
-        return NULL;
+    size_t i = 0;
+    for (struct part *p = k->synced.part; p < k->synced.part + k->parts; p++) {
+        p->wanted = 0;
+        while (i < n && e[i].offset + e[i].bytes <= p->begin)
+            i++;
+        for (size_t j = i; j < n && e[j].offset < p->end; j++) {
+            uint64_t lo = e[j].offset > p->begin ? e[j].offset : p->begin, hi = e[j].offset + e[j].bytes;
+            p->wanted += (hi < p->end ? hi : p->end) - lo;
+        }
+    }
+}
+
+static status *cut_parts(struct store_writer *w, const uint64_t *cut, size_t cuts)
+{
     uint64_t *begin = mem_array(NULL, S3_PARTS + 1, sizeof *begin);
     size_t parts;
     if (!begin)
         return ERR(NO_MEMORY, "%s: parts", w->key);
     s3_writer_parts(w->bytes, cut, cuts, begin, &parts);
-    status *st = make_parts(k, w->key, begin, parts);
+    status *st = make_parts(w->impl, w->key, begin, parts);
     mem_free(begin);
+    return st;
+}
+
+status *s3_writer_extents(struct store_writer *w, const struct store_extent *e, size_t n)
+{
+    struct s3_writer *k = w->impl;
+    CHECK(k->synced.started == 0, "extents come before writes");
+    if (k->small)
+        return NULL;
+    uint64_t *cut = mem_array(NULL, n + 1, sizeof *cut);
+    if (!cut)
+        return ERR(NO_MEMORY, "%s: %zu extents", w->key, n);
+    for (size_t i = 0; i < n; i++)
+        cut[i] = e[i].offset;
+    status *st = cut_parts(w, cut, n);
+    mem_free(cut);
+    if (!st)
+        want(k, e, n);
     return st;
 }
 
@@ -139,7 +170,7 @@ status *s3_writer_open(struct s3 *s, struct store_writer *w)
     k->small = w->bytes <= SMALL_BYTES;
     w->impl = k;
     const uint64_t whole[2] = { 0, w->bytes };
-    status *st = k->small ? make_parts(k, w->key, whole, 1) : s3_writer_cuts(w, NULL, 0);
+    status *st = k->small ? make_parts(k, w->key, whole, 1) : cut_parts(w, NULL, 0);
     if (!st)
         st = s3_mark_draw(k->mark);
     if (!st && !k->small)
@@ -222,16 +253,18 @@ static size_t part_at(const struct s3_writer *k, uint64_t offset)
     return lo;
 }
 
-/* Claim n bytes. *last: they complete the part, all others are in its buffer now. Otherwise there is a buffer. */
+/* Claim n bytes. *last: they complete the part, all others are in its buffer now. There is a buffer, but for a write
+ * that is the whole part. */
 static status *claim(struct s3_writer *k, struct part *p, size_t n, bool *last)
 {
     status *st = NULL;
     pthread_mutex_lock(&k->synced.lock);
     p->claimed += n;
-    *last = p->claimed == p->end - p->begin && !k->small;
+    CHECK(p->claimed <= p->wanted, "writes keep to the extents");
+    *last = p->claimed == p->wanted && !k->small;
     while (*last && p->copied < p->claimed - n)
         pthread_cond_wait(&k->synced.copied, &k->synced.lock);
-    if (!*last && !p->buffer) {
+    if (!p->buffer && !(*last && n == p->end - p->begin)) {
         p->buffer = mem_calloc(1, (size_t)(p->end - p->begin));
         st = p->buffer ? NULL : ERR(NO_MEMORY, "a part of %llu bytes", (unsigned long long)(p->end - p->begin));
     }

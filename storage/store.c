@@ -376,9 +376,9 @@ status *store_write(struct store_writer *w, uint64_t offset, const void *buf, si
     return NULL;
 }
 
-status *store_writer_cuts(struct store_writer *w, const uint64_t *cut, size_t cuts)
+status *store_writer_extents(struct store_writer *w, const struct store_extent *e, size_t n)
 {
-    return w->store->ops->cuts ? w->store->ops->cuts(w, cut, cuts) : NULL;
+    return w->store->ops->extents ? w->store->ops->extents(w, e, n) : NULL;
 }
 
 struct store_direct store_writer_direct(struct store_writer *w)

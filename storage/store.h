@@ -52,6 +52,10 @@ struct store_writer {
     void *impl;
 };
 
+struct store_extent {
+    uint64_t offset, bytes;
+};
+
 enum { STORE_KEY_BYTES = 512 }; /* longest key, with its NUL */
 
 struct store_ops {
@@ -78,14 +82,15 @@ struct store_ops {
     status *(*sweep)(struct store *s, const char *dir, const char *mark);
     status *(*now)(struct store *s, uint64_t *ns); /* the storage's clock */
     status *(*writer_open)(struct store_writer *w);
-    status *(*cuts)(struct store_writer *w, const uint64_t *cut, size_t cuts); /* NULL: of no use */
+    status *(*extents)(struct store_writer *w, const struct store_extent *e, size_t n); /* NULL: of no use */
     status *(*write)(struct store_writer *w, uint64_t offset, const void *buf, size_t n,
                      size_t *put);                         /* may be partial */
     status *(*finish)(struct store_writer *w);             /* durable and visible; frees impl, also on error */
     void (*abort)(struct store_writer *w);                 /* nothing stays; frees impl */
     struct store_direct (*direct)(struct store_writer *w); /* NULL: {0, 0} */
     bool sequential;                                       /* wants writes in file order */
-    bool retries;                                          /* has its own: what it calls UNAVAILABLE is final */
+    int streams;  /* requests at once that its rate comes from, a core; 0: a disk, which few fill */
+    bool retries; /* has its own: what it calls UNAVAILABLE is final */
 };
 
 struct store {
@@ -128,10 +133,10 @@ status *store_list_add(struct store_list *l, const char *name, const struct stor
  * abort, which free w. Gaps that nobody wrote read back as zero (padding between datasets). */
 status *store_writer_open(struct store *s, const char *key, uint64_t bytes, struct store_writer **out) WARN_UNUSED;
 status *store_write(struct store_writer *w, uint64_t offset, const void *buf, size_t n) WARN_UNUSED;
-/* Where writes will begin, ascending, said before the first: a store that keeps an object in parts cuts it there, so
- * that a write which is a part need not be copied. A hint: any write is right
- * wherever it begins. */
-status *store_writer_cuts(struct store_writer *w, const uint64_t *cut, size_t cuts) WARN_UNUSED;
+/* What will be written, and nothing else, said before the first write; ascending, apart. A store that keeps an object
+ * in parts cuts it where extents begin, so that a write of a whole part need not be copied, and sends a part as soon as
+ * its extents are there, not when all is finished. Each may be written in several writes. */
+status *store_writer_extents(struct store_writer *w, const struct store_extent *e, size_t n) WARN_UNUSED;
 /* How writes can spare themselves a copy. A hint: any write is right whatever its alignment, and the answer may turn to
  * {0, 0} at any time, when the storage refuses after all. */
 struct store_direct store_writer_direct(struct store_writer *w);

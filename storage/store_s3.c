@@ -16,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PUT_MOST = 1 << 30 };
+enum { PUT_MOST = 1 << 30, STREAMS = 8 };
 
 /* ---- Opening */
 
@@ -320,9 +320,10 @@ const struct store_ops store_s3_ops = {
     .sweep = s3_store_sweep,
     .now = s3_store_now,
     .writer_open = s3_store_writer_open,
-    .cuts = s3_writer_cuts,
+    .extents = s3_writer_extents,
     .write = s3_writer_write,
     .finish = s3_writer_finish,
     .abort = s3_writer_abort,
+    .streams = STREAMS,
     .retries = true,
 };

@@ -378,16 +378,24 @@ static void check_shared_writer(struct store *s)
     mem_free(got);
 }
 
-/* An object large enough for parts: said where writes begin, written from both ends, one gap left. */
+/* An object large enough for parts: said what will be written, written from both ends, one gap left. */
 static void check_large(struct store *s)
 {
     enum { N = 21 << 20, CHUNK = 6 << 20, HEAD = 5000, GAP = 20 << 20, GAP_END = GAP + 70000 };
     static const uint64_t cut[] = { 0, HEAD, HEAD + CHUNK, HEAD + 2 * CHUNK, HEAD + 3 * CHUNK };
+    static const struct store_extent extent[] = {
+        { 0, HEAD },
+        { HEAD, CHUNK },
+        { HEAD + CHUNK, CHUNK },
+        { HEAD + 2 * CHUNK, CHUNK },
+        { HEAD + 3 * CHUNK, GAP - HEAD - 3 * CHUNK },
+        { GAP_END, N - GAP_END },
+    };
     unsigned char *all = pattern_bytes(N), *got = mem_alloc(N);
     struct store_writer *w;
     struct store_info info;
     OK(store_writer_open(s, "large", N, &w));
-    OK(store_writer_cuts(w, cut, sizeof cut / sizeof *cut));
+    OK(store_writer_extents(w, extent, sizeof extent / sizeof *extent));
     OK(store_write(w, GAP_END, all + GAP_END, N - GAP_END));
     OK(store_write(w, cut[4], all + cut[4], GAP - cut[4]));
     OK(store_write(w, cut[3], all + cut[3], CHUNK));
