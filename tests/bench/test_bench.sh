@@ -84,7 +84,9 @@ if ranks 1 save speed=3; then fail "an unknown key passed"; fi
 grep -q 'speed: unknown key' err || fail "the unknown key is not named"
 if ranks 2 load state_bytes=1KiB; then fail "a state too small passed"; fi
 if ranks 1 walk; then fail "an unknown bench passed"; fi
-if ranks 1 save url=s3://bucket; then fail "a url that is no folder passed"; fi
+if ranks 1 save url=mem:x/; then fail "a url that is no folder passed"; fi
+if ranks 4 irregular url=s3://bucket; then fail "bench irregular passed on object storage"; fi
+grep -q 'a folder is needed' err || fail "what irregular needs is not named"
 rm -f out err
 [ -z "$(ls -A)" ] || fail "left behind: $(ls -A)"
 echo "bench: as it should be"

@@ -3,6 +3,7 @@
 
 #include "comm/agree.h"
 #include "comm/base/mem.h"
+#include "storage/store.h"
 
 #include <errno.h>
 #include <ftw.h>
@@ -10,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
 static const struct bench_verb *const verbs[] = { &bench_save, &bench_load, &bench_irregular };
 enum { VERBS = sizeof verbs / sizeof *verbs };
@@ -45,6 +47,21 @@ static status *read_words(const struct bench_verb *v, int argc, char **argv, str
 
 /* ---- the working folder */
 
+/* A prefix is there as soon as an object is. */
+static status *choose_prefix(const char *url, char dir[BENCH_PATH_BYTES])
+{
+    unsigned long long name;
+    size_t n = strlen(url);
+    while (n && url[n - 1] == '/')
+        n--;
+    if (getrandom(&name, sizeof name, 0) != (ssize_t)sizeof name)
+        return ERR_SYS(errno, "getrandom");
+    if (n > BENCH_PATH_BYTES - 256)
+        return ERR(INVALID, "url: it is too long");
+    snprintf(dir, BENCH_PATH_BYTES, "%.*s/tessera-bench-%016llx", (int)n, url, name);
+    return NULL;
+}
+
 static status *make_folder(const char *url, char dir[BENCH_PATH_BYTES])
 {
     if (!strncmp(url, "file://", 7))
@@ -52,7 +69,7 @@ static status *make_folder(const char *url, char dir[BENCH_PATH_BYTES])
     else if (!strncmp(url, "file:", 5))
         url += 5;
     else if (strstr(url, ":/"))
-        return ERR(INVALID, "url=%.200s: the benches compare with plain files: a folder is needed (file:PATH)", url);
+        return ERR(INVALID, "url=%.200s: this bench compares with plain files: a folder is needed (file:PATH)", url);
     char path[BENCH_PATH_BYTES];
     if (snprintf(path, sizeof path, "%s/tessera-bench-XXXXXX", *url ? url : ".") >= (int)sizeof path - 256)
         return ERR(INVALID, "url: the path is too long");
@@ -75,13 +92,32 @@ static status *remove_folder(const char *dir)
     return NULL;
 }
 
+static status *remove_prefix(const char *dir)
+{
+    char url[BENCH_PATH_BYTES];
+    struct store *s;
+    size_t n = (size_t)(strrchr(dir, '/') - dir);
+    snprintf(url, sizeof url, "%.*s", (int)n, dir);
+    TRY(store_open(url, true, &s));
+    status *st = store_remove_tree(s, dir + n + 1);
+    store_close(s);
+    return st;
+}
+
+static status *make_place(const struct bench *b, const char *url, char dir[BENCH_PATH_BYTES])
+{
+    return b->remote ? choose_prefix(url, dir) : make_folder(url, dir);
+}
+
 static status *run_in_folder(const struct bench_verb *v, struct bench *b, const void *options)
 {
     const char *url = *(char *const *)((const char *)options + v->url_offset);
-    TRY(comm_agree(b->world, b->world->rank ? NULL : make_folder(url, b->dir)));
+    b->remote = v->remote && !strncmp(url, "s3://", 5);
+    TRY(comm_agree(b->world, b->world->rank ? NULL : make_place(b, url, b->dir)));
     TRY(comm_bcast(b->world, b->dir, sizeof b->dir, 0, NULL));
     status *st = v->run(b, options);
-    return status_first(st, comm_agree(b->world, b->world->rank ? NULL : remove_folder(b->dir)));
+    status *gone = b->world->rank ? NULL : b->remote ? remove_prefix(b->dir) : remove_folder(b->dir);
+    return status_first(st, comm_agree(b->world, gone));
 }
 
 /* ---- printing */

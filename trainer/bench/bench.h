@@ -5,6 +5,7 @@
  *
  *   bench.c    command line, working folder, printing        field.c   the tensors that are saved and loaded
  *   bench_save.c, bench_load.c   the two benches              limits.c  plain writes and reads beside them
+ *                                                             curl.c    the same on object storage, by curl(1)
  *   bench_irregular.c   ways to store runs                    slices.c  the tensors of that one
  *   measure.c  medians, intervals, CPU seconds */
 #ifndef TESSERA_TRAINER_BENCH_BENCH_H
@@ -21,7 +22,8 @@ status *bench_cli(struct comm *world, int argc, char **argv) WARN_UNUSED;
 
 struct bench {
     struct comm *world;
-    char dir[BENCH_PATH_BYTES]; /* of this run alone; removed at the end */
+    char dir[BENCH_PATH_BYTES]; /* of this run alone; removed at the end. Remote: a URL */
+    bool remote;                /* on object storage */
     bool json;
 };
 
@@ -31,6 +33,7 @@ struct bench_verb {
     struct option_table options;
     size_t options_bytes;
     size_t url_offset;             /* of the char * that names where the folder is made */
+    bool remote;                   /* url may be s3:... */
     const char *const (*quick)[2]; /* key, value: what --quick changes in the defaults; ends with NULL */
     status *(*run)(struct bench *b, const void *options);
 };

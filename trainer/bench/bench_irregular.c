@@ -377,6 +377,7 @@ const struct bench_verb bench_irregular = {
     { "", rows, sizeof rows / sizeof *rows },
     sizeof(struct irregular_options),
     AT(url),
+    false,
     quick,
     run,
 };

@@ -27,8 +27,8 @@ struct load_options {
 
 #define AT(field) offsetof(struct load_options, field)
 static const struct option rows[] = {
-    { "url", OPT_STRING, "", 0, 0, NULL, "", "folder in which the run makes one of its own, removed at the end",
-      AT(url) },
+    { "url", OPT_STRING, "", 0, 0, NULL, "",
+      "folder, or s3://BUCKET/PREFIX, in which the run makes one of its own, removed at the end", AT(url) },
     { "state_bytes", OPT_SIZE, "512MiB", 0, 0, NULL, "bytes", "what is saved and loaded, over all ranks",
       AT(state_bytes) },
     { "tensors", OPT_INT, "64", 1, 1e5, NULL, "", "it is cut into that many tensors", AT(tensors) },
@@ -119,6 +119,8 @@ static status *save_case(struct load_bench *lb, struct mesh_end from)
 static status *drop(struct load_bench *lb, const struct file_list *files)
 {
     double cached;
+    if (lb->b->remote)
+        return NULL;
     TRY(files_drop(files));
     TRY(files_cached(files, &cached));
     lb->cached = cached > lb->cached ? cached : lb->cached;
@@ -223,7 +225,7 @@ static void report(struct load_bench *lb, const struct load_case *k, const doubl
 
 static status *run_case(struct bench *b, const struct load_options *o, const struct load_case *k, int number)
 {
-    struct load_bench lb = { .b = b, .o = o };
+    struct load_bench lb = { .b = b, .o = o, .limits = { .remote = b->remote }, .cached = b->remote ? NAN : 0 };
     snprintf(lb.root, sizeof lb.root, "%s/ckpt-%d", b->dir, number);
     double load[2] = { load_average(), NAN };
     TRY(save_case(&lb, k->from));
@@ -295,6 +297,7 @@ const struct bench_verb bench_load = {
     { "", rows, sizeof rows / sizeof *rows },
     sizeof(struct load_options),
     AT(url),
+    true,
     quick,
     run,
 };

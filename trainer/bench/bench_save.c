@@ -33,8 +33,8 @@ struct save_options {
 
 #define AT(field) offsetof(struct save_options, field)
 static const struct option rows[] = {
-    { "url", OPT_STRING, "", 0, 0, NULL, "", "folder in which the run makes one of its own, removed at the end",
-      AT(url) },
+    { "url", OPT_STRING, "", 0, 0, NULL, "",
+      "folder, or s3://BUCKET/PREFIX, in which the run makes one of its own, removed at the end", AT(url) },
     { "state_bytes", OPT_SIZE, "512MiB", 0, 0, NULL, "bytes", "what is saved, over all ranks", AT(state_bytes) },
     { "tensors", OPT_INT, "64", 1, 1e5, NULL, "", "it is cut into that many tensors", AT(tensors) },
     { "windows", OPT_INT, "15", 1, 1000, NULL, "", "pairs of windows, one with saves and one without", AT(windows) },
@@ -460,7 +460,7 @@ static status *measure(struct save_bench *sb)
 
 static status *run(struct bench *b, const void *options)
 {
-    struct save_bench sb = { .b = b, .o = options };
+    struct save_bench sb = { .b = b, .o = options, .limits = { .remote = b->remote } };
     status *st = comm_agree(b->world, open_memory(&sb));
     if (!st)
         st = measure(&sb);
@@ -479,6 +479,7 @@ const struct bench_verb bench_save = {
     { "", rows, sizeof rows / sizeof *rows },
     sizeof(struct save_options),
     AT(url),
+    true,
     quick,
     run,
 };

@@ -4,6 +4,8 @@
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 #include "comm/base/thread.h"
+#include "storage/store.h"
+#include "trainer/bench/curl.h"
 #include "trainer/bench/measure.h"
 
 #include <dirent.h>
@@ -15,13 +17,23 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+enum { CURL_PIECE_BYTES = 16 << 20 }; /* an object put, a range got: as a save's parts are */
+
 static const struct method {
     const char *name;
-    int threads;
-    bool direct;
+    int threads; /* or commands */
+    bool direct, remote;
 } methods[LIMIT_METHODS] = {
-    { "1 thread, buffered", 1, false }, { "2 threads, buffered", 2, false }, { "4 threads, buffered", 4, false },
-    { "1 thread, O_DIRECT", 1, true },  { "2 threads, O_DIRECT", 2, true },  { "4 threads, O_DIRECT", 4, true },
+    { "1 thread, buffered", 1, false, false },
+    { "2 threads, buffered", 2, false, false },
+    { "4 threads, buffered", 4, false, false },
+    { "1 thread, O_DIRECT", 1, true, false },
+    { "2 threads, O_DIRECT", 2, true, false },
+    { "4 threads, O_DIRECT", 4, true, false },
+    { "curl x1", 1, false, true },
+    { "curl x2", 2, false, true },
+    { "curl x4", 4, false, true },
+    { "curl x8", 8, false, true },
 };
 
 const char *limit_method(size_t i)
@@ -29,12 +41,17 @@ const char *limit_method(size_t i)
     return methods[i].name;
 }
 
+static bool counts(const struct limits *l, size_t i)
+{
+    return methods[i].remote == l->remote && !l->missing[i];
+}
+
 double limits_median(struct limits *l, size_t *best)
 {
     double least = 0;
     *best = 0;
     for (size_t i = 0; i < LIMIT_METHODS; i++) {
-        if (l->missing[i])
+        if (!counts(l, i))
             continue;
         double copy[LIMIT_REPEATS];
         memcpy(copy, l->seconds[i], sizeof copy);
@@ -51,7 +68,7 @@ double limits_least(const struct limits *l)
 {
     double least = 0;
     for (size_t i = 0; i < LIMIT_METHODS; i++)
-        for (size_t r = 0; !l->missing[i] && r < l->repeats; r++)
+        for (size_t r = 0; counts(l, i) && r < l->repeats; r++)
             if (least <= 0 || l->seconds[i][r] < least)
                 least = l->seconds[i][r];
     return least;
@@ -187,13 +204,96 @@ static status *record(struct limits *l, size_t i, double seconds, status *st)
     return st;
 }
 
+/* ---- object storage */
+
+/* Each method of curl's once; `at`: where to remove what it has put, or NULL. */
+static status *run_curl(struct limits *l, const struct curl_moves *m, struct store *at)
+{
+    for (size_t i = 0; i < LIMIT_METHODS; i++) {
+        if (!counts(l, i))
+            continue;
+        TRY(curl_run(m, methods[i].threads, &l->seconds[i][l->repeats]));
+        if (at)
+            TRY(store_remove_tree(at, "plain"));
+    }
+    l->repeats++;
+    return NULL;
+}
+
+/* A file in memory of `bytes` bytes; its name is good for other processes of this user. */
+static status *memory_file(const unsigned char *from, size_t from_bytes, uint64_t bytes, int *fd, char name[64])
+{
+    *fd = memfd_create("plain", MFD_CLOEXEC);
+    if (*fd < 0)
+        return ERR_SYS(errno, "memory to upload from");
+    for (uint64_t at = 0; at < bytes;) {
+        ssize_t put = write(*fd, from + at % from_bytes, least_of(bytes - at, from_bytes - at % from_bytes));
+        if (put < 0)
+            return ERR_SYS(errno, "memory to upload from");
+        at += (uint64_t)put;
+    }
+    snprintf(name, 64, "/proc/%d/fd/%d", (int)getpid(), *fd);
+    return NULL;
+}
+
+static status *upload_from(struct limits *l, const char *url, const char *file, uint64_t piece, size_t count)
+{
+    struct curl_move *move = mem_calloc(count, sizeof *move);
+    char(*key)[32] = mem_calloc(count, sizeof *key);
+    struct store *at = NULL;
+    status *st = move && key ? store_open(url, true, &at) : ERR(NO_MEMORY, "%zu uploads", count);
+    for (size_t i = 0; !st && i < count; i++) {
+        snprintf(key[i], sizeof key[i], "plain/%08zu", i);
+        move[i] = (struct curl_move){ key[i], 0, piece };
+    }
+    const struct curl_moves m = { .url = url, .upload = file, .move = move, .count = count };
+    if (!st)
+        st = run_curl(l, &m, at);
+    store_close(at);
+    mem_free(key);
+    mem_free(move);
+    return st;
+}
+
+static status *upload(struct limits *l, const char *url, const void *from, size_t from_bytes, uint64_t bytes)
+{
+    size_t count = (size_t)((bytes + CURL_PIECE_BYTES - 1) / CURL_PIECE_BYTES);
+    int fd;
+    char file[64];
+    status *st = memory_file(from, from_bytes, bytes / count, &fd, file);
+    if (!st)
+        st = upload_from(l, url, file, bytes / count, count);
+    if (fd >= 0)
+        close(fd);
+    return st;
+}
+
+static status *download(struct limits *l, const struct file_list *f)
+{
+    struct curl_move *move = mem_array(NULL, (size_t)(f->total / CURL_PIECE_BYTES) + f->count + 1, sizeof *move);
+    size_t n = 0;
+    if (!move)
+        return ERR(NO_MEMORY, "ranges of %zu objects", f->count);
+    for (size_t i = 0; i < f->count; i++)
+        for (uint64_t at = 0; at < f->bytes[i]; at += CURL_PIECE_BYTES)
+            move[n++] = (struct curl_move){ f->path[i], at, least_of(f->bytes[i] - at, CURL_PIECE_BYTES) };
+    const struct curl_moves m = { .url = f->root, .move = move, .count = n };
+    status *st = run_curl(l, &m, NULL);
+    mem_free(move);
+    return st;
+}
+
+/* ---- all methods */
+
 status *limits_write(struct limits *l, const char *dir, const void *from, size_t from_bytes, uint64_t bytes)
 {
     CHECK(from_bytes >= LIMIT_PIECE_BYTES && l->repeats < LIMIT_REPEATS);
+    if (l->remote)
+        return upload(l, dir, from, from_bytes, bytes);
     for (size_t i = 0; i < LIMIT_METHODS; i++) {
         struct job job[LIMIT_THREADS];
         double seconds;
-        if (l->missing[i])
+        if (!counts(l, i))
             continue;
         /* direct writes take whole blocks; so that all methods write the same, all do */
         share_out(job, &methods[i], (unsigned char *)(uintptr_t)from, from_bytes, bytes & ~(uint64_t)4095);
@@ -211,13 +311,15 @@ status *limits_write(struct limits *l, const char *dir, const void *from, size_t
 status *limits_read(struct limits *l, const struct file_list *f, void *to, size_t to_bytes)
 {
     CHECK(to_bytes >= (size_t)LIMIT_THREADS * LIMIT_PIECE_BYTES && l->repeats < LIMIT_REPEATS);
+    if (l->remote)
+        return download(l, f);
     uint64_t bytes = 0;
     for (size_t i = 0; i < f->count; i++)
         bytes += padded(f->bytes[i]);
     for (size_t i = 0; i < LIMIT_METHODS; i++) {
         struct job job[LIMIT_THREADS];
         double seconds;
-        if (l->missing[i])
+        if (!counts(l, i))
             continue;
         TRY(files_drop(f));
         share_out(job, &methods[i], to, to_bytes, bytes);
@@ -272,10 +374,40 @@ static status *walk(const char *dir, const char *suffix, struct file_list *l)
     return st;
 }
 
+static status *walk_store(struct store *s, const char *dir, const char *suffix, struct file_list *l)
+{
+    struct store_list list = { 0 };
+    TRY(store_list(s, dir, &list));
+    status *st = NULL;
+    for (size_t i = 0; !st && i < list.count; i++) {
+        char key[STORE_KEY_BYTES];
+        const struct store_entry *e = &list.entry[i];
+        size_t n = (size_t)snprintf(key, sizeof key, "%s%s%s", dir, *dir ? "/" : "", e->name), tail = strlen(suffix);
+        if (n >= sizeof key)
+            st = ERR(INVALID, "%s: the key of an object below it is too long", dir);
+        else if (e->info.is_dir)
+            st = walk_store(s, key, suffix, l);
+        else if (n >= tail && !strcmp(key + n - tail, suffix))
+            st = add_file(l, key, e->info.bytes);
+    }
+    store_list_free(&list);
+    return st;
+}
+
+static status *objects_below(const char *url, const char *suffix, struct file_list *l)
+{
+    struct store *s;
+    TRY(store_open(url, false, &s));
+    snprintf(l->root, sizeof l->root, "%s", url);
+    status *st = walk_store(s, "", suffix, l);
+    store_close(s);
+    return st;
+}
+
 status *files_below(const char *dir, const char *suffix, struct file_list *out)
 {
     struct file_list l = { 0 };
-    status *st = walk(dir, suffix, &l);
+    status *st = strstr(dir, "://") ? objects_below(dir, suffix, &l) : walk(dir, suffix, &l);
     if (st)
         files_free(&l);
     else
