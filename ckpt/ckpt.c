@@ -100,7 +100,6 @@ static status *read_options(const struct tessera_options *in, bool has_store, st
         return ERR(INVALID, "options: irregular %d; legal are TESSERA_AS_GIVEN, TESSERA_MERGE and TESSERA_GATHER",
                    o->irregular);
     o->chunk_bytes = o->chunk_bytes ? o->chunk_bytes : DEFAULT_CHUNK;
-    o->writers = o->writers ? o->writers : DEFAULT_WRITERS;
     o->lease_seconds = o->lease_seconds ? o->lease_seconds : DEFAULT_LEASE_SECONDS;
     return NULL;
 }
@@ -178,6 +177,8 @@ static status *find_nodes(tessera *t)
 static status *open_writing(tessera *t)
 {
     uint64_t ids[3] = { 0 };
+    if (!t->o.writers)
+        t->o.writers = nodes_share(&t->nodes, t->store->ops->streams, DEFAULT_WRITERS);
     TRY(comm_agree(t->x, t->x->rank == 0 ? take_lease(t, ids) : NULL));
     TRY(comm_bcast(t->x, ids, sizeof ids, 0, NULL));
     t->attempt = ids[0];

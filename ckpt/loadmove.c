@@ -61,7 +61,8 @@ struct move {
     uint64_t runs;
     struct flight flight[MOVE_ROUNDS]; /* round r: [r % MOVE_ROUNDS] */
     struct comm_xfer *xfer;            /* [size] */
-    struct reader reader[MOVE_READERS];
+    struct reader reader[MOVE_READERS_MOST];
+    int readers;
     unsigned char *slots; /* of all readers; NULL: no run needs one */
     struct {
         pthread_mutex_t lock;
@@ -133,15 +134,22 @@ static bool is_given(const struct move *v, const struct part_block *b)
     return false;
 }
 
+/* Whether the block goes on in memory where the run ends. */
+static bool goes_on(const struct load_run *r, uint64_t offset, const unsigned char *home)
+{
+    return home && r->home && offset == r->offset + r->bytes && home == r->home + r->bytes;
+}
+
 /* Whether a block can be read together with the run before it. */
 static bool joins(const struct move *v, const struct load_run *r, const struct part_block *b, unsigned char *home)
 {
-    uint64_t offset = block_offset(v->m, b), end = r->offset + r->bytes;
+    uint64_t offset = block_offset(v->m, b), end = r->offset + r->bytes, few = v->from->request_bytes;
+    uint64_t bytes = block_bytes(&v->m->piece[b->piece], b->block);
     if (v->m->piece[b->piece].file != v->m->piece[r->block->piece].file || offset < end ||
-        offset + block_bytes(&v->m->piece[b->piece], b->block) - r->offset > MOVE_RUN_BYTES)
+        offset + bytes - r->offset > MOVE_RUN_BYTES)
         return false;
-    if (home || r->home)
-        return home && r->home && offset == end && home == r->home + r->bytes;
+    if ((home || r->home) && bytes >= few && r->bytes >= few)
+        return goes_on(r, offset, home);
     return offset - end <= MOVE_GAP_BYTES;
 }
 
@@ -166,6 +174,8 @@ static status *make_runs(struct move *v)
                 v->run[v->runs++] =
                     (struct load_run){ .block = b, .round = (uint32_t)r, .offset = offset, .home = home };
             struct load_run *run = &v->run[v->runs - 1];
+            if (run->blocks && !goes_on(run, offset, home))
+                run->home = NULL;
             run->blocks++;
             run->given = run->given || is_given(v, b);
             run->bytes = offset + block_bytes(&v->m->piece[b->piece], b->block) - run->offset;
@@ -615,11 +625,11 @@ static bool needs_slots(const struct move *v)
 static status *start_readers(struct move *v)
 {
     if (needs_slots(v)) {
-        v->slots = mem_block((size_t)MOVE_READERS * SLOT_BYTES, ALIGN);
+        v->slots = mem_block((size_t)v->readers * SLOT_BYTES, ALIGN);
         if (!v->slots)
-            return ERR(NO_MEMORY, "%d bytes to read into", MOVE_READERS * SLOT_BYTES);
+            return ERR(NO_MEMORY, "%d bytes to read into", v->readers * SLOT_BYTES);
     }
-    for (int i = 0; i < MOVE_READERS && (uint64_t)i < v->runs; i++) {
+    for (int i = 0; i < v->readers && (uint64_t)i < v->runs; i++) {
         char name[16];
         struct reader *r = &v->reader[i];
         snprintf(name, sizeof name, "tsr-load-%d", i);
@@ -648,7 +658,7 @@ static void stop(struct move *v)
     pthread_mutex_unlock(&v->synced.lock);
     if (v->ring.own)
         ring_quit(&v->ring);
-    for (int i = 0; i < MOVE_READERS; i++) {
+    for (int i = 0; i < v->readers; i++) {
         status_free(thread_join(&v->reader[i].thread));
         mem_free(v->reader[i].to);
     }
@@ -657,7 +667,7 @@ static void stop(struct move *v)
     mem_free(v->take);
     mem_free(v->first_take);
     if (v->slots)
-        mem_block_free(v->slots, (size_t)MOVE_READERS * SLOT_BYTES);
+        mem_block_free(v->slots, (size_t)v->readers * SLOT_BYTES);
     for (int i = 0; i < MOVE_ROUNDS; i++) {
         struct flight *f = &v->flight[i];
         mem_free(f->place);
@@ -701,6 +711,7 @@ status *load_move(const struct nodes *n, const struct metadata *m, const struct 
                   const struct load_part *p, const struct load_source *from)
 {
     struct move v = { .c = n->all, .m = m, .want = want, .p = p, .from = from };
+    v.readers = from->readers ? from->readers : MOVE_READERS;
     synced_init(&v);
     status *st = share_slots(&v, n->node);
     st = comm_agree(v.c, st ? st : ready(&v));

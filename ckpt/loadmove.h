@@ -1,16 +1,16 @@
 /* loadmove: carries out a rank's part of a load plan: reading, exchange and placing, overlapped. Where the bytes come
  * from (files, memory) is a load_source.
  *
- * Memory of a rank, whatever the size of the load: MOVE_READERS buffers of MOVE_RUN_BYTES; RING_SLOTS of them that the
- * ranks of its node see; and messages of MOVE_ROUNDS rounds (ROUND_SEND_BYTES each way, loadplan.h) for ranks of other
- * nodes, or of all where nothing can be shared; each as far as the plan has use for it. */
+ * Memory of a rank, whatever the size of the load: as many buffers of MOVE_RUN_BYTES as it has readers; RING_SLOTS of
+ * them that the ranks of its node see; and messages of MOVE_ROUNDS rounds (ROUND_SEND_BYTES each way, loadplan.h) for
+ * ranks of other nodes, or of all where nothing can be shared; each as far as the plan has use for it. */
 #ifndef TESSERA_CKPT_LOADMOVE_H
 #define TESSERA_CKPT_LOADMOVE_H
 
 #include "ckpt/loadpart.h"
 #include "ckpt/report.h"
 
-enum { MOVE_READERS = 2, MOVE_ROUNDS = 3, MOVE_RUN_BYTES = 2 << 20, MOVE_GAP_BYTES = 8 << 10 };
+enum { MOVE_READERS = 2, MOVE_READERS_MOST = 8, MOVE_ROUNDS = 3, MOVE_RUN_BYTES = 2 << 20, MOVE_GAP_BYTES = 8 << 10 };
 
 /* Blocks of one round that lie behind one another in a file, read at once; the padding between them too. */
 struct load_run {
@@ -29,6 +29,10 @@ struct load_source {
     status *(*read)(const void *arg, const struct load_run *r, unsigned char *to);
     /* Where they lie in memory already; NULL: nowhere. May be NULL itself */
     const unsigned char *(*at)(const void *arg, const struct load_run *r);
+    int readers; /* threads that read; 0: MOVE_READERS, at most MOVE_READERS_MOST */
+    /* A request costs as much as reading so many bytes: less is not read into its place, if it can be read together
+     * with what lies beside it. 0: every run that can is */
+    uint64_t request_bytes;
     size_t align; /* read is at its best where `to` - offset is a multiple of it; a power of two up to 4096 */
     struct report_sum *cost; /* told what exchange and placing took; NULL: nobody wants to know */
 };

@@ -145,7 +145,13 @@ status *loadpipe_run(const struct nodes *n, struct store *s, const struct metada
                      uint64_t count, struct load_totals *out, struct report_sum *cost)
 {
     struct files files = { .m = m, .cost = cost };
-    const struct load_source from = { .arg = &files, .read = read_run, .align = STORE_DIRECT_BYTES, .cost = cost };
+    int streams = s->ops->streams;
+    const struct load_source from = { .arg = &files,
+                                      .read = read_run,
+                                      .readers = nodes_share(n, streams, MOVE_READERS),
+                                      .request_bytes = streams ? META_BLOCK_BYTES : 0,
+                                      .align = STORE_DIRECT_BYTES,
+                                      .cost = cost };
     status *st = loadpipe_from(n, m, &from, NULL, want, count, origins_open(s, m, &files.from), out);
     origins_close(&files.from);
     return st;

@@ -8,6 +8,7 @@
 #include "comm/base/mem.h"
 
 #include <stdlib.h>
+#include <unistd.h>
 
 enum { HEAD = 16 };
 
@@ -69,6 +70,14 @@ status *nodes_open(struct comm *c, const char *host, struct nodes *out)
     }
     *out = n;
     return NULL;
+}
+
+int nodes_share(const struct nodes *n, int a_core, int least)
+{
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    long share = (cores > 0 ? cores : 1) * a_core / n->node->size;
+    share = share < a_core ? share : a_core;
+    return share > least ? (int)share : least;
 }
 
 void nodes_close(struct nodes *n)

@@ -18,6 +18,10 @@ status *nodes_open(struct comm *c, const char *host, struct nodes *out) WARN_UNU
 /* Zeroed is fine. Collective. */
 void nodes_close(struct nodes *n);
 
+/* Of `a_core` requests at once for each core of this host, this rank's share: at most a_core, at least `least`. With
+ * more than the cores keep going all get slower. */
+int nodes_share(const struct nodes *n, int a_core, int least);
+
 struct nodes_message {
     const unsigned char *data;
     size_t bytes;

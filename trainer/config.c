@@ -133,7 +133,8 @@ static const struct option checkpoint_rows[] = {
     ROW(OPT_ENUM, checkpoint_config, view, "view", "auto", 0, 0, "auto|always|never", "",
         "view.h5 beside each step's files: every tensor whole, for h5py and h5dump; auto: for steps of up to 20,000 "
         "pieces"),
-    ROW(OPT_INT, checkpoint_config, writers, "writers", "2", 1, 64, NULL, "", "writer threads of a rank"),
+    ROW(OPT_INT, checkpoint_config, writers, "writers", "0", 0, 64, NULL, "",
+        "writer threads of a rank; 0: as many as the storage wants: 2, on S3 up to 8"),
     ROW(OPT_INT, checkpoint_config, lease_seconds, "lease_seconds", "30", 1, 86400, NULL, "s",
         "a job silent for this long is taken for dead"),
     ROW(OPT_SIZE, checkpoint_config, staging_bytes, "staging_bytes", "0", 0, 0, NULL, "bytes",
