@@ -30,6 +30,11 @@ struct stretch {
     uint64_t end, bytes;
 };
 
+/* Rounds that are known to have no room left for a block of a set: [0, before) and [lo, hi). */
+struct full {
+    uint64_t before, lo, hi;
+};
+
 /* What is at hand while a plan is made. */
 struct maker {
     const struct metadata *m;
@@ -48,7 +53,7 @@ struct maker {
     struct stretch last;     /* what was assigned last */
     uint64_t *received;      /* [rounds][ranks] */
     uint64_t rounds;
-    uint64_t *full; /* [sets] rounds before it have no room left for a block of that set */
+    struct full *full; /* [sets] */
 };
 
 struct rank_state {
@@ -387,16 +392,28 @@ static bool has_room(const struct maker *k, const struct load_group *g, uint64_t
     return true;
 }
 
-/* The first round from which on the groups of b may have room, as far as is known. */
-static uint64_t first_round(const struct maker *k, const struct load_block *b)
+/* The first round from `round` on in which the groups of b may have room, as far as is known. */
+static uint64_t next_round(const struct maker *k, const struct load_block *b, uint64_t round)
 {
-    uint64_t round = 0;
     for (uint32_t i = 0; i < b->uses; i++) {
         const struct load_group *g = use_group(k->p, &k->p->use[b->first_use + i]);
-        if (g->set != HOLDER_LONE && k->full[g->set] > round)
-            round = k->full[g->set];
+        if (g->set == HOLDER_LONE)
+            continue;
+        const struct full *f = &k->full[g->set];
+        round = round < f->before ? f->before : round;
+        round = round >= f->lo && round < f->hi ? f->hi : round;
     }
     return round;
+}
+
+/* No room for one of its blocks in that round, so less than a block's: a smaller one need not go there either. */
+static void note_full(struct full *f, uint64_t round)
+{
+    if (round != f->hi)
+        f->lo = round;
+    f->hi = round + 1;
+    if (f->lo <= f->before)
+        f->before = f->hi;
 }
 
 /* The first round at or after the reader's in which block b fits everywhere. */
@@ -404,11 +421,11 @@ static status *choose_round(struct maker *k, const struct load_block *b, uint64_
 {
     const struct load_plan *p = k->p;
     struct rank_state *reader = &k->rank[b->reader];
-    uint64_t send = 0, from = first_round(k, b);
+    uint64_t send = 0;
     bytes = bytes < LEAST_READ_BYTES ? LEAST_READ_BYTES : bytes; /* bounds the blocks of a round too */
     for (uint32_t i = 0; i < b->uses; i++)
         send += p->use[b->first_use + i].elems * elem * use_group(p, &p->use[b->first_use + i])->count;
-    for (uint64_t round = reader->round > from ? reader->round : from;; round++) {
+    for (uint64_t round = next_round(k, b, reader->round);; round = next_round(k, b, round + 1)) {
         TRY(have_round(k, round));
         uint64_t read = round == reader->round ? reader->read : 0, sent = round == reader->round ? reader->send : 0;
         if (read && (read + bytes > ROUND_READ_BYTES || sent + send > ROUND_SEND_BYTES))
@@ -418,9 +435,8 @@ static status *choose_round(struct maker *k, const struct load_block *b, uint64_
             const struct load_use *u = &p->use[b->first_use + i];
             const struct load_group *g = use_group(p, u);
             fits = has_room(k, g, u->elems * elem, round);
-            /* a whole block's worth was refused: so will the next one be, and a smaller one need not go before it */
-            if (!fits && g->set != HOLDER_LONE && k->full[g->set] == round && u->elems * elem == META_BLOCK_BYTES)
-                k->full[g->set] = round + 1;
+            if (!fits && g->set != HOLDER_LONE)
+                note_full(&k->full[g->set], round);
         }
         if (!fits)
             continue;
