@@ -167,7 +167,8 @@ static status *s3_store_stat(struct store *s, const char *key, struct store_info
         if (r.length == UINT64_MAX || !http_header(&r, "last-modified", modified, sizeof modified) ||
             !http_date(modified, &seconds))
             return ERR(IO, "%s: the server's reply lacks length or date", key);
-        *out = (struct store_info){ .bytes = r.length, .mtime_ns = seconds * 1000000000u };
+        /* the end of that second: nothing shall look older than it is, a lease least of all */
+        *out = (struct store_info){ .bytes = r.length, .mtime_ns = seconds * 1000000000u + 999999999u };
         return NULL;
     }
     if (status_code(st) != ST_NOT_FOUND)

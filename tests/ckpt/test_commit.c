@@ -26,9 +26,9 @@ struct fixture {
 
 static void fixture_open(struct fixture *f, const struct store_ops *ops)
 {
-    char uri[96];
+    char uri[TEST_URI_BYTES];
     folder_make(f->dir);
-    snprintf(uri, sizeof uri, "%s:%s", ops->scheme, strcmp(ops->scheme, "file") == 0 ? f->dir : "");
+    store_test_uri(ops, f->dir, uri);
     OK(store_open(uri, true, &f->s));
     f->real = f->s->ops;
     f->ops = *f->real;
@@ -45,6 +45,8 @@ static void each_store(void (*check)(struct fixture *f))
 {
     for (size_t i = 0; store_registry[i]; i++) {
         struct fixture f;
+        if (!store_is_tested(store_registry[i]))
+            continue;
         fixture_open(&f, store_registry[i]);
         check(&f);
         fixture_close(&f);
@@ -358,9 +360,10 @@ static void check_retire(struct fixture *f)
     OK(commit_retire(s, 1, "bad", B)); /* the name is taken */
     OK(commit_retire(s, 2, "retired", B));
     expect_steps(s, "");
-    expect_names(s, "",
-                 "LATEST step-000000000001.bad-000000000000bbbb step-000000000001.bad-000000000000bbbb-2 "
-                 "step-000000000002.retired-000000000000bbbb");
+    if (f->real->rename_tree)
+        expect_names(s, "",
+                     "LATEST step-000000000001.bad-000000000000bbbb step-000000000001.bad-000000000000bbbb-2 "
+                     "step-000000000002.retired-000000000000bbbb");
     OK(fake_step_commit(s, 1, B)); /* reached again */
     expect_steps(s, "1");
     f->ops.rename_tree = NULL; /* a store that cannot rename */
@@ -386,7 +389,9 @@ static void check_discard(struct fixture *f)
     OK(commit_discard(s, 4, A));
     expect_names(s, "step-000000000004", "model-00000.000000000000bbbb.h5 policy.optim-00000.000000000000bbbb.h5");
     OK(store_writer_finish(w[1])); /* B's was spared */
-    if (f->real->sweep) {
+    if (strcmp(f->real->scheme, "s3") == 0) {
+        OK(store_writer_finish(w[0])); /* so small that there was no upload to abort: it is gc's */
+    } else if (f->real->sweep) {
         FAILS(ST_NOT_FOUND, "", store_writer_finish(w[0]));
     } else {
         store_writer_abort(w[0]);

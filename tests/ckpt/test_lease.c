@@ -21,14 +21,14 @@
 #include <cmocka.h>
 
 struct fixture {
-    char dir[64], uri[96];
+    char dir[FOLDER_BYTES], uri[TEST_URI_BYTES];
     struct store *s;
 };
 
 static void fixture_open(struct fixture *f, const struct store_ops *ops)
 {
     folder_make(f->dir);
-    snprintf(f->uri, sizeof f->uri, "%s:%s", ops->scheme, strcmp(ops->scheme, "file") == 0 ? f->dir : "");
+    store_test_uri(ops, f->dir, f->uri);
     OK(store_open(f->uri, true, &f->s));
 }
 
@@ -43,14 +43,15 @@ static void each_store(void (*check)(struct fixture *f), const char *scheme)
     int run = 0;
     for (size_t i = 0; store_registry[i]; i++) {
         struct fixture f;
-        if (scheme && strcmp(scheme, store_registry[i]->scheme) != 0)
+        if (!store_is_tested(store_registry[i]) || (scheme && strcmp(scheme, store_registry[i]->scheme) != 0))
             continue;
         fixture_open(&f, store_registry[i]);
         check(&f);
         fixture_close(&f);
         run++;
     }
-    assert_true(run > 0);
+    if (run == 0)
+        skip(); /* a server, and a test of files */
 }
 
 static void epoch_key(uint64_t epoch, char key[STORE_KEY_BYTES])

@@ -20,24 +20,13 @@ struct fixture {
     struct store *s;
 };
 
-/* s3 wants a server: its bucket's URL in TESSERA_TEST_S3, keys and address in the environment (tests/servers/with). */
 static void fixture_open(struct fixture *f, const struct store_ops *ops)
 {
-    const char *bucket = getenv("TESSERA_TEST_S3");
+    char dir[FOLDER_BYTES + 8];
     folder_make(f->dir);
-    if (strcmp(ops->scheme, "file") == 0)
-        snprintf(f->uri, sizeof f->uri, "file:%s/a/root", f->dir);
-    else if (strcmp(ops->scheme, "s3") == 0)
-        snprintf(f->uri, sizeof f->uri, "%s%s/%d", bucket, f->dir, getpid());
-    else
-        snprintf(f->uri, sizeof f->uri, "%s:", ops->scheme);
+    snprintf(dir, sizeof dir, "%s/a/root", f->dir);
+    store_test_uri(ops, dir, f->uri);
     OK(store_open(f->uri, true, &f->s));
-}
-
-/* With a server only s3, and without one the others. */
-static bool can_run(const struct store_ops *ops)
-{
-    return (strcmp(ops->scheme, "s3") == 0) == (getenv("TESSERA_TEST_S3") != NULL);
 }
 
 static void fixture_close(struct fixture *f)
@@ -483,7 +472,7 @@ static void test_conformance(void **state)
                                                       check_large,          check_many };
     int stores = 0;
     for (size_t i = 0; store_registry[i]; i++, stores++)
-        for (size_t k = 0; can_run(store_registry[i]) && k < sizeof checks / sizeof *checks; k++) {
+        for (size_t k = 0; store_is_tested(store_registry[i]) && k < sizeof checks / sizeof *checks; k++) {
             struct fixture f;
             fixture_open(&f, store_registry[i]);
             checks[k](f.s);

@@ -6,6 +6,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -35,6 +37,19 @@ void folder_make(char dir[FOLDER_BYTES])
 void folder_remove(const char *dir)
 {
     assert_int_equal(nftw(dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS), 0);
+}
+
+bool store_is_tested(const struct store_ops *ops)
+{
+    return (strcmp(ops->scheme, "s3") == 0) == (getenv("TESSERA_TEST_S3") != NULL);
+}
+
+void store_test_uri(const struct store_ops *ops, const char *dir, char uri[TEST_URI_BYTES])
+{
+    if (strcmp(ops->scheme, "s3") == 0)
+        snprintf(uri, TEST_URI_BYTES, "%s%s/%d", getenv("TESSERA_TEST_S3"), dir, getpid());
+    else
+        snprintf(uri, TEST_URI_BYTES, "%s:%s", ops->scheme, strcmp(ops->scheme, "file") == 0 ? dir : "");
 }
 
 struct root root_open(bool posix)

@@ -19,6 +19,13 @@ enum { FOLDER_BYTES = 64 };
 void folder_make(char dir[FOLDER_BYTES]);
 void folder_remove(const char *dir);
 
+enum { TEST_URI_BYTES = 256 };
+/* Tests that run on every store: whether they do on this one here, and where. `dir`: a folder of folder_make. Without a
+ * server all but s3, with one only that: it wants its bucket's URL in TESSERA_TEST_S3, keys and address in the
+ * environment (tests/servers/with). */
+bool store_is_tested(const struct store_ops *ops);
+void store_test_uri(const struct store_ops *ops, const char *dir, char uri[TEST_URI_BYTES]);
+
 /* assert that st is NULL; prints it otherwise. */
 void assert_ok(status *st);
 
