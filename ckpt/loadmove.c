@@ -632,7 +632,7 @@ static status *start_readers(struct move *v)
     for (int i = 0; i < v->readers && (uint64_t)i < v->runs; i++) {
         char name[16];
         struct reader *r = &v->reader[i];
-        snprintf(name, sizeof name, "tsr-load-%d", i);
+        snprintf(name, sizeof name, "tsr-load-%d", i & 0xff);
         r->v = v;
         r->to = mem_alloc((size_t)v->ring.ranks);
         if (!r->to)
