@@ -435,7 +435,7 @@ static void test_slow_read(void **state)
     uint64_t least, read = 0, received = 0, sent = 0;
     mem_free(run_save(&root, NULL, 0, 3, 3, false));
     assert_ok(store_fault_open(root.store, &slow));
-    store_fault_slow_op(slow, "get", 100000);
+    store_fault_slow_op(slow, "get", 400000); /* long enough beside what a sanitizer takes */
     struct load_job j = { root.store, slow, true };
     assert_ok(comm_threads_run(RANKS, load_job, &j));
     assert_int_equal(count_of(root.store, true, &least), 0); /* read-only handles write nothing */
