@@ -370,11 +370,11 @@ static void test_slow_write(void **state)
     struct store *folder;
     char url[FOLDER_BYTES + 16];
     cli_open(&c);
-    snprintf(url, sizeof url, "%s/root", c.dir);
+    snprintf(url, sizeof url, "%s/run", c.dir);
     assert_ok(store_open(url, true, &folder));
     assert_ok(report_write(folder, r));
     store_close(folder);
-    cli_expect(&c, "report %/root", ST_OK, "  rank 2 (dp 1, tp 0): write "); /* the slowest is the first in the list */
+    cli_expect(&c, "report %/run", ST_OK, "  rank 2 (dp 1, tp 0): write "); /* the slowest is the first in the list */
     assert_ptr_equal(strstr(c.text, "  rank "), strstr(c.text, "  rank 2 (dp 1, tp 0): "));
     cli_close(&c);
     mem_free(r);
@@ -484,8 +484,8 @@ static void test_command(void **state)
     (void)state;
     struct cli c;
     cli_open(&c);
-    put_known(&c, false, "root");
-    cli_expect(&c, "report %/root --stage write", ST_OK, "");
+    put_known(&c, false, "run");
+    cli_expect(&c, "report %/run --stage write", ST_OK, "");
     assert_string_equal(c.text,
                         "save of step 100 on 4 ranks (pp=1,dp=2,ep=1,cp=1,tp=2): 4.0 MiB in 2.000 s, 2.0 MiB/s; "
                         "training was held up for 0.500 s\n"
@@ -503,28 +503,26 @@ static void test_command(void **state)
                         "ETTR 0.97123: 600.0 s of training between saves, a save holds it up for 0.500 s and "
                         "counts after 2.000 s, a load takes 0.000 s (none was measured), a failure every "
                         "10800 s\n");
-    put_known(&c, true, "root");
-    cli_expect(&c, "report %/root --over 5 --mtbf=6040 --interval 1000", ST_OK,
-               "stragglers, over 5 x the median: none");
+    put_known(&c, true, "run");
+    cli_expect(&c, "report %/run --over 5 --mtbf=6040 --interval 1000", ST_OK, "stragglers, over 5 x the median: none");
     assert_non_null(strstr(c.text, "total of each rank, 9 is 0.500 s (rank 3)"));
     assert_non_null(strstr(c.text, "   0   9 9\n   1   9 9\n"));
     /* 1 - (2 + 2 + 500) / 6040, x 1000 / 1000.5 */
     assert_non_null(strstr(c.text, "ETTR 0.91610: "));
-    cli_expect(&c, "report %/root --load --stage exchange", ST_OK, "1000 bytes read for 900 wanted");
+    cli_expect(&c, "report %/run --load --stage exchange", ST_OK, "1000 bytes read for 900 wanted");
     assert_non_null(strstr(c.text, "   0   2 4\n   1   7 9\n")); /* 7, 17, 27, 37 ms */
     assert_null(strstr(c.text, "ETTR"));
-    cli_expect(&c, "report %/root/reports 100", ST_OK, "save of step 100");
-    cli_expect(&c, "report %/root/step-000000000100", ST_OK, "save of step 100");
-    cli_expect(&c, "report %/root 100 --json --stage=fsync", ST_OK,
-               "\"seconds\":[0.003000000,0.013000000,0.023000000,");
+    cli_expect(&c, "report %/run/reports 100", ST_OK, "save of step 100");
+    cli_expect(&c, "report %/run/step-000000000100", ST_OK, "save of step 100");
+    cli_expect(&c, "report %/run 100 --json --stage=fsync", ST_OK, "\"seconds\":[0.003000000,0.013000000,0.023000000,");
     assert_non_null(strstr(c.text, "{\"rank\":3,\"stage\":\"write\",\"s\":0.450000000,\"median_s\":0.100000000}"));
-    cli_expect(&c, "report %/root 101", ST_NOT_FOUND, "step 101");
-    cli_expect(&c, "report %/root --stage read", ST_INVALID, "a save has no stage read");
-    cli_expect(&c, "report %/root --stage reed", ST_INVALID, "capture, checksum");
-    cli_expect(&c, "report %/root --over 0", ST_INVALID, "above 0");
-    cli_expect(&c, "report %/root --stage", ST_INVALID, "wants a value");
+    cli_expect(&c, "report %/run 101", ST_NOT_FOUND, "step 101");
+    cli_expect(&c, "report %/run --stage read", ST_INVALID, "a save has no stage read");
+    cli_expect(&c, "report %/run --stage reed", ST_INVALID, "capture, checksum");
+    cli_expect(&c, "report %/run --over 0", ST_INVALID, "above 0");
+    cli_expect(&c, "report %/run --stage", ST_INVALID, "wants a value");
     cli_expect(&c, "report", ST_INVALID, "which URL");
-    cli_expect(&c, "report %/root --colour", ST_INVALID, "no option");
+    cli_expect(&c, "report %/run --colour", ST_INVALID, "no option");
     cli_close(&c);
 }
 
@@ -535,11 +533,11 @@ static void test_trace(void **state)
     struct cli c;
     char line[4096];
     cli_open(&c);
-    snprintf(line, sizeof line, "%s/root", c.dir);
+    snprintf(line, sizeof line, "%s/run", c.dir);
     struct root root = { 0 };
     assert_ok(store_open(line, true, &root.store));
     mem_free(run_save(&root, "write", 20000, 1, 1, false));
-    cli_expect(&c, "report %/root --trace %/trace.json", ST_OK, "save of step 1 on 4 ranks");
+    cli_expect(&c, "report %/run --trace %/trace.json", ST_OK, "save of step 1 on 4 ranks");
     snprintf(
         line, sizeof line,
         "python3 -c '\n"
@@ -563,7 +561,7 @@ static void test_trace(void **state)
         "'",
         c.dir);
     assert_int_equal(system(line), 0);
-    cli_expect(&c, "report %/root --trace %/no/such/folder", ST_NOT_FOUND, "folder");
+    cli_expect(&c, "report %/run --trace %/no/such/folder", ST_NOT_FOUND, "folder");
     store_close(root.store);
     cli_close(&c);
 }

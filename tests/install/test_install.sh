@@ -110,13 +110,13 @@ same "the structs of tessera.h and tessera.f90" c.txt f.txt
 # ranks N PROGRAM ROOT: every rank finds step 1 and no wrong element
 ranks()
 {
-    LD_LIBRARY_PATH=$libdir expect mpirun --oversubscribe --bind-to none -np "$1" "$tmp/bin/$2" "$tmp/root/$3"
+    LD_LIBRARY_PATH=$libdir expect mpirun --oversubscribe --bind-to none -np "$1" "$tmp/bin/$2" "$tmp/steps/$3"
     [[ $(grep -c "^rank [0-9]* of $1: step 1, 0 elements wrong\$" "$tmp/log") == "$1" ]] || {
         cat "$tmp/log" >&2
         fail "$2 on $1 ranks of $3: not every rank has it right"
     }
 }
-mkdir "$tmp/root"
+mkdir "$tmp/steps"
 for p in c_shared c_static f_shared f_static cpp_shared cpp_static; do
     ranks 4 "$p" "$p" # saves
     ranks 3 "$p" "$p" # loads
@@ -126,13 +126,13 @@ ranks 3 c_shared f_shared
 ranks 5 c_shared cpp_shared
 ranks 3 cpp_shared f_static
 
-[[ ! -e $prefix/bin/tessera ]] || expect "$prefix/bin/tessera" ckpt verify "$tmp/root/f_static"
+[[ ! -e $prefix/bin/tessera ]] || expect "$prefix/bin/tessera" ckpt verify "$tmp/steps/f_static"
 
 # The checks above can fail: a byte of the table turned over is an error of the load.
-shard=$(find "$tmp/root/c_shared" -name '*.h5' | sort | head -n 1)
+shard=$(find "$tmp/steps/c_shared" -name '*.h5' | sort | head -n 1)
 at=$(LC_ALL=C grep -obUaP -m 1 '\x00\x00\x00\x00\x00\x00\x59\x40' "$shard" | head -n 1 | cut -d: -f 1) # 100.0
 printf '\x41' | dd of="$shard" bs=1 seek="$at" conv=notrunc status=none
-if LD_LIBRARY_PATH=$libdir timeout 300 mpirun --oversubscribe --bind-to none -np 3 "$tmp/bin/c_shared" "$tmp/root/c_shared" >"$tmp/log" 2>&1; then
+if LD_LIBRARY_PATH=$libdir timeout 300 mpirun --oversubscribe --bind-to none -np 3 "$tmp/bin/c_shared" "$tmp/steps/c_shared" >"$tmp/log" 2>&1; then
     fail "a damaged file was loaded without an error"
 fi
 grep -q 'save_load: .*damaged' "$tmp/log" || fail "the error does not speak of damage: $(cat "$tmp/log")"
