@@ -8,6 +8,7 @@
  * plans and takes memory, comes before all rounds. (3) A window ends when its save is committed. (4) Times are the
  * slowest rank's, bytes are sums over ranks. */
 #include "trainer/bench/bench.h"
+#include "trainer/bench/gemms.h"
 
 #include "comm/agree.h"
 #include "comm/base/clock.h"
@@ -22,7 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GEMM_SIZE = 384, MODES = 3, REDUCE = 1 << 16 };
+enum { MODES = 3, REDUCE = 1 << 16 };
 static const char *const mode_name[MODES] = { "default", "merge", "gather" }; /* TESSERA_AS_GIVEN ... */
 
 struct irregular_options {
@@ -72,27 +73,10 @@ struct irregular_bench {
 
 /* ---- a training step */
 
-static void multiply(struct irregular_bench *ib, int64_t times)
-{
-    const size_t square = (size_t)GEMM_SIZE * GEMM_SIZE;
-    struct gemm g = { .m = GEMM_SIZE,
-                      .n = GEMM_SIZE,
-                      .k = GEMM_SIZE,
-                      .lda = GEMM_SIZE,
-                      .ldb = GEMM_SIZE,
-                      .ldc = GEMM_SIZE,
-                      .a = ib->block,
-                      .b = ib->block + square,
-                      .b_dtype = DTYPE_F32,
-                      .c = ib->block + 2 * square };
-    for (int64_t i = 0; i < times; i++)
-        kernels_cpu.gemm(NULL, &g);
-}
-
 /* Adds what the step's fences took to *fence. */
 static status *train_step(struct irregular_bench *ib, struct way *w, double *fence)
 {
-    multiply(ib, ib->gemms);
+    gemms_run(ib->block, ib->gemms);
     TRY(comm_allreduce(ib->b->world, ib->reduce, REDUCE, COMM_F32, COMM_MAX, NULL));
     for (uint64_t i = 0; i < ib->held.layers * SLICES_KINDS; i++) {
         const struct slice *x = &ib->held.slice[i];
@@ -114,7 +98,7 @@ static status *calibrate(struct irregular_bench *ib)
     for (int i = 0; i < 5; i++) {
         TRY(comm_barrier(ib->b->world));
         uint64_t t0 = clock_ns();
-        multiply(ib, 8);
+        gemms_run(ib->block, 8);
         double took = ns_to_s(clock_ns() - t0) / 8;
         TRY(comm_allreduce(ib->b->world, &took, 1, COMM_F64, COMM_MAX, NULL));
         best = took < best ? took : best;
@@ -315,7 +299,6 @@ static status *open_way(struct irregular_bench *ib, int mode)
 
 static status *open_memory(struct irregular_bench *ib)
 {
-    const size_t square = (size_t)GEMM_SIZE * GEMM_SIZE;
     int n = ib->b->world->size, tp = (int)ib->o->tp;
     tp = tp ? tp : n % 2 || n < 4 ? 1 : 2;
     if (n % tp)
@@ -324,7 +307,7 @@ static status *open_memory(struct irregular_bench *ib)
     ib->mesh.size[MESH_TP] = tp;
     ib->mesh.size[MESH_DP] = n / tp;
     TRY(slices_open(ib->o->state_bytes, &ib->mesh, ib->b->world->rank, true, &ib->held));
-    ib->block = mem_calloc(3 * square, sizeof *ib->block);
+    ib->block = gemms_open();
     ib->reduce = mem_calloc(REDUCE, sizeof *ib->reduce);
     return ib->block && ib->reduce ? NULL : ERR(NO_MEMORY, "matrices");
 }

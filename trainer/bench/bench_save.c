@@ -9,6 +9,7 @@
  * is committed, so that none of its cost falls into the next. (3) The first save of all, which plans and takes memory,
  * belongs to no window. (4) Times are the slowest rank's, CPU seconds are sums over ranks. */
 #include "trainer/bench/bench.h"
+#include "trainer/bench/gemms.h"
 
 #include "comm/agree.h"
 #include "comm/base/clock.h"
@@ -23,7 +24,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GEMM_SIZE = 384, CALIBRATION_STEPS = 5 };
+enum { CALIBRATION_STEPS = 5 };
 
 struct save_options {
     uint64_t state_bytes, grad_bytes, chunk_bytes, staging_bytes;
@@ -89,19 +90,7 @@ struct save_bench {
 /* What the gradient and the tensors hold stays an ordinary number however long this runs. */
 static status *train_step(struct save_bench *sb, uint64_t *fence_ns)
 {
-    const size_t square = (size_t)GEMM_SIZE * GEMM_SIZE;
-    struct gemm g = { .m = GEMM_SIZE,
-                      .n = GEMM_SIZE,
-                      .k = GEMM_SIZE,
-                      .lda = GEMM_SIZE,
-                      .ldb = GEMM_SIZE,
-                      .ldc = GEMM_SIZE,
-                      .a = sb->block,
-                      .b = sb->block + square,
-                      .b_dtype = DTYPE_F32,
-                      .c = sb->block + 2 * square };
-    for (int64_t i = 0; i < sb->gemms; i++)
-        kernels_cpu.gemm(NULL, &g);
+    gemms_run(sb->block, sb->gemms);
     TRY(comm_allreduce(sb->b->world, sb->grad, sb->grad_count, COMM_F32, COMM_SUM, NULL));
     kernels_cpu.scale(NULL, sb->grad, sb->grad, 1.0f / (float)sb->b->world->size, (int64_t)sb->grad_count);
     const size_t elems = (size_t)(sb->field.box_rows * sb->field.box_cols);
@@ -406,7 +395,6 @@ static status *open_samples(struct save_bench *sb)
 static status *open_memory(struct save_bench *sb)
 {
     const struct save_options *o = sb->o;
-    const size_t square = (size_t)GEMM_SIZE * GEMM_SIZE;
     struct field_cut cut = { sb->b->world->rank, sb->b->world->size, false };
     TRY(field_open(o->state_bytes, (uint64_t)o->tensors, cut, &sb->field));
     if (sb->field.block_bytes < LIMIT_PIECE_BYTES)
@@ -414,11 +402,9 @@ static status *open_memory(struct save_bench *sb)
     field_fill(&sb->field);
     sb->grad_count = (size_t)o->grad_bytes / sizeof *sb->grad;
     sb->grad = mem_calloc(sb->grad_count, sizeof *sb->grad);
-    sb->block = mem_calloc(3 * square, sizeof *sb->block);
+    sb->block = gemms_open();
     if (!sb->grad || !sb->block)
         return ERR(NO_MEMORY, "matrices");
-    for (size_t i = 0; i < 2 * square; i++)
-        sb->block[i] = (float)(i % 7) * 0.125f;
     for (size_t i = 0; i < sb->grad_count; i++)
         sb->grad[i] = 1;
     return open_samples(sb);
