@@ -146,13 +146,7 @@ static status *make_config(const struct export *e, char **json)
 
 static status *add_run(tessera_state *s, const struct safetensors_spec *t, uint64_t begin, uint64_t end, void *to)
 {
-    struct tessera_tensor d = TESSERA_TENSOR;
-    d.part = "model";
-    d.name = t->name;
-    d.dtype = (int)t->dtype;
-    d.ndim = t->shape.ndim;
-    for (int i = 0; i < d.ndim; i++)
-        d.shape[i] = d.length[i] = t->shape.dim[i];
+    struct tessera_tensor d = hf_tensor(t->name, t->dtype, &t->shape);
     d.run_begin = begin;
     d.run_end = end;
     d.data = to;
@@ -321,13 +315,7 @@ static status *add_tensors(struct import *in)
     for (int i = 0; i < ps->count; i++) {
         const struct param *p = &ps->p[i];
         const struct safetensor *t = safetensors_find(in->s, p->alias < 0 ? p->name : ps->p[p->alias].name);
-        struct tessera_tensor d = TESSERA_TENSOR;
-        d.part = "model";
-        d.name = p->name;
-        d.dtype = (int)t->dtype;
-        d.ndim = t->shape.ndim;
-        for (int k = 0; k < d.ndim; k++)
-            d.shape[k] = d.length[k] = t->shape.dim[k];
+        struct tessera_tensor d = hf_tensor(p->name, t->dtype, &t->shape);
         d.data = (unsigned char *)in->map[t->file].at + t->at; /* read only: saving reads */
         if (p->alias >= 0) {
             d.alias_of = ps->p[p->alias].name;

@@ -8,6 +8,18 @@
 #include <stdio.h>
 #include <string.h>
 
+struct tessera_tensor hf_tensor(const char *name, enum dtype dtype, const struct shape *shape)
+{
+    struct tessera_tensor d = TESSERA_TENSOR;
+    d.part = "model";
+    d.name = name;
+    d.dtype = (int)dtype;
+    d.ndim = shape->ndim;
+    for (int i = 0; i < d.ndim; i++)
+        d.shape[i] = d.length[i] = shape->dim[i];
+    return d;
+}
+
 enum { BATCH_BYTES = 256 << 20, LIST_BYTES = 768 };
 
 /* ---- names ---- */
@@ -100,13 +112,7 @@ static status *add_read(const struct loading *l, const struct param *p, tessera_
     if (part.begin == part.end)
         return NULL;
     TRY(safetensors_read(l->s, t, &part, buf + *used));
-    struct tessera_tensor d = TESSERA_TENSOR;
-    d.part = "model";
-    d.name = p->name;
-    d.dtype = (int)t->dtype;
-    d.ndim = t->shape.ndim;
-    for (int i = 0; i < d.ndim; i++)
-        d.shape[i] = d.length[i] = t->shape.dim[i];
+    struct tessera_tensor d = hf_tensor(p->name, t->dtype, &t->shape);
     d.run_begin = part.begin;
     d.run_end = part.end;
     d.data = buf + *used;

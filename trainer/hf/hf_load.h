@@ -2,9 +2,13 @@
 #ifndef TESSERA_TRAINER_HF_HF_LOAD_H
 #define TESSERA_TRAINER_HF_HF_LOAD_H
 
+#include "ckpt/tessera.h"
 #include "comm/comm.h"
 #include "trainer/hf/safetensors.h"
 #include "trainer/model/model.h"
+
+/* A tensor of part "model" as a state describes it: whole, its memory not yet named. `name` is borrowed. */
+struct tessera_tensor hf_tensor(const char *name, enum dtype dtype, const struct shape *shape);
 
 /* Hold names, shapes and types against the parameters. INVALID names all that are missing, unexpected, misshapen or no
  * floats. Not missed: names that share another's memory. Not unexpected: such names, and buffers of angles
