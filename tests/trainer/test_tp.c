@@ -4,6 +4,7 @@
 #include "comm/base/mem.h"
 #include "comm/base/rng.h"
 #include "tests/support/comm_threads.h"
+#include "tests/support/test_root.h"
 #include "trainer/model/model.h"
 #include "trainer/ops/kernels.h"
 #include "trainer/parallel/zero.h"
@@ -670,15 +671,6 @@ static void generation(void **state)
 
 /* ---- what cannot be ---- */
 
-static void expect_refused(status *st, const char *words)
-{
-    assert_non_null(st);
-    assert_int_equal(status_code(st), ST_INVALID);
-    if (!strstr(status_message(st), words))
-        fail_msg("\"%s\" is not in \"%s\"", words, status_message(st));
-    status_free(st);
-}
-
 static void refusals(void **state)
 {
     (void)state;
@@ -696,7 +688,7 @@ static void refusals(void **state)
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         struct model *m = NULL;
-        expect_refused(open_at(bad[i].options, &(struct tp_place){ .size = bad[i].ranks }, &m), bad[i].words);
+        FAILS(ST_INVALID, bad[i].words, open_at(bad[i].options, &(struct tp_place){ .size = bad[i].ranks }, &m));
     }
     struct model *m;
     struct tape *t;
@@ -705,7 +697,7 @@ static void refusals(void **state)
     fill(&b, TOKENS);
     must(open_at(variants[0].options, &(struct tp_place){ .size = 2 }, &m));
     must(tape_open(NULL, NULL, 0, &t));
-    expect_refused(run_model(m, t, &b, TAPE_FORWARD, &logp, NULL), "the tape is not spread");
+    FAILS(ST_INVALID, "the tape is not spread", run_model(m, t, &b, TAPE_FORWARD, &logp, NULL));
     tape_close(t);
     model_close(m);
 }
