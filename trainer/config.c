@@ -57,8 +57,9 @@ static const struct option algo_rows[] = {
         "SFT steps before the algorithm starts, part of train.steps"),
     ROW(OPT_FLOAT, algo_choice, warmup_sft_lr, "warmup_sft_lr", "0", 0, 1, NULL, "",
         "peak learning rate of those steps; 0: optim.lr"),
-    ROW(OPT_ENUM, algo_choice, reference, "reference", "precomputed", 0, 0, "precomputed|live", "",
-        "the weights the algorithm starts from: their log-probabilities once, or a copy of them run at every step"),
+    ROW(OPT_ENUM, algo_choice, reference, "reference", "precomputed", 0, 0, "precomputed|live|base", "",
+        "the weights the algorithm starts from: their log-probabilities once, or a copy of them run at every step; "
+        "with lora, base: the model without its adapters, run at every step, and no copy"),
     ROW(OPT_INT, algo_choice, ref_sync_steps, "ref_sync_steps", "0", 0, 1e12, NULL, "steps",
         "TR-DPO, with reference: live: after so many steps, again and again, the copy moves to the weights; 0: never"),
     ROW(OPT_FLOAT, algo_choice, ref_sync_alpha, "ref_sync_alpha", "0.6", 0, 1, NULL, "",
@@ -80,6 +81,8 @@ static const struct option train_rows[] = {
         "wall-clock limit: save and stop once the run is this old; 0: none"),
     ROW(OPT_BOOL, train_config, deterministic, "deterministic", "true", 0, 0, NULL, "",
         "the same bits for any number of ranks up to lanes"),
+    ROW(OPT_LIST, train_config, freeze, "freeze", "", 0, 0, NULL, "",
+        "patterns of the parameters that stay as they are, [\"model.embed_tokens.*\"]; empty: all train"),
 };
 static const struct option parallel_rows[] = {
     ROW(OPT_INT, parallel_config, pp, "pp", "1", 1, 1, NULL, "ranks", "pipeline stages"),
@@ -120,8 +123,9 @@ static const struct option checkpoint_rows[] = {
         "with keep_last: steps that this divides stay too; 0: none"),
     ROW(OPT_INT, checkpoint_config, keep_best, "keep_best", "0", 0, 1e6, NULL, "steps",
         "with keep_last: so many steps with the best keep_metric stay too; 0: none"),
-    ROW(OPT_BOOL, checkpoint_config, reference_frozen, "reference_frozen", "false", 0, 0, NULL, "",
-        "frozen weights and tables are written once; later steps refer to the step that has them, which stays, whole"),
+    ROW(OPT_ENUM, checkpoint_config, reference_frozen, "reference_frozen", "auto", 0, 0, "auto|false|true", "",
+        "frozen weights and tables are written once; later steps refer to the step that has them, which stays, whole; "
+        "auto: if parameters are frozen (lora.targets, train.freeze)"),
     ROW(OPT_ENUM, checkpoint_config, irregular, "irregular", "default", 0, 0, "default|merge|gather", "",
         "runs that are no boxes of their tensors (ZeRO's): stored as they are, merged into boxes by messages while "
         "training goes on, or gathered before the save (to compare with)"),
@@ -173,7 +177,7 @@ struct section {
     void *base;
     const char *chosen_by; /* "" or the kind that brings it, for messages */
 };
-enum { MAX_SECTIONS = 16, MAX_SEEN = 256 };
+enum { MAX_SECTIONS = 16, MAX_SEEN = 256, LIST_BYTES = 4000 /* config_text keeps a little more of a value */ };
 
 struct sections {
     struct section s[MAX_SECTIONS];
@@ -193,6 +197,7 @@ static struct sections sections_of(struct config *c)
     add_section(&all, &run_table, &c->run);
     add_section(&all, &model_table, &c->model_choice);
     add_section(&all, c->model_ops ? c->model_ops->options : NULL, c->model);
+    add_section(&all, &lora_options, &c->lora);
     add_section(&all, &data_table, &c->data);
     add_section(&all, &algo_table, &c->algo);
     add_section(&all, c->algo_ops ? c->algo_ops->options : NULL, c->algo_own);
@@ -208,7 +213,8 @@ static struct sections sections_of(struct config *c)
 /* One parsed assignment and where it came from. */
 struct assignment {
     char section[64], key[64];
-    const char *value; /* owned by the YAML document or the command line */
+    const char *value; /* owned by the YAML document or the command line, or `list` */
+    char *list;        /* of a YAML list: its words with commas between */
     char where[256];
 };
 struct assignments {
@@ -231,6 +237,7 @@ static status *assign(struct assignments *l, const char *section, const char *ke
         if (!replace)
             return ERR(INVALID, "%s: key %s%s%s was set before, at %s", where, section, *section ? "." : "", key,
                        old->where);
+        mem_free(old->list);
         *old = n;
         return NULL;
     }
@@ -254,6 +261,41 @@ static const char *scalar_text(const yaml_node_t *n)
     return plain && (!strcmp(s, "~") || !strcmp(s, "null")) ? "" : s;
 }
 
+/* The words of a list with commas between; the caller frees them. */
+static status *list_text(yaml_document_t *doc, const yaml_node_t *list, const char *where, const char *key, char **out)
+{
+    size_t bytes = 1, n = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        for (const yaml_node_item_t *i = list->data.sequence.items.start; i < list->data.sequence.items.top; i++) {
+            const yaml_node_t *word = yaml_document_get_node(doc, *i);
+            if (word->type != YAML_SCALAR_NODE)
+                return ERR(INVALID, "%s: %s: a list here has single values", where, key);
+            if (pass)
+                n += (size_t)snprintf(*out + n, bytes - n, "%s%s", n ? "," : "", scalar_text(word));
+            else
+                bytes += strlen(scalar_text(word)) + 1;
+        }
+        if (bytes > LIST_BYTES)
+            return ERR(INVALID, "%s: %s: a list of more than %d bytes", where, key, LIST_BYTES);
+        if (!pass && !(*out = mem_calloc(bytes, 1)))
+            return ERR(NO_MEMORY, "%s: %s", where, key);
+    }
+    return NULL;
+}
+
+static status *assign_list(yaml_document_t *doc, const yaml_node_t *list, const char *section, const char *key,
+                           const char *where, struct assignments *out)
+{
+    char *text = NULL;
+    TRY(list_text(doc, list, where, key, &text));
+    status *st = assign(out, section, key, text, where, false);
+    if (st)
+        mem_free(text);
+    else
+        out->a[out->count - 1].list = text;
+    return st;
+}
+
 static status *walk_section(yaml_document_t *doc, const yaml_node_t *map, const char *section, const char *name,
                             struct assignments *out)
 {
@@ -268,9 +310,11 @@ static status *walk_section(yaml_document_t *doc, const yaml_node_t *map, const 
             TRY(assign(out, section, key, scalar_text(v), where, false));
         else if (v->type == YAML_MAPPING_NODE && !*section)
             TRY(walk_section(doc, v, key, name, out));
+        else if (v->type == YAML_SEQUENCE_NODE)
+            TRY(assign_list(doc, v, section, key, where, out));
         else
-            return ERR(INVALID, "%s: %s%s%s must have a single value, not a %s", where, section, *section ? "." : "",
-                       key, v->type == YAML_SEQUENCE_NODE ? "list" : "section");
+            return ERR(INVALID, "%s: %s%s%s must have a single value, not a section", where, section,
+                       *section ? "." : "", key);
     }
     return NULL;
 }
@@ -333,6 +377,10 @@ static status *apply_one(struct sections *all, const struct assignment *a)
         if (!owner || options_find(s->table, a->key))
             owner = s;
     }
+    const struct option *row = owner && a->list ? options_find(owner->table, a->key) : NULL;
+    if (row && row->type != OPT_LIST)
+        return ERR(INVALID, "%s: %s%s%s must have a single value, not a list", a->where, a->section,
+                   *a->section ? "." : "", a->key);
     if (!owner)
         return ERR(INVALID, "%s: unknown section \"%s\" (legal: %s)", a->where, a->section, known);
     return options_set(owner->table, a->key, a->value, owner->base, a->where);
@@ -390,6 +438,25 @@ static status *take_init_from(struct assignments *l, struct hf_config *hf)
             return ERR(INVALID, "%s: model.%s: %.60s, but %s in %s (leave it out to take that)", where, key, ours,
                        theirs, from);
     }
+    return NULL;
+}
+
+/* The keys of section lora say how the layers of its targets are adapted, and `base` is what is left without. */
+static status *check_lora(const struct config *c, const struct assignments *l, const char *name)
+{
+    bool base = c->algo.reference == REFERENCE_BASE;
+    const char *where, *targets = value_of(l, "lora", "targets", &where);
+    for (size_t i = 0; i < l->count && !targets; i++)
+        if (!strcmp(l->a[i].section, "lora"))
+            return ERR(INVALID, "%s: lora.%s needs lora.targets: the layers that get adapters, [\"*.q_proj\", ...]",
+                       l->a[i].where, l->a[i].key);
+    if (base && !*c->lora.targets)
+        return ERR(INVALID, "%s: algo.reference: base needs lora.targets: it is the model without adapters", name);
+    if (base && c->algo.warmup_sft_steps)
+        return ERR(INVALID,
+                   "%s: algo.reference: base is not what algo.warmup_sft_steps leaves, which train the adapters too: "
+                   "use precomputed or live, or export the SFT model and start from it (model.init_from)",
+                   name);
     return NULL;
 }
 
@@ -515,6 +582,7 @@ static status *fill(struct config *c, struct assignments *l, const char *name)
         snprintf(dir, sizeof dir, "runs/%s", c->run.name);
         TRY(options_set(&run_table, "dir", dir, &c->run, name));
     }
+    TRY(check_lora(c, l, name));
     return check_together(c, name);
 }
 
@@ -530,6 +598,8 @@ status *config_parse(const char *text, size_t bytes, const char *name, int overr
         st = collect(&doc, name, overrides, override, &l);
     if (!st)
         st = fill(c, &l, name);
+    for (size_t i = 0; i < l.count; i++)
+        mem_free(l.a[i].list);
     mem_free(l.a);
     yaml_document_delete(&doc);
     if (st) {
@@ -617,15 +687,15 @@ status *config_text(const struct config *c, char **out)
 /* Keys that define numeric state: another value would go on with another run. */
 static bool defines_state(const char *key)
 {
-    static const char *const exact[] = { "run.seed",           "data.sft",
-                                         "data.prefs",         "data.labelled",
-                                         "data.max_length",    "algo.kind",
-                                         "algo.reference",     "algo.warmup_sft_steps",
-                                         "train.global_batch", "algo.ld_alpha" };
+    static const char *const exact[] = {
+        "run.seed",           "data.sft",      "data.prefs",     "data.labelled",
+        "data.max_length",    "algo.kind",     "algo.reference", "algo.warmup_sft_steps",
+        "train.global_batch", "algo.ld_alpha", "train.freeze"
+    };
     for (size_t i = 0; i < sizeof exact / sizeof exact[0]; i++)
         if (!strcmp(key, exact[i]))
             return true;
-    return !strncmp(key, "model.", 6) && strcmp(key, "model.init_from") != 0;
+    return !strncmp(key, "lora.", 5) || (!strncmp(key, "model.", 6) && strcmp(key, "model.init_from") != 0);
 }
 
 /* Where a text's key ends the run, it is not news. */
@@ -678,10 +748,10 @@ static void help_presets(const struct algo_ops *algo, FILE *to)
 
 void config_help(FILE *to)
 {
-    static const struct option_table *const common[] = { &top_table,        &run_table,      &data_table,
-                                                         &model_table,      &algo_table,     &train_table,
-                                                         &optim_options,    &parallel_table, &memory_table,
-                                                         &checkpoint_table, &eval_table };
+    static const struct option_table *const common[] = { &top_table,    &run_table,        &data_table,
+                                                         &model_table,  &lora_options,     &algo_table,
+                                                         &train_table,  &optim_options,    &parallel_table,
+                                                         &memory_table, &checkpoint_table, &eval_table };
     for (size_t i = 0; i < sizeof common / sizeof common[0]; i++)
         options_help(common[i], to);
     for (int i = 0; model_registry[i]; i++) {

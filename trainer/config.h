@@ -9,6 +9,7 @@
 #include "comm/base/options.h"
 #include "comm/comm.h"
 #include "trainer/algo/algo.h"
+#include "trainer/model/lora.h"
 #include "trainer/model/model.h"
 #include "trainer/optim/optim.h"
 #include "trainer/when.h"
@@ -40,12 +41,13 @@ struct algo_choice {
     int64_t ref_sync_steps;
     double ref_sync_alpha;
 };
-enum { REFERENCE_PRECOMPUTED, REFERENCE_LIVE };
+enum { REFERENCE_PRECOMPUTED, REFERENCE_LIVE, REFERENCE_BASE };
 
 struct train_config {
     int64_t steps, global_batch, micro_batch, lanes, eval_every, log_every;
     double max_seconds;
     bool deterministic;
+    char *freeze;
 };
 
 struct parallel_config {
@@ -67,6 +69,7 @@ struct eval_config { /* tessera eval */
 enum { ON_ERROR_WARN, ON_ERROR_STOP };
 enum { KEEP_HIGHEST, KEEP_LOWEST };
 enum { VIEW_AUTO, VIEW_ALWAYS, VIEW_NEVER };
+enum { REFERENCE_FROZEN_AUTO, REFERENCE_FROZEN_FALSE, REFERENCE_FROZEN_TRUE };
 enum { OVERLAP_WAIT, OVERLAP_SKIP, OVERLAP_CANCEL };
 struct checkpoint_config {
     char *url, *resume, *every, *keep_metric;
@@ -74,8 +77,8 @@ struct checkpoint_config {
     double mtbf;
     int64_t keep_last, keep_every, keep_best, writers, lease_seconds;
     uint64_t staging_bytes, chunk_bytes;
-    bool async, rewind, state_hash, reference_frozen;
-    int on_error, overlap, keep_order, view;
+    bool async, rewind, state_hash;
+    int on_error, overlap, keep_order, view, reference_frozen;
     int irregular; /* TESSERA_AS_GIVEN, TESSERA_MERGE, TESSERA_GATHER */
 };
 
@@ -83,6 +86,7 @@ struct config {
     struct top_config top;
     struct run_config run;
     struct model_choice model_choice;
+    struct lora_config lora;
     struct data_config data;
     struct algo_choice algo;
     struct train_config train;

@@ -50,15 +50,20 @@ static status *load_reference(struct trainer *t, uint64_t step, char *name, size
     const char *word = c->eval.reference;
     if (*word && !is_number(word))
         return ERR(INVALID, "eval.reference: \"%s\" is not a step number", word);
+    if (!*word && c->algo.reference == REFERENCE_BASE) {
+        snprintf(name, bytes, "\"base of %" PRIu64 "\"", step);
+        t->model->adapters_off = true;
+        return state_load_weights(t, step, false);
+    }
     if (!*word && c->algo.reference == REFERENCE_LIVE) {
         snprintf(name, bytes, "\"ref/model of %" PRIu64 "\"", step);
-        return state_load_weights(t, step, "ref/model");
+        return state_load_weights(t, step, true);
     }
     uint64_t from = *word ? strtoull(word, NULL, 10) : (uint64_t)c->algo.warmup_sft_steps;
     snprintf(name, bytes, "%" PRIu64, from);
     if (!from)
         return NULL;
-    status *st = state_load_weights(t, from, "model");
+    status *st = state_load_weights(t, from, false);
     return st ? status_wrap(st, "the reference is step %" PRIu64 " (let checkpoint.keep_every or keep_last keep it)",
                             from)
               : NULL;
@@ -118,7 +123,8 @@ status *trainer_eval(struct trainer *t)
     TRY(choose_step(t, &step));
     TRY(load_reference(t, step, reference, sizeof reference));
     TRY(evaluate_logps(t, t->model, t->heldout, &t->heldout_pack, t->ref_heldout.logp));
-    TRY(state_load_weights(t, step, "model"));
+    t->model->adapters_off = false;
+    TRY(state_load_weights(t, step, false));
     TRY(evaluate_pairs(t, &e));
     TRY(comm_agree(t->world, write_pairs(t)));
     return comm_agree(t->world, print_result(t, step, reference, &e));

@@ -84,6 +84,17 @@ status *evaluate_logps(struct trainer *t, struct model *m, const struct dataset 
     return evaluate_rows(t, m, d, p, sums, NULL, NULL);
 }
 
+struct model *reference_begin(struct trainer *t)
+{
+    t->model->adapters_off = !t->ref_model;
+    return t->ref_model ? t->ref_model : t->model;
+}
+
+void reference_done(struct trainer *t)
+{
+    t->model->adapters_off = false;
+}
+
 static int by_group(const void *a, const void *b)
 {
     const uint64_t *x = a, *y = b;
@@ -166,8 +177,11 @@ static bool has_loss(const struct trainer *t)
 status *evaluate_pairs(struct trainer *t, struct evaluation *out)
 {
     const struct dataset *d = t->heldout;
-    if (t->ref_live && !t->ref_heldout_known)
-        TRY(evaluate_logps(t, t->ref_model, d, &t->heldout_pack, t->ref_heldout.logp));
+    if (t->ref_live && !t->ref_heldout_known) {
+        status *st = evaluate_logps(t, reference_begin(t), d, &t->heldout_pack, t->ref_heldout.logp);
+        reference_done(t);
+        TRY(st);
+    }
     t->ref_heldout_known = t->ref_live;
     const double *now = t->heldout_sums, *ref = t->ref_heldout.rows ? t->ref_heldout.logp : NULL;
     bool loss = has_loss(t);

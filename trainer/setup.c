@@ -114,10 +114,11 @@ static status *open_model(struct trainer *t, int ranks_here)
                    t->device->ops->name);
     TRY(workers_open(threads_of(t, ranks_here), &t->workers));
     struct tp_place at = { t->tp ? t->tp->size : 1, t->tp ? t->tp->rank : 0, t->tp && t->cfg->parallel.sequence };
-    TRY(model_open_at(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &t->model));
+    const struct tuning tuning = { &t->cfg->lora, t->cfg->train.freeze };
+    TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->model));
     TRY(params_alloc(&t->model->params, true));
     if (t->cfg->algo.reference == REFERENCE_LIVE && algo_needs_reference(t->cfg->algo_ops, t->cfg->algo_own)) {
-        TRY(model_open_at(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &t->ref_model));
+        TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->ref_model));
         TRY(params_alloc(&t->ref_model->params, false));
     }
     TRY(tape_open(t->workers, NULL, (size_t)t->cfg->memory.activations, &t->tape));
@@ -204,7 +205,8 @@ static status *open_checkpoint(struct trainer *t, bool read_only)
     o.keep_lowest = c->keep_order == KEEP_LOWEST;
     o.keep_metric = c->keep_metric;
     o.view = c->view == VIEW_NEVER ? -1 : c->view == VIEW_ALWAYS;
-    o.reference_frozen = c->reference_frozen;
+    o.reference_frozen = c->reference_frozen == REFERENCE_FROZEN_TRUE ||
+                         (c->reference_frozen == REFERENCE_FROZEN_AUTO && t->model->params.frozen);
     o.irregular = c->irregular;
     o.rewind = c->rewind;
     o.staging_bytes = c->staging_bytes;

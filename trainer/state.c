@@ -2,9 +2,11 @@
  *
  *   model      every parameter: this rank's tensor-parallel part, the same on every data-parallel rank (replicas:
  *              written once); tied names as aliases
+ *   adapter    the matrices of LoRA's adapters, in the same way; model then is the base, which is frozen: written once,
+ *              and referred to by later steps
  *   optim      NAME.exp_avg, NAME.exp_avg_sq: the runs of the flat block that this rank's optimiser holds
  *   ref/logps  row, hash, logp (and heldout.*) once the algorithm's reference has been computed
- *   ref/model  with a live reference instead: its parameters
+ *   ref/model  with a live reference instead: its parameters, and ref/adapter; nothing if it is the base of the model
  *   loader     blob "samples": consumed samples of each phase
  *   rng        blob "seed"
  *   extra      blobs "progress" (step, phase, optimiser step) and "config"
@@ -32,6 +34,14 @@ static void shape_of(struct tessera_tensor *d, const struct shape *s)
         d->shape[i] = d->length[i] = s->dim[i];
 }
 
+/* The part of a checkpoint that p's values are in; of_ref: of the live reference's. */
+static const char *home_of(const struct param *p, bool of_ref)
+{
+    if (of_ref)
+        return p->adapter ? "ref/adapter" : "ref/model";
+    return p->adapter ? "adapter" : "model";
+}
+
 /* The part of p that is here; ranks with equal parts are replicas. */
 static struct tessera_tensor part_of(const char *part, const struct param *p)
 {
@@ -50,7 +60,8 @@ static struct tessera_tensor part_of(const char *part, const struct param *p)
 
 static status *add_param(struct trainer *t, const struct params *ps, const struct param *p)
 {
-    struct tessera_tensor d = part_of("model", p);
+    struct tessera_tensor d = part_of(home_of(p, false), p);
+    d.frozen = p->frozen;
     if (p->alias >= 0) {
         d.alias_of = ps->p[p->alias].name;
         d.data = NULL;
@@ -110,10 +121,10 @@ static status *add_ref_model(struct trainer *t)
 {
     const struct params *ps = &t->ref_model->params;
     for (int i = 0; i < ps->count; i++) {
-        struct tessera_tensor d = part_of("ref/model", &ps->p[i]);
+        struct tessera_tensor d = part_of(home_of(&ps->p[i], true), &ps->p[i]);
         if (ps->p[i].alias >= 0)
             continue;
-        d.frozen = t->cfg->algo.ref_sync_steps == 0;
+        d.frozen = ps->p[i].frozen || t->cfg->algo.ref_sync_steps == 0;
         TRY(tessera_state_add_tensor(t->state, &d));
     }
     return NULL;
@@ -122,13 +133,16 @@ static status *add_ref_model(struct trainer *t)
 static status *fill_state(struct trainer *t)
 {
     const struct params *ps = &t->model->params;
-    for (int i = 0; i < ps->count; i++) {
-        TRY(add_param(t, ps, &ps->p[i]));
-        if (ps->p[i].alias < 0)
-            TRY(add_moments(t, &ps->p[i]));
-    }
+    for (int frozen = 0; frozen < 2; frozen++) /* nobody waits for those that are not overwritten */
+        for (int i = 0; i < ps->count; i++) {
+            if (ps->p[i].frozen != frozen)
+                continue;
+            TRY(add_param(t, ps, &ps->p[i]));
+            if (ps->p[i].alias < 0 && !frozen)
+                TRY(add_moments(t, &ps->p[i]));
+        }
     if (t->ref_live)
-        return add_ref_model(t);
+        return t->ref_model ? add_ref_model(t) : NULL;
     TRY(add_ref(t, "", &t->ref));
     return add_ref(t, "heldout.", &t->ref_heldout);
 }
@@ -167,7 +181,7 @@ static status *put_blobs(struct trainer *t)
 
 uint32_t state_weights_crc(const struct trainer *t)
 {
-    return crc32c(0, t->model->params.data, t->model->params.total * sizeof(float));
+    return crc32c(0, t->model->params.data, params_bytes(&t->model->params));
 }
 
 static status *log_hashes(struct trainer *t)
@@ -182,7 +196,7 @@ static status *log_hashes(struct trainer *t)
     if (t->ref.rows)
         metrics_integer(t->metrics, "ref_hash",
                         hash64(t->ref.logp, t->ref.rows * (size_t)t->ref.sequences * sizeof(double)));
-    if (t->ref_live)
+    if (t->ref_live && t->ref_model)
         metrics_integer(t->metrics, "ref_hash", h.reference);
     return NULL;
 }
@@ -323,14 +337,12 @@ status *state_save(struct trainer *t, bool needed)
 
 /* --- reading */
 
-status *state_load_weights(struct trainer *t, uint64_t step, const char *part)
+status *state_load_weights(struct trainer *t, uint64_t step, bool of_ref)
 {
+    static const char *const ref_roles[] = { "model=ref/model", "adapter=ref/adapter", NULL };
     const struct params *ps = &t->model->params;
-    char role[64];
-    snprintf(role, sizeof role, "model=%s", part);
-    const char *const roles[] = { role, NULL };
     struct tessera_load_options o = TESSERA_LOAD_OPTIONS;
-    o.roles = roles;
+    o.roles = of_ref ? ref_roles : NULL;
     o.allow = TESSERA_ALLOW_UNEXPECTED; /* names that share their memory with another */
     tessera_state_free(t->state);
     t->state = NULL;
@@ -392,7 +404,7 @@ static status *shape_refs(struct trainer *t)
     t->ref_live = t->ref_heldout_known = false;
     if (!algo_needs_reference(t->phase[t->current].algo, t->phase[t->current].algo_config))
         return NULL;
-    t->ref_live = t->ref_model != NULL;
+    t->ref_live = t->ref_model || t->cfg->algo.reference == REFERENCE_BASE;
     if (!t->ref_live)
         TRY(ref_logps_init(&t->ref, t->phase[t->current].data));
     return t->heldout ? ref_logps_init(&t->ref_heldout, t->heldout) : NULL;

@@ -64,7 +64,8 @@ static uint64_t own_moments(const struct trainer *t, const struct param *p)
 status *state_hashes(struct trainer *t, struct state_hashes *out)
 {
     const struct params *ps = &t->model->params;
-    uint64_t hash[3] = { own_weights(t, ps), 0, t->ref_live ? own_weights(t, &t->ref_model->params) : 0 };
+    uint64_t hash[3] = { own_weights(t, ps), 0,
+                         t->ref_live && t->ref_model ? own_weights(t, &t->ref_model->params) : 0 };
     for (int i = 0; i < ps->count && (t->cfg->parallel.zero || t->dp->rank == 0); i++)
         if (first_of_sharers(t, &ps->p[i]))
             hash[1] += own_moments(t, &ps->p[i]);

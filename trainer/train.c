@@ -39,13 +39,15 @@ int trainer_phase_at(const struct trainer *t, uint64_t step)
 
 /* --- phases */
 
-/* The live reference: the weights as they are, and room for what they make of held-out rows. */
+/* The live reference: the weights as they are, or those without adapters, and room for what they make of held-out rows.
+ */
 static status *copy_reference(struct trainer *t)
 {
     const struct params *from = &t->model->params;
     status *st = t->heldout ? ref_logps_init(&t->ref_heldout, t->heldout) : NULL;
     TRY(comm_agree(t->world, st));
-    memcpy(t->ref_model->params.data, from->data, from->total * sizeof *from->data);
+    if (t->ref_model)
+        memcpy(t->ref_model->params.data, from->data, params_bytes(from));
     t->ref_live = true;
     t->ref_heldout_known = false;
     return NULL;
@@ -54,7 +56,7 @@ static status *copy_reference(struct trainer *t)
 static status *compute_references(struct trainer *t)
 {
     struct phase *p = &t->phase[t->current];
-    if (t->ref_model)
+    if (t->ref_model || t->cfg->algo.reference == REFERENCE_BASE)
         return copy_reference(t);
     metrics_say(t->metrics, "step %" PRIu64 ": computing reference log-probabilities of %" PRIu64 " rows", t->step,
                 p->data->rows + (t->heldout ? t->heldout->rows : 0));
@@ -115,10 +117,11 @@ static uint64_t count_tokens_seen(const struct trainer *t)
 /* The live reference's sums of the pack's sequences; what the tape held is gone. */
 static status *live_references(struct trainer *t, const struct phase *p, double *out)
 {
-    struct model *m = t->ref_model;
+    struct model *m = reference_begin(t);
     tape_begin(t->tape, TAPE_FORWARD);
     struct tensor *h = m->ops->forward(m, t->tape, &p->pack.in);
     struct tensor *logp = op_logprob(t->tape, h, m->ops->head(m), p->pack.target, 1.0f);
+    reference_done(t);
     TRY(tape_end(t->tape));
     algo_sums(p->algo, p->algo_config, &p->pack, logp->data, out);
     return NULL;
@@ -205,7 +208,7 @@ static status *before_overwrite(void *arg, const void *addr, size_t bytes)
 static status *sync_reference(struct trainer *t)
 {
     const struct algo_choice *c = &t->cfg->algo;
-    if (!t->ref_live || !c->ref_sync_steps || t->optimiser_step % (uint64_t)c->ref_sync_steps)
+    if (!t->ref_live || !t->ref_model || !c->ref_sync_steps || t->optimiser_step % (uint64_t)c->ref_sync_steps)
         return NULL;
     struct params *ref = &t->ref_model->params;
     TRY(comm_agree(t->world, before_overwrite(t, ref->data, ref->total * sizeof *ref->data)));
@@ -429,15 +432,19 @@ static void say_run(struct trainer *t)
 {
     char mesh[64];
     mesh_text(&t->mesh, mesh, sizeof mesh);
-    uint64_t weights = params_unique_elems(&t->model->params);
+    uint64_t weights = params_unique_elems(&t->model->params), trained = params_trained_elems(&t->model->params);
+    char part[64] = "";
+    if (trained < weights)
+        snprintf(part, sizeof part, " (%.3f M train)", (double)trained * 1e-6);
     metrics_say(
-        t->metrics, "run %s: %s of %.2f M parameters, %s, ZeRO %d, %d thread%s a rank, steps %" PRIu64 " to %lld",
-        t->cfg->run.name, t->model->ops->name, (double)weights * 1e-6, mesh, (int)t->cfg->parallel.zero,
+        t->metrics, "run %s: %s of %.2f M parameters%s, %s, ZeRO %d, %d thread%s a rank, steps %" PRIu64 " to %lld",
+        t->cfg->run.name, t->model->ops->name, (double)weights * 1e-6, part, mesh, (int)t->cfg->parallel.zero,
         workers_count(t->workers), workers_count(t->workers) == 1 ? "" : "s", t->step, (long long)t->cfg->train.steps);
     metrics_begin(t->metrics, "run", t->step);
     metrics_text(t->metrics, "name", t->cfg->run.name);
     metrics_text(t->metrics, "mesh", mesh);
     metrics_integer(t->metrics, "parameters", weights);
+    metrics_integer(t->metrics, "trained_parameters", trained);
     metrics_end(t->metrics);
 }
 

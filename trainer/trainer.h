@@ -47,14 +47,15 @@ struct trainer {
 
     struct ref_logps ref, ref_heldout; /* rows 0 until the main phase of an algorithm that needs them */
     struct model *ref_model;           /* algo.reference: live: the copy, without gradients; else NULL */
-    bool ref_live;                     /* ref_model holds the reference, ref is empty: part ref/model, not ref/logps */
-    bool ref_heldout_known;            /* with ref_live: ref_heldout is of ref_model's present weights */
-    double *scratch;                   /* sums, gradients and reference values of one pack's sequences */
-    float *dlogp;                      /* [tokens of the largest pack] */
-    double *scalar;                    /* [K * ALGO_METRICS] metrics of own micro-batches */
-    double *heldout_sums;              /* [heldout rows * 2] */
-    struct task_eval *task_eval;       /* NULL: no data.tasks */
-    double *heldout_loss;              /* [heldout rows] */
+    bool ref_live;               /* the reference is run at every step: ref_model (saved as part ref/model), or where
+                                    that is NULL the model without its adapters; ref is empty */
+    bool ref_heldout_known;      /* with ref_live: ref_heldout is of the reference's present weights */
+    double *scratch;             /* sums, gradients and reference values of one pack's sequences */
+    float *dlogp;                /* [tokens of the largest pack] */
+    double *scalar;              /* [K * ALGO_METRICS] metrics of own micro-batches */
+    double *heldout_sums;        /* [heldout rows * 2] */
+    struct task_eval *task_eval; /* NULL: no data.tasks */
+    double *heldout_loss;        /* [heldout rows] */
 
     tessera *ckpt; /* NULL: no checkpoints */
     tessera_state *state;
@@ -94,6 +95,9 @@ status *trainer_close(struct trainer *t) WARN_UNUSED;
  * all ranks. Collective. */
 status *evaluate_logps(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p,
                        double *sums) WARN_UNUSED;
+/* The model that a live reference runs, until reference_done. */
+struct model *reference_begin(struct trainer *t);
+void reference_done(struct trainer *t);
 /* Fraction of right[i] over n rows with a 95 % percentile bootstrap over groups (2,000 resamples, Philox stream
  * RNG_BOOTSTRAP). */
 struct interval {
@@ -134,8 +138,8 @@ status *state_resume(struct trainer *t) WARN_UNUSED; /* from the newest valid st
  * ask for; what the last call's asked for is in t->tick.flag[TICK_ASK], t->tick.flag[TICK_TIMED]. Collective */
 enum { TICK_ASK, TICK_TIMED };
 status *state_tick(struct trainer *t) WARN_UNUSED;
-/* The parameters alone, from `part` of a step ("model", "ref/model"). Collective. */
-status *state_load_weights(struct trainer *t, uint64_t step, const char *part) WARN_UNUSED;
+/* The parameters alone, adapters too, of a step; of_ref: those of its live reference. Collective. */
+status *state_load_weights(struct trainer *t, uint64_t step, bool of_ref) WARN_UNUSED;
 status *state_finish(struct trainer *t) WARN_UNUSED; /* wait for the save in flight. Collective */
 uint32_t state_weights_crc(const struct trainer *t); /* of this rank's block of parameters */
 /* state_hash.c: of all weights, AdamW's moments and a live reference's weights (else 0), the same on every mesh.

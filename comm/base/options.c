@@ -186,6 +186,7 @@ static const struct {
     [OPT_STRING] = { "string", "a string", parse_string, sizeof(char *) },
     [OPT_ENUM] = { "choice", "one of its choices", parse_enum, sizeof(int) },
     [OPT_SIZE] = { "size", "a size", parse_size, sizeof(uint64_t) },
+    [OPT_LIST] = { "list", "a list", parse_string, sizeof(char *) },
 };
 
 /* ---- complaints ---- */
@@ -208,6 +209,7 @@ static void legal_text(const struct option *o, char *text, size_t bytes)
             snprintf(text, bytes, o->type == OPT_INT ? "any 64-bit integer" : "any finite number");
         break;
     case OPT_STRING:
+    case OPT_LIST:
         snprintf(text, bytes, "any text");
         break;
     case OPT_ENUM: {
@@ -346,7 +348,7 @@ status *options_defaults(const struct option_table *t, void *base)
 void options_fini(const struct option_table *t, void *base)
 {
     for (size_t i = 0; i < t->count; i++) {
-        if (t->rows[i].type != OPT_STRING)
+        if (t->rows[i].type != OPT_STRING && t->rows[i].type != OPT_LIST)
             continue;
         char **field = (char **)(void *)((char *)base + t->rows[i].offset);
         mem_free(*field);
@@ -374,6 +376,7 @@ void options_get(const struct option_table *t, const char *key, const void *base
         number_text(*(const double *)field, text, bytes);
         break;
     case OPT_STRING:
+    case OPT_LIST:
         c = *(const char *const *)field;
         snprintf(text, bytes, "%s", c ? c : "");
         break;

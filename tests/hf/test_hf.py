@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Weights from and to Hugging Face folders, by the program: import and export give back every bit (files read here by a parser of 20 lines);
 view.h5 of the step has the same bits; a run on 2 ranks is exported, cast, sharded, and taken up by model.init_from on
-1 and 2 ranks; what does not fit is one line and leaves nothing behind."""
+1 and 2 ranks; adapters are exported merged and alone; what does not fit is one line and leaves nothing behind."""
 
 import json
 import os
@@ -120,6 +120,40 @@ def training():
     return data
 
 
+def adapters(data):
+    """Adapters on a folder's weights, trained cut over two ranks: merged, each weight is the folder's plus scale B A, rounded once; alone, they are
+    what peft calls them."""
+    path = job.write_config(tmp, "lora", data, train_steps=13, model_init_from=tmp / "whole", optim_lr=0.01)
+    job.run(2, path, "lora.targets=*.q_proj,*.1.mlp.down_proj", "lora.rank=2", "lora.alpha=6", "parallel.tp=2")
+    ckpt = tmp / "lora" / "ckpt"
+    for out, *more in (("merged", ), ("merged-half", "--dtype=bf16"), ("adapter", "--adapter")):
+        job.tool("ckpt", "export", ckpt, tmp / out, *more)
+    base, merged, half, own = read(tmp / "whole"), read(tmp / "merged"), read(tmp / "merged-half"), parse(tmp / "adapter" / "adapter_model.safetensors")
+    config = json.loads((tmp / "adapter" / "adapter_config.json").read_text())
+    layers = config["target_modules"]
+    job.check((config["r"], config["lora_alpha"], config["peft_type"], config["base_model_name_or_path"]) == (2, 6, "LORA", str(tmp / "whole")), config)
+    wanted = {k.removesuffix(".weight") for k in base if ".q_proj." in k or ".1.mlp.down_proj." in k}
+    job.check(set(layers) == wanted and len(layers) == len(wanted) >= 3, f"adapted: {layers}")
+    job.check(set(own) == {f"base_model.model.{k}.lora_{m}.weight" for k in layers for m in "AB"}, f"names: {sorted(own)}")
+    job.check(set(merged) == set(base), "merged: other names")
+    for name, (dtype, shape, raw) in base.items():
+        job.check(merged[name][:2] == (dtype, shape) and half[name][2] == bf16(merged[name][2]), f"merged: {name}: type, shape or bf16")
+        if name.removesuffix(".weight") not in wanted:
+            job.check(merged[name][2] == raw, f"merged: {name} has changed")
+            continue
+        (_, a_shape, a), (_, b_shape, b) = (own[f"base_model.model.{name.removesuffix('.weight')}.lora_{m}.weight"] for m in "AB")
+        m, k = shape
+        job.check(a_shape == [2, k] and b_shape == [m, 2], f"{name}: {a_shape}, {b_shape}")
+        w, now, a, b = (struct.unpack(f"<{len(x) // 4}f", x) for x in (raw, merged[name][2], a, b))
+        for i in range(m * k):
+            want = w[i] + 3 * (b[i // k * 2] * a[i % k] + b[i // k * 2 + 1] * a[k + i % k])
+            job.check(abs(now[i] - want) <= 6e-8 * abs(want) + 1e-12, f"{name}[{i}] is {now[i]}, not {want}")
+        job.check(any(x != y for x, y in zip(w, now)), f"merged: {name} is the base")
+    _, err = job.tool("ckpt", "export", tmp / "run" / "ckpt", tmp / "nowhere", "--adapter", status=65)
+    job.check("no tensors in part adapter" in err and not (tmp / "nowhere").exists(), err)
+    job.say(f"adapters of {len(layers)} layers, merged and alone")
+
+
 def refusals(data):
     base = fixtures[0]
 
@@ -169,4 +203,6 @@ def refusals(data):
 
 
 round_trips()
-refusals(training())
+data = training()
+adapters(data)
+refusals(data)

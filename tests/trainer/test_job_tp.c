@@ -98,26 +98,6 @@ static void other_axes_change_no_bit(void **state)
 
 /* ---- from one mesh to another ---- */
 
-/* The text of a number of the last such event of a step. */
-static void last_value(const char *run_name, const char *event, int step, const char *key, char out[32])
-{
-    char path[128], line[4096], want[64], name[64];
-    snprintf(path, sizeof path, "%s/%s/metrics.jsonl", root, run_name);
-    snprintf(want, sizeof want, "{\"event\": \"%s\", \"step\": %d,", event, step);
-    snprintf(name, sizeof name, "\"%s\": ", key);
-    FILE *f = fopen(path, "r");
-    assert_non_null(f);
-    *out = 0;
-    while (fgets(line, sizeof line, f)) {
-        const char *at = strncmp(line, want, strlen(want)) ? NULL : strstr(line, name);
-        if (at)
-            snprintf(out, 32, "%.*s", (int)strcspn(at + strlen(name), ",}"), at + strlen(name));
-    }
-    fclose(f);
-    if (!*out)
-        fail_msg("%s: step %d has no %s in an event %s", run_name, step, key, event);
-}
-
 static const char *const hashes[] = { "weights_hash", "moments_hash", "ref_hash" };
 enum { HASHES = sizeof hashes / sizeof *hashes, AT = 5 };
 

@@ -15,7 +15,7 @@
 
 #include <cmocka.h>
 
-enum { INPUTS = 3, ELEMS = 4096 };
+enum { INPUTS = 5, ELEMS = 4096 };
 
 /* A case: inputs, how to call the op, and the same in double. */
 struct problem {
@@ -206,6 +206,26 @@ static void ref_linear(const struct problem *p, double *y)
     }
 }
 
+static struct tensor *do_low_rank(struct tape *t, const struct problem *p)
+{
+    struct low_rank low = { in(p, 2), in(p, 3), -0.75f };
+    return op_linear_low_rank(t, in(p, 0), in(p, 1), p->count > 4 ? in(p, 4) : NULL, &low);
+}
+
+static void ref_low_rank(const struct problem *p, double *y)
+{
+    int64_t n = p->x[0].dim[0], k = p->x[0].dim[1], m = p->x[1].dim[0], rank = p->x[2].dim[0];
+    for (int64_t i = 0; i < n * m; i++) {
+        y[i] = p->count > 4 ? p->in[4][i % m] : 0;
+        for (int64_t e = 0; e < k; e++) {
+            double w = p->in[1][i % m * k + e];
+            for (int64_t r = 0; r < rank; r++)
+                w -= 0.75 * p->in[3][i % m * rank + r] * p->in[2][r * k + e];
+            y[i] += p->in[0][i / m * k + e] * w;
+        }
+    }
+}
+
 static struct tensor *do_rmsnorm(struct tape *t, const struct problem *p)
 {
     return op_rmsnorm(t, in(p, 0), in(p, 1), 0.01f);
@@ -390,6 +410,18 @@ static void each_op(void **state)
     static struct problem all[] = {
         { .name = "embedding", .count = 1, .dim = { { 7, 35 } }, .op = do_embedding, .ref = ref_embedding },
         { .name = "linear", .count = 2, .dim = { { 5, 19 }, { 35, 19 } }, .op = do_linear, .ref = ref_linear },
+        { .name = "adapted",
+          .count = 4,
+          .dim = { { 5, 19 }, { 33, 19 }, { 3, 19 }, { 33, 3 } },
+          .op = do_low_rank,
+          .ref = ref_low_rank,
+          .tolerance = 2e-5 },
+        { .name = "adapted, with bias",
+          .count = 5,
+          .dim = { { 7, 4 }, { 6, 4 }, { 8, 4 }, { 6, 8 }, { 6 } },
+          .op = do_low_rank,
+          .ref = ref_low_rank,
+          .tolerance = 2e-5 },
         { .name = "linear with bias",
           .count = 3,
           .dim = { { 9, 7 }, { 70, 7 }, { 70 } },

@@ -5,7 +5,7 @@
 #include "comm/base/rng.h"
 #include "tests/support/comm_threads.h"
 #include "tests/support/test_root.h"
-#include "trainer/model/model.h"
+#include "trainer/model/lora.h"
 #include "trainer/ops/kernels.h"
 #include "trainer/parallel/zero.h"
 #include "trainer/rollout/generate.h"
@@ -36,6 +36,9 @@ static const struct variant variants[] = {
     { "qwen3", "heads=8,kv_heads=2,head_dim=6,hidden=20,ffn=24,qk_norm=true", { 2, 4, 8 } },
     { "thirds", "heads=6,kv_heads=3,hidden=36,ffn=33,qk_norm=true,qkv_bias=true", { 3 } },
     { "all kv heads", "heads=4,kv_heads=4,hidden=16,ffn=20,vocab=64", { 2, 4 } },
+    { "adapters",
+      "heads=4,kv_heads=2,hidden=24,ffn=40,tied=true,qkv_bias=true,lora.targets=*,lora.rank=3,lora.alpha=0.9",
+      { 2, 4 } },
 };
 enum { VARIANTS = sizeof variants / sizeof *variants };
 
@@ -47,12 +50,14 @@ static const struct model_ops *llama(void)
     return ops;
 }
 
-static status *set(void *config, const char *pair)
+static status *set(void *config, struct lora_config *lora, const char *pair)
 {
     char text[64];
     snprintf(text, sizeof text, "%s", pair);
     char *equal = strchr(text, '=');
     *equal = 0;
+    if (!strncmp(text, "lora.", 5))
+        return options_set(&lora_options, text + 5, equal + 1, lora, "test");
     return options_set(llama()->options, text, equal + 1, config, "test");
 }
 
@@ -60,12 +65,16 @@ static status *open_at(const char *options, const struct tp_place *at, struct mo
 {
     char text[256];
     void *config = mem_calloc(1, llama()->config_bytes);
+    struct lora_config lora;
+    const struct tuning tuning = { &lora, "" };
     snprintf(text, sizeof text, "layers=%d,rope_theta=100,%s", LAYERS, options);
     TRY(options_defaults(llama()->options, config));
+    TRY(options_defaults(&lora_options, &lora));
     for (char *save = NULL, *pair = strtok_r(text, ",", &save); pair; pair = strtok_r(NULL, ",", &save))
-        TRY(set(config, pair));
-    status *st = model_open_at(llama(), config, VOCAB, at, out);
+        TRY(set(config, &lora, pair));
+    status *st = model_open_tuned(llama(), config, VOCAB, at, &tuning, out);
     options_fini(llama()->options, config);
+    options_fini(&lora_options, &lora);
     mem_free(config);
     return st ? st : params_alloc(&(*out)->params, true);
 }
@@ -212,6 +221,9 @@ static status *check_gradients(const struct whole *w, const struct model *m)
         const struct param *p = &m->params.p[i];
         const float *want = w->m->params.p[i].value.grad;
         double off = 0, all = 0;
+        EXPECT(!p->value.grad == p->frozen && !want == p->frozen, "%s", p->name);
+        if (p->frozen)
+            continue;
         for (uint64_t e = 0; e < param_elems(&w->m->params.p[i]); e++)
             all += (double)want[e] * (double)want[e];
         for (uint64_t e = 0; e < param_elems(p); e++) {
@@ -242,6 +254,8 @@ static status *check_sharers(struct comm *c, const struct model *m)
     for (int i = 0; i < m->params.count; i++) {
         const struct param *p = &m->params.p[i];
         struct comm *group;
+        if (p->frozen)
+            continue;
         TRY(comm_split(c, c->rank / p->share, c->rank, &group));
         status *st = same_on_all(group, p->value.grad, param_elems(p) * sizeof(float), p->name);
         comm_close(group);
@@ -251,11 +265,12 @@ static status *check_sharers(struct comm *c, const struct model *m)
 }
 
 /* Four sums of [N, C] a layer and two around the layers, each 2 (p - 1) N C floats over all ranks; the parts of the
- * log-probabilities. */
+ * log-probabilities. Adapters add none; what stands before the first of them has no gradient, which saves one. */
 static status *check_traffic(struct comm *c, const struct model *m, uint64_t sent)
 {
     uint64_t p = (uint64_t)c->size, width = m->params.p[0].shape.dim[1],
-             want = (4 * LAYERS + 2) * 2 * (p - 1) * TOKENS * width * sizeof(float) +
+             sums = 4 * LAYERS + 2 - (m->params.frozen != 0),
+             want = sums * 2 * (p - 1) * TOKENS * width * sizeof(float) +
                     p * (p - 1) * TOKENS * sizeof(struct logprob_part);
     TRY(comm_allreduce(c, &sent, 1, COMM_U64, COMM_SUM, NULL));
     EXPECT(sent == want, "%llu bytes were sent, not %llu", (unsigned long long)sent, (unsigned long long)want);

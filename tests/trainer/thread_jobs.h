@@ -17,7 +17,8 @@ struct job {
     const char *config;
     const char *overrides[16];
     int override_count;
-    uint32_t weights; /* of rank 0 at the end */
+    status *(*after)(struct trainer *t); /* NULL, or a look at what is left, on each rank */
+    uint32_t weights;                    /* of rank 0 at the end */
     uint64_t resumed_from, saved;
 };
 
@@ -33,6 +34,8 @@ static inline status *run_rank(struct comm *world, void *arg)
     status *st = trainer_open(cfg, world, &log, &t);
     if (!st)
         st = trainer_run(t);
+    if (!st && j->after)
+        st = j->after(t);
     if (!st && world->rank == 0) {
         j->weights = state_weights_crc(t);
         j->resumed_from = t->resumed_from;
@@ -97,6 +100,26 @@ static inline double metric(const char *run_name, int step, const char *key)
     if (!found)
         fail_msg("%s: step %d has no %s", run_name, step, key);
     return value;
+}
+
+/* The text of a number of the last such event of a step. */
+static inline void last_value(const char *run_name, const char *event, int step, const char *key, char out[32])
+{
+    char path[128], line[4096], want[64], name[64];
+    snprintf(path, sizeof path, "%s/%s/metrics.jsonl", root, run_name);
+    snprintf(want, sizeof want, "{\"event\": \"%s\", \"step\": %d,", event, step);
+    snprintf(name, sizeof name, "\"%s\": ", key);
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    *out = 0;
+    while (fgets(line, sizeof line, f)) {
+        const char *at = strncmp(line, want, strlen(want)) ? NULL : strstr(line, name);
+        if (at)
+            snprintf(out, 32, "%.*s", (int)strcspn(at + strlen(name), ",}"), at + strlen(name));
+    }
+    fclose(f);
+    if (!*out)
+        fail_msg("%s: step %d has no %s in an event %s", run_name, step, key, event);
 }
 
 static const char *const algorithms[][4] = { { "algo.kind=dpo", "algo.loss=sigmoid" },

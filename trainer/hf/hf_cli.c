@@ -3,11 +3,14 @@
  * as it needs. */
 #include "trainer/hf/hf_cli.h"
 
+#include "ckpt/cast.h"
 #include "ckpt/ckpt.h"
 #include "ckpt/cli.h"
 #include "comm/base/mem.h"
 #include "trainer/hf/hf_config.h"
 #include "trainer/hf/hf_load.h"
+#include "trainer/hf/hf_lora.h"
+#include "trainer/model/lora.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -26,9 +29,10 @@ struct words {
     int count;
     enum dtype dtype; /* NONE: as stored */
     uint64_t shard_bytes;
+    bool adapter; /* export it alone */
 };
 
-static const char usage_export[] = "URL [STEP] FOLDER [--dtype=bf16|f16|f32|f64] [--shard-bytes=N]",
+static const char usage_export[] = "URL [STEP] FOLDER [--dtype=bf16|f16|f32|f64] [--shard-bytes=N] [--adapter]",
                   usage_import[] = "FOLDER URL [STEP]";
 
 static bool is_float(enum dtype t)
@@ -48,6 +52,8 @@ static status *take_words(int argc, char **argv, const char *usage, struct words
                 return ERR(INVALID, "ckpt export: --dtype wants bf16, f16, f32 or f64, not \"%s\"", a + 8);
         } else if (exports && !strncmp(a, "--shard-bytes=", 14)) {
             TRY(status_wrap(cli_step(a + 14, &w->shard_bytes), "ckpt export: --shard-bytes"));
+        } else if (exports && !strcmp(a, "--adapter")) {
+            w->adapter = true;
         } else if (a[0] == '-') {
             return ERR(INVALID, "ckpt %s: no option \"%s\"; it takes %s", argv[0], a, usage);
         } else if (w->count == WORDS) {
@@ -68,7 +74,17 @@ struct export
     struct safetensors_spec *list; /* names are ours */
     struct safetensors_writer *w;
     unsigned char *buf;
+    char *config;              /* of the step, as stored; "" if it has none */
+    const char *part;          /* "model", or "adapter": then names in the list begin with peft's prefix */
+    struct hf_adapter adapter; /* of the tensor that is being merged */
 };
+
+static const char part_model[] = "model", part_adapter[] = "adapter";
+
+static const char *prefix_of(const struct export *e)
+{
+    return e->part == part_adapter ? HF_ADAPTER_PREFIX : "";
+}
 
 static status *open_root(struct export *e, const struct words *w)
 {
@@ -97,7 +113,7 @@ static status *open_root(struct export *e, const struct words *w)
     return st;
 }
 
-/* The tensors of part model; tied names are one tensor, as transformers has them. */
+/* The tensors of the part; tied names are one tensor, as transformers has them. */
 static status *list_model(struct export *e, enum dtype dtype)
 {
     struct tessera_step s = { .size = sizeof s };
@@ -108,35 +124,43 @@ static status *list_model(struct export *e, enum dtype dtype)
     for (uint64_t i = 0; i < s.tensors; i++) {
         struct tessera_tensor d = TESSERA_TENSOR;
         TRY(tessera_stored_at(e->t, i, &d));
-        if (strcmp(d.part, "model") || d.alias_of)
+        if (strcmp(d.part, e->part) || d.alias_of)
             continue;
         struct safetensors_spec *t = &e->list[e->count];
         t->dtype = dtype != DTYPE_NONE && is_float((enum dtype)d.dtype) ? dtype : (enum dtype)d.dtype;
         t->shape.ndim = d.ndim;
         for (int k = 0; k < d.ndim; k++)
             t->shape.dim[k] = d.shape[k];
-        t->name = mem_strdup(d.name);
-        if (!t->name)
+        size_t bytes = strlen(prefix_of(e)) + strlen(d.name) + 1;
+        char *name = mem_alloc(bytes);
+        if (!name)
             return ERR(NO_MEMORY, "the name of a tensor");
+        snprintf(name, bytes, "%s%s", prefix_of(e), d.name);
+        t->name = name;
         e->count++;
     }
-    return e->count ? NULL : ERR(INVALID, "step %" PRIu64 " has no tensors in part model", e->step);
+    return e->count ? NULL : ERR(INVALID, "step %" PRIu64 " has no tensors in part %s", e->step, e->part);
+}
+
+static status *take_config(struct export *e)
+{
+    const void *data;
+    size_t n;
+    TRY(status_wrap(tessera_blob(e->t, "extra", "config", -1, &data, &n), "the step has no stored configuration"));
+    e->config = mem_alloc(n + 1);
+    if (!e->config)
+        return ERR(NO_MEMORY, "a stored configuration of %zu bytes", n);
+    memcpy(e->config, data, n);
+    e->config[n] = 0;
+    return NULL;
 }
 
 static status *make_config(const struct export *e, char **json)
 {
-    const void *data;
-    size_t n;
     struct hf_config c;
-    TRY(status_wrap(tessera_blob(e->t, "extra", "config", -1, &data, &n), "the step has no stored configuration"));
-    char *text = mem_alloc(n + 1);
-    if (!text)
-        return ERR(NO_MEMORY, "a stored configuration of %zu bytes", n);
-    memcpy(text, data, n);
-    text[n] = 0;
-    status *st = hf_config_stored(text, &c);
-    mem_free(text);
-    TRY(st);
+    if (e->part == part_adapter)
+        return hf_adapter_json(e->t, e->config, json);
+    TRY(hf_config_stored(e->config, &c));
     const char *dtype = e->list[0].dtype == DTYPE_BF16  ? "BF16"
                         : e->list[0].dtype == DTYPE_F16 ? "F16"
                         : e->list[0].dtype == DTYPE_F64 ? "F64"
@@ -144,26 +168,51 @@ static status *make_config(const struct export *e, char **json)
     return hf_config_json(&c, dtype, json);
 }
 
-static status *add_run(tessera_state *s, const struct safetensors_spec *t, uint64_t begin, uint64_t end, void *to)
+static status *add_run(const struct export *e, tessera_state *s, const struct safetensors_spec *t, enum dtype dtype,
+                       uint64_t begin, uint64_t end, void *to)
 {
-    struct tessera_tensor d = hf_tensor(t->name, t->dtype, &t->shape);
+    struct tessera_tensor d = hf_tensor(t->name + strlen(prefix_of(e)), dtype, &t->shape);
+    d.part = e->part;
     d.run_begin = begin;
     d.run_end = end;
     d.data = to;
     return tessera_state_add_tensor(s, &d);
 }
 
-static status *load_and_append(const struct export *e, tessera_state *s, size_t bytes)
+static status *load_runs(const struct export *e, tessera_state *s)
 {
     struct tessera_load_options o = TESSERA_LOAD_OPTIONS;
     o.allow = TESSERA_ALLOW_UNEXPECTED | TESSERA_ALLOW_CAST;
-    TRY(tessera_load_parts(e->t, s, e->step, &o));
-    return safetensors_append(e->w, e->buf, bytes);
+    return tessera_load_parts(e->t, s, e->step, &o);
+}
+
+/* The next elements of a tensor that has an adapter: both are added as f32, then rounded to the file's type. */
+static status *export_merged(struct export *e, const struct safetensors_spec *t, uint64_t *from, uint64_t elems)
+{
+    enum { MOST = CHUNK_BYTES / (sizeof(float) + sizeof(double)) };
+    uint64_t n = elems - *from < MOST ? elems - *from : MOST;
+    float *w = (float *)(void *)e->buf;
+    void *out = w + n;
+    tessera_state *s = NULL;
+    if (!e->adapter.a)
+        TRY(hf_adapter_load(e->t, e->step, t->name, e->config, &e->adapter));
+    TRY(tessera_state_new(e->t, &s));
+    status *st = add_run(e, s, t, DTYPE_F32, *from, *from + n, w);
+    if (!st)
+        st = load_runs(e, s);
+    tessera_state_free(s);
+    TRY(st);
+    lora_merge(w, *from, n, e->adapter.k, e->adapter.a, e->adapter.b, e->adapter.rank, e->adapter.scale);
+    cast_elems(DTYPE_F32, t->dtype, w, out, n);
+    *from += n;
+    if (*from == elems)
+        hf_adapter_free(&e->adapter);
+    return safetensors_append(e->w, out, n * dtype_bytes(t->dtype));
 }
 
 /* The next chunk: tensors from *at on, *from elements of the first being done. They lie in buf as in the file: larger
  * elements first, so each at a multiple of its own. */
-static status *export_chunk(const struct export *e, uint64_t *at, uint64_t *from)
+static status *export_chunk(struct export *e, uint64_t *at, uint64_t *from)
 {
     size_t used = 0;
     tessera_state *s = NULL;
@@ -172,11 +221,21 @@ static status *export_chunk(const struct export *e, uint64_t *at, uint64_t *from
         const struct safetensors_spec *t = &e->list[safetensors_order(e->w, *at)];
         bool ok;
         uint64_t size = dtype_bytes(t->dtype), elems = shape_volume(&t->shape, &ok), room = (CHUNK_BYTES - used) / size;
+        if (elems && e->part == part_model && hf_adapter_exists(e->t, t->name)) {
+            if (used)
+                break;
+            st = export_merged(e, t, from, elems);
+            if (*from == elems) {
+                *from = 0;
+                ++*at;
+            }
+            continue;
+        }
         if (used % size || (room == 0 && elems))
             break;
         uint64_t n = elems - *from < room ? elems - *from : room;
         if (n)
-            st = add_run(s, t, *from, *from + n, e->buf + used);
+            st = add_run(e, s, t, t->dtype, *from, *from + n, e->buf + used);
         used += n * size;
         *from += n;
         if (*from < elems)
@@ -185,15 +244,18 @@ static status *export_chunk(const struct export *e, uint64_t *at, uint64_t *from
         ++*at;
     }
     if (!st && used)
-        st = load_and_append(e, s, used);
+        st = load_runs(e, s);
+    if (!st && used)
+        st = safetensors_append(e->w, e->buf, used);
     tessera_state_free(s);
     return st;
 }
 
 static status *write_folder(struct export *e, const char *folder, uint64_t shard_bytes, const char *config)
 {
-    TRY(safetensors_create(folder, e->list, e->count, shard_bytes, &e->w));
-    TRY(safetensors_extra(e->w, "config.json", config));
+    bool adapter = e->part == part_adapter;
+    TRY(safetensors_create_as(folder, adapter ? "adapter_model" : "model", e->list, e->count, shard_bytes, &e->w));
+    TRY(safetensors_extra(e->w, adapter ? "adapter_config.json" : "config.json", config));
     for (uint64_t at = 0, from = 0; at < e->count;)
         TRY(export_chunk(e, &at, &from));
     struct safetensors_writer *w = e->w;
@@ -203,12 +265,14 @@ static status *write_folder(struct export *e, const char *folder, uint64_t shard
 
 static status *run_export(const struct words *w)
 {
-    struct export e = { .count = 0 };
+    struct export e = { .part = w->adapter ? part_adapter : part_model };
     const char *folder = w->word[w->count - 1];
     char *config = NULL;
     status *st = open_root(&e, w);
     if (!st)
         st = list_model(&e, w->dtype);
+    if (!st)
+        st = take_config(&e);
     if (!st)
         st = make_config(&e, &config);
     if (!st && !(e.buf = mem_alloc(CHUNK_BYTES)))
@@ -222,6 +286,8 @@ static status *run_export(const struct words *w)
         mem_free((void *)(size_t)e.list[i].name);
     mem_free(e.list);
     mem_free(e.buf);
+    mem_free(e.config);
+    hf_adapter_free(&e.adapter);
     mem_free(config);
     return e.t ? status_first(st, tessera_close(e.t)) : st;
 }

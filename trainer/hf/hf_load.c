@@ -80,7 +80,7 @@ status *hf_match(const struct safetensors *s, const struct params *ps)
 {
     struct complaints c = { .used = 0 };
     for (int i = 0; i < ps->count; i++)
-        if (ps->p[i].alias < 0)
+        if (ps->p[i].alias < 0 && !ps->p[i].adapter)
             match_one(s, &ps->p[i], &c);
     for (uint64_t i = 0; i < s->count; i++)
         if (!params_find(ps, s->tensor[i].name) && !ignored(s->tensor[i].name))
@@ -148,7 +148,7 @@ static status *load_batch(const struct loading *l, int first, int end, size_t by
     if (!st)
         st = tessera_state_new(l->t, &to);
     for (int i = first; i < end && !st; i++) {
-        if (l->ps->p[i].alias >= 0)
+        if (l->ps->p[i].alias >= 0 || l->ps->p[i].adapter)
             continue;
         st = add_read(l, &l->ps->p[i], from, buf, &used);
         if (!st)

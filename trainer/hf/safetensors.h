@@ -71,6 +71,9 @@ struct safetensors_writer;
  * "url.part-XXXX" beside it. UNSUPPORTED names a tensor whose type such files do not know. */
 status *safetensors_create(const char *url, const struct safetensors_spec *list, uint64_t count, uint64_t shard_bytes,
                            struct safetensors_writer **out) WARN_UNUSED;
+/* The same with files called STEM.safetensors, STEM-00001-of-00002.safetensors, ... in place of model.safetensors. */
+status *safetensors_create_as(const char *url, const char *stem, const struct safetensors_spec *list, uint64_t count,
+                              uint64_t shard_bytes, struct safetensors_writer **out) WARN_UNUSED;
 /* Which of the list is the i-th to be written. */
 uint64_t safetensors_order(const struct safetensors_writer *w, uint64_t i);
 /* The next bytes of the tensors in that order, one after the other, in whatever lengths. */

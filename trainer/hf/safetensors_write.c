@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <sys/random.h>
 
-enum { KEY_BYTES = 256, FILE_BYTES = 64, ALIGN = 8 };
+enum { KEY_BYTES = 256, STEM_BYTES = 24, FILE_BYTES = 96, ALIGN = 8 };
 
 struct shard {
     uint64_t first, count; /* of order[] */
@@ -21,6 +21,7 @@ struct shard {
 
 struct safetensors_writer {
     struct store *store;
+    char stem[STEM_BYTES];
     char *url, *name, folder[KEY_BYTES]; /* the folder that is written to, until it gets its name */
     const struct safetensors_spec *list; /* the caller's, until safetensors_create returns */
     uint64_t count, *order, *bytes;      /* bytes: by the list's index */
@@ -79,9 +80,9 @@ static void cut_shards(struct safetensors_writer *w, uint64_t most)
 static void file_name(const struct safetensors_writer *w, uint64_t shard, char name[FILE_BYTES])
 {
     if (w->shards == 1)
-        snprintf(name, FILE_BYTES, "model.safetensors");
+        snprintf(name, FILE_BYTES, "%s.safetensors", w->stem);
     else
-        snprintf(name, FILE_BYTES, "model-%05" PRIu64 "-of-%05" PRIu64 ".safetensors", shard + 1, w->shards);
+        snprintf(name, FILE_BYTES, "%s-%05" PRIu64 "-of-%05" PRIu64 ".safetensors", w->stem, shard + 1, w->shards);
 }
 
 static json_t *entry_of(const struct safetensors_spec *t, uint64_t begin, uint64_t end)
@@ -225,10 +226,17 @@ static status *move_on(struct safetensors_writer *w)
 status *safetensors_create(const char *url, const struct safetensors_spec *list, uint64_t count, uint64_t shard_bytes,
                            struct safetensors_writer **out)
 {
+    return safetensors_create_as(url, "model", list, count, shard_bytes, out);
+}
+
+status *safetensors_create_as(const char *url, const char *stem, const struct safetensors_spec *list, uint64_t count,
+                              uint64_t shard_bytes, struct safetensors_writer **out)
+{
     char *parent = NULL;
     struct safetensors_writer *w = mem_calloc(1, sizeof *w);
     if (!w)
         return ERR(NO_MEMORY, "%s", url);
+    snprintf(w->stem, sizeof w->stem, "%s", stem);
     w->list = list;
     w->count = count;
     w->url = mem_strdup(url);
@@ -296,7 +304,9 @@ static status *write_index(struct safetensors_writer *w)
         memcpy(text + n, "\n", 2);
     }
     json_decref(root);
-    status *st = text ? safetensors_extra(w, "model.safetensors.index.json", text)
+    char name[FILE_BYTES];
+    snprintf(name, sizeof name, "%s.safetensors.index.json", w->stem);
+    status *st = text ? safetensors_extra(w, name, text)
                       : ERR(NO_MEMORY, "%s: the index of %" PRIu64 " tensors", w->url, w->count);
     mem_free(text);
     return st;

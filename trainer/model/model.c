@@ -4,6 +4,7 @@
 #include "comm/base/bytes.h"
 #include "comm/base/mem.h"
 #include "comm/base/rng.h"
+#include "trainer/model/lora.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -32,7 +33,7 @@ static struct param *append(struct params *ps, const char *name)
         ps->cap = cap;
     }
     struct param *p = &ps->p[ps->count++];
-    *p = (struct param){ .alias = -1 };
+    *p = (struct param){ .alias = -1, .lora_a = -1, .lora_b = -1 };
     snprintf(p->name, sizeof p->name, "%s", name);
     for (int i = 0; i < LAYOUT_DIMS; i++)
         p->cut[i] = -1;
@@ -86,7 +87,7 @@ static void place(struct param *p, const struct tp_place *at)
         p->part =
             (struct tensor_cut){ dim, (int64_t)p->box.off[dim], (int64_t)p->box.len[dim], (int64_t)p->shape.dim[dim] };
     }
-    p->partial = p->share > 1 && (dim >= 0 || p->on_heads || at->sequence);
+    p->partial = !p->frozen && p->share > 1 && (dim >= 0 || p->on_heads || at->sequence);
 }
 
 static uint64_t padded(const struct param *p)
@@ -114,13 +115,20 @@ status *params_spread(struct params *ps, const struct tp_place *at)
     for (int i = 0; i < ps->count; i++)
         if (!fits(&ps->p[i], at->size))
             return does_not_fit(ps, &ps->p[i], at->size);
-    ps->total = 0;
-    for (int i = 0; i < ps->count; i++) {
-        struct param *p = &ps->p[i];
-        place(p, at);
-        p->offset = p->alias < 0 ? ps->total : ps->p[p->alias].offset;
-        ps->total += p->alias < 0 ? padded(p) : 0;
+    uint64_t end[2] = { 0, 0 }; /* of those that train, and then of all */
+    for (int frozen = 0; frozen < 2; frozen++) {
+        end[frozen] = end[0];
+        for (int i = 0; i < ps->count; i++) {
+            struct param *p = &ps->p[i];
+            if (p->frozen != frozen)
+                continue;
+            place(p, at);
+            p->offset = p->alias < 0 ? end[frozen] : ps->p[p->alias].offset;
+            end[frozen] += p->alias < 0 ? padded(p) : 0;
+        }
     }
+    ps->total = end[0];
+    ps->frozen = end[1] - end[0];
     return NULL;
 }
 
@@ -158,19 +166,18 @@ struct param *params_alias(struct params *ps, const char *name, const struct par
 
 status *params_alloc(struct params *ps, bool with_grad)
 {
-    float *data = mem_block(ps->total * sizeof(float), 4096), *grad = NULL;
+    float *data = mem_block(params_bytes(ps), 4096), *grad = NULL;
     if (with_grad)
         grad = mem_block(ps->total * sizeof(float), 4096);
     if (!data || (with_grad && !grad)) {
-        mem_block_free(data, ps->total * sizeof(float));
-        return ERR(NO_MEMORY, "%llu bytes of parameters%s", (unsigned long long)(ps->total * sizeof(float)),
-                   with_grad ? ", twice" : "");
+        mem_block_free(data, params_bytes(ps));
+        return ERR(NO_MEMORY, "%zu bytes of parameters%s", params_bytes(ps), with_grad ? " and their gradients" : "");
     }
     ps->data = data;
     ps->grad = grad;
     for (int i = 0; i < ps->count; i++) {
         ps->p[i].value.data = data + ps->p[i].offset;
-        ps->p[i].value.grad = grad ? grad + ps->p[i].offset : NULL;
+        ps->p[i].value.grad = grad && !ps->p[i].frozen ? grad + ps->p[i].offset : NULL;
         ps->p[i].value.cut = ps->p[i].part.total ? &ps->p[i].part : NULL;
     }
     return NULL;
@@ -179,12 +186,14 @@ status *params_alloc(struct params *ps, bool with_grad)
 /* Elements [first, first + n) of the whole tensor. */
 static void draw(const struct param *p, uint64_t seed, uint64_t first, uint64_t n, float *x)
 {
-    if (p->init == INIT_NORMAL) {
-        uint64_t hash = hash64(p->name, strlen(p->name));
-        rng_normals((struct rng_at){ .seed = seed, .sample = (uint32_t)hash, .stream = RNG_INIT }, first, n, x);
-    }
+    uint64_t hash = hash64(p->name, strlen(p->name));
+    struct rng_at at = { .seed = seed, .sample = (uint32_t)hash, .stream = RNG_INIT };
+    if (p->init == INIT_NORMAL)
+        rng_normals(at, first, n, x);
     for (uint64_t e = 0; e < n; e++)
         x[e] = p->init == INIT_NORMAL ? x[e] * p->init_std : p->init == INIT_ONE ? 1.0f : 0.0f;
+    for (uint64_t e = 0; p->init == INIT_UNIFORM && e < n; e++)
+        x[e] = (float)((2 * rng_uniform(at, first + e) - 1) * (double)p->init_std);
 }
 
 static void init_one(const struct param *p, float *x, uint64_t seed)
@@ -206,7 +215,7 @@ void params_init(struct params *ps, uint64_t seed)
 
 void params_free(struct params *ps)
 {
-    mem_block_free(ps->data, ps->total * sizeof(float));
+    mem_block_free(ps->data, params_bytes(ps));
     mem_block_free(ps->grad, ps->total * sizeof(float));
     mem_free(ps->p);
     *ps = (struct params){ 0 };
@@ -226,6 +235,19 @@ uint64_t params_unique_elems(const struct params *ps)
     for (int i = 0; i < ps->count; i++)
         n += ps->p[i].alias < 0 ? elems_of(&ps->p[i]) : 0;
     return n;
+}
+
+uint64_t params_trained_elems(const struct params *ps)
+{
+    uint64_t n = 0;
+    for (int i = 0; i < ps->count; i++)
+        n += ps->p[i].alias < 0 && !ps->p[i].frozen ? elems_of(&ps->p[i]) : 0;
+    return n;
+}
+
+size_t params_bytes(const struct params *ps)
+{
+    return (ps->total + ps->frozen) * sizeof(float);
 }
 
 /* ---- registry ---- */
@@ -253,6 +275,12 @@ status *model_open(const struct model_ops *ops, const void *config, int64_t voca
 status *model_open_at(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
                       struct model **out)
 {
+    return model_open_tuned(ops, config, vocab, at, NULL, out);
+}
+
+status *model_open_tuned(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
+                         const struct tuning *tuning, struct model **out)
+{
     TRY(ops->check(config));
     struct model *m = mem_calloc(1, sizeof *m);
     void *copy = mem_alloc(ops->config_bytes);
@@ -264,6 +292,8 @@ status *model_open_at(const struct model_ops *ops, const void *config, int64_t v
     memcpy(copy, config, ops->config_bytes);
     *m = (struct model){ .ops = ops, .config = copy, .vocab = vocab };
     status *st = ops->declare(m);
+    if (!st && tuning)
+        st = model_tune(m, tuning);
     if (!st)
         st = params_spread(&m->params, at);
     if (st) {

@@ -10,7 +10,7 @@
 #include "comm/base/options.h"
 #include "trainer/ops/ops.h"
 
-enum param_init { INIT_NORMAL, INIT_ONE, INIT_ZERO };
+enum param_init { INIT_NORMAL, INIT_ONE, INIT_ZERO, INIT_UNIFORM };
 
 enum { PARAM_NAME_BYTES = 96, PARAM_ALIGN = 1024 /* elements; 4 KiB of f32 */ };
 
@@ -32,17 +32,22 @@ struct param {
     char name[PARAM_NAME_BYTES]; /* "model.layers.0.self_attn.q_proj.weight" */
     struct shape shape;          /* of the whole tensor */
     enum param_init init;
-    float init_std;
+    float init_std;       /* INIT_UNIFORM: draws are from -init_std to init_std */
     bool decay;           /* weight decay applies */
     int alias;            /* index of the parameter whose memory this name shares (tied weights), or -1 */
     int cut[LAYOUT_DIMS]; /* mesh axis that cuts each dimension (MESH_TP; one dimension at most), or -1 */
     struct param_cut rule;
-    bool on_heads; /* whole, but applied to this rank's heads: its gradient is a part of the whole one's */
+    bool on_heads;      /* whole, but applied to this rank's heads: its gradient is a part of the whole one's */
+    bool linear;        /* the matrix of a linear layer: lora.h may adapt it */
+    bool frozen;        /* does not train: no gradient, no optimiser state */
+    bool adapter;       /* a matrix that lora.h added */
+    int lora_a, lora_b; /* indices of the adapter's matrices, or -1 */
 
     struct box box;         /* what of it this rank holds; padding is no part of it */
     int share;              /* so many neighbouring tensor-parallel ranks hold the same box (1: only this one) */
     bool partial;           /* share > 1, and the gradients of these ranks add up to the gradient */
-    uint64_t offset;        /* first element in the flat block; a multiple of PARAM_ALIGN. The same on all ranks */
+    uint64_t offset;        /* first element in the flat block; a multiple of PARAM_ALIGN. The same on all ranks; those
+                             * of frozen ones come after all others */
     struct tensor value;    /* the box, padded; data and grad point into the blocks */
     struct tensor_cut part; /* what value.cut points to */
 };
@@ -55,11 +60,12 @@ struct tp_place {
     bool sequence; /* activations between blocks are cut by tokens (parallel.sequence) */
 };
 
-/* All parameters of a model: one block of values, one of gradients (or none). */
+/* All parameters of a model: one block of values, and one of gradients (or none) of those that train. */
 struct params {
     struct param *p;
     int count, cap;
-    uint64_t total; /* elements of a block, paddings included; a multiple of PARAM_ALIGN */
+    uint64_t total;  /* elements that train, paddings included: of the block of gradients; a multiple of PARAM_ALIGN */
+    uint64_t frozen; /* further elements of the block of values: of frozen parameters; the same */
     float *data, *grad;
 };
 
@@ -80,7 +86,9 @@ status *params_alloc(struct params *ps, bool with_grad) WARN_UNUSED;
 void params_init(struct params *ps, uint64_t seed);
 void params_free(struct params *ps);
 struct param *params_find(const struct params *ps, const char *name);
-uint64_t params_unique_elems(const struct params *ps); /* of whole tensors, without aliases */
+uint64_t params_unique_elems(const struct params *ps);  /* of whole tensors, without aliases */
+uint64_t params_trained_elems(const struct params *ps); /* of these, of tensors that are not frozen */
+size_t params_bytes(const struct params *ps);           /* of the block of values */
 
 /* A packed micro-batch of token sequences as models see it. Borrowed. */
 struct model_input {
@@ -118,7 +126,13 @@ struct model {
     struct params params;
     int64_t vocab;
     void *impl;
+    float lora_scale;  /* lora.h: a layer with an adapter is W + lora_scale B A; */
+    bool adapters_off; /* or, while this is set, W */
 };
+
+/* For `forward`: y = x w^T + b, with the adapter of parameter w, if it has one; indices into params.p, bias -1: none.
+ */
+struct tensor *model_linear(struct model *m, struct tape *t, struct tensor *x, int w, int bias);
 
 extern const struct model_ops *const model_registry[]; /* generated; ends with NULL */
 
@@ -129,6 +143,10 @@ status *model_open(const struct model_ops *ops, const void *config, int64_t voca
 /* The same, cut for a place: INVALID (alike on all ranks) if the model cannot be cut so. */
 status *model_open_at(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
                       struct model **out) WARN_UNUSED;
+/* The same, of which a part trains (lora.h); tuning NULL: all. INVALID: a pattern fits nothing, or nothing trains. */
+struct tuning;
+status *model_open_tuned(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
+                         const struct tuning *tuning, struct model **out) WARN_UNUSED;
 void model_close(struct model *m);
 
 #endif

@@ -137,6 +137,7 @@ static void set_cut(struct param *p, enum cut cut, const struct llama_config *c)
     };
     p->rule = rules[cut];
     p->on_heads = cut == WHOLE_ON_HEADS;
+    p->linear = p->shape.ndim == 2 && cut != INTO_VOCAB;
     if (cut != WHOLE && cut != WHOLE_ON_HEADS)
         p->cut[cut == FROM_HEADS || cut == FROM_FFN] = MESH_TP;
 }
@@ -245,8 +246,7 @@ static struct tensor *param(const struct pass *p, int index)
 /* A projection of x seen as heads, as many as are here: [N, heads, D]. */
 static struct tensor *heads(const struct pass *p, struct tensor *x, int w, int b)
 {
-    return op_view(p->t, op_linear(p->t, x, param(p, w), param(p, b)), 3,
-                   (int64_t[]){ p->in->tokens, -1, p->l->c.head_dim });
+    return op_view(p->t, model_linear(p->m, p->t, x, w, b), 3, (int64_t[]){ p->in->tokens, -1, p->l->c.head_dim });
 }
 
 /* Queries and keys: normalised if the model does so, then turned. */
@@ -268,16 +268,16 @@ static struct tensor *attention_block(const struct pass *p, struct tensor *x, in
     int64_t window = i >= c->window_from ? c->window : 0;
     struct tensor *o = op_attention(p->t, q, k, v, &p->in->seg, window, p->in->cache ? &p->in->cache[i] : NULL);
     o = op_view(p->t, o, 2, (int64_t[]){ p->in->tokens, -1 });
-    return op_add(p->t, x, op_linear(p->t, o, param(p, l->o), NULL));
+    return op_add(p->t, x, model_linear(p->m, p->t, o, l->o, -1));
 }
 
 static struct tensor *ffn_block(const struct pass *p, struct tensor *x, int64_t i)
 {
     const struct llama_layer *l = &p->l->layer[i];
     struct tensor *h = op_rmsnorm(p->t, x, param(p, l->post_norm), (float)p->l->c.norm_eps);
-    struct tensor *gate = op_linear(p->t, h, param(p, l->gate), NULL);
-    struct tensor *up = op_linear(p->t, h, param(p, l->up), NULL);
-    return op_add(p->t, x, op_linear(p->t, op_swiglu(p->t, gate, up), param(p, l->down), NULL));
+    struct tensor *gate = model_linear(p->m, p->t, h, l->gate, -1);
+    struct tensor *up = model_linear(p->m, p->t, h, l->up, -1);
+    return op_add(p->t, x, model_linear(p->m, p->t, op_swiglu(p->t, gate, up), l->down, -1));
 }
 
 static struct tensor *layer(struct tape *t, const void *arg, int64_t i, struct tensor *x)

@@ -45,6 +45,19 @@ struct tensor *op_embedding(struct tape *t, struct tensor *table, const int32_t 
  * INVALID): x has this rank's columns, y is summed over the ranks. */
 struct tensor *op_linear(struct tape *t, struct tensor *x, struct tensor *w, struct tensor *b);
 
+/* A low-rank change of a weight w [M, K], which becomes w + scale b a (LoRA: Hu et al. 2021, arXiv:2106.09685, 4.1).
+ * a [R, K], b [M, R], f32. Where w is cut by rows so is b, and a is whole; by columns: a, and b is whole. What is whole
+ * gets one rank's summand of its gradient. */
+struct low_rank {
+    struct tensor *a, *b;
+    float scale;
+};
+/* op_linear of the changed weight, which is never stored: y + (scale (x a^T)) b^T, the second product added to the
+ * finished first one. y's bits are those of op_linear where b is zero (but for the sign of zeros). With u = x a^T,
+ * dv = scale dy b:  dx += dv a, da += dv^T x, db += dy^T (scale u). low NULL: op_linear. */
+struct tensor *op_linear_low_rank(struct tape *t, struct tensor *x, struct tensor *w, struct tensor *b,
+                                  const struct low_rank *low);
+
 /* y = x * rsqrt(mean(x^2) + eps) * w over the last dimension (Zhang, Sennrich 2019, arXiv:1910.07467).  x, y [..., C],
  * w [C]. Keeps the reciprocal root [rows]. Works on [N, H, D] with w [D] too (q/k norm). */
 struct tensor *op_rmsnorm(struct tape *t, struct tensor *x, struct tensor *w, float eps);

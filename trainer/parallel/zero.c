@@ -463,10 +463,10 @@ _Static_assert((int)PARAM_ALIGN == (int)SUM_BLOCK, "a run of the norm's blocks i
 static bool counts(const struct zero *z, uint64_t at, int *i)
 {
     const struct param *p = z->p->p;
-    while (*i + 1 < z->p->count && (p[*i + 1].alias >= 0 || p[*i + 1].offset <= at))
+    while (*i + 1 < z->p->count && (p[*i + 1].alias >= 0 || p[*i + 1].frozen || p[*i + 1].offset <= at))
         ++*i;
     int owner = *i;
-    while (owner > 0 && p[owner].alias >= 0)
+    while (owner > 0 && (p[owner].alias >= 0 || p[owner].frozen))
         owner--;
     return !z->o.tp || p[owner].share <= 1 || z->o.tp->rank % p[owner].share == 0;
 }
