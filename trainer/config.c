@@ -85,7 +85,12 @@ static const struct option train_rows[] = {
         "patterns of the parameters that stay as they are, [\"model.embed_tokens.*\"]; empty: all train"),
 };
 static const struct option parallel_rows[] = {
-    ROW(OPT_INT, parallel_config, pp, "pp", "1", 1, 1, NULL, "ranks", "pipeline stages"),
+    ROW(OPT_INT, parallel_config, pp, "pp", "1", 1, 1024, NULL, "ranks",
+        "pipeline stages: each has a run of the model's layers"),
+    ROW(OPT_ENUM, parallel_config, schedule, "schedule", "1f1b", 0, 0, "1f1b", "",
+        "with pp: the order of micro-batches; 1f1b: one forward and one backward in turn"),
+    ROW(OPT_LIST, parallel_config, stages, "stages", "", 0, 0, NULL, "layers",
+        "with pp: layers of each stage, a list ([3, 5, 4]); empty: even, embedding and head counted as layers"),
     ROW(OPT_INT, parallel_config, dp, "dp", "0", 0, 1 << 20, NULL, "ranks",
         "data-parallel ranks; 0: all that mpirun started"),
     ROW(OPT_INT, parallel_config, ep, "ep", "1", 1, 1, NULL, "ranks", "expert-parallel ranks"),
@@ -524,6 +529,14 @@ static status *check_together(struct config *c, const char *name)
         return ERR(INVALID, "%s: data.labelled is required: a JSONL file of prompt/completion/label rows", name);
     if (c->algo_ops->data == DATASET_PREFS && !*c->data.prefs)
         return ERR(INVALID, "%s: data.prefs is required: a JSONL file of prompt/chosen/rejected rows", name);
+    if (c->parallel.pp > 1 && *c->data.tasks)
+        return ERR(
+            INVALID,
+            "%s: parallel.pp: %lld does not go with data.tasks: completions are made on whole models only (legal: "
+            "parallel.pp 1, or no data.tasks)",
+            name, (long long)c->parallel.pp);
+    if (c->parallel.pp == 1 && *c->parallel.stages)
+        return ERR(INVALID, "%s: parallel.stages: \"%.100s\" needs parallel.pp above 1", name, c->parallel.stages);
     if (c->algo.ref_sync_steps && c->algo.reference != REFERENCE_LIVE)
         return ERR(INVALID, "%s: algo.ref_sync_steps needs algo.reference: live", name);
     if (!period_parse(c->checkpoint.every, &c->checkpoint.period))

@@ -52,6 +52,8 @@ struct train_config {
 
 struct parallel_config {
     int64_t pp, dp, ep, cp, tp, zero;
+    int schedule; /* 1f1b */
+    char *stages;
     uint64_t bucket;
     bool sequence;
 };

@@ -39,49 +39,67 @@ static void row_losses(struct trainer *t, const struct pack *p, const float *log
     }
 }
 
-/* loss: NULL if it is not wanted. */
-static status *forward_sums(struct trainer *t, struct model *m, struct pack *p, double *sums, const double *ref,
-                            double *loss)
+/* A pass over a data set, a chunk a micro-batch. loss: of preferences, NULL if it is not wanted; ref goes with it. */
+struct scoring {
+    struct trainer *t;
+    struct model *m;
+    const struct dataset *d;
+    struct pack *p;
+    double *sums, *loss;
+    const double *ref;
+};
+
+static int64_t prepare(void *arg, uint32_t k)
 {
-    tape_begin(t->tape, TAPE_FORWARD);
-    struct tensor *h = m->ops->forward(m, t->tape, &p->in);
-    struct tensor *lp = op_logprob(t->tape, h, m->ops->head(m), p->target, 1.0f);
-    TRY(tape_end(t->tape));
-    const struct phase *now = &t->phase[t->phases - 1]; /* the algorithm's own sums, in its warm-up too */
-    algo_sums(now->algo, now->algo_config, p, lp->data, sums);
-    if (loss)
-        row_losses(t, p, lp->data, ref, loss);
-    return NULL;
+    const struct scoring *s = arg;
+    pack_build(s->p, s->p->row, chunk_rows(s->t, s->d, k, s->p->row));
+    return s->p->in.tokens;
 }
 
-/* ref, loss: of preferences, or NULL. */
-static status *evaluate_rows(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p, double *sums,
-                             const double *ref, double *loss)
+static struct tensor *forward(void *arg, struct tape *tape, struct tensor *x)
 {
-    uint64_t mb = (uint64_t)t->cfg->train.micro_batch, chunks = (d->rows + mb - 1) / mb, begin, end;
-    size_t per_row = (size_t)d->sequences;
-    memset(sums, 0, d->rows * per_row * sizeof *sums);
-    if (loss)
-        memset(loss, 0, d->rows * sizeof *loss);
+    const struct scoring *s = arg;
+    return trainer_forward(s->t, s->m, s->p, tape, x, NULL);
+}
+
+static void keep(void *arg, uint32_t k, struct tensor *logp)
+{
+    const struct scoring *s = arg;
+    const struct phase *now = &s->t->phase[s->t->phases - 1]; /* the algorithm's own sums, in its warm-up too */
+    uint64_t row = k * (uint64_t)s->t->cfg->train.micro_batch, at = row * (uint64_t)s->d->sequences;
+    algo_sums(now->algo, now->algo_config, s->p, logp->data, s->sums + at);
+    if (s->loss)
+        row_losses(s->t, s->p, logp->data, s->ref ? s->ref + at : NULL, s->loss + row);
+}
+
+/* Every value is one rank's; the others add zero, so the sum is exact in any order. */
+static status *share(struct trainer *t, double *value, uint64_t n)
+{
+    TRY(comm_allreduce(t->dp, value, n, COMM_F64, COMM_SUM, NULL));
+    return passes_share(t, value, n);
+}
+
+static status *evaluate_rows(struct scoring *s)
+{
+    struct trainer *t = s->t;
+    uint64_t mb = (uint64_t)t->cfg->train.micro_batch, rows = s->d->rows, chunks = (rows + mb - 1) / mb, begin, end,
+             values = rows * (uint64_t)s->d->sequences;
+    struct pipe_work w = { prepare, forward, keep, NULL, s };
+    memset(s->sums, 0, values * sizeof *s->sums);
+    if (s->loss)
+        memset(s->loss, 0, rows * sizeof *s->loss);
     layout_cut(chunks, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &begin, &end);
-    status *st = NULL;
-    for (uint64_t k = begin; k < end && !st; k++) {
-        pack_build(p, p->row, chunk_rows(t, d, k, p->row));
-        st = forward_sums(t, m, p, sums + k * mb * per_row, ref ? ref + k * mb * per_row : NULL,
-                          loss ? loss + k * mb : NULL);
-    }
-    if (st && t->tp) /* its tensor-parallel peers wait for it in the same pass */
+    status *st = pipe_forward(t->pipe, (uint32_t)begin, (uint32_t)end, &w);
+    if (st && (t->tp || t->pp)) /* others wait for it in the same pass */
         trainer_abort(t, st);
-    st = comm_agree(t->dp, st);
-    /* every value is one rank's; the others add zero, so the sum is exact in any order */
-    if (!st)
-        st = comm_allreduce(t->dp, sums, d->rows * per_row, COMM_F64, COMM_SUM, NULL);
-    return st || !loss ? st : comm_allreduce(t->dp, loss, d->rows, COMM_F64, COMM_SUM, NULL);
+    TRY(comm_agree(t->dp, st));
+    TRY(share(t, s->sums, values));
+    return s->loss ? share(t, s->loss, rows) : NULL;
 }
 
 status *evaluate_logps(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p, double *sums)
 {
-    return evaluate_rows(t, m, d, p, sums, NULL, NULL);
+    return evaluate_rows(&(struct scoring){ t, m, d, p, sums, NULL, NULL });
 }
 
 struct model *reference_begin(struct trainer *t)
@@ -185,7 +203,8 @@ status *evaluate_pairs(struct trainer *t, struct evaluation *out)
     t->ref_heldout_known = t->ref_live;
     const double *now = t->heldout_sums, *ref = t->ref_heldout.rows ? t->ref_heldout.logp : NULL;
     bool loss = has_loss(t);
-    TRY(evaluate_rows(t, t->model, d, &t->heldout_pack, t->heldout_sums, ref, loss ? t->heldout_loss : NULL));
+    struct scoring all = { t, t->model, d, &t->heldout_pack, t->heldout_sums, loss ? t->heldout_loss : NULL, ref };
+    TRY(evaluate_rows(&all));
     uint8_t *right = mem_calloc(d->rows, 1);
     TRY(comm_agree(t->world, right ? NULL : ERR(NO_MEMORY, "evaluation of %llu rows", (unsigned long long)d->rows)));
     struct evaluation e = { .loss = loss ? 0 : (double)NAN };

@@ -62,17 +62,14 @@ static status *open_phases(struct trainer *t)
 
 static status *open_scratch(struct trainer *t)
 {
-    int64_t tokens = 1, segments = 2 * t->cfg->train.micro_batch,
-            k = t->cfg->train.global_batch / t->cfg->train.micro_batch;
-    for (int i = 0; i < t->phases; i++)
-        if (t->phase[i].pack.cap_tokens > tokens)
-            tokens = t->phase[i].pack.cap_tokens;
-    t->dlogp = mem_array(NULL, (size_t)tokens, sizeof *t->dlogp);
+    int64_t segments = 2 * t->cfg->train.micro_batch, k = t->cfg->train.global_batch / t->cfg->train.micro_batch;
+    bool live = t->cfg->algo.reference != REFERENCE_PRECOMPUTED;
     t->scratch = mem_array(NULL, (size_t)segments * 5, sizeof *t->scratch);
     t->scalar = mem_calloc((size_t)k * ALGO_METRICS, sizeof *t->scalar);
+    t->live_sums = live ? mem_array(NULL, (size_t)(k * segments), sizeof *t->live_sums) : NULL;
     t->heldout_sums = t->heldout ? mem_array(NULL, t->heldout->rows * 2, sizeof *t->heldout_sums) : NULL;
     t->heldout_loss = t->heldout ? mem_array(NULL, t->heldout->rows, sizeof *t->heldout_loss) : NULL;
-    return t->dlogp && t->scratch && t->scalar && (!t->heldout || (t->heldout_sums && t->heldout_loss))
+    return t->scratch && t->scalar && (!live || t->live_sums) && (!t->heldout || (t->heldout_sums && t->heldout_loss))
                ? NULL
                : ERR(NO_MEMORY, "work space of a step");
 }
@@ -113,18 +110,40 @@ static status *open_model(struct trainer *t, int ranks_here)
                    "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only",
                    t->device->ops->name);
     TRY(workers_open(threads_of(t, ranks_here), &t->workers));
-    struct tp_place at = { t->tp ? t->tp->size : 1, t->tp ? t->tp->rank : 0, t->tp && t->cfg->parallel.sequence };
+    struct tp_place at = { .size = t->tp ? t->tp->size : 1,
+                           .rank = t->tp ? t->tp->rank : 0,
+                           .sequence = t->tp && t->cfg->parallel.sequence,
+                           .apart = t->cfg->train.deterministic,
+                           .stages = t->pp ? t->pp->size : 1,
+                           .stage = t->pp ? t->pp->rank : 0,
+                           .list = t->cfg->parallel.stages };
     const struct tuning tuning = { &t->cfg->lora, t->cfg->train.freeze };
     TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->model));
-    TRY(params_alloc(&t->model->params, true));
+    TRY(model_alloc(t->model, true));
     if (t->cfg->algo.reference == REFERENCE_LIVE && algo_needs_reference(t->cfg->algo_ops, t->cfg->algo_own)) {
         TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->ref_model));
-        TRY(params_alloc(&t->ref_model->params, false));
+        TRY(model_alloc(t->ref_model, false));
     }
-    TRY(tape_open(t->workers, NULL, (size_t)t->cfg->memory.activations, &t->tape));
-    tape_spread(t->tape, t->tp, at.sequence);
-    tape_recompute(t->tape, t->cfg->memory.recompute == RECOMPUTE_BLOCK);
+    uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
+    TRY(pipe_open(t->pp, most, t->model->width, t->workers, (size_t)t->cfg->memory.activations, &t->pipe));
+    for (int i = 0; i < pipe_tapes(t->pipe); i++) {
+        tape_spread(pipe_tape(t->pipe, i), t->tp, at.sequence);
+        tape_recompute(pipe_tape(t->pipe, i), t->cfg->memory.recompute == RECOMPUTE_BLOCK);
+    }
+    t->tape = pipe_tape(t->pipe, 0);
     return NULL;
+}
+
+struct dry {
+    struct trainer *t;
+    struct pack *pack;
+};
+
+static struct tensor *dry_forward(void *arg, struct tape *tape, struct tensor *x)
+{
+    const struct dry *d = arg;
+    struct logprob_stats stats;
+    return trainer_forward(d->t, d->t->model, d->pack, tape, x, &stats);
 }
 
 /* The longest rows of a data set in one pack: the most memory a micro-batch can need. */
@@ -144,12 +163,10 @@ static status *dry_run(struct trainer *t, struct pack *p)
     for (uint32_t i = 0; i < p->cap_rows; i++)
         p->row[i] = longest;
     pack_build(p, p->row, p->cap_rows);
-    tape_begin(t->tape, TAPE_DRY);
-    struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->in);
-    struct logprob_stats stats;
-    (void)op_logprob_stats(t->tape, h, t->model->ops->head(t->model), p->target, 1.0f, &stats);
-    return status_wrap(tape_end(t->tape), "a micro-batch of %u rows, the longest has %" PRIu64 " tokens", p->cap_rows,
-                       best);
+    struct dry one = { t, p };
+    struct pipe_work w = { .forward = dry_forward, .arg = &one };
+    return status_wrap(pipe_dry(t->pipe, p->in.tokens, &w),
+                       "a micro-batch of %u rows, the longest has %" PRIu64 " tokens", p->cap_rows, best);
 }
 
 static status *dry_runs(struct trainer *t)
@@ -169,6 +186,8 @@ static status *open_mesh(struct trainer *t)
                                (int)c->parallel.tp } };
     TRY(mesh_init(&t->mesh, t->world->size));
     TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->dp));
+    if (t->mesh.size[MESH_PP] > 1)
+        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_PP, &t->pp));
     return t->mesh.size[MESH_TP] > 1 ? mesh_comm(&t->mesh, t->world, 1u << MESH_TP, &t->tp) : NULL;
 }
 
@@ -179,8 +198,10 @@ static status *open_zero(struct trainer *t)
                               .deterministic = c->train.deterministic,
                               .lanes = (int)c->train.lanes,
                               .bucket_elems = c->parallel.bucket / sizeof(float) / PARAM_ALIGN * PARAM_ALIGN,
-                              .tp = t->tp };
-    return zero_open(&o, &t->model->params, t->dp, &t->zero);
+                              .tp = t->tp,
+                              .pp = t->pp };
+    TRY(zero_open(&o, &t->model->params, t->dp, &t->zero));
+    return tied_open(&o, t->model, t->dp, t->pp, &t->tied);
 }
 
 /* --- checkpoints */
@@ -257,7 +278,9 @@ static status *open_all(struct trainer *t)
     TRY(open_zero(t));
     TRY(open_checkpoint(t, false));
     TRY(state_resume(t));
-    return init_weights(t);
+    TRY(init_weights(t));
+    TRY(tied_share(t->ref_model, t->pp));
+    return tied_share(t->model, t->pp);
 }
 
 /* One phase without data: the algorithm, for its sums and its loss. */
@@ -289,6 +312,7 @@ static status *open_for_eval(struct trainer *t)
     TRY(comm_agree(t->world, dry_run(t, &t->heldout_pack)));
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
     TRY(init_weights(t));
+    TRY(tied_share(t->model, t->pp));
     return open_checkpoint(t, true);
 }
 
@@ -327,13 +351,15 @@ status *trainer_close(struct trainer *t)
         return NULL;
     status *st = t->ckpt ? tessera_close(t->ckpt) : NULL;
     tessera_state_free(t->state);
+    tied_close(t->tied);
     zero_close(t->zero);
     task_eval_close(t);
-    tape_close(t->tape);
+    pipe_close(t->pipe);
     model_close(t->ref_model);
     model_close(t->model);
     workers_close(t->workers);
     device_close(t->device);
+    comm_close(t->pp);
     comm_close(t->tp);
     comm_close(t->dp);
     for (int i = 0; i < t->phases; i++) {
@@ -346,8 +372,8 @@ status *trainer_close(struct trainer *t)
     for (int kind = 0; kind < DATASET_KINDS; kind++)
         dataset_close(t->data[kind]);
     dataset_close(t->heldout);
-    mem_free(t->dlogp);
     mem_free(t->scratch);
+    mem_free(t->live_sums);
     mem_free(t->scalar);
     mem_free(t->heldout_sums);
     mem_free(t->heldout_loss);

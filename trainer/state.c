@@ -1,7 +1,7 @@
 /* state: the one list of what is saved, and the way back from it.
  *
- *   model      every parameter: this rank's tensor-parallel part, the same on every data-parallel rank (replicas:
- *              written once); tied names as aliases
+ *   model      every parameter of this rank's pipeline stage: this rank's tensor-parallel part, the same on every
+ *              data-parallel rank (replicas: written once); tied names as aliases, on the stage of their target
  *   adapter    the matrices of LoRA's adapters, in the same way; model then is the base, which is frozen: written once,
  *              and referred to by later steps
  *   optim      NAME.exp_avg, NAME.exp_avg_sq: the runs of the flat block that this rank's optimiser holds
@@ -122,7 +122,7 @@ static status *add_ref_model(struct trainer *t)
     const struct params *ps = &t->ref_model->params;
     for (int i = 0; i < ps->count; i++) {
         struct tessera_tensor d = part_of(home_of(&ps->p[i], true), &ps->p[i]);
-        if (ps->p[i].alias >= 0)
+        if (ps->p[i].alias >= 0 || ps->p[i].away)
             continue;
         d.frozen = ps->p[i].frozen || t->cfg->algo.ref_sync_steps == 0;
         TRY(tessera_state_add_tensor(t->state, &d));
@@ -135,7 +135,7 @@ static status *fill_state(struct trainer *t)
     const struct params *ps = &t->model->params;
     for (int frozen = 0; frozen < 2; frozen++) /* nobody waits for those that are not overwritten */
         for (int i = 0; i < ps->count; i++) {
-            if (ps->p[i].frozen != frozen)
+            if (ps->p[i].frozen != frozen || ps->p[i].away)
                 continue;
             TRY(add_param(t, ps, &ps->p[i]));
             if (ps->p[i].alias < 0 && !frozen)
@@ -348,10 +348,11 @@ status *state_load_weights(struct trainer *t, uint64_t step, bool of_ref)
     t->state = NULL;
     status *st = tessera_state_new(t->ckpt, &t->state);
     for (int i = 0; i < ps->count && !st; i++)
-        if (ps->p[i].alias < 0)
+        if (ps->p[i].alias < 0 && !ps->p[i].away)
             st = add_param(t, ps, &ps->p[i]);
     TRY(comm_agree(t->world, st));
-    return tessera_load_parts(t->ckpt, t->state, step, &o);
+    TRY(tessera_load_parts(t->ckpt, t->state, step, &o));
+    return tied_share(t->model, t->pp);
 }
 
 /* --- resuming */

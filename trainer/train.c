@@ -1,6 +1,6 @@
 /* train: the loop and the step.
  *
- * A step: deal the global batch into micro-batches; run this rank's (forward, loss, backward, into the lane's
+ * A step: deal the global batch into micro-batches; run this rank's (passes.c: forward, loss, backward, into the lane's
  * gradients); sum gradients over ranks; wait until the save in flight has copied what will be overwritten; update; move
  * the save on. Nothing of a step depends on the mesh but who does what. */
 #include "trainer/trainer.h"
@@ -48,6 +48,7 @@ static status *copy_reference(struct trainer *t)
     TRY(comm_agree(t->world, st));
     if (t->ref_model)
         memcpy(t->ref_model->params.data, from->data, params_bytes(from));
+    TRY(tied_share(t->ref_model, t->pp));
     t->ref_live = true;
     t->ref_heldout_known = false;
     return NULL;
@@ -114,90 +115,6 @@ static uint64_t count_tokens_seen(const struct trainer *t)
     return n;
 }
 
-/* The live reference's sums of the pack's sequences; what the tape held is gone. */
-static status *live_references(struct trainer *t, const struct phase *p, double *out)
-{
-    struct model *m = reference_begin(t);
-    tape_begin(t->tape, TAPE_FORWARD);
-    struct tensor *h = m->ops->forward(m, t->tape, &p->pack.in);
-    struct tensor *logp = op_logprob(t->tape, h, m->ops->head(m), p->pack.target, 1.0f);
-    reference_done(t);
-    TRY(tape_end(t->tape));
-    algo_sums(p->algo, p->algo_config, &p->pack, logp->data, out);
-    return NULL;
-}
-
-/* Reference sums of the pack's sequences. */
-static status *pack_references(struct trainer *t, const struct phase *p, double *out)
-{
-    if (t->ref_live)
-        return live_references(t, p, out);
-    uint64_t s = (uint64_t)p->data->sequences, first = (uint64_t)p->pack.first_side, n = (uint64_t)p->pack.sides;
-    for (uint32_t r = 0; r < p->pack.rows; r++)
-        for (uint64_t i = 0; i < n; i++)
-            out[r * n + i] = t->ref.logp[p->pack.row[r] * s + first + i];
-    return NULL;
-}
-
-/* Micro-batch k for `loss` (training) or for `statistic`: which sequences, algo_ops.data says. */
-static void build_pack(struct phase *p, uint32_t k, bool training)
-{
-    uint32_t mb = p->stream.micro_batch;
-    const uint64_t *row = p->stream.row + (size_t)k * mb;
-    if (p->data->kind == DATASET_LABELLED)
-        pack_build_sides(&p->pack, row, mb, training ? 0 : 1, 1);
-    else
-        pack_build(&p->pack, row, mb);
-}
-
-/* Log-probabilities of micro-batch k's tokens, in the tape's arena, and the reference sums that go with them. tok:
- * NULL in a pass for statistics, else training. */
-static status *forward(struct trainer *t, struct phase *p, uint32_t k, struct tensor **logp, struct logprob_stats *tok,
-                       const double **ref)
-{
-    build_pack(p, k, tok);
-    double *sums = t->scratch + 4 * (size_t)p->pack.in.seg.count;
-    bool needed = algo_needs_reference(p->algo, p->algo_config);
-    *ref = needed ? sums : NULL;
-    if (needed)
-        TRY(pack_references(t, p, sums));
-    tape_begin(t->tape, tok ? TAPE_TRAIN : TAPE_FORWARD);
-    struct tensor *h = t->model->ops->forward(t->model, t->tape, &p->pack.in);
-    *logp = op_logprob_stats(t->tape, h, t->model->ops->head(t->model), p->pack.target, 1.0f, tok);
-    return tape_end(t->tape);
-}
-
-static status *micro_batch(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts)
-{
-    struct tensor *lp;
-    struct logprob_stats tok;
-    const double *ref;
-    TRY(forward(t, p, k, &lp, &tok, &ref));
-    double *metric = t->scalar + (size_t)k * (size_t)p->algo->metric_count;
-    p->algo->loss(p->algo_config, &p->pack, lp->data, &tok, ref, counts, t->scratch, t->dlogp, metric);
-    TRY(tape_backward(t->tape, lp, t->dlogp, TAPE_BACKWARD_ALL));
-    zero_added(t->zero, k);
-    return NULL;
-}
-
-/* What a loss wants to know of the whole step before its first micro-batch: a forward pass of its own.
- * sums[ALGO_STATISTICS]. */
-static status *gather_statistics(struct trainer *t, struct phase *p, uint32_t k, double *sums)
-{
-    int n = algo_statistics(p->algo, p->algo_config);
-    uint32_t first, end;
-    zero_micro_batches(t->zero, k, &first, &end);
-    for (uint32_t i = first; n && i < end; i++) {
-        struct tensor *lp;
-        const double *ref;
-        status *st = forward(t, p, i, &lp, NULL, &ref);
-        if (st)
-            trainer_abort(t, st);
-        p->algo->statistic(p->algo_config, &p->pack, lp->data, ref, t->scratch, t->scalar + (size_t)i * (size_t)n);
-    }
-    return n ? zero_sum_scalars(t->zero, t->scalar, k, (uint32_t)n, sums) : NULL;
-}
-
 static status *before_overwrite(void *arg, const void *addr, size_t bytes)
 {
     struct trainer *t = arg;
@@ -217,46 +134,41 @@ static status *sync_reference(struct trainer *t)
     for (uint64_t i = 0; i < ref->total; i++)
         ref->data[i] = (float)(a * (double)theta[i] + (1 - a) * (double)ref->data[i]);
     t->ref_heldout_known = false;
-    return NULL;
+    return tied_share(t->ref_model, t->pp);
 }
 
 struct step_result {
     double metric[ALGO_METRICS]; /* divided by their counts */
     double norm, lr, seconds;
-    uint64_t tokens, allocations, dp_sent, tp_sent; /* bytes that this rank gave to others of the axis */
+    uint64_t tokens, allocations, dp_sent, tp_sent, pp_sent; /* bytes that this rank gave to others of the axis */
 };
 
 static status *optimise(struct trainer *t, const struct phase *p, struct step_result *r)
 {
     const struct optim_config *o = &t->cfg->optim;
-    TRY(zero_reduce(t->zero, &r->norm));
+    TRY(zero_reduce(t->zero, NULL));
+    TRY(tied_sum(t->tied));
+    TRY(zero_norm(t->zero, &r->norm));
     if (!isfinite(r->norm))
         return ERR(INVALID, "the gradient is not finite at step %" PRIu64 ": try a smaller optim.lr", t->step + 1);
     r->lr = schedule_lr(o, p->peak_lr, t->step - p->first_step, p->steps);
     struct adamw a = {
         r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, clip_scale(o->clip, r->norm), t->optimiser_step + 1
     };
-    return zero_update(t->zero, &a, before_overwrite, t);
+    TRY(zero_update(t->zero, &a, before_overwrite, t));
+    return t->tied ? tied_share(t->model, t->pp) : NULL;
 }
 
 static status *train_step(struct trainer *t, struct step_result *r)
 {
     struct phase *p = &t->phase[t->current];
-    uint32_t k = p->stream.global_batch / p->stream.micro_batch, first, end;
+    uint32_t k = p->stream.global_batch / p->stream.micro_batch;
     stream_deal(&p->stream, t->samples[t->current]);
     struct batch_counts counts = algo_count(p->data, p->stream.row, p->stream.global_batch);
     double statistic[ALGO_STATISTICS], sums[ALGO_METRICS];
-    TRY(gather_statistics(t, p, k, statistic));
-    counts.statistic = algo_statistics(p->algo, p->algo_config) ? statistic : NULL;
+    TRY(passes_statistics(t, p, k, statistic, &counts));
     r->tokens = count_tokens(p);
-    zero_begin(t->zero, k);
-    zero_micro_batches(t->zero, k, &first, &end);
-    for (uint32_t i = first; i < end; i++) {
-        status *st = micro_batch(t, p, i, &counts);
-        if (st) /* shapes were checked before: a bug or a broken machine, and the others wait in a collective */
-            trainer_abort(t, st);
-    }
-    TRY(zero_sum_scalars(t->zero, t->scalar, k, (uint32_t)p->algo->metric_count, sums));
+    TRY(passes_train(t, p, k, &counts, sums));
     for (int m = 0; m < p->algo->metric_count; m++)
         r->metric[m] = sums[m] / algo_divisor(&counts, p->algo->metrics[m].per);
     if (!isfinite(r->metric[0]))
@@ -331,6 +243,8 @@ static void report(struct trainer *t, const struct step_result *r)
     metrics_integer(t->metrics, "allocations", r->allocations);
     metrics_integer(t->metrics, "dp_sent_bytes", r->dp_sent);
     metrics_integer(t->metrics, "tp_sent_bytes", r->tp_sent);
+    metrics_integer(t->metrics, "pp_sent_bytes", r->pp_sent);
+    metrics_integer(t->metrics, "pp_in_flight", (uint64_t)pipe_peak(t->pipe));
     if (line.save_percent >= 0) {
         metrics_integer(t->metrics, "saving", line.save_step);
         metrics_text(t->metrics, "save_phase", line.save_phase);
@@ -376,14 +290,20 @@ static bool evaluation_due(const struct trainer *t)
     return t->step == (uint64_t)t->cfg->train.steps || (every && t->step % every == 0);
 }
 
+static uint64_t sent_by(const struct comm *c)
+{
+    return c ? c->sent_bytes : 0;
+}
+
 static status *one_step(struct trainer *t)
 {
     uint64_t began = clock_ns();
     bool saving = t->save_started != UINT64_MAX;
-    struct step_result r = { .dp_sent = t->dp->sent_bytes, .tp_sent = t->tp ? t->tp->sent_bytes : 0 };
+    struct step_result r = { .dp_sent = sent_by(t->dp), .tp_sent = sent_by(t->tp), .pp_sent = sent_by(t->pp) };
     TRY(train_step(t, &r));
-    r.dp_sent = t->dp->sent_bytes - r.dp_sent;
-    r.tp_sent = t->tp ? t->tp->sent_bytes - r.tp_sent : 0;
+    r.dp_sent = sent_by(t->dp) - r.dp_sent;
+    r.tp_sent = sent_by(t->tp) - r.tp_sent;
+    r.pp_sent = sent_by(t->pp) - r.pp_sent;
     r.seconds = ns_to_s(clock_ns() - began);
     save_cost_step(&t->cost, saving, r.seconds);
     TRY(count_allocations(t, &r));

@@ -10,6 +10,8 @@
 #include "ckpt/ckpt.h"
 #include "trainer/config.h"
 #include "trainer/metrics.h"
+#include "trainer/parallel/pipe.h"
+#include "trainer/parallel/tied.h"
 #include "trainer/parallel/zero.h"
 #include "trainer/when.h"
 
@@ -31,7 +33,7 @@ struct trainer {
     struct comm *world;
     const struct log *log;
     struct mesh mesh;
-    struct comm *dp, *tp; /* the ranks of this one's axes; tp NULL: there is one */
+    struct comm *dp, *tp, *pp; /* the ranks of this one's axes; tp, pp NULL: there is one */
     struct device *device;
     struct workers *workers;
     struct metrics *metrics;
@@ -42,8 +44,10 @@ struct trainer {
     struct pack heldout_pack;
 
     struct model *model;
-    struct tape *tape;
+    struct pipe *pipe;
+    struct tape *tape; /* the pipeline's first, for what is not its business */
     struct zero *zero;
+    struct tied *tied; /* NULL: no weight whose uses are kept apart has a part here */
 
     struct ref_logps ref, ref_heldout; /* rows 0 until the main phase of an algorithm that needs them */
     struct model *ref_model;           /* algo.reference: live: the copy, without gradients; else NULL */
@@ -51,7 +55,7 @@ struct trainer {
                                     that is NULL the model without its adapters; ref is empty */
     bool ref_heldout_known;      /* with ref_live: ref_heldout is of the reference's present weights */
     double *scratch;             /* sums, gradients and reference values of one pack's sequences */
-    float *dlogp;                /* [tokens of the largest pack] */
+    double *live_sums;           /* [K][segments of a pack] the live reference's sums of own micro-batches; or NULL */
     double *scalar;              /* [K * ALGO_METRICS] metrics of own micro-batches */
     double *heldout_sums;        /* [heldout rows * 2] */
     struct task_eval *task_eval; /* NULL: no data.tasks */
@@ -89,6 +93,21 @@ status *trainer_eval(struct trainer *t) WARN_UNUSED;
 status *trainer_run(struct trainer *t) WARN_UNUSED;
 /* Waits for the save in flight. Accepts a half-open trainer. Collective. */
 status *trainer_close(struct trainer *t) WARN_UNUSED;
+
+/* passes.c: what a micro-batch goes through */
+/* The part of m that is here, on a pack; on the last stage log-probabilities of its targets, with *tok if not NULL. */
+struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *p, struct tape *tape, struct tensor *x,
+                               struct logprob_stats *tok);
+/* Of p's step of k micro-batches, as dealt: what its loss wants to know of all of them first (counts->statistic; stays
+ * NULL if nothing), from a forward pass of its own. Collective over pp and dp. A rank alone that fails aborts. */
+status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double sums[ALGO_STATISTICS],
+                          struct batch_counts *counts) WARN_UNUSED;
+/* All of them forward and backward: gradients are in t->zero and t->tied, metrics' sums in sums. Collective over pp and
+ * dp. */
+status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
+                     double sums[ALGO_METRICS]) WARN_UNUSED;
+/* From the last pipeline stage to all. Collective over pp. */
+status *passes_share(struct trainer *t, double *value, size_t count) WARN_UNUSED;
 
 /* evaluate.c */
 /* Sums of scored log-probabilities of every sequence of d under the weights of m: sums[rows * sequences], the same on

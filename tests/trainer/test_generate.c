@@ -109,7 +109,7 @@ static void plain_logits(struct fixture *f, const struct sequence *s, double log
     int32_t position[SEQUENCE], offset[2] = { 0, s->count };
     for (int32_t i = 0; i < s->count; i++)
         position[i] = i;
-    struct model_input in = { s->count, s->token, { 1, offset, position }, NULL };
+    struct model_input in = { .tokens = s->count, .token = s->token, .seg = { 1, offset, position } };
     struct tape *t;
     must(tape_open(NULL, NULL, 0, &t));
     tape_begin(t, TAPE_FORWARD);
@@ -214,7 +214,7 @@ static void logps_are_those_of_training(void **state)
             token[k] = k < p ? f->prompt[i].token[k] : c[i].token[k - p];
             target[k] = k < p - 1 ? -1 : c[i].token[k - p + 1];
         }
-        struct model_input in = { n, token, { 1, offset, position }, NULL };
+        struct model_input in = { .tokens = n, .token = token, .seg = { 1, offset, position } };
         tape_begin(t, TAPE_FORWARD);
         struct tensor *h = f->m->ops->forward(f->m, t, &in);
         struct tensor *lp = op_logprob(t, h, f->m->ops->head(f->m), target, o.temperature);

@@ -67,7 +67,7 @@ static void logps(struct model *m, float out[TOKENS])
         target[i] = (i * 7 + 5) % VOCAB;
         position[i] = i < offset[1] ? i : i - offset[1];
     }
-    struct model_input in = { TOKENS, token, { 2, offset, position }, NULL };
+    struct model_input in = { .tokens = TOKENS, .token = token, .seg = { 2, offset, position } };
     struct tape *t;
     must(tape_open(NULL, NULL, 0, &t));
     tape_begin(t, TAPE_FORWARD);
@@ -183,7 +183,7 @@ static status *base_stayed(struct trainer *t)
 {
     const struct config *c = t->cfg;
     const struct tuning tuning = { &c->lora, c->train.freeze };
-    struct tp_place at = { t->tp ? t->tp->size : 1, t->tp ? t->tp->rank : 0, false };
+    struct tp_place at = { .size = t->tp ? t->tp->size : 1, .rank = t->tp ? t->tp->rank : 0 };
     struct model *m = NULL;
     TRY(model_open_tuned(c->model_ops, c->model, t->model->vocab, &at, &tuning, &m));
     TRY(params_alloc(&m->params, false));

@@ -283,7 +283,7 @@ static struct batch *batch_of(struct batch *b, int first, int last, const int32_
         }
         b->offset[s - first + 1] = n;
     }
-    b->in = (struct model_input){ n, b->token, { last - first, b->offset, b->position }, NULL };
+    b->in = (struct model_input){ .tokens = n, .token = b->token, .seg = { last - first, b->offset, b->position } };
     return b;
 }
 
@@ -459,7 +459,9 @@ static void decoding_equals_full_pass(void **state)
     assert_null(run_model(m, t, &all, TAPE_FORWARD, &h, &logp));
     for (int32_t from = 0, to = 20; from < 70; from = to++) {
         int32_t offset[2] = { 0, to - from };
-        struct model_input in = { to - from, all.token + from, { 1, offset, all.position + from }, cache };
+        struct model_input in = {
+            .tokens = to - from, .token = all.token + from, .seg = { 1, offset, all.position + from }, .cache = cache
+        };
         tape_begin(u, TAPE_FORWARD);
         struct tensor *y = m->ops->forward(m, u, &in);
         assert_null(tape_end(u));

@@ -272,7 +272,7 @@ static int32_t plain_next(struct trainer *t, const int32_t *token, int32_t n)
     double most = 0;
     for (int32_t i = 0; i < n; i++)
         position[i] = i;
-    struct model_input in = { n, token, { 1, offset, position }, NULL };
+    struct model_input in = { .tokens = n, .token = token, .seg = { 1, offset, position } };
     tape_begin(t->tape, TAPE_FORWARD);
     struct tensor *h = t->model->ops->forward(t->model, t->tape, &in), *w = t->model->ops->head(t->model);
     must(tape_end(t->tape));

@@ -135,7 +135,9 @@ static void fill(struct batch *b, int64_t tokens)
             b->position[i] = i - offsets[s];
             b->weight[i] = 0.3f * (float)(i % 7) - 0.8f;
         }
-    b->in = (struct model_input){ tokens, b->token, { tokens == TOKENS ? SEQUENCES : 1, offsets, b->position }, NULL };
+    b->in = (struct model_input){ .tokens = tokens,
+                                  .token = b->token,
+                                  .seg = { tokens == TOKENS ? SEQUENCES : 1, offsets, b->position } };
 }
 
 static status *run_model(struct model *m, struct tape *t, const struct batch *b, enum tape_mode mode,
@@ -341,7 +343,7 @@ static status *tp_rank(struct comm *c, void *arg)
     struct zero *z = NULL;
     struct comm *dp;
     fill(&b, TOKENS);
-    TRY(open_at(w->v->options, &(struct tp_place){ c->size, c->rank, w->sequence }, &m));
+    TRY(open_at(w->v->options, &(struct tp_place){ .size = c->size, .rank = c->rank, .sequence = w->sequence }, &m));
     take_parts(m, w->m);
     TRY(comm_split(c, c->rank, 0, &dp));
     TRY(zero_open(&(struct zero_options){ .stage = 1, .bucket_elems = 4 * PARAM_ALIGN, .tp = c }, &m->params, dp, &z));
@@ -566,7 +568,7 @@ static void initial_values(void **state)
         params_init(&whole->params, 5);
         for (const int *ranks = variants[i].ranks; *ranks; ranks++)
             for (int r = 0; r < *ranks; r++) {
-                must(open_at(variants[i].options, &(struct tp_place){ *ranks, r, false }, &m));
+                must(open_at(variants[i].options, &(struct tp_place){ .size = *ranks, .rank = r }, &m));
                 params_init(&m->params, 5);
                 for (int k = 0; k < m->params.count; k++) {
                     const struct param *p = &m->params.p[k];
@@ -590,7 +592,7 @@ static void parts_tile(void **state)
         for (const int *ranks = variants[i].ranks; *ranks; ranks++) {
             struct model *m[8];
             for (int r = 0; r < *ranks; r++)
-                must(open_at(variants[i].options, &(struct tp_place){ *ranks, r, false }, &m[r]));
+                must(open_at(variants[i].options, &(struct tp_place){ .size = *ranks, .rank = r }, &m[r]));
             for (int k = 0; k < m[0]->params.count; k++) {
                 uint64_t held = 0, volume = 1;
                 const struct param *first = &m[0]->params.p[k];
@@ -649,7 +651,8 @@ static status *generate_rank(struct comm *c, void *arg)
     struct generated got = { .v = NULL };
     struct model *m;
     struct tape *t;
-    TRY(open_at(want->v->options, &(struct tp_place){ c->size, c->rank, want->sequence }, &m));
+    TRY(open_at(want->v->options, &(struct tp_place){ .size = c->size, .rank = c->rank, .sequence = want->sequence },
+                &m));
     take_parts(m, want->whole);
     TRY(tape_open(NULL, NULL, 0, &t));
     tape_spread(t, c, want->sequence);

@@ -579,7 +579,9 @@ static void test_no_allocation(void **state)
     (void)state;
     for (int dp = 1; dp <= 5; dp++)
         for (int stage = 0; stage <= 1; stage++) {
-            struct zero_options o = { stage, true, 8, 3 * PARAM_ALIGN, NULL };
+            struct zero_options o = {
+                .stage = stage, .deterministic = true, .lanes = 8, .bucket_elems = 3 * PARAM_ALIGN
+            };
             expect_ok(comm_threads_run(dp, steady_job, &o));
         }
 }
@@ -594,7 +596,7 @@ static status *failing_fence(void *arg, const void *addr, size_t bytes)
 /* A fence that fails on one rank is that rank's error, and nobody hangs. */
 static status *failing_job(struct comm *c, void *arg)
 {
-    struct zero_options o = { *(int *)arg, true, 8, PARAM_ALIGN, NULL };
+    struct zero_options o = { .stage = *(int *)arg, .deterministic = true, .lanes = 8, .bucket_elems = PARAM_ALIGN };
     struct params *ps = params_make();
     struct zero *z = NULL;
     double norm;

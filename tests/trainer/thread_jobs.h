@@ -19,6 +19,7 @@ struct job {
     int override_count;
     status *(*after)(struct trainer *t); /* NULL, or a look at what is left, on each rank */
     uint32_t weights;                    /* of rank 0 at the end */
+    struct state_hashes hashes;          /* of all ranks */
     uint64_t resumed_from, saved;
 };
 
@@ -36,7 +37,11 @@ static inline status *run_rank(struct comm *world, void *arg)
         st = trainer_run(t);
     if (!st && j->after)
         st = j->after(t);
+    struct state_hashes hashes;
+    if (!st)
+        st = state_hashes(t, &hashes);
     if (!st && world->rank == 0) {
+        j->hashes = hashes;
         j->weights = state_weights_crc(t);
         j->resumed_from = t->resumed_from;
         j->saved = t->saved_step;

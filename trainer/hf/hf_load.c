@@ -151,7 +151,7 @@ static status *load_batch(const struct loading *l, int first, int end, size_t by
         if (l->ps->p[i].alias >= 0 || l->ps->p[i].adapter)
             continue;
         st = add_read(l, &l->ps->p[i], from, buf, &used);
-        if (!st)
+        if (!st && !l->ps->p[i].away)
             st = add_wanted(&l->ps->p[i], to);
     }
     st = comm_agree(l->world, st);

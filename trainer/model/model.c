@@ -5,6 +5,7 @@
 #include "comm/base/mem.h"
 #include "comm/base/rng.h"
 #include "trainer/model/lora.h"
+#include "trainer/model/stages.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -33,7 +34,7 @@ static struct param *append(struct params *ps, const char *name)
         ps->cap = cap;
     }
     struct param *p = &ps->p[ps->count++];
-    *p = (struct param){ .alias = -1, .lora_a = -1, .lora_b = -1 };
+    *p = (struct param){ .alias = -1, .lora_a = -1, .lora_b = -1, .unit = ps->unit };
     snprintf(p->name, sizeof p->name, "%s", name);
     for (int i = 0; i < LAYOUT_DIMS; i++)
         p->cut[i] = -1;
@@ -110,12 +111,29 @@ static status *does_not_fit(const struct params *ps, const struct param *p, int 
                p->rule.units ? p->rule.units : p->name, (unsigned long long)units_of(p), legal);
 }
 
+static bool is_away(const struct params *ps, const struct param *p)
+{
+    int unit = p->alias < 0 ? p->unit : ps->p[p->alias].unit;
+    return ps->unit_end && (unit < ps->unit_begin || unit >= ps->unit_end);
+}
+
+/* Nothing of p is here. */
+static void leave_out(struct param *p)
+{
+    memset(&p->box, 0, sizeof p->box);
+    memset(p->value.dim, 0, sizeof p->value.dim);
+    p->part = (struct tensor_cut){ 0 };
+    p->share = 1;
+    p->partial = false;
+}
+
 status *params_spread(struct params *ps, const struct tp_place *at)
 {
     for (int i = 0; i < ps->count; i++)
         if (!fits(&ps->p[i], at->size))
             return does_not_fit(ps, &ps->p[i], at->size);
     uint64_t end[2] = { 0, 0 }; /* of those that train, and then of all */
+    ps->before = 0;
     for (int frozen = 0; frozen < 2; frozen++) {
         end[frozen] = end[0];
         for (int i = 0; i < ps->count; i++) {
@@ -123,6 +141,11 @@ status *params_spread(struct params *ps, const struct tp_place *at)
             if (p->frozen != frozen)
                 continue;
             place(p, at);
+            p->away = is_away(ps, p);
+            if (p->away && p->alias < 0 && !frozen && p->unit < ps->unit_begin)
+                ps->before += padded(p);
+            if (p->away)
+                leave_out(p);
             p->offset = p->alias < 0 ? end[frozen] : ps->p[p->alias].offset;
             end[frozen] += p->alias < 0 ? padded(p) : 0;
         }
@@ -161,6 +184,7 @@ struct param *params_alias(struct params *ps, const char *name, const struct par
     *p = ps->p[index];
     memcpy(p->name, own, sizeof own);
     p->alias = index;
+    p->unit = ps->unit;
     return p;
 }
 
@@ -209,7 +233,7 @@ static void init_one(const struct param *p, float *x, uint64_t seed)
 void params_init(struct params *ps, uint64_t seed)
 {
     for (int i = 0; i < ps->count; i++)
-        if (ps->p[i].alias < 0)
+        if (ps->p[i].alias < 0 && !ps->p[i].away)
             init_one(&ps->p[i], ps->data + ps->p[i].offset, seed);
 }
 
@@ -272,6 +296,53 @@ status *model_open(const struct model_ops *ops, const void *config, int64_t voca
     return model_open_at(ops, config, vocab, &one_rank, out);
 }
 
+/* The first name that shares another's memory and is used by this stage. */
+static struct param *find_tied(const struct model *m)
+{
+    const struct params *ps = &m->params;
+    for (int i = 0; i < ps->count; i++)
+        if (ps->p[i].alias >= 0 && (!ps->unit_end || (ps->p[i].unit >= ps->unit_begin && ps->p[i].unit < ps->unit_end)))
+            return &ps->p[i];
+    return NULL;
+}
+
+static status *keep_apart(struct model *m, const struct tp_place *at)
+{
+    const struct param *use = find_tied(m);
+    if (!use || !((at->apart && !use->frozen) || use->away))
+        return NULL;
+    struct param *own = append(&m->tied, use->name);
+    if (!own)
+        return ERR(NO_MEMORY, "a tied weight");
+    *own = *use;
+    own->alias = -1;
+    own->away = false;
+    own->offset = 0;
+    place(own, at);
+    m->tied.total = padded(own);
+    return NULL;
+}
+
+status *model_alloc(struct model *m, bool with_grad)
+{
+    struct params *own = &m->tied;
+    size_t bytes = own->total * sizeof(float);
+    TRY(params_alloc(&m->params, with_grad));
+    if (!own->count)
+        return NULL;
+    struct param *use = find_tied(m), *p = own->p;
+    bool values = use->away, grads = with_grad && !use->frozen;
+    own->data = values ? mem_block(bytes, 4096) : NULL;
+    own->grad = grads ? mem_block(bytes, 4096) : NULL;
+    if ((values && !own->data) || (grads && !own->grad))
+        return ERR(NO_MEMORY, "%zu bytes of a tied weight", bytes);
+    p->value.data = values ? own->data : use->value.data;
+    p->value.grad = own->grad;
+    p->value.cut = p->part.total ? &p->part : NULL;
+    use->value = p->value;
+    return NULL;
+}
+
 status *model_open_at(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
                       struct model **out)
 {
@@ -294,8 +365,12 @@ status *model_open_tuned(const struct model_ops *ops, const void *config, int64_
     status *st = ops->declare(m);
     if (!st && tuning)
         st = model_tune(m, tuning);
+    if (!st && at->stages > 1)
+        st = stages_cut(at->list, ops->layers(m), at->stages, at->stage, &m->params.unit_begin, &m->params.unit_end);
     if (!st)
         st = params_spread(&m->params, at);
+    if (!st)
+        st = keep_apart(m, at);
     if (st) {
         model_close(m);
         return st;
@@ -310,6 +385,7 @@ void model_close(struct model *m)
         return;
     if (m->impl)
         m->ops->close(m);
+    params_free(&m->tied);
     params_free(&m->params);
     mem_free(m->config);
     mem_free(m);

@@ -42,6 +42,9 @@ struct param {
     bool frozen;        /* does not train: no gradient, no optimiser state */
     bool adapter;       /* a matrix that lora.h added */
     int lora_a, lora_b; /* indices of the adapter's matrices, or -1 */
+    int unit;           /* of the model's units (stages.h), the one that it is part of */
+    bool away;          /* another pipeline stage holds it (of an alias: its target): here it has a name and a shape,
+                         * and no elements */
 
     struct box box;         /* what of it this rank holds; padding is no part of it */
     int share;              /* so many neighbouring tensor-parallel ranks hold the same box (1: only this one) */
@@ -54,10 +57,13 @@ struct param {
 
 enum { TP_MAX = 8 }; /* ranks that parallel.tp can be */
 
-/* A rank's place among those that tensor parallelism cuts a model over. */
+/* A rank's place among those that a model is cut over. */
 struct tp_place {
-    int size, rank;
-    bool sequence; /* activations between blocks are cut by tokens (parallel.sequence) */
+    int size, rank;    /* of tensor parallelism */
+    bool sequence;     /* activations between blocks are cut by tokens (parallel.sequence) */
+    bool apart;        /* a tied weight's uses have a gradient each (model.tied) even if one rank has both */
+    int stages, stage; /* of the pipeline; stages 0 is 1 */
+    const char *list;  /* stages.h; may be NULL. Borrowed for the call */
 };
 
 /* All parameters of a model: one block of values, and one of gradients (or none) of those that train. */
@@ -66,6 +72,9 @@ struct params {
     int count, cap;
     uint64_t total;  /* elements that train, paddings included: of the block of gradients; a multiple of PARAM_ALIGN */
     uint64_t frozen; /* further elements of the block of values: of frozen parameters; the same */
+    int unit;        /* for `declare`: of what is added next */
+    int unit_begin, unit_end; /* units that are here; unit_end 0: all */
+    uint64_t before;          /* total of the stages before together, of the same tensor-parallel rank */
     float *data, *grad;
 };
 
@@ -74,8 +83,8 @@ struct param *params_add(struct params *ps, const char *name, uint64_t rows, uin
                          float std, bool decay);
 /* Append a name that shares the memory of parameter `of`. */
 struct param *params_alias(struct params *ps, const char *name, const struct param *of);
-/* Set every parameter's part, tensor and offset for a place, from what was declared. INVALID names the parameter that
- * `size` does not fit, with the sizes that fit all. */
+/* Set every parameter's part, tensor and offset for a place and the units that are here, from what was declared.
+ * INVALID names the parameter that `size` does not fit, with the sizes that fit all. */
 status *params_spread(struct params *ps, const struct tp_place *at) WARN_UNUSED;
 /* Elements of the block that are p's: those of its part, and its padding. */
 uint64_t param_elems(const struct param *p);
@@ -96,6 +105,7 @@ struct model_input {
     const int32_t *token; /* [N] */
     struct segments seg;
     struct kv_cache *cache; /* [layers], or NULL */
+    struct tensor *x;       /* what the pipeline stage before has made of them (op_boundary); NULL on the first stage */
 };
 
 /* What a cache of keys and values needs to know; kv_heads: those that this rank holds. */
@@ -111,9 +121,9 @@ struct model_ops {
     size_t config_bytes;
     status *(*check)(const void *config); /* what single option rows cannot: heads divide, head size even, ... */
     status *(*declare)(struct model *m);  /* fill m->params; keep what forward needs in m->impl */
-    struct tensor *(*forward)(struct model *m, struct tape *t,
-                              const struct model_input *in);               /* final hidden states [N, C], normalised */
-    struct tensor *(*head)(struct model *m);                               /* output matrix [V, C] */
+    /* Final hidden states [N, C], normalised; before the last pipeline stage, those between two layers. */
+    struct tensor *(*forward)(struct model *m, struct tape *t, const struct model_input *in);
+    struct tensor *(*head)(struct model *m);                               /* output matrix [V, C]; last stage only */
     double (*flops_per_token)(const struct model *m, double mean_context); /* forward; multiply-adds count 2 */
     struct kv_shape (*kv_shape)(const struct model *m);
     int (*layers)(const struct model *m);
@@ -124,7 +134,11 @@ struct model {
     const struct model_ops *ops;
     void *config; /* owned copy; strings in it stay the config's */
     struct params params;
-    int64_t vocab;
+    /* A tied weight (an alias in params) whose two uses are kept apart: its use under the alias. One parameter, or
+     * none. It has a gradient of its own, and values of its own where its target is on another stage (parallel/tied.h).
+     */
+    struct params tied;
+    int64_t vocab, width; /* width: C; both set by `declare` */
     void *impl;
     float lora_scale;  /* lora.h: a layer with an adapter is W + lora_scale B A; */
     bool adapters_off; /* or, while this is set, W */
@@ -140,7 +154,9 @@ extern const struct model_ops *const model_registry[]; /* generated; ends with N
 status *model_lookup(const char *name, const struct model_ops **out) WARN_UNUSED;
 /* Declare a model from a filled config struct (copied). Parameters have no memory yet. vocab is the tokenizer's. */
 status *model_open(const struct model_ops *ops, const void *config, int64_t vocab, struct model **out) WARN_UNUSED;
-/* The same, cut for a place: INVALID (alike on all ranks) if the model cannot be cut so. */
+/* Memory of params and tied; with_grad false: values only. */
+status *model_alloc(struct model *m, bool with_grad) WARN_UNUSED;
+/* model_open, cut for a place: INVALID (alike on all ranks) if the model cannot be cut so. */
 status *model_open_at(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
                       struct model **out) WARN_UNUSED;
 /* The same, of which a part trains (lora.h); tuning NULL: all. INVALID: a pattern fits nothing, or nothing trains. */

@@ -213,12 +213,16 @@ static status *llama_declare(struct model *m)
         return ERR(NO_MEMORY, "a model of %lld layers", (long long)c.layers);
     m->impl = l;
     m->vocab = c.vocab;
+    m->width = c.hidden;
     l->c = c;
     l->rope = rope_of(&c);
     struct declaring d = { &m->params, &c, false };
     l->embed = add(&d, "model.embed_tokens.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, INTO_VOCAB);
-    for (int64_t i = 0; i < c.layers; i++)
+    for (int64_t i = 0; i < c.layers; i++) {
+        d.ps->unit++;
         declare_layer(&d, &c, i, &l->layer[i]);
+    }
+    d.ps->unit++;
     l->norm = add(&d, "model.norm.weight", 0, c.hidden, INIT_ONE, 0, WHOLE);
     if (!c.tied)
         l->head = add(&d, "lm_head.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, INTO_VOCAB);
@@ -287,19 +291,29 @@ static struct tensor *layer(struct tape *t, const void *arg, int64_t i, struct t
     return ffn_block(p, attention_block(p, x, i), i);
 }
 
+/* Whether this stage holds a unit. */
+static bool has(const struct model *m, int64_t unit)
+{
+    const struct params *ps = &m->params;
+    return !ps->unit_end || (unit >= ps->unit_begin && unit < ps->unit_end);
+}
+
 static struct tensor *llama_forward(struct model *m, struct tape *t, const struct model_input *in)
 {
     const struct llama *l = m->impl;
     struct pass p = { m, t, l, in };
+    struct tensor *x = in->x;
     for (int64_t i = 0; t->mode != TAPE_DRY && i < in->tokens; i++)
         if (in->seg.position[i] < 0 || in->seg.position[i] >= l->c.max_positions)
             return tape_fail(t, ERR(INVALID, "token %lld is at position %d, model.max_positions is %lld", (long long)i,
                                     in->seg.position[i], (long long)l->c.max_positions));
-    struct tensor *x = op_embedding(t, param(&p, l->embed), in->token, in->tokens);
+    if (has(m, 0))
+        x = op_embedding(t, param(&p, l->embed), in->token, in->tokens);
     op_rope_angles(t, in->seg.position, in->tokens, l->c.head_dim, &l->rope);
     for (int64_t i = 0; i < l->c.layers; i++)
-        x = op_block(t, layer, &p, sizeof p, i, x);
-    return op_rmsnorm(t, x, param(&p, l->norm), (float)l->c.norm_eps);
+        if (has(m, i + 1))
+            x = op_block(t, layer, &p, sizeof p, i, x);
+    return has(m, l->c.layers + 1) ? op_rmsnorm(t, x, param(&p, l->norm), (float)l->c.norm_eps) : x;
 }
 
 static struct tensor *llama_head(struct model *m)

@@ -86,6 +86,12 @@ double rope_frequencies(const struct rope *how, int64_t d, double *frequency);
  * i < D/2. x, y [N, H, D], D even. Angles are computed in f64. */
 struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, const struct rope *how);
 
+/* What comes from another pipeline stage: [N, C], or where activations are cut by tokens this rank's rows of it. The
+ * caller writes `data` after the call; with a gradient, zero. */
+struct tensor *op_boundary(struct tape *t, int64_t tokens, int64_t c);
+/* What goes to another stage, where a gradient comes back: x, which gets one, zero, if it has none. */
+struct tensor *op_outgoing(struct tape *t, struct tensor *x);
+
 /* Take the angles that op_rope will need of these positions (D = d) now: what is made inside a block goes with it. */
 void op_rope_angles(struct tape *t, const int32_t *position, int64_t n, int64_t d, const struct rope *how);
 

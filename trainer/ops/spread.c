@@ -112,6 +112,24 @@ struct tensor *tp_enter(struct tape *t, struct tensor *x)
     return t->inside;
 }
 
+struct tensor *op_boundary(struct tape *t, int64_t tokens, int64_t c)
+{
+    bool cut = t->tp && t->sequence;
+    struct tensor *x = make(t, 2, (int64_t[]){ cut ? slice_rows(t, tokens) : tokens, c }, true);
+    if (x && cut)
+        x->cut_rows = tokens;
+    return x;
+}
+
+struct tensor *op_outgoing(struct tape *t, struct tensor *x)
+{
+    if (!x)
+        return missing(t, "op_outgoing");
+    if (!x->grad && t->mode != TAPE_FORWARD)
+        x->grad = take_floats(t, tensor_elems(x));
+    return t->error ? NULL : x;
+}
+
 struct tensor *op_whole(struct tape *t, struct tensor *x)
 {
     if (!x)

@@ -30,7 +30,8 @@ static uint64_t find_runs(const struct params *p, int share, const struct zero_r
         for (int i = 0; i < p->count; i++) {
             const struct param *q = &p->p[i];
             uint64_t begin = q->offset, end = q->offset + param_elems(q);
-            if (!q->partial || q->share != share || q->alias >= 0 || begin >= run[r].end || end <= run[r].begin)
+            if (!q->partial || q->share != share || q->alias >= 0 || q->away || begin >= run[r].end ||
+                end <= run[r].begin)
                 continue;
             if (out)
                 out[n] = (struct zero_run){ begin > run[r].begin ? begin : run[r].begin,

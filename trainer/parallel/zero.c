@@ -63,10 +63,12 @@ struct zero {
     float *recv; /* [parts - own_parts][run_elems_max]: other ranks' nodes in the run being reduced */
     struct comm_xfer *xfer;
 
-    double *norm;      /* [dp][norm_cap]: sums of squares of each rank's norm nodes */
-    uint64_t norm_cap; /* most norm nodes of a rank */
-    uint64_t *cursor;  /* [dp] */
-    double *tp_norm;   /* [tp]: sums of squares of each tensor-parallel rank; NULL: there is one */
+    double *norm;         /* [dp][norm_cap]: sums of squares of each rank's norm nodes */
+    uint64_t norm_cap;    /* most norm nodes of a rank */
+    uint64_t *cursor;     /* [dp] */
+    double *tp_norm;      /* [tp]: sums of squares of each tensor-parallel rank; NULL: there is one */
+    struct tree *pp_norm; /* [pp]: norm nodes of each stage, combined as far as they go; NULL: there is one */
+    uint64_t first_block; /* of the norm's blocks, the number of this stage's first */
     struct shared_grads *shared;
     double *scalar; /* [dp][scalar_cap] of zero_sum_scalars */
     size_t scalar_cap;
@@ -141,7 +143,7 @@ static status *check_options(const struct zero_options *o, const struct params *
     if (o->bucket_elems % PARAM_ALIGN)
         return ERR(INVALID, "buckets of %llu elements are no multiple of %d", (unsigned long long)o->bucket_elems,
                    PARAM_ALIGN);
-    if (!p->data || !p->grad)
+    if ((!p->data && !o->sums_only) || !p->grad)
         return ERR(INVALID, "parameters have no %s", p->data ? "gradients" : "memory");
     return NULL;
 }
@@ -152,7 +154,7 @@ static void count_runs(struct zero *z)
         uint64_t nodes = 0;
         for (uint64_t b = 0; b < z->buckets; b++) {
             struct zero_run run = run_at(z, b, r);
-            nodes += tree_node_count(run.begin / PARAM_ALIGN, run.end / PARAM_ALIGN);
+            nodes += tree_node_count(z->first_block + run.begin / PARAM_ALIGN, z->first_block + run.end / PARAM_ALIGN);
             if (r == z->dp->rank && run_elems(run) > z->run_elems_max)
                 z->run_elems_max = run_elems(run);
         }
@@ -164,6 +166,8 @@ static void count_runs(struct zero *z)
 static status *open_moments(struct zero *z)
 {
     struct zero_moments *m = &z->moments;
+    if (z->o.sums_only)
+        return NULL;
     z->run = mem_array(NULL, z->buckets + 1, sizeof *z->run);
     if (!z->run)
         return ERR(NO_MEMORY, "runs of %llu buckets", (unsigned long long)z->buckets);
@@ -260,6 +264,10 @@ static status *open_all(struct zero *z)
     z->lanes = z->o.deterministic ? (uint32_t)z->o.lanes : (uint32_t)z->dp->size;
     z->bucket_elems = wanted < total ? wanted : total;
     z->buckets = total ? (total - 1) / z->bucket_elems + 1 : 0;
+    z->first_block = z->p->before / PARAM_ALIGN;
+    z->pp_norm = z->o.pp ? mem_calloc((size_t)z->o.pp->size, sizeof *z->pp_norm) : NULL;
+    if (z->o.pp && !z->pp_norm)
+        return ERR(NO_MEMORY, "norms of %d stages", z->o.pp->size);
     count_runs(z);
     TRY(open_moments(z));
     TRY(open_parts(z));
@@ -282,6 +290,8 @@ status *zero_open(const struct zero_options *o, struct params *p, struct comm *d
         st = comm_agree(o->tp, st);
     if (!st)
         st = comm_agree(dp, open_tp(z));
+    if (o->pp)
+        st = comm_agree(o->pp, st);
     if (st) {
         zero_close(z);
         return st;
@@ -295,6 +305,7 @@ void zero_close(struct zero *z)
     if (!z)
         return;
     shared_grads_close(z->shared);
+    mem_free(z->pp_norm);
     mem_free(z->tp_norm);
     mem_free(z->scalar);
     mem_free(z->cursor);
@@ -482,7 +493,7 @@ static void norm_nodes(const struct zero *z, double *out)
             double squares = 0;
             if (counts(z, at, &param))
                 block_sums(NULL, z->p->grad + at, PARAM_ALIGN, true, &squares);
-            tree_push(&t, 0, at / PARAM_ALIGN, squares);
+            tree_push(&t, 0, z->first_block + at / PARAM_ALIGN, squares);
         }
         for (int i = 0; i < t.n; i++)
             *out++ = t.node[i].value;
@@ -503,7 +514,23 @@ static status *tp_norm(struct zero *z, double squares, double *norm)
     return NULL;
 }
 
-static status *global_norm(struct zero *z, double *norm)
+/* Let *t, this stage's nodes, become those of all stages. */
+static status *pp_nodes(struct zero *z, struct tree *t)
+{
+    if (!z->o.pp)
+        return NULL;
+    struct tree mine = *t;
+    TRY(comm_allgather(z->o.pp, &mine, z->pp_norm, sizeof mine, NULL));
+    t->n = 0;
+    for (int s = 0; s < z->o.pp->size; s++)
+        for (int i = 0; i < z->pp_norm[s].n; i++) {
+            const struct tree_node *n = &z->pp_norm[s].node[i];
+            tree_push(t, n->level, n->index, n->value);
+        }
+    return NULL;
+}
+
+status *zero_norm(struct zero *z, double *norm)
 {
     norm_nodes(z, z->norm + (uint64_t)z->dp->rank * z->norm_cap);
     TRY(comm_allgather(z->dp, z->norm + (uint64_t)z->dp->rank * z->norm_cap, z->norm, z->norm_cap * sizeof(double),
@@ -513,13 +540,14 @@ static status *global_norm(struct zero *z, double *norm)
     for (uint64_t b = 0; b < z->buckets; b++)
         for (int r = 0; r < z->dp->size; r++) {
             struct zero_run run = run_at(z, b, r);
-            uint64_t at = run.begin / PARAM_ALIGN, end = run.end / PARAM_ALIGN;
+            uint64_t at = z->first_block + run.begin / PARAM_ALIGN, end = z->first_block + run.end / PARAM_ALIGN;
             while (at < end) {
                 unsigned level = tree_level(at, end);
                 tree_push(&t, level, at >> level, z->norm[(uint64_t)r * z->norm_cap + z->cursor[r]++]);
                 at += (uint64_t)1 << level;
             }
         }
+    TRY(pp_nodes(z, &t));
     return tp_norm(z, tree_total(&t), norm);
 }
 
@@ -530,7 +558,7 @@ status *zero_reduce(struct zero *z, double *norm)
     for (uint64_t b = 0; b < z->buckets; b++)
         TRY(reduce_bucket(z, b));
     TRY(shared_grads_sum(z->shared));
-    return global_norm(z, norm);
+    return norm ? zero_norm(z, norm) : NULL;
 }
 
 /* ---- the update ---- */
@@ -548,6 +576,13 @@ static status *gather_bucket(struct zero *z, float *block, uint64_t bucket)
         z->xfer[n++] = (struct comm_xfer){ r, 0, false, block + theirs.begin, run_elems(theirs) * sizeof(float) };
     }
     return comm_exchange(z->dp, z->xfer, n, NULL);
+}
+
+status *zero_gather(struct zero *z)
+{
+    for (uint64_t b = 0; b < z->buckets; b++)
+        TRY(gather_bucket(z, z->p->grad, b));
+    return NULL;
 }
 
 /* AdamW on `run`, whose moments start at m, v. Paddings between parameters stay as they are; a shared parameter is

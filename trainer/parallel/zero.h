@@ -21,6 +21,8 @@ struct zero_options {
     int lanes;             /* deterministic: a power of two, 1..64; INVALID if below dp */
     uint64_t bucket_elems; /* multiple of PARAM_ALIGN; 0: 4 Mi */
     struct comm *tp;       /* ranks that hold the other parts of the parameters; NULL: none. Borrowed */
+    struct comm *pp;       /* ranks that hold the other stages' parameters, in their order; NULL: none. Borrowed */
+    bool sums_only;        /* no update: no moments, values are not looked at (tied.h) */
 };
 
 /* A run of the flat block that this rank owns; buckets in order. */
@@ -37,7 +39,7 @@ struct zero_moments {
     uint64_t run_count;
 };
 
-/* Collective over dp and tp. params must have gradients; both are borrowed. All memory is taken here. */
+/* Collective over dp, tp and pp. params must have gradients; both are borrowed. All memory is taken here. */
 status *zero_open(const struct zero_options *o, struct params *p, struct comm *dp, struct zero **out) WARN_UNUSED;
 void zero_close(struct zero *z); /* NULL is fine */
 struct zero_moments zero_moments(struct zero *z);
@@ -53,8 +55,13 @@ void zero_added(struct zero *z,
                 uint32_t micro_batch); /* params.grad now also holds this micro-batch; closes lanes as they fill */
 /* Sum gradients over all ranks, and over those of tp where several hold summands (shared_grads.h); each rank then has
  * its owned runs. *norm = global L2 norm of the whole model: f64 sums of squares of aligned 1,024-element blocks up a
- * dyadic tree, the same bits on any dp; over tp in order of ranks, what several hold once. Collective over both. */
+ * dyadic tree over the blocks of all pipeline stages, the same bits on any dp and pp; over tp in order of ranks, what
+ * several hold once. norm NULL: no norm. Collective over dp and tp, with a norm over pp too. */
 status *zero_reduce(struct zero *z, double *norm) WARN_UNUSED;
+/* The norm alone, of what zero_reduce has left in the owned runs. Collective over dp, tp and pp. */
+status *zero_norm(struct zero *z, double *norm) WARN_UNUSED;
+/* After zero_reduce: every rank's owned runs of the gradients to every rank. Collective over dp. */
+status *zero_gather(struct zero *z) WARN_UNUSED;
 
 struct adamw {
     double lr, beta1, beta2, eps, weight_decay, grad_scale;

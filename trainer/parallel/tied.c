@@ -1,0 +1,136 @@
+/* tied: see tied.h. The head's gradient goes to the first stage a slice at a time, whole on every data-parallel rank.
+ */
+#include "trainer/parallel/tied.h"
+
+#include "comm/agree.h"
+#include "comm/base/mem.h"
+
+enum { TIED_TAG = 2, SLICE_ELEMS = 1 << 20 };
+
+struct tied {
+    struct comm *pp;          /* NULL: one stage */
+    struct zero *head;        /* the head's gradient; NULL: it is on another stage */
+    float *from, *to, *slice; /* gradients of the head and of the embedding, NULL where they are not; room to receive */
+    uint64_t elems;
+};
+
+/* The alias that is the head's name, or NULL. */
+static const struct param *tied_name(const struct model *m)
+{
+    const struct params *ps = &m->params;
+    for (int i = 0; i < ps->count; i++)
+        if (ps->p[i].alias >= 0)
+            return &ps->p[i];
+    return NULL;
+}
+
+static bool first_stage(const struct comm *pp)
+{
+    return !pp || pp->rank == 0;
+}
+
+static bool last_stage(const struct comm *pp)
+{
+    return !pp || pp->rank == pp->size - 1;
+}
+
+static status *open_part(struct tied *t, struct model *m, const struct param *target)
+{
+    t->elems = last_stage(t->pp) ? param_elems(m->tied.p) : param_elems(target);
+    t->from = last_stage(t->pp) ? m->tied.grad : NULL;
+    t->to = first_stage(t->pp) ? target->value.grad : NULL;
+    if (t->from || !t->to)
+        return NULL;
+    t->slice = mem_array(NULL, t->elems < SLICE_ELEMS ? t->elems : SLICE_ELEMS, sizeof *t->slice);
+    return t->slice ? NULL : ERR(NO_MEMORY, "a slice of a tied weight's gradient");
+}
+
+status *tied_open(const struct zero_options *o, struct model *m, struct comm *dp, struct comm *pp, struct tied **out)
+{
+    const struct param *name = tied_name(m);
+    bool apart = name && !name->frozen && (pp || m->tied.count), part = apart && (first_stage(pp) || last_stage(pp));
+    *out = NULL;
+    struct tied *t = part ? mem_calloc(1, sizeof *t) : NULL;
+    status *st = part && !t ? ERR(NO_MEMORY, "a tied weight") : NULL;
+    if (t) {
+        t->pp = pp;
+        st = open_part(t, m, &m->params.p[name->alias]);
+    }
+    st = comm_agree(dp, st);
+    if (!st && t && t->from) {
+        struct zero_options sums = *o;
+        sums.stage = 0;
+        sums.sums_only = true;
+        sums.tp = sums.pp = NULL; /* no part of it is on two tensor-parallel ranks */
+        st = zero_open(&sums, &m->tied, dp, &t->head);
+    }
+    if (pp)
+        st = comm_agree(pp, st);
+    if (st) {
+        tied_close(t);
+        return st;
+    }
+    *out = t;
+    return NULL;
+}
+
+void tied_close(struct tied *t)
+{
+    if (!t)
+        return;
+    zero_close(t->head);
+    mem_free(t->slice);
+    mem_free(t);
+}
+
+void tied_begin(struct tied *t, uint32_t k)
+{
+    if (t && t->head)
+        zero_begin(t->head, k);
+}
+
+void tied_added(struct tied *t, uint32_t micro_batch)
+{
+    if (t && t->head)
+        zero_added(t->head, micro_batch);
+}
+
+static void add(float *to, const float *from, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++)
+        to[i] += from[i];
+}
+
+status *tied_sum(struct tied *t)
+{
+    if (!t)
+        return NULL;
+    if (t->head) {
+        TRY(zero_reduce(t->head, NULL));
+        TRY(zero_gather(t->head));
+    }
+    if (t->from && t->to) {
+        add(t->to, t->from, t->elems);
+        return NULL;
+    }
+    for (uint64_t at = 0; at < t->elems; at += SLICE_ELEMS) {
+        uint64_t n = t->elems - at < SLICE_ELEMS ? t->elems - at : SLICE_ELEMS;
+        struct comm_xfer x = { t->to ? t->pp->size - 1 : 0, TIED_TAG, !t->to, t->to ? t->slice : t->from + at,
+                               n * sizeof(float) };
+        TRY(comm_exchange(t->pp, &x, 1, NULL));
+        if (t->to)
+            add(t->to + at, t->slice, n);
+    }
+    return NULL;
+}
+
+status *tied_share(struct model *m, struct comm *pp)
+{
+    const struct param *name = m ? tied_name(m) : NULL;
+    if (!name || !pp || !(first_stage(pp) || last_stage(pp)))
+        return NULL;
+    const struct param *p = last_stage(pp) ? m->tied.p : &m->params.p[name->alias];
+    struct comm_xfer x = { last_stage(pp) ? 0 : pp->size - 1, TIED_TAG, !last_stage(pp), p->value.data,
+                           param_elems(p) * sizeof(float) };
+    return comm_exchange(pp, &x, 1, NULL);
+}

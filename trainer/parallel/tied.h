@@ -1,0 +1,30 @@
+/* tied: a weight with two uses, embedding and output matrix (model.tied). Each use has a gradient of its own, summed
+ * over micro-batches and data-parallel ranks like all others, until the end of the step; then the head's is added to
+ * the embedding's, once. So the sum has the same bits whether one rank has both uses or the first and the last pipeline
+ * stage have one each. What is updated, saved and counted in norms is the first stage's; the last stage gets its values
+ * from there. */
+#ifndef TESSERA_TRAINER_PARALLEL_TIED_H
+#define TESSERA_TRAINER_PARALLEL_TIED_H
+
+#include "trainer/parallel/zero.h"
+
+struct tied;
+
+/* o: as for the model's zero_open. pp NULL: one stage. *out NULL: the model has no tied weight that is kept apart, or
+ * this stage has no part in it. All memory is taken here. Collective over dp and pp; m and the communicators are
+ * borrowed. */
+status *tied_open(const struct zero_options *o, struct model *m, struct comm *dp, struct comm *pp,
+                  struct tied **out) WARN_UNUSED;
+void tied_close(struct tied *t); /* NULL is fine, as in all that follow */
+
+/* Beside zero_begin and zero_added. */
+void tied_begin(struct tied *t, uint32_t k);
+void tied_added(struct tied *t, uint32_t micro_batch);
+/* After zero_reduce without norm: the embedding's gradient becomes the sum of both uses. Collective over dp and pp. */
+status *tied_sum(struct tied *t) WARN_UNUSED;
+
+/* After the first stage's values have changed: give them to the last stage. Collective over pp; NULL, or a model
+ * without a tied weight: nothing to do. */
+status *tied_share(struct model *m, struct comm *pp) WARN_UNUSED;
+
+#endif

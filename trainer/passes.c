@@ -1,0 +1,174 @@
+/* passes: what a micro-batch goes through: forward, loss and backward, on as many stages as there are.
+ *
+ * Every stage builds every micro-batch of its data-parallel index itself, and has a part of the model; the last stage
+ * has the loss. What the live reference makes of the micro-batches, and what a loss wants to know of the whole step,
+ * come from passes over all of them before the first that trains: forward only, so no stage waits for a way back. */
+#include "trainer/trainer.h"
+
+#include <string.h>
+
+struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *p, struct tape *tape, struct tensor *x,
+                               struct logprob_stats *tok)
+{
+    p->in.x = x;
+    struct tensor *h = m->ops->forward(m, tape, &p->in);
+    return pipe_last(t->pipe) ? op_logprob_stats(tape, h, m->ops->head(m), p->target, 1.0f, tok) : op_outgoing(tape, h);
+}
+
+status *passes_share(struct trainer *t, double *value, size_t count)
+{
+    return t->pp ? comm_bcast(t->pp, value, count * sizeof *value, t->pp->size - 1, NULL) : NULL;
+}
+
+/* One pass over the micro-batches of a step. */
+struct passing {
+    struct trainer *t;
+    struct phase *p;
+    struct model *m;
+    bool training; /* packs for `loss`, else for `statistic`: algo_ops.data says which sequences these are */
+    const struct batch_counts *counts;
+    struct logprob_stats tok;
+};
+
+static int64_t prepare(void *arg, uint32_t k)
+{
+    const struct passing *g = arg;
+    struct phase *p = g->p;
+    uint32_t mb = p->stream.micro_batch;
+    const uint64_t *row = p->stream.row + (size_t)k * mb;
+    if (p->data->kind == DATASET_LABELLED)
+        pack_build_sides(&p->pack, row, mb, g->training ? 0 : 1, 1);
+    else
+        pack_build(&p->pack, row, mb);
+    return p->pack.in.tokens;
+}
+
+static struct tensor *forward(void *arg, struct tape *tape, struct tensor *x)
+{
+    struct passing *g = arg;
+    return trainer_forward(g->t, g->m, &g->p->pack, tape, x, NULL);
+}
+
+static struct tensor *forward_with_stats(void *arg, struct tape *tape, struct tensor *x)
+{
+    struct passing *g = arg;
+    return trainer_forward(g->t, g->m, &g->p->pack, tape, x, &g->tok);
+}
+
+/* ---- references ---- */
+
+static double *live_sums(const struct trainer *t, uint32_t k)
+{
+    return t->live_sums + (size_t)k * 2 * (size_t)t->cfg->train.micro_batch;
+}
+
+static void keep_sums(void *arg, uint32_t k, struct tensor *logp)
+{
+    const struct passing *g = arg;
+    algo_sums(g->p->algo, g->p->algo_config, &g->p->pack, logp->data, live_sums(g->t, k));
+}
+
+/* The live reference's sums of this rank's micro-batches. */
+static status *live_references(const struct passing *like, uint32_t first, uint32_t end)
+{
+    struct trainer *t = like->t;
+    struct passing g = *like;
+    struct pipe_work w = { prepare, forward, keep_sums, NULL, &g };
+    if (!t->ref_live)
+        return NULL;
+    g.m = reference_begin(t);
+    status *st = pipe_forward(t->pipe, first, end, &w);
+    reference_done(t);
+    return st;
+}
+
+/* Reference sums of the sequences of pack k, which is built; NULL if the loss needs none. */
+static const double *references(const struct passing *g, uint32_t k)
+{
+    const struct trainer *t = g->t;
+    const struct pack *pack = &g->p->pack;
+    if (!algo_needs_reference(g->p->algo, g->p->algo_config))
+        return NULL;
+    if (t->ref_live)
+        return live_sums(t, k);
+    double *out = t->scratch + 4 * (size_t)pack->in.seg.count;
+    uint64_t s = (uint64_t)g->p->data->sequences, first = (uint64_t)pack->first_side, n = (uint64_t)pack->sides;
+    for (uint32_t r = 0; r < pack->rows; r++)
+        for (uint64_t i = 0; i < n; i++)
+            out[r * n + i] = t->ref.logp[pack->row[r] * s + first + i];
+    return out;
+}
+
+/* ---- statistics ---- */
+
+static void keep_statistics(void *arg, uint32_t k, struct tensor *logp)
+{
+    const struct passing *g = arg;
+    const struct algo_ops *a = g->p->algo;
+    size_t n = (size_t)algo_statistics(a, g->p->algo_config);
+    a->statistic(g->p->algo_config, &g->p->pack, logp->data, references(g, k), g->t->scratch, g->t->scalar + k * n);
+}
+
+/* Sums over all micro-batches of what the last stage has in t->scalar, to all stages. */
+static status *sum_scalars(struct trainer *t, uint32_t k, int width, double *sums)
+{
+    if (pipe_last(t->pipe))
+        TRY(zero_sum_scalars(t->zero, t->scalar, k, (uint32_t)width, sums));
+    return passes_share(t, sums, (size_t)width);
+}
+
+/* Shapes were checked before: what fails on a rank is a bug or a broken machine, and the others wait for it. */
+static void must_pass(struct trainer *t, status *st)
+{
+    if (st)
+        trainer_abort(t, st);
+}
+
+status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double sums[ALGO_STATISTICS],
+                          struct batch_counts *counts)
+{
+    struct passing g = { .t = t, .p = p, .m = t->model };
+    struct pipe_work w = { prepare, forward, keep_statistics, NULL, &g };
+    int n = algo_statistics(p->algo, p->algo_config);
+    uint32_t first, end;
+    if (!n)
+        return NULL;
+    zero_micro_batches(t->zero, k, &first, &end);
+    must_pass(t, live_references(&g, first, end));
+    must_pass(t, pipe_forward(t->pipe, first, end, &w));
+    counts->statistic = sums;
+    return sum_scalars(t, k, n, sums);
+}
+
+/* ---- training ---- */
+
+static void take_loss(void *arg, uint32_t k, struct tensor *logp)
+{
+    struct passing *g = arg;
+    const struct algo_ops *a = g->p->algo;
+    double *metric = g->t->scalar + (size_t)k * (size_t)a->metric_count;
+    a->loss(g->p->algo_config, &g->p->pack, logp->data, &g->tok, references(g, k), g->counts, g->t->scratch, logp->grad,
+            metric);
+}
+
+static void added(void *arg, uint32_t k)
+{
+    const struct passing *g = arg;
+    zero_added(g->t->zero, k);
+    tied_added(g->t->tied, k);
+}
+
+status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
+                     double sums[ALGO_METRICS])
+{
+    struct passing g = { .t = t, .p = p, .m = t->model, .training = true, .counts = counts };
+    struct pipe_work w = { prepare, forward_with_stats, take_loss, added, &g };
+    uint32_t first, end;
+    zero_begin(t->zero, k);
+    tied_begin(t->tied, k);
+    zero_micro_batches(t->zero, k, &first, &end);
+    if (algo_needs_reference(p->algo, p->algo_config))
+        must_pass(t, live_references(&g, first, end));
+    must_pass(t, pipe_train(t->pipe, first, end, &w));
+    return sum_scalars(t, k, p->algo->metric_count, sums);
+}
