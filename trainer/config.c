@@ -87,8 +87,9 @@ static const struct option train_rows[] = {
 static const struct option parallel_rows[] = {
     ROW(OPT_INT, parallel_config, pp, "pp", "1", 1, 1024, NULL, "ranks",
         "pipeline stages: each has a run of the model's layers"),
-    ROW(OPT_ENUM, parallel_config, schedule, "schedule", "1f1b", 0, 0, "1f1b", "",
-        "with pp: the order of micro-batches; 1f1b: one forward and one backward in turn"),
+    ROW(OPT_ENUM, parallel_config, schedule, "schedule", "1f1b", 0, 0, "1f1b|zero-bubble", "",
+        "with pp: the order of passes; 1f1b: one forward, one backward in turn; zero-bubble: gradients of weights "
+        "later"),
     ROW(OPT_LIST, parallel_config, stages, "stages", "", 0, 0, NULL, "layers",
         "with pp: layers of each stage, a list ([3, 5, 4]); empty: even, embedding and head counted as layers"),
     ROW(OPT_INT, parallel_config, dp, "dp", "0", 0, 1 << 20, NULL, "ranks",

@@ -52,7 +52,7 @@ struct train_config {
 
 struct parallel_config {
     int64_t pp, dp, ep, cp, tp, zero;
-    int schedule; /* 1f1b */
+    int schedule; /* enum pipe_schedule */
     char *stages;
     uint64_t bucket;
     bool sequence;

@@ -125,7 +125,8 @@ static status *open_model(struct trainer *t, int ranks_here)
         TRY(model_alloc(t->ref_model, false));
     }
     uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
-    TRY(pipe_open(t->pp, most, t->model->width, t->workers, (size_t)t->cfg->memory.activations, &t->pipe));
+    TRY(pipe_open(t->pp, (enum pipe_schedule)t->cfg->parallel.schedule, most, t->model->width, t->workers,
+                  (size_t)t->cfg->memory.activations, &t->pipe));
     for (int i = 0; i < pipe_tapes(t->pipe); i++) {
         tape_spread(pipe_tape(t->pipe, i), t->tp, at.sequence);
         tape_recompute(pipe_tape(t->pipe, i), t->cfg->memory.recompute == RECOMPUTE_BLOCK);

@@ -23,8 +23,8 @@ def config(name, **change):
     return job.write_config(tmp, name, data, **{**settings, **change})
 
 
-def stages(pp, dp=1, zero=1, layers=""):
-    return {"parallel_pp": pp, "parallel_dp": dp, "parallel_zero": zero, "parallel_stages": layers}
+def stages(pp, dp=1, zero=1, layers="", schedule="1f1b"):
+    return {"parallel_pp": pp, "parallel_dp": dp, "parallel_zero": zero, "parallel_stages": layers, "parallel_schedule": schedule}
 
 
 job.run(1, config("whole"))
@@ -38,7 +38,7 @@ first.kill_rank(2)
 job.check(first.wait() != 0, "mpirun calls a killed job a success")
 at = job.committed(tmp / "killed" / "ckpt")[-1]
 roots = {name: shutil.copytree(tmp / "killed", tmp / name) for name in ("half", "one")}
-for name, ranks, cut in (("killed", 4, stages(4)), ("half", 4, stages(2, dp=2, zero=0, layers="2,1")), ("one", 1, stages(1))):
+for name, ranks, cut in (("killed", 4, stages(4, schedule="zero-bubble")), ("half", 4, stages(2, dp=2, zero=0, layers="2,1")), ("one", 1, stages(1))):
     job.run(ranks, config(name, **cut))
     got = job.events(tmp / name)
     job.check(job.last(got, "resume")["step"] == at, f"{name}: resumed from {job.last(got, 'resume')}, the newest step is {at}")

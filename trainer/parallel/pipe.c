@@ -22,6 +22,7 @@ struct slot {
 struct pipe {
     struct comm *pp; /* NULL: one stage */
     int stages, stage, slots, live, peak;
+    int delay; /* passes from a micro-batch's gradients of activations to those of weights; 0: both at once */
     int64_t width;
     struct slot *slot;
     float *dx; /* a copy of an input's gradient */
@@ -29,7 +30,8 @@ struct pipe {
     struct comm_req dx_sent;
 };
 
-status *pipe_open(struct comm *pp, uint32_t most, int64_t width, struct workers *w, size_t cap_bytes, struct pipe **out)
+status *pipe_open(struct comm *pp, enum pipe_schedule how, uint32_t most, int64_t width, struct workers *w,
+                  size_t cap_bytes, struct pipe **out)
 {
     struct pipe *p = mem_calloc(1, sizeof *p);
     if (!p)
@@ -38,7 +40,8 @@ status *pipe_open(struct comm *pp, uint32_t most, int64_t width, struct workers 
     p->stages = pp ? pp->size : 1;
     p->stage = pp ? pp->rank : 0;
     p->width = width;
-    int depth = p->stages - p->stage;
+    p->delay = how == PIPE_ZERO_BUBBLE ? p->stage : 0;
+    int depth = p->stages - p->stage + p->delay;
     depth = most < (uint32_t)depth ? (int)most : depth;
     p->slot = mem_calloc((size_t)depth, sizeof *p->slot);
     status *st = p->slot ? NULL : ERR(NO_MEMORY, "%d tapes", depth);
@@ -138,32 +141,40 @@ static status *run_forward(struct pipe *p, uint32_t k, struct slot *s, enum tape
     return comm_iexchange(p->pp, &m, 1, NULL, &s->sent);
 }
 
-static status *run_backward(struct pipe *p, uint32_t k, struct slot *s, const struct pipe_work *w)
+static status *run_backward(struct pipe *p, uint32_t k, struct slot *s, unsigned halves, const struct pipe_work *w)
 {
-    if (!pipe_last(p))
+    bool input = halves & (unsigned)TAPE_BACKWARD_INPUT, weight = halves & (unsigned)TAPE_BACKWARD_WEIGHT;
+    if (input && !pipe_last(p))
         TRY(receive(p, s->y, p->stage + 1, TAG_BACKWARD));
     (void)w->prepare(w->arg, k);
-    TRY(tape_backward(s->tape, s->y, NULL, TAPE_BACKWARD_ALL));
-    if (s->x)
+    TRY(tape_backward(s->tape, s->y, NULL, halves));
+    if (input && s->x)
         TRY(send_gradient(p, s->x));
-    w->added(w->arg, k);
+    if (weight) {
+        w->added(w->arg, k);
+        p->live--;
+    }
     return NULL;
 }
 
 status *pipe_train(struct pipe *p, uint32_t first, uint32_t end, const struct pipe_work *w)
 {
-    uint32_t n = end - first, ahead = (uint32_t)(p->stages - p->stage - 1), slots = (uint32_t)p->slots;
+    uint32_t n = end - first, ahead = (uint32_t)(p->stages - p->stage - 1), delay = (uint32_t)p->delay,
+             slots = (uint32_t)p->slots;
+    unsigned now = delay ? TAPE_BACKWARD_INPUT : TAPE_BACKWARD_ALL;
     ahead = n < ahead ? n : ahead;
-    for (uint32_t i = 0; i < n + ahead; i++) {
+    for (uint32_t i = 0; i < n + ahead + delay; i++) {
         if (i < n) {
             p->live++;
             p->peak = p->live > p->peak ? p->live : p->peak;
             CHECK(p->live <= p->slots, "%d micro-batches on %d tapes", p->live, p->slots);
             TRY(run_forward(p, first + i, &p->slot[i % slots], TAPE_TRAIN, w));
         }
-        if (i >= ahead) {
-            TRY(run_backward(p, first + i - ahead, &p->slot[(i - ahead) % slots], w));
-            p->live--;
+        if (i >= ahead && i - ahead < n)
+            TRY(run_backward(p, first + i - ahead, &p->slot[(i - ahead) % slots], now, w));
+        if (delay && i >= ahead + delay) {
+            uint32_t k = i - ahead - delay;
+            TRY(run_backward(p, first + k, &p->slot[k % slots], TAPE_BACKWARD_WEIGHT, w));
         }
     }
     return wait_sent(p);

@@ -1,11 +1,16 @@
-/* pipe: micro-batches through the stages of a model (Huang et al. 2019, arXiv:1811.06965), by the schedule 1F1B
- * (Narayanan et al. 2019, PipeDream, as flushed once a step: 2021, arXiv:2104.04473).
+/* pipe: micro-batches through the stages of a model (Huang et al. 2019, arXiv:1811.06965), by one of two schedules.
  *
- * Stage s of P runs min(n, P - s - 1) of its n micro-batches forward, then one forward and one backward in turn, then
- * the backward passes that are left. So at most P - s micro-batches have activations at a time, each on a tape of its
- * own, and backward passes come in order of micro-batches on every stage: sums over them have the same bits on any
- * number of stages. Activations and their gradients go to the neighbours as they are; their sizes follow from the
- * micro-batch, which every stage builds itself. One stage is the same with nothing to send. */
+ * 1F1B (Narayanan et al. 2019, PipeDream, as flushed once a step: 2021, arXiv:2104.04473): stage s of P runs
+ * min(n, P - s - 1) of its n micro-batches forward, then one forward and one backward in turn, then the backward passes
+ * that are left. At most P - s micro-batches have activations at a time, each on a tape of its own.
+ *
+ * Zero bubble (Qi et al. 2023, arXiv:2401.10241, ZB-H1): the same, but a backward pass makes gradients of activations
+ * only, which the stage before waits for; those of weights follow s passes later, where a stage would wait otherwise.
+ * At most P micro-batches have activations on every stage, as on the first of 1F1B.
+ *
+ * Gradients of weights are added in order of micro-batches on every stage: sums have the same bits on any number of
+ * stages, by either schedule. Activations and their gradients go to the neighbours as they are; their sizes follow from
+ * the micro-batch, which every stage builds itself. One stage is the same with nothing to send. */
 #ifndef TESSERA_TRAINER_PARALLEL_PIPE_H
 #define TESSERA_TRAINER_PARALLEL_PIPE_H
 
@@ -13,6 +18,7 @@
 #include "trainer/ops/tape.h"
 
 struct pipe;
+enum pipe_schedule { PIPE_1F1B, PIPE_ZERO_BUBBLE };
 
 /* What is done with micro-batch k. A micro-batch is prepared before its forward and again before its backward pass, so
  * that one place holds the ids and offsets that both read. */
@@ -28,8 +34,8 @@ struct pipe_work {
 
 /* pp: this stage and its neighbours, in order; NULL: one stage. most: micro-batches that a rank runs at once, at most;
  * width: channels between two stages. cap_bytes: of all activations, 0: none. w, pp are borrowed. Not collective. */
-status *pipe_open(struct comm *pp, uint32_t most, int64_t width, struct workers *w, size_t cap_bytes,
-                  struct pipe **out) WARN_UNUSED;
+status *pipe_open(struct comm *pp, enum pipe_schedule how, uint32_t most, int64_t width, struct workers *w,
+                  size_t cap_bytes, struct pipe **out) WARN_UNUSED;
 void pipe_close(struct pipe *p); /* NULL is fine */
 /* The tapes, to be set up alike: tapes [0, pipe_tapes) */
 int pipe_tapes(const struct pipe *p);
