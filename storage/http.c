@@ -37,9 +37,19 @@ struct transfer {
     struct http_reply reply;
     size_t piece, sent; /* of the body: what is to be sent next */
     size_t text_room;
+    size_t again; /* bytes of the body that libcurl gives once more after a pause */
+    bool paused;  /* it holds back what there was no room for */
     bool over, overflow, no_memory;
     CURLcode code;
     char words[CURL_ERROR_SIZE];
+};
+
+/* A reply whose body goes on. */
+struct http_rest {
+    struct slot *slot;
+    struct transfer *t;    /* [2], of which the first is under way */
+    struct http_request q; /* its method, limits, and where the next bytes go */
+    char url[];
 };
 
 /* ---- Clients and slots */
@@ -264,13 +274,21 @@ static size_t on_write(char *data, size_t size, size_t count, void *arg)
     curl_easy_getinfo(t->easy, CURLINFO_RESPONSE_CODE, &code);
     if (!t->q->into || code < 200 || code > 299)
         return keep_text(t, data, n) ? n : 0;
-    if (n > t->q->room - t->reply.got) {
+    size_t known = t->again < n ? t->again : n, left = n - known, room = t->q->room - t->reply.got;
+    if (left > room && !t->q->more) {
         t->overflow = true;
         return 0;
     }
-    memcpy((char *)t->q->into + t->reply.got, data, n);
-    t->reply.got += n;
-    return n;
+    size_t taken = left < room ? left : room;
+    if (taken)
+        memcpy((char *)t->q->into + t->reply.got, data + known, taken);
+    t->reply.got += taken;
+    t->again -= known;
+    if (taken == left)
+        return n;
+    t->again = known + taken; /* libcurl keeps all n, and nothing of what came before */
+    t->paused = true;
+    return CURL_WRITEFUNC_PAUSE;
 }
 
 /* ---- Transfers */
@@ -359,7 +377,7 @@ static void transfer_end(struct transfer *t, CURLM *multi)
     t->easy = NULL;
 }
 
-static void transfer_over(struct transfer *t, CURLcode code)
+static void note_head(struct transfer *t)
 {
     long http_code = 0;
     curl_off_t length = -1;
@@ -367,6 +385,11 @@ static void transfer_over(struct transfer *t, CURLcode code)
     curl_easy_getinfo(t->easy, CURLINFO_CONTENT_LENGTH_DOWNLOAD_T, &length);
     t->reply.status = (int)http_code;
     t->reply.length = length >= 0 ? (uint64_t)length : UINT64_MAX;
+}
+
+static void transfer_over(struct transfer *t, CURLcode code)
+{
+    note_head(t);
     t->code = code;
     t->over = true;
 }
@@ -431,19 +454,23 @@ static void collect(CURLM *multi)
     }
 }
 
-/* Drives up to two transfers until one is good or all are over. *n: how many were begun. */
+/* Its body goes on beyond the room there is. */
+static bool is_full(const struct transfer *t)
+{
+    return t->q->more && t->reply.got == t->q->room && !t->over;
+}
+
+/* Drives up to two transfers until one is good or full, or all are over. *n: how many were begun. */
 static status *drive(struct http *h, const struct http_request *q, struct slot *s, struct transfer t[2], int *n)
 {
     uint64_t begin = clock_ns();
-    *n = 1;
-    TRY(transfer_begin(h, &t[0], q, s->easy[0], s->multi));
-    for (;;) {
+    while (!is_full(&t[0])) {
         int running;
         if (curl_multi_perform(s->multi, &running) != CURLM_OK)
             return ERR(INTERNAL, "libcurl: curl_multi_perform failed");
         collect(s->multi);
         bool all_over = t[0].over && (*n == 1 || t[1].over);
-        if (all_over || transfer_good(&t[0]) || (*n == 2 && transfer_good(&t[1])))
+        if (all_over || is_full(&t[0]) || transfer_good(&t[0]) || (*n == 2 && transfer_good(&t[1])))
             return NULL;
         if (is_cancelled(q))
             return ERR(CANCELLED, "a request was given up");
@@ -455,6 +482,25 @@ static status *drive(struct http *h, const struct http_request *q, struct slot *
         if (curl_multi_poll(s->multi, NULL, 0, POLL_MS, NULL) != CURLM_OK)
             return ERR(INTERNAL, "libcurl: curl_multi_poll failed");
     }
+    return NULL;
+}
+
+/* t[0] is full: what it needs to go on stays, in r->rest. Takes slot and transfers, unless it fails. */
+static status *keep_rest(struct slot *s, struct transfer *t, struct http_reply *r)
+{
+    const struct http_request *q = t->q;
+    size_t n = strlen(q->url) + 1;
+    struct http_rest *k = mem_calloc(1, sizeof *k + n);
+    if (!k)
+        return ERR(NO_MEMORY, "an HTTP connection");
+    *k = (struct http_rest){ .slot = s, .t = t, .q = { .method = q->method, .more = true, .cancel = q->cancel } };
+    memcpy(k->url, q->url, n);
+    k->q.url = k->url;
+    t->q = &k->q;
+    note_head(t);
+    *r = t->reply;
+    r->rest = k;
+    return NULL;
 }
 
 status *http_do(struct http *h, const struct http_request *q, struct http_reply *r)
@@ -468,8 +514,15 @@ status *http_do(struct http *h, const struct http_request *q, struct http_reply 
         mem_free(t);
         return ERR(NO_MEMORY, "an HTTP connection");
     }
-    int n = 0;
-    status *st = drive(h, q, s, t, &n);
+    int n = 1;
+    status *st = transfer_begin(h, &t[0], q, s->easy[0], s->multi);
+    if (!st)
+        st = drive(h, q, s, t, &n);
+    if (!st && is_full(&t[0])) {
+        st = keep_rest(s, t, r);
+        if (!st)
+            return NULL;
+    }
     int best = n == 2 && !transfer_good(&t[0]) && (transfer_good(&t[1]) || !t[0].over) ? 1 : 0;
     if (!st)
         st = transfer_status(&t[best]);
@@ -482,6 +535,42 @@ status *http_do(struct http *h, const struct http_request *q, struct http_reply 
     }
     mem_free(t);
     slot_give(h, s);
+    return st;
+}
+
+void http_leave(struct http *h, struct http_reply *r)
+{
+    struct http_rest *k = r->rest;
+    if (!k)
+        return;
+    transfer_end(k->t, k->slot->multi);
+    slot_give(h, k->slot);
+    mem_free(k->t);
+    mem_free(k);
+    r->rest = NULL;
+}
+
+status *http_more(struct http *h, struct http_reply *r, void *into, size_t room, bool more)
+{
+    struct http_rest *k = r->rest;
+    struct transfer *t = k->t;
+    int n = 1;
+    k->q.into = into;
+    k->q.room = room;
+    k->q.more = more;
+    t->reply.got = 0;
+    if (t->paused) {
+        t->paused = false;
+        CURLcode code = curl_easy_pause(t->easy, CURLPAUSE_CONT); /* gives at once what it held back */
+        if (code != CURLE_OK)
+            transfer_over(t, code);
+    }
+    status *st = t->over ? NULL : drive(h, &k->q, k->slot, t, &n);
+    if (!st)
+        st = transfer_status(t);
+    r->got = t->reply.got;
+    if (st || t->over)
+        http_leave(h, r);
     return st;
 }
 

@@ -39,7 +39,8 @@ struct http_request {
     size_t pieces;
     void *into; /* where the body of a 2xx reply goes, at most `room` bytes; NULL: it goes to the reply's text */
     size_t room;
-    size_t text_max;             /* of a body that does not go to `into` */
+    bool more;       /* the body may be longer than `room`: http_more gets the rest, on the same connection */
+    size_t text_max; /* of a body that does not go to `into` */
     uint32_t stall_ms, total_ms; /* most time without a byte, and in all */
     const atomic_bool *cancel;   /* NULL, or: give up when it turns true (seen within 100 ms) */
     /* NULL, or: asked now and then while the request is under way; once it says true, the request is sent again on
@@ -50,12 +51,14 @@ struct http_request {
 
 enum { HTTP_HEADER_BYTES = 8192 };
 
+struct http_rest;
 struct http_reply {
     int status;      /* 200; 0: none came */
     uint64_t length; /* of the body, as Content-Length states it; UINT64_MAX: it does not */
     size_t got;      /* bytes that are in `into`; also after an error: they are the first of the body */
     char *text;      /* the body, with a NUL behind it; NULL: none */
     size_t text_bytes;
+    struct http_rest *rest;             /* of the body, which is still to come; NULL: nothing is */
     bool hedged;                        /* it was sent twice */
     char header[HTTP_HEADER_BYTES + 1]; /* lines "name: value\n", names in lower case; what does not fit is left out */
 };
@@ -65,6 +68,12 @@ struct http_reply {
  * is none. CANCELLED. CORRUPT: more body than there is room for. *r is set in any case; free it. */
 status *http_do(struct http *h, const struct http_request *q, struct http_reply *r) WARN_UNUSED;
 void http_reply_free(struct http_reply *r);
+/* Of r->rest: the next bytes of the body, as many as there is room for, or all that is left; r->got: how many. more: as
+ * in a request; the last time it must be false. The total_ms of the request goes on. After an error, or the body's end,
+ * r->rest is NULL. Errors as above. */
+status *http_more(struct http *h, struct http_reply *r, void *into, size_t room, bool more) WARN_UNUSED;
+/* Do without the rest, if there is one: costs the connection. */
+void http_leave(struct http *h, struct http_reply *r);
 
 /* The value of a reply's header (name in lower case) in buf; false, and "", if there is none or it does not fit. */
 bool http_header(const struct http_reply *r, const char *name, char *buf, size_t size);

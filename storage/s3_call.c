@@ -304,7 +304,7 @@ static status *sign(struct s3 *s, const struct s3_call *c, struct s3_tries *t, s
 
 static status *send_signed(struct s3 *s, const struct s3_call *c, const struct attempt *a, struct http_reply *r)
 {
-    uint64_t bytes = c->room;
+    uint64_t bytes = c->room + c->more;
     for (size_t i = 0; i < c->pieces; i++)
         bytes += c->body[i].bytes;
     const struct http_request q = { .method = c->method,
@@ -315,6 +315,7 @@ static status *send_signed(struct s3 *s, const struct s3_call *c, const struct a
                                     .pieces = c->pieces,
                                     .into = c->into,
                                     .room = c->room,
+                                    .more = c->more,
                                     .text_max = S3_XML_REPLY_BYTES,
                                     .stall_ms = c->stall_ms ? c->stall_ms : s->stall_ms,
                                     .total_ms = (uint32_t)(TOTAL_MS + bytes / TOTAL_RATE),

@@ -39,6 +39,7 @@ struct s3_call {
     size_t pieces;
     void *into;
     size_t room;
+    uint64_t more;     /* bytes of the reply's body beyond `room`, which http_more is to get; 0: there are none */
     uint32_t stall_ms; /* 0: that of s */
     bool (*hedge)(void *arg, uint64_t elapsed_ns);
     void *hedge_arg;

@@ -177,6 +177,15 @@ static status *get_some(struct store *s, bool direct, const char *key, uint64_t 
     return NULL;
 }
 
+/* The object ends before n bytes from offset. */
+static status *too_short(struct store *s, const char *key, uint64_t offset, size_t n)
+{
+    struct store_info info = { 0 };
+    TRY(store_stat(s, key, &info));
+    return ERR(CORRUPT, "%s: wanted %zu bytes at offset %llu, but the object has %llu bytes", key, n,
+               (unsigned long long)offset, (unsigned long long)info.bytes);
+}
+
 static status *get_exactly(struct store *s, bool direct, const char *key, uint64_t offset, void *buf, size_t n)
 {
     size_t got;
@@ -184,12 +193,7 @@ static status *get_exactly(struct store *s, bool direct, const char *key, uint64
     if (offset > UINT64_MAX - n)
         return ERR(INVALID, "%s: range of %zu bytes at offset %llu", key, n, (unsigned long long)offset);
     TRY(get_some(s, direct, key, offset, buf, n, &got));
-    if (got == n)
-        return NULL;
-    struct store_info info = { 0 };
-    TRY(store_stat(s, key, &info));
-    return ERR(CORRUPT, "%s: wanted %zu bytes at offset %llu, but the object has %llu bytes", key, n,
-               (unsigned long long)offset, (unsigned long long)info.bytes);
+    return got == n ? NULL : too_short(s, key, offset, n);
 }
 
 status *store_get(struct store *s, const char *key, uint64_t offset, void *buf, size_t n)
@@ -200,6 +204,61 @@ status *store_get(struct store *s, const char *key, uint64_t offset, void *buf, 
 status *store_get_direct(struct store *s, const char *key, uint64_t offset, void *buf, size_t n)
 {
     return get_exactly(s, true, key, offset, buf, n);
+}
+
+struct store_stream {
+    struct store *s;
+    void *impl; /* NULL: gets serve */
+    uint64_t at, end;
+    char key[STORE_KEY_BYTES];
+};
+
+status *store_stream_open(struct store *s, const char *key, uint64_t offset, uint64_t bytes, struct store_stream **out)
+{
+    TRY(store_check_key(key));
+    if (offset > UINT64_MAX - bytes)
+        return ERR(INVALID, "%s: range of %llu bytes at offset %llu", key, (unsigned long long)bytes,
+                   (unsigned long long)offset);
+    struct store_stream *k = mem_calloc(1, sizeof *k);
+    if (!k)
+        return ERR(NO_MEMORY, "%s: a request", key);
+    *k = (struct store_stream){ .s = s, .at = offset, .end = offset + bytes };
+    memcpy(k->key, key, strlen(key));
+    status *st = s->ops->stream_open ? s->ops->stream_open(s, key, offset, bytes, &k->impl) : NULL;
+    if (st) {
+        mem_free(k);
+        return st;
+    }
+    *out = k;
+    return NULL;
+}
+
+status *store_stream_read(struct store_stream *k, void *buf, size_t n)
+{
+    size_t got = 0;
+    CHECK(n <= k->end - k->at);
+    if (n == 0)
+        return NULL;
+    if (k->impl)
+        TRY(k->s->ops->stream_read(k->impl, buf, n, &got));
+    else
+        TRY(get_some(k->s, true, k->key, k->at, buf, n, &got));
+    if (got < n)
+        return too_short(k->s, k->key, k->at, n);
+    k->at += n;
+    return NULL;
+}
+
+uint64_t store_stream_at(const struct store_stream *k)
+{
+    return k->at;
+}
+
+void store_stream_close(struct store_stream *k)
+{
+    if (k && k->impl)
+        k->s->ops->stream_close(k->impl);
+    mem_free(k);
 }
 
 status *store_get_all(struct store *s, const char *key, size_t max, void **buf, size_t *n)

@@ -68,6 +68,11 @@ struct store_ops {
     status *(*get)(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got);
     /* the same past the host's cache; NULL: there is none, get serves */
     status *(*get_direct)(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got);
+    /* NULL, all three: gets serve. bytes from offset, read in order; *got < n only at the object's end; read and close
+     * by one thread at a time. What was open when the store is closed need not work any more */
+    status *(*stream_open)(struct store *s, const char *key, uint64_t offset, uint64_t bytes, void **impl);
+    status *(*stream_read)(void *impl, void *buf, size_t n, size_t *got);
+    void (*stream_close)(void *impl);
     status *(*stat)(struct store *s, const char *key, struct store_info *out);
     /* children of dir ("" = root), not sorted; a missing dir has none. out is empty at the start; freed by store.c on
      * error */
@@ -89,8 +94,10 @@ struct store_ops {
     void (*abort)(struct store_writer *w);                 /* nothing stays; frees impl */
     struct store_direct (*direct)(struct store_writer *w); /* NULL: {0, 0} */
     bool sequential;                                       /* wants writes in file order */
-    int streams;  /* requests at once that its rate comes from, a core; 0: a disk, which few fill */
-    bool retries; /* has its own: what it calls UNAVAILABLE is final */
+    int streams; /* requests at once that its rate comes from, a core; 0: a disk, which few fill */
+    uint64_t
+        request_bytes; /* a stream of that many bytes costs little more a byte than a longer one; 0: no stream does */
+    bool retries;      /* has its own: what it calls UNAVAILABLE is final */
 };
 
 struct store {
@@ -114,6 +121,16 @@ status *store_get(struct store *s, const char *key, uint64_t offset, void *buf, 
  * buf - offset must be a multiple of STORE_DIRECT_BYTES (of some more on a few disks); right whatever it is. */
 enum { STORE_DIRECT_BYTES = 512 };
 status *store_get_direct(struct store *s, const char *key, uint64_t offset, void *buf, size_t n) WARN_UNUSED;
+/* Bytes [offset, offset + bytes) of an object that are wanted in order, a bit at a time: one request, where requests
+ * cost time, whose answer waits while nobody reads on. The store must stay open. One thread at a time. */
+struct store_stream;
+status *store_stream_open(struct store *s, const char *key, uint64_t offset, uint64_t bytes,
+                          struct store_stream **out) WARN_UNUSED;
+/* The next n bytes exactly, at most what is left; errors as store_get. After an error: close it. */
+status *store_stream_read(struct store_stream *k, void *buf, size_t n) WARN_UNUSED;
+/* Where the next byte lies in the object. */
+uint64_t store_stream_at(const struct store_stream *k);
+void store_stream_close(struct store_stream *k); /* NULL is fine; it need not have been read to its end */
 /* A whole object of at most `max` bytes; *buf is the caller's to mem_free, with a NUL after its last byte. */
 status *store_get_all(struct store *s, const char *key, size_t max, void **buf, size_t *n) WARN_UNUSED;
 status *store_stat(struct store *s, const char *key, struct store_info *out) WARN_UNUSED;

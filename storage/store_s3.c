@@ -16,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PUT_MOST = 1 << 30, STREAMS = 8 };
+enum { PUT_MOST = 1 << 30, STREAMS = 8, READ_BYTES = 8 << 20 };
 
 /* ---- Opening */
 
@@ -82,13 +82,18 @@ struct getting {
     uint64_t offset;
     char *buf;
     size_t n, done;
+    uint64_t more;            /* bytes that are wanted behind these, of the same request */
     char etag[S3_ETAG_BYTES]; /* of the first reply: later ones must be of the same object */
+    uint64_t total;           /* bytes of the object; 0: not known yet */
     bool at_end;
+    struct s3_tries tries;
+    struct http_reply reply;
 };
 
 /* Whether a 2xx is what was asked for. */
-static status *check_part(struct getting *g, const struct http_reply *r)
+static status *check_part(struct getting *g)
 {
+    const struct http_reply *r = &g->reply;
     uint64_t from = g->offset + g->done, first, total;
     if (r->status != 206 || !content_range(r, &first, &total) || first != from || total <= from)
         return ERR(IO, "%s: asked for bytes from %" PRIu64 " on, the server sent others (HTTP %d)", g->key, from,
@@ -98,21 +103,23 @@ static status *check_part(struct getting *g, const struct http_reply *r)
         return ERR(IO, "%s: asked for %" PRIu64 " bytes at %" PRIu64 ", the server sent more", g->key, want, from);
     if (!g->etag[0])
         (void)http_header(r, "etag", g->etag, sizeof g->etag);
-    g->at_end = from + r->got == total;
+    g->total = total;
     return NULL;
 }
 
-static status *get_try(struct getting *g, struct s3_tries *t, struct http_reply *r)
+static status *get_try(struct getting *g)
 {
     char range[64];
+    struct http_reply *r = &g->reply;
     uint64_t from = g->offset + g->done;
-    snprintf(range, sizeof range, "bytes=%" PRIu64 "-%" PRIu64, from, from + (g->n - g->done) - 1);
+    snprintf(range, sizeof range, "bytes=%" PRIu64 "-%" PRIu64, from, from + (g->n - g->done) + g->more - 1);
     const struct s3_call c = { .method = "GET",
                                .key = g->key,
                                .header = { { "range", range }, { g->etag[0] ? "if-match" : NULL, g->etag } },
                                .into = g->buf + g->done,
-                               .room = g->n - g->done };
-    status *st = s3_try(g->b, &c, t, r);
+                               .room = g->n - g->done,
+                               .more = g->more };
+    status *st = s3_try(g->b, &c, &g->tries, r);
     if (r->status == 416 && st) { /* the object ends before */
         status_free(st);
         g->at_end = true;
@@ -122,37 +129,96 @@ static status *get_try(struct getting *g, struct s3_tries *t, struct http_reply 
         status_free(st);
         g->done = 0;
         g->etag[0] = 0;
+        g->total = 0;
         return ERR(UNAVAILABLE, "%s: replaced while it was read", g->key);
     }
     if (r->got) {
-        st = status_first(check_part(g, r), st);
+        st = status_first(check_part(g), st);
         if (!st || status_code(st) == ST_UNAVAILABLE)
             g->done += r->got;
+        else
+            http_leave(g->b->http, r);
     }
     return st;
+}
+
+static status *get_more(struct getting *g)
+{
+    status *st = http_more(g->b->http, &g->reply, g->buf + g->done, g->n - g->done, g->more);
+    g->done += g->reply.got;
+    return st;
+}
+
+/* Fill buf, from the reply that is under way or by a request. Short only at the object's end. */
+static status *fill(struct getting *g)
+{
+    while (g->done < g->n && !g->at_end) {
+        size_t before = g->done;
+        bool more = g->reply.rest;
+        status *st = more ? get_more(g) : get_try(g);
+        bool again = st && s3_again(g->b, &g->tries, &g->reply, &st);
+        http_reply_free(&g->reply);
+        g->at_end = g->at_end || (g->total && g->offset + g->done == g->total);
+        if (st && !again)
+            return st;
+        if (g->done > before)
+            g->tries.first_failure_ns = 0; /* it goes on */
+        else if (!again && !more && !g->at_end)
+            return ERR(IO, "%s: an empty reply at %" PRIu64, g->key, g->offset + g->done);
+    }
+    return NULL;
 }
 
 static status *s3_store_get(struct store *s, const char *key, uint64_t offset, void *buf, size_t n, size_t *got)
 {
     struct getting g = { .b = s->impl, .key = key, .offset = offset, .buf = buf, .n = n };
-    struct s3_tries t = { 0 };
     if (offset > INT64_MAX - (uint64_t)n)
         return ERR(INVALID, "%s: offset %" PRIu64, key, offset);
-    while (g.done < n && !g.at_end) {
-        struct http_reply r;
-        size_t before = g.done;
-        status *st = get_try(&g, &t, &r);
-        bool again = st && s3_again(g.b, &t, &r, &st);
-        http_reply_free(&r);
-        if (st && !again)
-            return st;
-        if (g.done > before)
-            t.first_failure_ns = 0; /* it goes on */
-        else if (!again && !g.at_end)
-            return ERR(IO, "%s: an empty reply at %" PRIu64, key, offset + g.done);
-    }
+    TRY(fill(&g));
     *got = g.done;
     return NULL;
+}
+
+/* Many gets that are one request: a server takes time for each. */
+struct s3_stream {
+    struct getting g;
+    uint64_t end;
+    char key[STORE_KEY_BYTES];
+};
+
+static status *s3_stream_open(struct store *s, const char *key, uint64_t offset, uint64_t bytes, void **impl)
+{
+    if (offset > INT64_MAX - bytes)
+        return ERR(INVALID, "%s: offset %" PRIu64, key, offset);
+    struct s3_stream *k = mem_calloc(1, sizeof *k);
+    if (!k)
+        return ERR(NO_MEMORY, "a request");
+    snprintf(k->key, sizeof k->key, "%s", key);
+    k->g = (struct getting){ .b = s->impl, .key = k->key, .offset = offset };
+    k->end = offset + bytes;
+    *impl = k;
+    return NULL;
+}
+
+static status *s3_stream_read(void *impl, void *buf, size_t n, size_t *got)
+{
+    struct s3_stream *k = impl;
+    struct getting *g = &k->g;
+    g->offset += g->done;
+    g->buf = buf;
+    g->n = n;
+    g->done = 0;
+    g->more = k->end - g->offset - n;
+    TRY(fill(g));
+    *got = g->done;
+    return NULL;
+}
+
+static void s3_stream_close(void *impl)
+{
+    struct s3_stream *k = impl;
+    http_leave(k->g.b->http, &k->g.reply);
+    mem_free(k);
 }
 
 static status *s3_store_stat(struct store *s, const char *key, struct store_info *out)
@@ -325,6 +391,10 @@ const struct store_ops store_s3_ops = {
     .write = s3_writer_write,
     .finish = s3_writer_finish,
     .abort = s3_writer_abort,
+    .stream_open = s3_stream_open,
+    .stream_read = s3_stream_read,
+    .stream_close = s3_stream_close,
     .streams = STREAMS,
+    .request_bytes = READ_BYTES,
     .retries = true,
 };

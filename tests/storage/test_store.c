@@ -87,7 +87,8 @@ static void check_objects(struct store *s)
     OK(store_stat(s, "one", &info));
     assert_int_equal(info.bytes, 5);
     assert_false(info.is_dir);
-    /* HTTP writes whole seconds: a clock is rounded down, a file's date down or up (Swift), and taken for the end of that second */
+    /* HTTP writes whole seconds: a clock is rounded down, a file's date down or up (Swift), and taken for the end of
+     * that second */
     uint64_t late = strcmp(s->ops->name, "s3") == 0 ? 2000000000u : 0;
     assert_true(before <= info.mtime_ns && info.mtime_ns <= after + late);
     FAILS(ST_EXISTS, "", store_put(s, "one", "second!", 7, STORE_EXCLUSIVE));
@@ -140,6 +141,68 @@ static void check_ranges(struct store *s)
     assert_non_null(strstr(status_message(st), "12305")); /* the length found */
     assert_non_null(strstr(status_message(st), "12304")); /* the offset */
     status_free(st);
+    mem_free(all);
+    mem_free(got);
+}
+
+/* Reads [at, at + bytes) of "streamed" in bits of up to `most` bytes, of every size in between. */
+static void check_stream(struct store *s, const unsigned char *all, size_t at, size_t bytes, size_t most)
+{
+    struct store_stream *k;
+    unsigned char *got = mem_alloc(most + 1);
+    uint64_t random = most;
+    OK(store_stream_open(s, "streamed", at, bytes, &k));
+    for (size_t done = 0; done < bytes;) {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        size_t n = (random >> 33) % (most + 1);
+        n = n < bytes - done ? n : bytes - done;
+        got[n] = 0xee;
+        assert_int_equal(store_stream_at(k), at + done);
+        OK(store_stream_read(k, got, n));
+        assert_memory_equal(got, all + at + done, n);
+        assert_int_equal(got[n], 0xee);
+        done += n;
+    }
+    store_stream_close(k);
+    mem_free(got);
+}
+
+static void check_streams(struct store *s)
+{
+    enum { N = (3 << 20) + 17, HALVES = 3 };
+    static const size_t most[] = { 100, 16384, 300000, 2 << 20 };
+    unsigned char *all = pattern_bytes(N), *got = mem_alloc(N + 1);
+    struct store_stream *half[HALVES], *k;
+    OK(store_put(s, "streamed", all, N, STORE_REPLACE));
+    check_stream(s, all, 12345, 50000, 10);
+    for (size_t i = 0; i < sizeof most / sizeof *most; i++) {
+        check_stream(s, all, 0, N, most[i] < 16384 ? 16384 : most[i]);
+        check_stream(s, all, N - 7 * most[i] % N, 7 * most[i] % N - most[i] / 2, most[i]); /* the object goes on */
+    }
+    /* left in the middle, one after another, while other requests are made */
+    for (size_t i = 0; i < HALVES; i++) {
+        OK(store_stream_open(s, "streamed", i, N - i, &half[i]));
+        OK(store_stream_read(half[i], got, N / 2 - i));
+        assert_memory_equal(got, all + i, N / 2 - i);
+    }
+    OK(store_get(s, "streamed", 0, got, N));
+    for (size_t i = 0; i + 1 < HALVES; i++)
+        store_stream_close(half[i]);
+    OK(store_stream_read(half[HALVES - 1], got, N - N / 2));
+    assert_memory_equal(got, all + N / 2, N - N / 2);
+    store_stream_close(half[HALVES - 1]);
+
+    OK(store_stream_open(s, "streamed", N - 100, 1000, &k));
+    OK(store_stream_read(k, got, 99));
+    assert_memory_equal(got, all + N - 100, 99);
+    FAILS(ST_CORRUPT, "3145745 bytes", store_stream_read(k, got, 2)); /* the length found */
+    store_stream_close(k);
+    OK(store_stream_open(s, "none", 0, 10, &k));
+    FAILS(ST_NOT_FOUND, "none", store_stream_read(k, got, 10));
+    store_stream_close(k);
+    FAILS(ST_INVALID, "", store_stream_open(s, "streamed", UINT64_MAX, 10, &k));
+    FAILS(ST_INVALID, "", store_stream_open(s, "../streamed", 0, 10, &k));
+    store_stream_close(NULL);
     mem_free(all);
     mem_free(got);
 }
@@ -466,10 +529,10 @@ static void check_churn(struct store *s)
 static void test_conformance(void **state)
 {
     (void)state;
-    static void (*const checks[])(struct store *) = { check_objects,        check_ranges,        check_lists,
-                                                      check_rename,         check_writer,        check_keys,
-                                                      check_exclusive_race, check_shared_writer, check_churn,
-                                                      check_large,          check_many };
+    static void (*const checks[])(struct store *) = { check_objects, check_ranges,         check_streams,
+                                                      check_lists,   check_rename,         check_writer,
+                                                      check_keys,    check_exclusive_race, check_shared_writer,
+                                                      check_churn,   check_large,          check_many };
     int stores = 0;
     for (size_t i = 0; store_registry[i]; i++, stores++)
         for (size_t k = 0; store_is_tested(store_registry[i]) && k < sizeof checks / sizeof *checks; k++) {
