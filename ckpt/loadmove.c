@@ -42,6 +42,7 @@ struct reader {
     struct move *v;
     unsigned char *slot; /* NULL: no run needs it */
     uint8_t *to;         /* [ranks of the node] */
+    void *keep;          /* the source's */
     struct thread thread;
 };
 
@@ -338,17 +339,45 @@ static status *do_run(struct reader *me, const struct load_run *r, bool skip)
     return NULL;
 }
 
+/* How many of the runs that are open, from the first that nobody has, one reader takes: those that lie together, but
+ * not more than its share of what is open at once and of what is left in the end, unless they are small. */
+static uint64_t take_runs(struct move *v, struct reader *me)
+{
+    uint64_t i = v->synced.next, n = 1, readers = (uint64_t)v->readers;
+    struct load_run *first = &v->run[i];
+    uint64_t round = v->round_run[first->round + 1] - v->round_run[first->round];
+    uint64_t share = (MOVE_ROUNDS * round + readers - 1) / readers, rest = (v->runs - i + readers - 1) / readers;
+    uint64_t end = first->offset + first->bytes, most = share < rest ? share : rest;
+    for (; i + n < v->synced.open && (n < most || end - first->offset < v->from->request_bytes); n++) {
+        const struct load_run *r = &v->run[i + n];
+        if (v->m->piece[r->block->piece].file != v->m->piece[first->block->piece].file || r->offset < end ||
+            r->offset - end > MOVE_GAP_BYTES || r->offset + r->bytes - first->offset > v->from->ahead_bytes)
+            break;
+        end = r->offset + r->bytes;
+    }
+    for (struct load_run *r = first; r < first + n; r++) {
+        r->keep = &me->keep;
+        r->ahead = end - r->offset;
+    }
+    v->synced.next += n;
+    return n;
+}
+
 static status *reader_main(void *arg)
 {
     struct reader *me = arg;
     struct move *v = me->v;
+    uint64_t i = 0, end = 0;
     pthread_mutex_lock(&v->synced.lock);
-    for (;;) {
-        while (v->synced.next == v->synced.open && !v->synced.quit)
+    for (;; i++) {
+        while (i == end && v->synced.next == v->synced.open && !v->synced.quit)
             pthread_cond_wait(&v->synced.work, &v->synced.lock);
         if (v->synced.quit)
             break;
-        uint64_t i = v->synced.next++;
+        if (i == end) {
+            i = v->synced.next;
+            end = i + take_runs(v, me);
+        }
         bool skip = v->synced.bad < i;
         pthread_mutex_unlock(&v->synced.lock);
         status *st = do_run(me, &v->run[i], skip);
@@ -364,6 +393,8 @@ static status *reader_main(void *arg)
             ring_bell(&v->ring);
     }
     pthread_mutex_unlock(&v->synced.lock);
+    if (me->keep)
+        v->from->drop(me->keep);
     return NULL;
 }
 

@@ -20,20 +20,26 @@ struct load_run {
     unsigned char *home; /* where this rank wants just these bytes, or NULL */
     uint64_t first_place;
     bool given; /* other ranks of the node take parts of it */
+    /* When it is read: what the reader keeps from one run to the next (NULL at first), and bytes that it goes on to
+     * read from `offset` on: this run's, those between, and the next ones' */
+    void **keep;
+    uint64_t ahead;
 };
 
-/* Both functions are called by several threads at once. */
+/* Its functions are called by several threads at once. */
 struct load_source {
     const void *arg;
     /* The run's bytes to `to`, each block verified. Reports what is damaged as CORRUPT. */
     status *(*read)(const void *arg, const struct load_run *r, unsigned char *to);
+    void (*drop)(void *keep); /* of a reader, at its end; NULL: nothing is kept */
     /* Where they lie in memory already; NULL: nowhere. May be NULL itself */
     const unsigned char *(*at)(const void *arg, const struct load_run *r);
     int readers; /* threads that read; 0: MOVE_READERS, at most MOVE_READERS_MOST */
     /* A request costs as much as reading so many bytes: less is not read into its place, if it can be read together
      * with what lies beside it. 0: every run that can is */
     uint64_t request_bytes;
-    size_t align; /* read is at its best where `to` - offset is a multiple of it; a power of two up to 4096 */
+    uint64_t ahead_bytes; /* it is best if one reader reads so much that lies together; 0: MOVE_RUN_BYTES */
+    size_t align;         /* read is at its best where `to` - offset is a multiple of it; a power of two up to 4096 */
     struct report_sum *cost; /* told what exchange and placing took; NULL: nobody wants to know */
 };
 

@@ -33,14 +33,14 @@ static status *join_wants(const struct nodes_message *m, int ranks, struct load_
 
 /* Rank 0: everybody's part. */
 static status *plan_parts(const struct metadata *m, const struct nodes_message *wants, int ranks, const int32_t *reader,
-                          struct nodes_message **out)
+                          uint64_t run_bytes, struct nodes_message **out)
 {
     struct load_want *all = NULL;
     uint64_t *first = NULL;
     struct load_plan plan = { 0 };
     status *st = join_wants(wants, ranks, &all, &first);
     if (!st)
-        st = load_plan_make_from(m, all, first[ranks], ranks, reader, &plan);
+        st = load_plan_make_from(m, all, first[ranks], ranks, reader, run_bytes, &plan);
     if (!st)
         st = load_parts_pack(&plan, all, first, ranks, out);
     load_plan_free(&plan);
@@ -50,7 +50,7 @@ static status *plan_parts(const struct metadata *m, const struct nodes_message *
 }
 
 /* This rank's part. mine: as for loadpipe_from. Collective; the error is agreed. */
-static status *plan_load(const struct nodes *n, const struct metadata *m, const int32_t *reader,
+static status *plan_load(const struct nodes *n, const struct metadata *m, const int32_t *reader, uint64_t run_bytes,
                          const struct load_want *want, uint64_t count, status *mine, struct load_part *out)
 {
     struct nodes_message *wants = NULL, *parts = NULL;
@@ -61,7 +61,7 @@ static status *plan_load(const struct nodes *n, const struct metadata *m, const 
     if (!st)
         st = nodes_gather(n, want, count * sizeof *want, &wants, &buf, &bytes);
     if (!st)
-        st = comm_agree(n->all, n->all->rank == 0 ? plan_parts(m, wants, ranks, reader, &parts) : NULL);
+        st = comm_agree(n->all, n->all->rank == 0 ? plan_parts(m, wants, ranks, reader, run_bytes, &parts) : NULL);
     mem_free(buf);
     mem_free(wants);
     buf = NULL;
@@ -80,6 +80,7 @@ struct files {
     const struct metadata *m;
     struct origins from; /* where they lie */
     struct report_sum *cost;
+    bool streams; /* runs that lie together are read by one request */
 };
 
 static status *damaged(const struct metadata *m, const struct part_block *b, const char *words)
@@ -103,6 +104,55 @@ static status *check_block(const struct metadata *m, const struct part_block *b,
     return damaged(m, b, words);
 }
 
+/* A request that goes on from run to run. */
+struct going {
+    struct store_stream *stream;
+    uint64_t end;
+};
+
+static void stop_going(void *keep)
+{
+    struct going *g = keep;
+    store_stream_close(g->stream);
+    mem_free(g);
+}
+
+/* Start one at the run that is to be read, for all that the reader reads from there. */
+static status *start_going(const struct files *x, const struct load_run *r, const char *key)
+{
+    const struct meta_file *f = &x->m->file[x->m->piece[r->block->piece].file];
+    struct going *g = *r->keep ? *r->keep : mem_calloc(1, sizeof *g);
+    if (!g)
+        return ERR(NO_MEMORY, "%s: a request", key);
+    *r->keep = g;
+    store_stream_close(g->stream);
+    g->stream = NULL;
+    g->end = r->offset + r->ahead;
+    return store_stream_open(origins_store(&x->from, f), key, r->offset, r->ahead, &g->stream);
+}
+
+/* The run's bytes. Runs that lie together come in their order. */
+static status *get_run(const struct files *x, const struct load_run *r, const char *key, unsigned char *to)
+{
+    struct going *g = *r->keep;
+    char between[MOVE_GAP_BYTES];
+    if (!x->streams)
+        return store_get_direct(origins_store(&x->from, &x->m->file[x->m->piece[r->block->piece].file]), key, r->offset,
+                                to, r->bytes);
+    bool goes_on = g && g->stream && g->end == r->offset + r->ahead && store_stream_at(g->stream) <= r->offset;
+    if (!goes_on)
+        TRY(start_going(x, r, key));
+    g = *r->keep;
+    status *st = store_stream_read(g->stream, between, r->offset - store_stream_at(g->stream));
+    if (!st)
+        st = store_stream_read(g->stream, to, r->bytes);
+    if (st) {
+        store_stream_close(g->stream);
+        g->stream = NULL;
+    }
+    return st;
+}
+
 static status *read_run(const void *arg, const struct load_run *r, unsigned char *to)
 {
     const struct files *x = arg;
@@ -111,7 +161,7 @@ static status *read_run(const void *arg, const struct load_run *r, unsigned char
     const struct meta_file *f = &m->file[m->piece[r->block->piece].file];
     TRY(origins_key(m, f, key));
     uint64_t begin = clock_ns();
-    status *st = store_get_direct(origins_store(&x->from, f), key, r->offset, to, r->bytes);
+    status *st = get_run(x, r, key, to);
     if (status_code(st) == ST_CORRUPT || status_code(st) == ST_NOT_FOUND) {
         status *named = damaged(m, r->block, status_message(st));
         status_free(st);
@@ -134,7 +184,7 @@ status *loadpipe_from(const struct nodes *n, const struct metadata *m, const str
     struct load_part part = { 0 };
     for (uint64_t i = 0; i < count; i++)
         want[i].rank = n->all->rank;
-    TRY(plan_load(n, m, reader, want, count, mine, &part));
+    TRY(plan_load(n, m, reader, from->ahead_bytes, want, count, mine, &part));
     status *st = load_move(n, m, want, &part, from);
     *out = part.totals;
     load_part_free(&part);
@@ -144,12 +194,14 @@ status *loadpipe_from(const struct nodes *n, const struct metadata *m, const str
 status *loadpipe_run(const struct nodes *n, struct store *s, const struct metadata *m, struct load_want *want,
                      uint64_t count, struct load_totals *out, struct report_sum *cost)
 {
-    struct files files = { .m = m, .cost = cost };
     int streams = s->ops->streams;
+    struct files files = { .m = m, .cost = cost, .streams = s->ops->request_bytes };
     const struct load_source from = { .arg = &files,
                                       .read = read_run,
                                       .readers = nodes_share(n, streams, MOVE_READERS),
                                       .request_bytes = streams ? META_BLOCK_BYTES : 0,
+                                      .ahead_bytes = s->ops->request_bytes,
+                                      .drop = stop_going,
                                       .align = STORE_DIRECT_BYTES,
                                       .cost = cost };
     status *st = loadpipe_from(n, m, &from, NULL, want, count, origins_open(s, m, &files.from), out);

@@ -42,6 +42,7 @@ struct maker {
     uint64_t wants;
     int ranks;
     const int32_t *reader; /* [pieces] as given, or NULL */
+    uint64_t run_bytes;
     struct load_plan *p;
     struct holders holders; /* groups in the order of p->group */
     uint32_t *place;        /* [pieces] pieces by file and offset */
@@ -317,7 +318,7 @@ static status *choose_reader(struct maker *k, const struct load_block *b, uint64
     struct holders *h = &k->holders;
     const struct meta_piece *piece = &k->m->piece[b->piece];
     const struct stretch *last = &k->last;
-    bool goes_on = last->bytes && last->file == piece->file && last->bytes + bytes <= READ_RUN_BYTES &&
+    bool goes_on = last->bytes && last->file == piece->file && last->bytes + bytes <= k->run_bytes &&
                    last->end == piece->offset + (uint64_t)b->block * META_BLOCK_BYTES;
     int best;
     uint32_t at;
@@ -341,11 +342,12 @@ static status *choose_reader(struct maker *k, const struct load_block *b, uint64
     return NULL;
 }
 
-static void lengthen(struct stretch *last, const struct load_block *b, const struct meta_piece *p, uint64_t bytes)
+static void lengthen(struct stretch *last, const struct load_block *b, const struct meta_piece *p, uint64_t bytes,
+                     uint64_t most)
 {
     uint64_t offset = p->offset + (uint64_t)b->block * META_BLOCK_BYTES;
-    bool goes_on = last->reader == b->reader && last->file == p->file && last->end == offset &&
-                   last->bytes + bytes <= READ_RUN_BYTES;
+    bool goes_on =
+        last->reader == b->reader && last->file == p->file && last->end == offset && last->bytes + bytes <= most;
     *last = (struct stretch){ b->reader, p->file, offset + bytes, goes_on ? last->bytes + bytes : bytes };
 }
 
@@ -428,7 +430,7 @@ static status *choose_round(struct maker *k, const struct load_block *b, uint64_
     for (uint64_t round = next_round(k, b, reader->round);; round = next_round(k, b, round + 1)) {
         TRY(have_round(k, round));
         uint64_t read = round == reader->round ? reader->read : 0, sent = round == reader->round ? reader->send : 0;
-        if (read && (read + bytes > ROUND_READ_BYTES || sent + send > ROUND_SEND_BYTES))
+        if (read && (read + bytes > 2 * k->run_bytes || sent + send > ROUND_SEND_BYTES))
             continue;
         bool fits = true;
         for (uint32_t i = 0; fits && i < b->uses; i++) {
@@ -486,7 +488,7 @@ static status *assign(struct maker *k)
         uint64_t bytes = block_bytes(&k->m->piece[b->piece], b->block), round = 0;
         size_t elem = elem_bytes_of(k->m, p, b);
         TRY(choose_reader(k, b, bytes, &load, everybody, &b->reader));
-        lengthen(&k->last, b, &k->m->piece[b->piece], bytes);
+        lengthen(&k->last, b, &k->m->piece[b->piece], bytes, k->run_bytes);
         TRY(choose_round(k, b, bytes, elem, &round));
         b->round = (uint32_t)round;
         k->assigned[b->reader] += bytes;
@@ -552,14 +554,15 @@ static status *make(struct maker *k)
 status *load_plan_make(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
                        struct load_plan *out)
 {
-    return load_plan_make_from(m, want, count, ranks, NULL, out);
+    return load_plan_make_from(m, want, count, ranks, NULL, 0, out);
 }
 
 status *load_plan_make_from(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
-                            const int32_t *reader, struct load_plan *out)
+                            const int32_t *reader, uint64_t run_bytes, struct load_plan *out)
 {
     struct load_plan p = { 0 };
     struct maker k = { .m = m, .want = want, .wants = count, .ranks = ranks, .reader = reader, .p = &p };
+    k.run_bytes = run_bytes > READ_RUN_BYTES ? run_bytes : READ_RUN_BYTES;
     status *st = make(&k);
     holders_free(&k.holders);
     mem_free(k.place);

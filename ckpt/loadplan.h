@@ -7,11 +7,12 @@
 #include "ckpt/reshard.h"
 
 enum {
-    ROUND_READ_BYTES = 4 << 20, /* a reader's blocks in a round */
-    LEAST_READ_BYTES = 4096,    /* what a small block counts as there */
-    ROUND_SEND_BYTES = 8 << 20, /* what it sends then, and what a rank receives, unless one block alone is more */
-    READ_RUN_BYTES = 2 << 20,   /* blocks behind one another go to one reader up to that, if it may read them at all */
-    READ_AHEAD_BYTES = 16 << 20 /* how much more than the mean a rank reads before others help out */
+    READ_RUN_BYTES = 2 << 20,              /* blocks behind one another go to one reader up to that, if it may read them
+                                              at all */
+    ROUND_READ_BYTES = 2 * READ_RUN_BYTES, /* a reader's blocks in a round */
+    LEAST_READ_BYTES = 4096,               /* what a small block counts as there */
+    ROUND_SEND_BYTES = 8 << 20,  /* what it sends then, and what a rank receives, unless one block alone is more */
+    READ_AHEAD_BYTES = 16 << 20, /* how much more than the mean a rank reads before others help out */
 };
 
 /* Wants of one piece of one tensor: member[first, + count), by rank. */
@@ -51,9 +52,10 @@ struct load_plan {
 /* want: in any order; must stay where it is while the plan is made. */
 status *load_plan_make(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
                        struct load_plan *out) WARN_UNUSED;
-/* The same where stored piece p is read by rank reader[p]; NULL: by whom the planner chooses. */
+/* The same where stored piece p is read by rank reader[p]; NULL: by whom the planner chooses. run_bytes: instead of
+ * READ_RUN_BYTES, if it is more; a round then has room for two of them. */
 status *load_plan_make_from(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
-                            const int32_t *reader, struct load_plan *out) WARN_UNUSED;
+                            const int32_t *reader, uint64_t run_bytes, struct load_plan *out) WARN_UNUSED;
 void load_plan_free(struct load_plan *p);
 
 /* The group that a use serves. */

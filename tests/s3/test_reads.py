@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """What a load asks the server for, by the proxy's records: a state saved by 4 ranks and loaded by 3 moves each stored byte once, by ranges; a load of the model
-alone asks for no byte of the optimiser."""
+alone asks for no byte of the optimiser. Both by few requests, though the state is of many small pieces: ZeRO's buckets are 16 KiB."""
 
 import json
 import pathlib
@@ -14,12 +14,13 @@ import job  # noqa: E402
 import s3job  # noqa: E402
 
 AMPLIFICATION = 1.05
+PER_FILE, REQUEST = 4, 8 << 20  # requests: so many for a file, and one more for so many bytes
 root = s3job.server("faults")
 control = s3job.control()
 tmp = job.workspace()
 job.write_data(tmp / "data")
 URL, STEPS = f"{root}/run", 6
-path = job.write_config(tmp, "run", tmp / "data", checkpoint_url=URL, train_steps=STEPS, checkpoint_every=3, algo_warmup_sft_steps=3, **s3job.LARGE)
+path = job.write_config(tmp, "run", tmp / "data", checkpoint_url=URL, train_steps=STEPS, checkpoint_every=3, algo_warmup_sft_steps=3, **{**s3job.LARGE, "parallel_bucket": 16 << 10})
 job.run(4, path)
 whole = job.events(tmp / "run")
 stored = {k: n for k, n in s3job.keys(URL).items() if k.startswith(f"step-{STEPS:012d}/") and k.endswith(".h5")}
@@ -49,6 +50,14 @@ def moved(ranges):
     return total, unique
 
 
+def few(ranges, text):
+    """They came by few requests. Returns how many."""
+    count, (total, _) = sum(map(len, ranges.values())), moved(ranges)
+    most = PER_FILE * len(ranges) + total // REQUEST
+    job.check(count <= most, f"{text}: {count} requests for {total} bytes of {len(ranges)} files, {most} are enough: {ranges}")
+    return count
+
+
 # All of it, on three ranks.
 control.forget()
 job.run(3, path, f"run.dir={tmp / 'three'}")
@@ -58,7 +67,8 @@ total, unique = moved(gets(""))
 size = sum(stored.values())
 job.check(total <= AMPLIFICATION * unique, f"4 to 3: {total} bytes came, {unique} different ones")
 job.check(total <= AMPLIFICATION * size, f"4 to 3: {total} bytes came, {size} are stored")
-job.say(f"passed: 4 to 3 ranks: {total} bytes in ranges, {unique} different ones, {size} stored: {total / unique:.4f}")
+count = few(gets(""), "4 to 3")
+job.say(f"passed: 4 to 3 ranks: {total} bytes in {count} ranges, {unique} different ones, {size} stored: {total / unique:.4f}")
 
 # The model alone: an evaluation, and a copy of one part.
 def model_alone(text, run):
@@ -69,7 +79,7 @@ def model_alone(text, run):
     size = sum(n for k, n in stored.items() if "/model" in k)
     job.check(unique > size // 2, f"{text}: {unique} bytes came, the model's files have {size}")
     job.check(total <= AMPLIFICATION * unique, f"{text}: {total} bytes came, {unique} different ones")
-    job.say(f"passed: {text}: {total} bytes of the model's {size} in ranges: {total / unique:.4f}; of the optimiser none")
+    job.say(f"passed: {text}: {total} bytes of the model's {size} in {sum(map(len, gets('model').values()))} ranges: {total / unique:.4f}; of the optimiser none")
 
 
 def evaluate():
@@ -80,6 +90,7 @@ def evaluate():
 
 
 model_alone("eval on 3 ranks", evaluate)
+few(gets("model"), "eval on 3 ranks")
 model_alone("copy of a part", lambda: job.tool("ckpt", "copy", URL, STEPS, f"file:{tmp}/model", "--part", "model"))
 
 # Looking at a step reads its metadata and a little of its files.
