@@ -100,8 +100,11 @@ static const struct option parallel_rows[] = {
         "tensor-parallel ranks: each matrix is cut over them, heads and vocabulary too"),
     ROW(OPT_BOOL, parallel_config, sequence, "sequence", "false", 0, 0, NULL, "",
         "with tp: activations between blocks are cut by tokens"),
-    ROW(OPT_INT, parallel_config, zero, "zero", "1", 0, 1, NULL, "",
-        "ZeRO stage: 0 replicates optimiser state, 1 shards it"),
+    ROW(OPT_INT, parallel_config, zero, "zero", "1", 0, 3, NULL, "",
+        "ZeRO stage: 0 cuts nothing, 1 optimiser state over the data-parallel ranks, 2 gradients too, 3 parameters "
+        "too"),
+    ROW(OPT_INT, parallel_config, dp_shard, "dp_shard", "0", 0, 1 << 20, NULL, "ranks",
+        "over so many neighbours of dp zero cuts, dp / dp_shard replicas of all of them; 0: all of dp"),
     ROW(OPT_SIZE, parallel_config, bucket, "bucket", "16MiB", 4096, 4e9, NULL, "bytes",
         "gradient bytes reduced at a time"),
 };

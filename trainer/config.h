@@ -51,7 +51,7 @@ struct train_config {
 };
 
 struct parallel_config {
-    int64_t pp, dp, ep, cp, tp, zero;
+    int64_t pp, dp, ep, cp, tp, zero, dp_shard;
     int schedule; /* enum pipe_schedule */
     char *stages;
     uint64_t bucket;

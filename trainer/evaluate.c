@@ -79,6 +79,12 @@ static status *share(struct trainer *t, double *value, uint64_t n)
     return passes_share(t, value, n);
 }
 
+static status *pass_of_chunk(const struct scoring *s, uint32_t k, const struct pipe_work *w)
+{
+    TRY(trainer_begin_pass(s->t, s->m, false));
+    return pipe_forward(s->t->pipe, k, k + 1, w);
+}
+
 static status *evaluate_rows(struct scoring *s)
 {
     struct trainer *t = s->t;
@@ -89,8 +95,12 @@ static status *evaluate_rows(struct scoring *s)
     if (s->loss)
         memset(s->loss, 0, rows * sizeof *s->loss);
     layout_cut(chunks, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &begin, &end);
-    status *st = pipe_forward(t->pipe, (uint32_t)begin, (uint32_t)end, &w);
-    if (st && (t->tp || t->pp)) /* others wait for it in the same pass */
+    uint64_t most = (chunks + (uint64_t)t->dp->size - 1) / (uint64_t)t->dp->size; /* of any rank */
+    trainer_hooks(t, s->m);
+    status *st = trainer_shards(t, s->m) ? NULL : pipe_forward(t->pipe, (uint32_t)begin, (uint32_t)end, &w);
+    for (uint64_t k = begin; trainer_shards(t, s->m) && k < begin + most && !st; k++)
+        st = k < end ? pass_of_chunk(s, (uint32_t)k, &w) : trainer_idle_pass(t, s->m);
+    if (st && (t->tp || t->pp || trainer_shards(t, s->m))) /* others wait for it in the same pass */
         trainer_abort(t, st);
     TRY(comm_agree(t->dp, st));
     TRY(share(t, s->sums, values));

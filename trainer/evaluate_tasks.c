@@ -73,7 +73,13 @@ status *evaluate_tasks(struct trainer *t)
         return NULL;
     uint64_t begin, end, solved = 0, rows = e->tasks->rows;
     layout_cut(rows, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &begin, &end);
+    struct shards *shards = trainer_shards(t, t->model);
+    if (shards)
+        TRY(shards_hold(shards)); /* how many passes a rank makes, its completions decide */
+    tape_blocks(t->tape, NULL);
     status *st = count_solved(e, begin, end, &solved);
+    if (shards)
+        shards_release(shards, false);
     if (st && t->tp) /* its tensor-parallel peers wait for it in the same pass */
         trainer_abort(t, st);
     TRY(comm_agree(t->dp, st));

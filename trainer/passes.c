@@ -7,6 +7,38 @@
 
 #include <string.h>
 
+/* ---- where parameters or gradients are cut over ranks ---- */
+
+struct shards *trainer_shards(const struct trainer *t, const struct model *m)
+{
+    if (m == t->ref_model)
+        return t->ref_shards;
+    return t->zero ? zero_shards(t->zero) : NULL;
+}
+
+void trainer_hooks(struct trainer *t, const struct model *m)
+{
+    struct shards *s = trainer_shards(t, m);
+    tape_blocks(t->tape, s ? shards_hooks(s) : NULL);
+}
+
+status *trainer_begin_pass(struct trainer *t, const struct model *m, bool training)
+{
+    struct shards *s = trainer_shards(t, m);
+    trainer_hooks(t, m);
+    if (training)
+        tied_begin_pass(t->tied);
+    return s ? shards_begin(s, training) : NULL;
+}
+
+status *trainer_idle_pass(struct trainer *t, const struct model *m)
+{
+    struct shards *s = trainer_shards(t, m);
+    return s ? shards_idle(s, false) : NULL;
+}
+
+/* ---- passes ---- */
+
 struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *p, struct tape *tape, struct tensor *x,
                                struct logprob_stats *tok)
 {
@@ -55,6 +87,34 @@ static struct tensor *forward_with_stats(void *arg, struct tape *tape, struct te
     return trainer_forward(g->t, g->m, &g->p->pack, tape, x, &g->tok);
 }
 
+static status *idle(struct trainer *t, struct model *m, bool training)
+{
+    if (!training)
+        return trainer_idle_pass(t, m);
+    TRY(zero_idle(t->zero));
+    return tied_idle(t->tied);
+}
+
+/* This rank's passes of a step of k micro-batches. */
+static status *pass_all(const struct passing *g, uint32_t k, bool training, const struct pipe_work *w)
+{
+    struct trainer *t = g->t;
+    uint32_t passes = zero_passes(t->zero, k), first, i;
+    (void)zero_micro_batch(t->zero, k, 0, &first);
+    if (t->pp) /* stages 0 and 1: a run of micro-batches, several at a time */
+        return training ? pipe_train(t->pipe, first, first + passes, w)
+                        : pipe_forward(t->pipe, first, first + passes, w);
+    for (uint32_t pass = 0; pass < passes; pass++) {
+        if (!zero_micro_batch(t->zero, k, pass, &i)) {
+            TRY(idle(t, g->m, training));
+            continue;
+        }
+        TRY(trainer_begin_pass(t, g->m, training));
+        TRY(training ? pipe_train(t->pipe, i, i + 1, w) : pipe_forward(t->pipe, i, i + 1, w));
+    }
+    return NULL;
+}
+
 /* ---- references ---- */
 
 static double *live_sums(const struct trainer *t, uint32_t k)
@@ -69,7 +129,7 @@ static void keep_sums(void *arg, uint32_t k, struct tensor *logp)
 }
 
 /* The live reference's sums of this rank's micro-batches. */
-static status *live_references(const struct passing *like, uint32_t first, uint32_t end)
+static status *live_references(const struct passing *like, uint32_t k)
 {
     struct trainer *t = like->t;
     struct passing g = *like;
@@ -77,7 +137,7 @@ static status *live_references(const struct passing *like, uint32_t first, uint3
     if (!t->ref_live)
         return NULL;
     g.m = reference_begin(t);
-    status *st = pipe_forward(t->pipe, first, end, &w);
+    status *st = pass_all(&g, k, false, &w);
     reference_done(t);
     return st;
 }
@@ -130,12 +190,10 @@ status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double
     struct passing g = { .t = t, .p = p, .m = t->model };
     struct pipe_work w = { prepare, forward, keep_statistics, NULL, &g };
     int n = algo_statistics(p->algo, p->algo_config);
-    uint32_t first, end;
     if (!n)
         return NULL;
-    zero_micro_batches(t->zero, k, &first, &end);
-    must_pass(t, live_references(&g, first, end));
-    must_pass(t, pipe_forward(t->pipe, first, end, &w));
+    must_pass(t, live_references(&g, k));
+    must_pass(t, pass_all(&g, k, false, &w));
     counts->statistic = sums;
     return sum_scalars(t, k, n, sums);
 }
@@ -151,11 +209,11 @@ static void take_loss(void *arg, uint32_t k, struct tensor *logp)
             metric);
 }
 
-static void added(void *arg, uint32_t k)
+static status *added(void *arg, uint32_t k)
 {
     const struct passing *g = arg;
-    zero_added(g->t->zero, k);
-    tied_added(g->t->tied, k);
+    TRY(zero_added(g->t->zero, k));
+    return tied_added(g->t->tied, k);
 }
 
 status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
@@ -163,12 +221,10 @@ status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struc
 {
     struct passing g = { .t = t, .p = p, .m = t->model, .training = true, .counts = counts };
     struct pipe_work w = { prepare, forward_with_stats, take_loss, added, &g };
-    uint32_t first, end;
     zero_begin(t->zero, k);
     tied_begin(t->tied, k);
-    zero_micro_batches(t->zero, k, &first, &end);
     if (algo_needs_reference(p->algo, p->algo_config))
-        must_pass(t, live_references(&g, first, end));
-    must_pass(t, pipe_train(t->pipe, first, end, &w));
+        must_pass(t, live_references(&g, k));
+    must_pass(t, pass_all(&g, k, true, &w));
     return sum_scalars(t, k, p->algo->metric_count, sums);
 }

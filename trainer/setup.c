@@ -119,10 +119,13 @@ static status *open_model(struct trainer *t, int ranks_here)
                            .list = t->cfg->parallel.stages };
     const struct tuning tuning = { &t->cfg->lora, t->cfg->train.freeze };
     TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->model));
-    TRY(model_alloc(t->model, true));
+    int64_t zero = t->training ? t->cfg->parallel.zero : 0; /* what that cuts gets its memory in open_zero */
+    if (zero < 3)
+        TRY(model_alloc(t->model, zero < 2));
     if (t->cfg->algo.reference == REFERENCE_LIVE && algo_needs_reference(t->cfg->algo_ops, t->cfg->algo_own)) {
         TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->ref_model));
-        TRY(model_alloc(t->ref_model, false));
+        if (zero < 3)
+            TRY(model_alloc(t->ref_model, false));
     }
     uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
     TRY(pipe_open(t->pp, (enum pipe_schedule)t->cfg->parallel.schedule, most, t->model->width, t->workers,
@@ -164,6 +167,7 @@ static status *dry_run(struct trainer *t, struct pack *p)
     for (uint32_t i = 0; i < p->cap_rows; i++)
         p->row[i] = longest;
     pack_build(p, p->row, p->cap_rows);
+    trainer_hooks(t, t->model);
     struct dry one = { t, p };
     struct pipe_work w = { .forward = dry_forward, .arg = &one };
     return status_wrap(pipe_dry(t->pipe, p->in.tokens, &w),
@@ -200,9 +204,15 @@ static status *open_zero(struct trainer *t)
                               .lanes = (int)c->train.lanes,
                               .bucket_elems = c->parallel.bucket / sizeof(float) / PARAM_ALIGN * PARAM_ALIGN,
                               .tp = t->tp,
-                              .pp = t->pp };
+                              .pp = t->pp,
+                              .shards = (int)c->parallel.dp_shard,
+                              .micro_batches = (uint32_t)(c->train.global_batch / c->train.micro_batch) };
     TRY(zero_open(&o, &t->model->params, t->dp, &t->zero));
-    return tied_open(&o, t->model, t->dp, t->pp, &t->tied);
+    TRY(tied_open(&o, t->model, t->dp, t->pp, &t->tied));
+    if (!t->ref_model || o.stage < 3)
+        return NULL;
+    struct shards_options ref = { true, false, o.bucket_elems, o.shards ? o.shards : t->dp->size };
+    return shards_open(&ref, &t->ref_model->params, t->dp, &t->ref_shards);
 }
 
 /* --- checkpoints */
@@ -249,19 +259,38 @@ static status *init_weights(struct trainer *t)
     uint64_t read = 0, begun = clock_ns();
     if (!*folder || t->resumed_from != UINT64_MAX)
         return NULL;
+    struct shards *shards = trainer_shards(t, t->model);
+    uint32_t crc;
+    if (shards)
+        TRY(shards_hold(shards));
     TRY(status_wrap(hf_load(t->world, folder, &t->model->params, &read), "model.init_from"));
+    if (shards)
+        shards_release(shards, true);
+    TRY(state_weights_crc(t, &crc));
     TRY(comm_allreduce(t->world, &read, 1, COMM_U64, COMM_SUM, NULL));
     metrics_begin(t->metrics, "init_from", t->step);
     metrics_integer(t->metrics, "bytes_read", read);
-    metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
+    metrics_integer(t->metrics, "weights_crc32c", crc);
     metrics_say(t->metrics, "weights of %s in %.2f s", folder, ns_to_s(clock_ns() - begun));
     metrics_end(t->metrics);
     return NULL;
 }
 
+/* Initial values, where no step is resumed from. */
+static void init_params(struct trainer *t)
+{
+    struct shards *s = trainer_shards(t, t->model);
+    uint64_t seed = (uint64_t)t->cfg->run.seed;
+    if (s && shards_own(s))
+        shards_init(s, seed);
+    else
+        params_init(&t->model->params, seed);
+}
+
 static status *open_all(struct trainer *t)
 {
     int ranks_here = 1;
+    t->training = true;
     TRY(open_mesh(t));
     TRY(count_local_ranks(t->world, &ranks_here));
     TRY(comm_agree(t->world, metrics_open(t->cfg->run.dir, t->world->rank == 0, &t->metrics)));
@@ -273,10 +302,10 @@ static status *open_all(struct trainer *t)
     if (!st)
         st = open_model(t, ranks_here);
     TRY(comm_agree(t->world, st));
+    TRY(open_zero(t));
     TRY(dry_runs(t));
     TRY(comm_agree(t->world, task_eval_open(t)));
-    params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
-    TRY(open_zero(t));
+    init_params(t);
     TRY(open_checkpoint(t, false));
     TRY(state_resume(t));
     TRY(init_weights(t));
@@ -353,6 +382,7 @@ status *trainer_close(struct trainer *t)
     status *st = t->ckpt ? tessera_close(t->ckpt) : NULL;
     tessera_state_free(t->state);
     tied_close(t->tied);
+    shards_close(t->ref_shards);
     zero_close(t->zero);
     task_eval_close(t);
     pipe_close(t->pipe);

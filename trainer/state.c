@@ -58,6 +58,47 @@ static struct tessera_tensor part_of(const char *part, const struct param *p)
     return d;
 }
 
+/* What ZeRO leaves this rank of p in `n` blocks (moments, parameters), which get names of their own: each run meets p
+ * in at most one piece. d: what is the same for all. */
+static status *add_runs(struct trainer *t, const struct param *p, struct tessera_tensor d, int n, float *const *block,
+                        const char *const *name)
+{
+    struct zero_moments z = zero_moments(t->zero);
+    uint64_t begin = p->offset, end = begin + box_volume(p->shape.ndim, &p->box), held = 0;
+    for (uint64_t r = 0; r < z.run_count; held += z.run[r].end - z.run[r].begin, r++) {
+        uint64_t lo = z.run[r].begin > begin ? z.run[r].begin : begin, hi = z.run[r].end < end ? z.run[r].end : end;
+        if (lo >= hi)
+            continue;
+        d.run_begin = lo - begin;
+        d.run_end = hi - begin;
+        for (int i = 0; i < n; i++) {
+            d.name = name[i];
+            d.data = block[i] + held + (lo - z.run[r].begin);
+            TRY(tessera_state_add_tensor(t->state, &d));
+        }
+    }
+    return NULL;
+}
+
+static status *add_moments(struct trainer *t, const struct param *p)
+{
+    struct zero_moments z = zero_moments(t->zero);
+    char m[PARAM_NAME_BYTES + 16], v[PARAM_NAME_BYTES + 16];
+    snprintf(m, sizeof m, "%s.exp_avg", p->name);
+    snprintf(v, sizeof v, "%s.exp_avg_sq", p->name);
+    struct tessera_tensor d = part_of("optim", p);
+    d.dtype = TESSERA_F32;
+    return add_runs(t, p, d, 2, (float *[]){ z.m, z.v }, (const char *[]){ m, v });
+}
+
+/* Parameters as this rank holds them: whole parts, or with ZeRO 3 runs of `own`. */
+static status *add_values(struct trainer *t, const struct param *p, struct tessera_tensor d, float *own)
+{
+    if (!own || p->alias >= 0)
+        return tessera_state_add_tensor(t->state, &d);
+    return add_runs(t, p, d, 1, &own, (const char *[]){ p->name });
+}
+
 static status *add_param(struct trainer *t, const struct params *ps, const struct param *p)
 {
     struct tessera_tensor d = part_of(home_of(p, false), p);
@@ -66,31 +107,8 @@ static status *add_param(struct trainer *t, const struct params *ps, const struc
         d.alias_of = ps->p[p->alias].name;
         d.data = NULL;
     }
-    return tessera_state_add_tensor(t->state, &d);
-}
-
-/* The parts of parameter p that the optimiser of this rank holds: each owned run meets it in at most one piece. */
-static status *add_moments(struct trainer *t, const struct param *p)
-{
-    struct zero_moments z = zero_moments(t->zero);
-    uint64_t begin = p->offset, end = begin + box_volume(p->shape.ndim, &p->box), held = 0;
-    for (uint64_t r = 0; r < z.run_count; held += z.run[r].end - z.run[r].begin, r++) {
-        uint64_t lo = z.run[r].begin > begin ? z.run[r].begin : begin, hi = z.run[r].end < end ? z.run[r].end : end;
-        if (lo >= hi)
-            continue;
-        for (int moment = 0; moment < 2; moment++) {
-            char name[PARAM_NAME_BYTES + 16];
-            snprintf(name, sizeof name, "%s.%s", p->name, moment ? "exp_avg_sq" : "exp_avg");
-            struct tessera_tensor d = part_of("optim", p);
-            d.name = name;
-            d.dtype = TESSERA_F32;
-            d.run_begin = lo - begin;
-            d.run_end = hi - begin;
-            d.data = (moment ? z.v : z.m) + held + (lo - z.run[r].begin);
-            TRY(tessera_state_add_tensor(t->state, &d));
-        }
-    }
-    return NULL;
+    struct shards *s = trainer_shards(t, t->model);
+    return add_values(t, p, d, s ? shards_own(s) : NULL);
 }
 
 static status *add_ref(struct trainer *t, const char *prefix, struct ref_logps *r)
@@ -125,7 +143,7 @@ static status *add_ref_model(struct trainer *t)
         if (ps->p[i].alias >= 0 || ps->p[i].away)
             continue;
         d.frozen = ps->p[i].frozen || t->cfg->algo.ref_sync_steps == 0;
-        TRY(tessera_state_add_tensor(t->state, &d));
+        TRY(add_values(t, &ps->p[i], d, t->ref_shards ? shards_own(t->ref_shards) : NULL));
     }
     return NULL;
 }
@@ -179,9 +197,13 @@ static status *put_blobs(struct trainer *t)
     return st;
 }
 
-uint32_t state_weights_crc(const struct trainer *t)
+status *state_weights_crc(struct trainer *t, uint32_t *crc)
 {
-    return crc32c(0, t->model->params.data, params_bytes(&t->model->params));
+    struct shards *s = trainer_shards(t, t->model);
+    if (s && shards_own(s))
+        return shards_crc(s, crc);
+    *crc = crc32c(0, t->model->params.data, params_bytes(&t->model->params));
+    return NULL;
 }
 
 static status *log_hashes(struct trainer *t)
@@ -189,8 +211,10 @@ static status *log_hashes(struct trainer *t)
     if (!t->cfg->checkpoint.state_hash)
         return NULL;
     struct state_hashes h;
+    uint32_t crc;
     TRY(state_hashes(t, &h));
-    metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
+    TRY(state_weights_crc(t, &crc));
+    metrics_integer(t->metrics, "weights_crc32c", crc);
     metrics_integer(t->metrics, "weights_hash", h.weights);
     metrics_integer(t->metrics, "moments_hash", h.moments);
     if (t->ref.rows)
@@ -425,6 +449,10 @@ static status *load_step(struct trainer *t, uint64_t step)
     TRY(comm_agree(t->world, shape_refs(t)));
     TRY(state_build(t));
     TRY(tessera_load(t->ckpt, t->state, step));
+    if (zero_shards(t->zero))
+        shards_changed(zero_shards(t->zero));
+    if (t->ref_shards)
+        shards_changed(t->ref_shards);
     return comm_agree(t->world, check_refs(t));
 }
 

@@ -36,39 +36,55 @@ static bool first_of_sharers(const struct trainer *t, const struct param *p)
     return p->alias < 0 && (!t->tp || t->tp->rank % p->share == 0);
 }
 
-static uint64_t own_weights(const struct trainer *t, const struct params *ps)
-{
-    uint64_t sum = 0;
-    for (int i = 0; t->dp->rank == 0 && i < ps->count; i++)
-        if (first_of_sharers(t, &ps->p[i]))
-            sum += hash_run(&ps->p[i], 0, 0, param_elems(&ps->p[i]), ps->p[i].value.data);
-    return sum;
-}
-
-static uint64_t own_moments(const struct trainer *t, const struct param *p)
+/* Parameter p's elements in the runs that ZeRO leaves this rank, of `block`. */
+static uint64_t hash_runs(const struct trainer *t, const struct param *p, uint64_t salt, const float *block)
 {
     struct zero_moments z = zero_moments(t->zero);
     uint64_t sum = 0, begin = p->offset, end = begin + param_elems(p);
-    const float *m = z.m, *v = z.v;
     for (uint64_t r = 0; r < z.run_count; r++) {
         uint64_t lo = z.run[r].begin > begin ? z.run[r].begin : begin, hi = z.run[r].end < end ? z.run[r].end : end;
         if (lo < hi)
-            sum += hash_run(p, 1, lo - begin, hi - begin, m + (lo - z.run[r].begin)) +
-                   hash_run(p, 2, lo - begin, hi - begin, v + (lo - z.run[r].begin));
-        m += z.run[r].end - z.run[r].begin;
-        v += z.run[r].end - z.run[r].begin;
+            sum += hash_run(p, salt, lo - begin, hi - begin, block + (lo - z.run[r].begin));
+        block += z.run[r].end - z.run[r].begin;
     }
+    return sum;
+}
+
+/* Of the ranks that hold the same runs, one adds them. */
+static bool first_replica(const struct trainer *t, bool cut)
+{
+    int64_t shards = !cut ? 1 : t->cfg->parallel.dp_shard ? t->cfg->parallel.dp_shard : t->dp->size;
+    return t->dp->rank < shards;
+}
+
+/* own: with ZeRO 3, what this rank holds of them. */
+static uint64_t own_weights(const struct trainer *t, const struct params *ps, const float *own)
+{
+    uint64_t sum = 0;
+    for (int i = 0; first_replica(t, own) && i < ps->count; i++) {
+        const struct param *p = &ps->p[i];
+        if (first_of_sharers(t, p))
+            sum += own ? hash_runs(t, p, 0, own) : hash_run(p, 0, 0, param_elems(p), p->value.data);
+    }
+    return sum;
+}
+
+static uint64_t own_moments(const struct trainer *t, const struct params *ps)
+{
+    struct zero_moments z = zero_moments(t->zero);
+    uint64_t sum = 0;
+    for (int i = 0; first_replica(t, t->cfg->parallel.zero) && i < ps->count; i++)
+        if (first_of_sharers(t, &ps->p[i]))
+            sum += hash_runs(t, &ps->p[i], 1, z.m) + hash_runs(t, &ps->p[i], 2, z.v);
     return sum;
 }
 
 status *state_hashes(struct trainer *t, struct state_hashes *out)
 {
     const struct params *ps = &t->model->params;
-    uint64_t hash[3] = { own_weights(t, ps), 0,
-                         t->ref_live && t->ref_model ? own_weights(t, &t->ref_model->params) : 0 };
-    for (int i = 0; i < ps->count && (t->cfg->parallel.zero || t->dp->rank == 0); i++)
-        if (first_of_sharers(t, &ps->p[i]))
-            hash[1] += own_moments(t, &ps->p[i]);
+    float *ref = t->ref_shards ? shards_own(t->ref_shards) : NULL;
+    uint64_t hash[3] = { own_weights(t, ps, zero_moments(t->zero).w), own_moments(t, ps),
+                         t->ref_live && t->ref_model ? own_weights(t, &t->ref_model->params, ref) : 0 };
     TRY(comm_allreduce(t->world, hash, 3, COMM_U64, COMM_SUM, NULL));
     *out = (struct state_hashes){ hash[0], hash[1], hash[2] };
     return NULL;

@@ -39,18 +39,36 @@ int trainer_phase_at(const struct trainer *t, uint64_t step)
 
 /* --- phases */
 
+/* The live reference's values, as far as this rank holds them: *n floats; *theta: those of the model beside them. */
+static float *reference_values(const struct trainer *t, float **theta, uint64_t *n)
+{
+    struct zero_moments z = zero_moments(t->zero);
+    *n = z.w ? z.elems : params_bytes(&t->model->params) / sizeof **theta;
+    *theta = z.w ? z.w : t->model->params.data;
+    return z.w ? shards_own(t->ref_shards) : t->ref_model->params.data;
+}
+
+static void reference_changed(struct trainer *t)
+{
+    t->ref_heldout_known = false;
+    if (t->ref_shards)
+        shards_changed(t->ref_shards);
+}
+
 /* The live reference: the weights as they are, or those without adapters, and room for what they make of held-out rows.
  */
 static status *copy_reference(struct trainer *t)
 {
-    const struct params *from = &t->model->params;
     status *st = t->heldout ? ref_logps_init(&t->ref_heldout, t->heldout) : NULL;
     TRY(comm_agree(t->world, st));
-    if (t->ref_model)
-        memcpy(t->ref_model->params.data, from->data, params_bytes(from));
+    if (t->ref_model) {
+        uint64_t n;
+        float *theta, *ref = reference_values(t, &theta, &n);
+        memcpy(ref, theta, n * sizeof *ref);
+    }
     TRY(tied_share(t->ref_model, t->pp));
     t->ref_live = true;
-    t->ref_heldout_known = false;
+    reference_changed(t);
     return NULL;
 }
 
@@ -127,13 +145,14 @@ static status *sync_reference(struct trainer *t)
     const struct algo_choice *c = &t->cfg->algo;
     if (!t->ref_live || !t->ref_model || !c->ref_sync_steps || t->optimiser_step % (uint64_t)c->ref_sync_steps)
         return NULL;
-    struct params *ref = &t->ref_model->params;
-    TRY(comm_agree(t->world, before_overwrite(t, ref->data, ref->total * sizeof *ref->data)));
-    const float *theta = t->model->params.data;
+    uint64_t n;
+    float *theta, *ref = reference_values(t, &theta, &n);
+    n = n > t->model->params.total ? t->model->params.total : n; /* what is frozen is the same in both */
+    TRY(comm_agree(t->world, before_overwrite(t, ref, n * sizeof *ref)));
     double a = c->ref_sync_alpha;
-    for (uint64_t i = 0; i < ref->total; i++)
-        ref->data[i] = (float)(a * (double)theta[i] + (1 - a) * (double)ref->data[i]);
-    t->ref_heldout_known = false;
+    for (uint64_t i = 0; i < n; i++)
+        ref[i] = (float)(a * (double)theta[i] + (1 - a) * (double)ref[i]);
+    reference_changed(t);
     return tied_share(t->ref_model, t->pp);
 }
 
@@ -147,7 +166,7 @@ static status *optimise(struct trainer *t, const struct phase *p, struct step_re
 {
     const struct optim_config *o = &t->cfg->optim;
     TRY(zero_reduce(t->zero, NULL));
-    TRY(tied_sum(t->tied));
+    TRY(tied_sum(t->tied, t->zero));
     TRY(zero_norm(t->zero, &r->norm));
     if (!isfinite(r->norm))
         return ERR(INVALID, "the gradient is not finite at step %" PRIu64 ": try a smaller optim.lr", t->step + 1);
@@ -295,13 +314,18 @@ static uint64_t sent_by(const struct comm *c)
     return c ? c->sent_bytes : 0;
 }
 
+static uint64_t dp_sent(const struct trainer *t)
+{
+    return zero_sent_bytes(t->zero) + tied_sent_bytes(t->tied);
+}
+
 static status *one_step(struct trainer *t)
 {
     uint64_t began = clock_ns();
     bool saving = t->save_started != UINT64_MAX;
-    struct step_result r = { .dp_sent = sent_by(t->dp), .tp_sent = sent_by(t->tp), .pp_sent = sent_by(t->pp) };
+    struct step_result r = { .dp_sent = dp_sent(t), .tp_sent = sent_by(t->tp), .pp_sent = sent_by(t->pp) };
     TRY(train_step(t, &r));
-    r.dp_sent = sent_by(t->dp) - r.dp_sent;
+    r.dp_sent = dp_sent(t) - r.dp_sent;
     r.tp_sent = sent_by(t->tp) - r.tp_sent;
     r.pp_sent = sent_by(t->pp) - r.pp_sent;
     r.seconds = ns_to_s(clock_ns() - began);
@@ -321,31 +345,51 @@ static status *one_step(struct trainer *t)
     return answer(t);
 }
 
-static void say_stopped(struct trainer *t)
+static status *say_stopped(struct trainer *t)
 {
     const char *why = t->stopped_by == ASK_STOP_SIGNAL ? "SIGTERM" : "train.max_seconds";
+    uint32_t crc;
+    TRY(state_weights_crc(t, &crc));
     metrics_begin(t->metrics, "stop", t->step);
     metrics_text(t->metrics, "by", why);
     metrics_integer(t->metrics, "saved_step", t->saved_step);
-    metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
+    metrics_integer(t->metrics, "weights_crc32c", crc);
     metrics_end(t->metrics);
     metrics_say(t->metrics, "stopped by %s at step %" PRIu64 ", saved; start again to go on", why, t->step);
+    return NULL;
 }
 
 static status *finish(struct trainer *t)
 {
     TRY(state_finish(t));
-    if (t->stopped_by) {
-        say_stopped(t);
-        return NULL;
-    }
+    if (t->stopped_by)
+        return say_stopped(t);
+    uint32_t crc;
+    TRY(state_weights_crc(t, &crc));
     metrics_begin(t->metrics, "end", t->step);
-    metrics_integer(t->metrics, "weights_crc32c", state_weights_crc(t));
+    metrics_integer(t->metrics, "weights_crc32c", crc);
     metrics_integer(t->metrics, "peak_rss_bytes", mem_peak_rss_bytes());
-    metrics_say(t->metrics, "done: step %" PRIu64 ", weights crc32c %08x, peak memory of rank 0 %.0f MiB", t->step,
-                state_weights_crc(t), (double)mem_peak_rss_bytes() / (1 << 20));
+    metrics_say(t->metrics, "done: step %" PRIu64 ", weights crc32c %08x, peak memory of rank 0 %.0f MiB", t->step, crc,
+                (double)mem_peak_rss_bytes() / (1 << 20));
     metrics_end(t->metrics);
     return NULL;
+}
+
+static void say_memory(struct trainer *t)
+{
+    struct zero_memory m = zero_memory(t->zero);
+    tied_memory(t->tied, &m);
+    double mib = 1 << 20;
+    metrics_integer(t->metrics, "parameter_bytes", m.parameters);
+    metrics_integer(t->metrics, "gradient_bytes", m.gradients);
+    metrics_integer(t->metrics, "optimizer_bytes", m.moments);
+    metrics_integer(t->metrics, "window_bytes", m.windows);
+    metrics_integer(t->metrics, "message_bytes", m.messages);
+    metrics_say(t->metrics,
+                "rank 0 holds %.1f MiB of parameters, %.1f of gradients, %.1f of optimiser state; %.1f of "
+                "windows, %.1f for messages",
+                (double)m.parameters / mib, (double)m.gradients / mib, (double)m.moments / mib, (double)m.windows / mib,
+                (double)m.messages / mib);
 }
 
 static void say_run(struct trainer *t)
@@ -365,6 +409,7 @@ static void say_run(struct trainer *t)
     metrics_text(t->metrics, "mesh", mesh);
     metrics_integer(t->metrics, "parameters", weights);
     metrics_integer(t->metrics, "trained_parameters", trained);
+    say_memory(t);
     metrics_end(t->metrics);
 }
 

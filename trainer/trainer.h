@@ -11,6 +11,7 @@
 #include "trainer/config.h"
 #include "trainer/metrics.h"
 #include "trainer/parallel/pipe.h"
+#include "trainer/parallel/shards.h"
 #include "trainer/parallel/tied.h"
 #include "trainer/parallel/zero.h"
 #include "trainer/when.h"
@@ -34,6 +35,7 @@ struct trainer {
     const struct log *log;
     struct mesh mesh;
     struct comm *dp, *tp, *pp; /* the ranks of this one's axes; tp, pp NULL: there is one */
+    bool training;             /* not an evaluation alone: those hold whole parameters, whatever parallel.zero says */
     struct device *device;
     struct workers *workers;
     struct metrics *metrics;
@@ -50,6 +52,7 @@ struct trainer {
     struct tied *tied; /* NULL: no weight whose uses are kept apart has a part here */
 
     struct ref_logps ref, ref_heldout; /* rows 0 until the main phase of an algorithm that needs them */
+    struct shards *ref_shards;         /* of ref_model, with ZeRO 3; else NULL */
     struct model *ref_model;           /* algo.reference: live: the copy, without gradients; else NULL */
     bool ref_live;               /* the reference is run at every step: ref_model (saved as part ref/model), or where
                                     that is NULL the model without its adapters; ref is empty */
@@ -108,6 +111,12 @@ status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struc
                      double sums[ALGO_METRICS]) WARN_UNUSED;
 /* From the last pipeline stage to all. Collective over pp. */
 status *passes_share(struct trainer *t, double *value, size_t count) WARN_UNUSED;
+/* What surrounds a pass where parameters or gradients are cut over ranks (shards.h). Collective over the
+ * ranks of a replica: who has no rows for a pass that others make calls trainer_idle_pass. */
+struct shards *trainer_shards(const struct trainer *t, const struct model *m); /* NULL: nothing is cut */
+void trainer_hooks(struct trainer *t, const struct model *m);                  /* the tape's, for a pass of m */
+status *trainer_begin_pass(struct trainer *t, const struct model *m, bool training) WARN_UNUSED;
+status *trainer_idle_pass(struct trainer *t, const struct model *m) WARN_UNUSED; /* forward only */
 
 /* evaluate.c */
 /* Sums of scored log-probabilities of every sequence of d under the weights of m: sums[rows * sequences], the same on
@@ -160,7 +169,8 @@ status *state_tick(struct trainer *t) WARN_UNUSED;
 /* The parameters alone, adapters too, of a step; of_ref: those of its live reference. Collective. */
 status *state_load_weights(struct trainer *t, uint64_t step, bool of_ref) WARN_UNUSED;
 status *state_finish(struct trainer *t) WARN_UNUSED; /* wait for the save in flight. Collective */
-uint32_t state_weights_crc(const struct trainer *t); /* of this rank's block of parameters */
+/* Of this rank's block of parameters, whole if ZeRO cuts it. Collective. */
+status *state_weights_crc(struct trainer *t, uint32_t *crc) WARN_UNUSED;
 /* state_hash.c: of all weights, AdamW's moments and a live reference's weights (else 0), the same on every mesh.
  * Collective. */
 struct state_hashes {

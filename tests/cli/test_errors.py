@@ -70,7 +70,7 @@ for name, old, new, words in (
     ("unknown section", "optim:", "optimiser:", ["optimiser", "optim"]),
     ("wrong type", "  global_batch: 8", "  global_batch: many", ["train.global_batch", "many", "integer"]),
     ("fraction for an integer", "  global_batch: 8", "  global_batch: 8.5", ["train.global_batch", "8.5"]),
-    ("out of range", "  zero: 1", "  zero: 3", ["parallel.zero", "3", "0 to 1"]),
+    ("out of range", "  zero: 1", "  zero: 4", ["parallel.zero", "4", "0 to 3"]),
     ("no such choice", "  schedule: cosine", "  schedule: cosin", ["optim.schedule", "cosin", "constant", "linear"]),
     ("no such size", "  bucket: 16384", "  bucket: 16 furlongs", ["parallel.bucket", "16 furlongs"]),
     ("no boolean", "  deterministic: true", "  deterministic: perhaps", ["train.deterministic", "perhaps"]),

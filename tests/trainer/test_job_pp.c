@@ -35,9 +35,8 @@ static status *count_in_flight(struct trainer *t)
     const struct config *c = t->cfg;
     int stages = (int)c->parallel.pp, stage = t->pp ? t->pp->rank : 0,
         most = c->parallel.schedule == PIPE_1F1B ? stages - stage : stages;
-    uint32_t k = (uint32_t)(c->train.global_batch / c->train.micro_batch), first, end;
-    zero_micro_batches(t->zero, k, &first, &end);
-    int want = (int)(end - first) < most ? (int)(end - first) : most;
+    uint32_t k = (uint32_t)(c->train.global_batch / c->train.micro_batch);
+    int here = (int)zero_passes(t->zero, k), want = here < most ? here : most;
     if (pipe_peak(t->pipe) != want)
         return ERR(INTERNAL, "stage %d of %d: %d micro-batches in flight, not %d", stage, stages, pipe_peak(t->pipe),
                    want);

@@ -171,7 +171,7 @@ static status *step(struct model *m, struct tape *t, const struct batch *b, stru
     zero_begin(z, 1);
     TRY(run_model(m, t, b, TAPE_TRAIN, &logp, &stats));
     keep(r, logp, &stats);
-    zero_added(z, 0);
+    TRY(zero_added(z, 0));
     return zero_reduce(z, &r->norm);
 }
 

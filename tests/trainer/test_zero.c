@@ -4,10 +4,13 @@
  * asserts. */
 #include "trainer/parallel/zero.h"
 
+#include "comm/base/bytes.h"
 #include "comm/base/mem.h"
 #include "comm/base/rng.h"
 #include "tests/support/comm_threads.h"
 #include "trainer/ops/kernels.h"
+#include "trainer/ops/ops.h"
+#include "trainer/parallel/shards.h"
 #include "trainer/parallel/treesum.h"
 
 #include <setjmp.h>
@@ -23,12 +26,13 @@ enum { BLOCKS = 13, TOTAL = BLOCKS * PARAM_ALIGN, STEPS = 3, MICRO = 40, PARAMS 
 static const struct {
     uint64_t rows, cols; /* cols 0: a vector */
     bool decay;
-    int alias;
+    int alias, block; /* block -1: in none */
 } param_rows[PARAMS] = {
-    { 60, 50, true, -1 }, { 1024, 0, false, -1 }, { 2, 1025, true, -1 },
-    { 60, 50, false, 0 }, /* shares the first one's memory; were it updated, it would be updated twice */
-    { 1, 0, false, -1 },  { 70, 70, true, -1 },
+    { 60, 50, true, -1, -1 }, { 1024, 0, false, -1, 0 }, { 2, 1025, true, -1, 1 },
+    { 60, 50, false, 0, -1 }, /* shares the first one's memory; were it updated, it would be updated twice */
+    { 1, 0, false, -1, 1 },   { 70, 70, true, -1, 2 },
 };
+enum { UNITS = 4 };
 
 #define EXPECT(cond, ...)                                                                                              \
     do {                                                                                                               \
@@ -85,6 +89,7 @@ static struct params *params_make(void)
         p->value = (struct tensor){ .ndim = p->shape.ndim, .dim = { (int64_t)rows, (int64_t)cols } };
         p->decay = param_rows[i].decay;
         p->alias = param_rows[i].alias;
+        p->block = param_rows[i].block;
         p->offset = p->alias >= 0 ? ps->p[p->alias].offset : ps->total;
         if (p->alias < 0)
             ps->total += (rows * (cols ? cols : 1) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
@@ -92,6 +97,8 @@ static struct params *params_make(void)
     assert_int_equal(ps->total, TOTAL);
     ps->data = mem_alloc(TOTAL * sizeof(float));
     ps->grad = mem_alloc(TOTAL * sizeof(float));
+    for (int i = 0; i < PARAMS; i++)
+        ps->p[i].value.data = ps->data + ps->p[i].offset;
     for (uint64_t e = 0; e < TOTAL; e++) {
         ps->data[e] = in_param(ps, e) ? draw(1000, 0, e) : 7;
         ps->grad[e] = 99; /* zero_begin clears it */
@@ -243,7 +250,8 @@ static struct expected *expect(struct zero_options o, uint32_t k, uint32_t ranks
 
 /* What the fence sees: the bytes must not have been overwritten yet. */
 struct watch {
-    const struct params *ps;
+    const float *values; /* what this rank holds of the parameters */
+    uint64_t value_elems;
     struct zero_moments mom;
     float data[TOTAL], m[TOTAL], v[TOTAL]; /* before the update */
     uint8_t data_seen[BLOCKS], m_seen[BLOCKS], v_seen[BLOCKS];
@@ -264,7 +272,7 @@ static void watch_range(struct watch *w, const float *block, const float *old, u
 static status *watch_fence(void *arg, const void *addr, size_t bytes)
 {
     struct watch *w = arg;
-    watch_range(w, w->ps->data, w->data, w->data_seen, TOTAL, addr, bytes);
+    watch_range(w, w->values, w->data, w->data_seen, w->value_elems, addr, bytes);
     watch_range(w, w->mom.m, w->m, w->m_seen, w->mom.elems, addr, bytes);
     watch_range(w, w->mom.v, w->v, w->v_seen, w->mom.elems, addr, bytes);
     return NULL;
@@ -272,8 +280,8 @@ static status *watch_fence(void *arg, const void *addr, size_t bytes)
 
 static void watch_start(struct watch *w, const struct params *ps, struct zero_moments mom)
 {
-    *w = (struct watch){ .ps = ps, .mom = mom };
-    memcpy(w->data, ps->data, sizeof w->data);
+    *w = (struct watch){ .values = mom.w ? mom.w : ps->data, .value_elems = mom.w ? mom.elems : TOTAL, .mom = mom };
+    memcpy(w->data, w->values, w->value_elems * sizeof(float));
     memcpy(w->m, mom.m, mom.elems * sizeof(float));
     memcpy(w->v, mom.v, mom.elems * sizeof(float));
 }
@@ -281,23 +289,75 @@ static void watch_start(struct watch *w, const struct params *ps, struct zero_mo
 static status *watch_check(const struct watch *w)
 {
     EXPECT(!w->bad, "the fence was called for bytes that had changed, or for a wrong range");
-    for (uint64_t b = 0; b < BLOCKS; b++)
+    for (uint64_t b = 0; b < w->value_elems / PARAM_ALIGN; b++)
         EXPECT(w->data_seen[b], "parameters of block %d were not announced", (int)b);
     for (uint64_t b = 0; b < w->mom.elems / PARAM_ALIGN; b++)
         EXPECT(w->m_seen[b] && w->v_seen[b], "moments of block %d were not announced", (int)b);
     return NULL;
 }
 
-static void run_micro_batches(struct zero *z, struct params *ps, uint32_t step, uint32_t k)
+static uint64_t elems_of_row(int i)
 {
-    uint32_t first, end;
-    zero_micro_batches(z, k, &first, &end);
-    zero_begin(z, k);
-    for (uint32_t i = first; i < end; i++) {
-        for (uint64_t e = 0; e < TOTAL; e++)
-            ps->grad[e] += gradient[step][i][e];
-        zero_added(z, i);
+    return param_rows[i].rows * (param_rows[i].cols ? param_rows[i].cols : 1);
+}
+
+/* What backward does in a window: adds to what is there. */
+static void add_gradients(struct params *ps, int unit, uint32_t step, uint32_t micro)
+{
+    for (int i = 0; i < PARAMS; i++)
+        for (uint64_t e = 0; ps->p[i].alias < 0 && ps->p[i].block + 1 == unit && e < elems_of_row(i); e++)
+            ps->p[i].value.grad[e] += gradient[step][micro][ps->p[i].offset + e];
+}
+
+/* Parameters of a unit, where tensors point, are those of step `step` - 1 (NULL: not compared). */
+static status *check_unit(const struct params *ps, int unit, const float *want)
+{
+    for (int i = 0; i < PARAMS; i++)
+        if (want && ps->p[i].block + 1 == unit)
+            EXPECT(same(ps->p[i].value.data, want + ps->p[i].offset, elems_of_row(i) * sizeof(float)),
+                   "unit %d has other parameters when it is used", unit);
+    return NULL;
+}
+
+/* A pass as tape and trainer make it. */
+static status *windowed_pass(struct zero *z, struct params *ps, uint32_t step, uint32_t micro, const float *data)
+{
+    struct shards *s = zero_shards(z);
+    const struct tape_blocks *h = shards_hooks(s);
+    TRY(shards_begin(s, true));
+    TRY(check_unit(ps, 0, data));
+    for (int i = 0; i < UNITS - 1; i++) {
+        TRY(h->enter(h->arg, i, false));
+        TRY(check_unit(ps, i + 1, data));
+        TRY(h->leave(h->arg, i, false));
     }
+    for (int i = UNITS - 1; i-- > 0;) {
+        TRY(h->enter(h->arg, i, true));
+        TRY(check_unit(ps, i + 1, data));
+        add_gradients(ps, i + 1, step, micro);
+        TRY(h->leave(h->arg, i, true));
+    }
+    add_gradients(ps, 0, step, micro);
+    return zero_added(z, micro);
+}
+
+/* data: what parameters shall be; NULL: anything. */
+static status *run_micro_batches(struct zero *z, struct params *ps, uint32_t step, uint32_t k, const float *data)
+{
+    uint32_t i;
+    zero_begin(z, k);
+    for (uint32_t pass = 0; pass < zero_passes(z, k); pass++) {
+        if (!zero_micro_batch(z, k, pass, &i)) {
+            TRY(zero_idle(z));
+        } else if (zero_shards(z)) {
+            TRY(windowed_pass(z, ps, step, i, data));
+        } else {
+            for (uint64_t e = 0; e < TOTAL; e++)
+                ps->grad[e] += gradient[step][i][e];
+            TRY(zero_added(z, i));
+        }
+    }
+    return NULL;
 }
 
 /* Compare what the moments' runs hold, and the gradients there, with the whole blocks of the definition. */
@@ -319,10 +379,35 @@ static status *check_runs(const struct zero_moments *mom, const float *grad, con
     return NULL;
 }
 
+/* Parameters after a step: of this rank's runs, and whole. */
+static status *check_values(struct zero *z, struct params *ps, const struct expected *x, uint32_t s)
+{
+    struct zero_moments mom = zero_moments(z);
+    uint64_t at = 0;
+    for (uint64_t i = 0; mom.w && i < mom.run_count; i++) {
+        uint64_t begin = mom.run[i].begin, n = mom.run[i].end - begin;
+        EXPECT(same(mom.w + at, x->at[s].data + begin, n * sizeof(float)), "step %u: parameters of run %d", s, (int)i);
+        at += n;
+    }
+    if (!mom.w)
+        EXPECT(same(ps->data, x->at[s].data, sizeof x->at[s].data), "step %u: parameters", s);
+    if (!mom.w)
+        return NULL;
+    uint32_t crc;
+    TRY(shards_crc(zero_shards(z), &crc));
+    EXPECT(crc == crc32c(0, x->at[s].data, sizeof x->at[s].data), "step %u: the whole has another checksum", s);
+    TRY(shards_hold(zero_shards(z)));
+    status *st = NULL;
+    for (int unit = 0; !st && unit < UNITS; unit++)
+        st = check_unit(ps, unit, x->at[s].data);
+    shards_release(zero_shards(z), s == 1);
+    return st;
+}
+
 static status *job_step(struct zero *z, struct params *ps, struct watch *w, const struct expected *x, uint32_t s)
 {
     double norm;
-    run_micro_batches(z, ps, s, x->k);
+    TRY(run_micro_batches(z, ps, s, x->k, s ? x->at[s - 1].data : NULL));
     TRY(zero_reduce(z, &norm));
     struct zero_moments mom = zero_moments(z);
     EXPECT(same(&norm, &x->at[s].norm, sizeof norm), "step %u: norm %.17g, not %.17g", s, norm, x->at[s].norm);
@@ -333,14 +418,15 @@ static status *job_step(struct zero *z, struct params *ps, struct watch *w, cons
     TRY(zero_update(z, &a, s ? watch_fence : NULL, w));
     if (s)
         TRY(watch_check(w));
-    EXPECT(same(ps->data, x->at[s].data, sizeof x->at[s].data), "step %u: parameters", s);
+    TRY(check_values(z, ps, x, s));
     if (x->o.stage == 0)
         EXPECT(same(ps->grad, x->at[s].grad, sizeof x->at[s].grad), "step %u: gathered gradients", s);
     return check_runs(&mom, NULL, x, s, true);
 }
 
-/* Stage 1: every block has one owner. Stage 0: everybody has all. Moments lie run after run and can be reset. */
-static status *check_tiling(struct comm *c, struct zero *z, int stage)
+/* Stage 1 and up: every block has one owner a replica. Stage 0: everybody has all. Moments lie run after run and can be
+ * reset. */
+static status *check_tiling(struct comm *c, struct zero *z, int owned)
 {
     struct zero_moments mom = zero_moments(z);
     int32_t owners[BLOCKS] = { 0 };
@@ -357,7 +443,7 @@ static status *check_tiling(struct comm *c, struct zero *z, int stage)
     EXPECT(elems == mom.elems, "the runs do not add up to the moments");
     TRY(comm_allreduce(c, owners, BLOCKS, COMM_I32, COMM_SUM, NULL));
     for (int b = 0; b < BLOCKS; b++)
-        EXPECT(owners[b] == (stage ? 1 : c->size), "block %d has %d owners", b, owners[b]);
+        EXPECT(owners[b] == owned, "block %d has %d owners", b, owners[b]);
     zero_reset_moments(z);
     for (uint64_t e = 0; e < elems; e++)
         EXPECT(mom.m[e] == 0 && mom.v[e] == 0, "a moment outlived its reset");
@@ -371,10 +457,16 @@ static status *job(struct comm *c, void *arg)
     struct watch *w = mem_alloc(sizeof *w);
     struct zero *z = NULL;
     status *st = zero_open(&x->o, ps, c, &z);
+    if (!st && x->o.stage == 3) { /* values from before; paddings too */
+        st = shards_hold(zero_shards(z));
+        if (!st)
+            memcpy(ps->p[0].value.data, ps->data, TOTAL * sizeof(float));
+        shards_release(zero_shards(z), true);
+    }
     for (uint32_t s = 0; !st && s < STEPS; s++)
         st = job_step(z, ps, w, x, s);
     if (!st)
-        st = check_tiling(c, z, x->o.stage);
+        st = check_tiling(c, z, !x->o.stage ? c->size : x->o.shards ? c->size / x->o.shards : 1);
     zero_close(z);
     mem_free(w);
     params_drop(ps);
@@ -385,12 +477,15 @@ static const uint64_t bucket_sizes[] = { PARAM_ALIGN, 3 * PARAM_ALIGN, 1 << 30 }
 
 static void run_jobs(struct expected *x, int dp)
 {
-    for (x->o.stage = 0; x->o.stage <= 1; x->o.stage++)
+    for (x->o.stage = 0; x->o.stage <= 3; x->o.stage++)
         for (size_t b = 0; b < 3; b++) {
             x->o.bucket_elems = bucket_sizes[b];
+            x->o.shards = x->o.deterministic && dp % 2 == 0 && b ? dp / 2 << (b - 1) : 0; /* dp / 2, dp */
+            if (!x->o.deterministic && x->o.stage > 1)
+                continue; /* another sum: see test_not_deterministic */
             status *st = comm_threads_run(dp, job, x);
-            expect_ok(status_wrap(st, "dp %d, stage %d, buckets of %llu, K = %u, %d lanes", dp, x->o.stage,
-                                  (unsigned long long)bucket_sizes[b], x->k, x->o.lanes));
+            expect_ok(status_wrap(st, "dp %d, %d shards, stage %d, buckets of %llu, K = %u, %d lanes", dp, x->o.shards,
+                                  x->o.stage, (unsigned long long)bucket_sizes[b], x->k, x->o.lanes));
         }
 }
 
@@ -430,6 +525,14 @@ static void test_not_deterministic(void **state)
             run_jobs(x, dp);
             mem_free(x);
         }
+    for (int shards = 1; shards <= 6; shards += shards == 3 ? 3 : 1) { /* a replica is a lane */
+        struct expected *x = expect((struct zero_options){ .lanes = 3 }, 13, 6 / (uint32_t)shards);
+        x->o.shards = shards;
+        x->o.bucket_elems = 3 * PARAM_ALIGN;
+        for (x->o.stage = 2; x->o.stage <= 3; x->o.stage++)
+            expect_ok(status_wrap(comm_threads_run(6, job, x), "%d shards, stage %d", shards, x->o.stage));
+        mem_free(x);
+    }
 }
 
 /* ---- AdamW, written again in double ---- */
@@ -461,6 +564,7 @@ static void test_adamw_in_double(void **state)
 
 /* ---- micro-batches and scalars ---- */
 
+/* Each micro-batch is one rank's; groups have runs of them, the ranks of a group neighbours. */
 static status *partition_job(struct comm *c, void *arg)
 {
     struct zero_options o = *(struct zero_options *)arg;
@@ -468,17 +572,21 @@ static status *partition_job(struct comm *c, void *arg)
     struct zero *z = NULL;
     status *st = zero_open(&o, ps, c, &z);
     for (uint32_t k = 0; !st && k <= 70; k++) {
-        uint32_t mine[2], all[2 * 8], at = 0, lanes = (uint32_t)(o.deterministic ? o.lanes : c->size);
-        zero_micro_batches(z, k, &mine[0], &mine[1]);
-        st = comm_allgather(c, mine, all, sizeof mine, NULL);
-        for (uint32_t r = 0; !st && r < (uint32_t)c->size; r++) {
-            uint32_t lane = (r + 1) * lanes / (uint32_t)c->size;
-            if (all[2 * r] != at || all[2 * r + 1] != lane * k / lanes)
-                st = ERR(INTERNAL, "K = %u: rank %u has [%u, %u) after %u", k, r, all[2 * r], all[2 * r + 1], at);
-            at = all[2 * r + 1];
-        }
-        if (!st && at != k)
-            st = ERR(INTERNAL, "K = %u: only %u are run", k, at);
+        int32_t runs[70] = { 0 }, wrong = 0;
+        uint32_t width = o.stage < 2 ? 1 : (uint32_t)(o.shards ? o.shards : c->size),
+                 groups = (uint32_t)c->size / width, group = (uint32_t)c->rank / width,
+                 lanes = o.deterministic ? (uint32_t)o.lanes : groups, i, lane = group * lanes / groups,
+                 last = (group + 1) * lanes / groups;
+        for (uint32_t pass = 0; pass < zero_passes(z, k); pass++)
+            if (zero_micro_batch(z, k, pass, &i)) {
+                runs[i]++;
+                wrong += i < lane * k / lanes || i >= last * k / lanes ||
+                         i != lane * k / lanes + pass * width + (uint32_t)c->rank % width;
+            }
+        st = comm_allreduce(c, runs, 70, COMM_I32, COMM_SUM, NULL);
+        for (i = 0; !st && i < 70; i++)
+            if (runs[i] != (i < k) || wrong)
+                st = ERR(INTERNAL, "K = %u: micro-batch %u is run %d times (%d out of place)", k, i, runs[i], wrong);
     }
     zero_close(z);
     params_drop(ps);
@@ -492,6 +600,9 @@ static void test_micro_batches(void **state)
         for (int dp = 1; dp <= 8; dp++) {
             struct zero_options o = { .deterministic = dp <= lanes, .lanes = lanes };
             expect_ok(comm_threads_run(dp, partition_job, &o));
+            struct zero_options cut = { .stage = 2 + dp % 2, .deterministic = true, .lanes = lanes };
+            cut.shards = dp % 2 || lanes < 2 ? dp : dp / 2;
+            expect_ok(comm_threads_run(dp, partition_job, &cut));
         }
 }
 
@@ -502,18 +613,19 @@ static double scalar(uint32_t k, uint32_t j)
 
 static status *scalar_job(struct comm *c, void *arg)
 {
-    (void)arg;
     struct params *ps = params_make();
-    struct zero_options o = { .stage = 1, .deterministic = true, .lanes = 8 };
+    struct zero_options o = { .stage = *(int *)arg, .deterministic = true, .lanes = 8 };
     struct zero *z = NULL;
     status *st = zero_open(&o, ps, c, &z);
     for (uint32_t k = 0; !st && k <= 13; k++)
         for (uint32_t width = 1; !st && width <= 4; width += 3) {
             double value[13 * 4], out[4];
-            uint32_t first, end;
-            zero_micro_batches(z, k, &first, &end);
+            uint32_t mine;
             for (uint32_t i = 0; i < k * width; i++) /* what others ran is not ours to know */
-                value[i] = i / width >= first && i / width < end ? scalar(i / width, i % width) : NAN;
+                value[i] = NAN;
+            for (uint32_t pass = 0; pass < zero_passes(z, k); pass++)
+                for (uint32_t j = 0; zero_micro_batch(z, k, pass, &mine) && j < width; j++)
+                    value[mine * width + j] = scalar(mine, j);
             st = zero_sum_scalars(z, value, k, width, out);
             for (uint32_t j = 0; !st && j < width; j++) {
                 double sum = 0;
@@ -531,8 +643,9 @@ static status *scalar_job(struct comm *c, void *arg)
 static void test_scalars(void **state)
 {
     (void)state;
-    for (int dp = 1; dp <= 8; dp++)
-        expect_ok(comm_threads_run(dp, scalar_job, NULL));
+    for (int stage = 1; stage <= 2; stage++)
+        for (int dp = 1; dp <= 8; dp++)
+            expect_ok(comm_threads_run(dp, scalar_job, &stage));
 }
 
 /* ---- no allocation, failures, options ---- */
@@ -540,7 +653,7 @@ static void test_scalars(void **state)
 static status *steady_step(struct zero *z, struct params *ps, uint32_t s)
 {
     double norm, value[2 * 13] = { 0 }, out[2];
-    run_micro_batches(z, ps, s, 13);
+    TRY(run_micro_batches(z, ps, s, 13, NULL));
     TRY(zero_reduce(z, &norm));
     struct adamw a = adamw_of(s, norm);
     TRY(zero_update(z, &a, NULL, NULL));
@@ -578,10 +691,11 @@ static void test_no_allocation(void **state)
 {
     (void)state;
     for (int dp = 1; dp <= 5; dp++)
-        for (int stage = 0; stage <= 1; stage++) {
+        for (int stage = 0; stage <= 3; stage++) {
             struct zero_options o = {
                 .stage = stage, .deterministic = true, .lanes = 8, .bucket_elems = 3 * PARAM_ALIGN
             };
+            o.shards = dp == 4 ? 2 : 0;
             expect_ok(comm_threads_run(dp, steady_job, &o));
         }
 }
@@ -596,15 +710,17 @@ static status *failing_fence(void *arg, const void *addr, size_t bytes)
 /* A fence that fails on one rank is that rank's error, and nobody hangs. */
 static status *failing_job(struct comm *c, void *arg)
 {
-    struct zero_options o = { .stage = *(int *)arg, .deterministic = true, .lanes = 8, .bucket_elems = PARAM_ALIGN };
+    struct zero_options o = {
+        .stage = *(int *)arg, .deterministic = true, .lanes = 8, .bucket_elems = 3 * PARAM_ALIGN
+    };
     struct params *ps = params_make();
     struct zero *z = NULL;
     double norm;
     int calls = 0;
     status *st = zero_open(&o, ps, c, &z);
     if (!st) {
-        run_micro_batches(z, ps, 0, 5);
-        st = zero_reduce(z, &norm);
+        st = run_micro_batches(z, ps, 0, 5, NULL);
+        st = st ? st : zero_reduce(z, &norm);
     }
     if (!st) {
         struct adamw a = adamw_of(0, norm);
@@ -624,7 +740,7 @@ static status *failing_job(struct comm *c, void *arg)
 static void test_failing_fence(void **state)
 {
     (void)state;
-    for (int stage = 0; stage <= 1; stage++)
+    for (int stage = 0; stage <= 3; stage++)
         expect_ok(comm_threads_run(3, failing_job, &stage));
 }
 
@@ -651,23 +767,30 @@ static status *open_job(struct comm *c, void *arg)
 static void test_options(void **state)
 {
     (void)state;
-    struct open_case good = { .o = { 1, true, 4, 0 } };
+    struct open_case good = { .o = { .stage = 1, .deterministic = true, .lanes = 4 } };
     expect_code(comm_threads_run(4, open_job, &good), ST_OK);
     expect_code(comm_threads_run(5, open_job, &good), ST_INVALID);
     const int lanes[] = { -8, 0, 3, 6, 128 };
     for (size_t i = 0; i < sizeof lanes / sizeof *lanes; i++) {
-        struct open_case t = { .o = { 0, true, lanes[i], 0 } };
+        struct open_case t = { .o = { .deterministic = true, .lanes = lanes[i] } };
         expect_code(comm_threads_run(1, open_job, &t), ST_INVALID);
         t.o.deterministic = false; /* lanes are not used then */
         expect_code(comm_threads_run(1, open_job, &t), ST_OK);
     }
-    struct open_case stages[] = { { .o = { 2, true, 8, 0 } }, { .o = { 3, true, 8, 0 } }, { .o = { -1, true, 8, 0 } } };
-    for (size_t i = 0; i < 3; i++) {
+    struct open_case wide = { .o = { .stage = 2, .deterministic = true, .lanes = 2, .shards = 2 } };
+    expect_code(comm_threads_run(4, open_job, &wide), ST_OK); /* a lane a replica will do */
+    expect_code(comm_threads_run(6, open_job, &wide), ST_INVALID);
+    struct open_case stages[] = { { .o = { .stage = 4, .lanes = 8 } }, { .o = { .stage = -1, .lanes = 8 } } };
+    for (size_t i = 0; i < 2; i++) {
         status *st = comm_threads_run(2, open_job, &stages[i]);
         assert_non_null(strstr(status_message(st), "stage"));
         expect_code(st, ST_UNSUPPORTED);
     }
-    struct open_case bucket = { .o = { 1, true, 8, PARAM_ALIGN + 1 } }, bare = { good.o, true };
+    struct open_case odd = { .o = { .stage = 3, .deterministic = true, .lanes = 8, .shards = 4 } };
+    status *st = comm_threads_run(6, open_job, &odd);
+    assert_non_null(strstr(status_message(st), "dp_shard: 4 does not divide 6 data-parallel ranks (legal: 1, 2, 3, 6"));
+    expect_code(st, ST_INVALID);
+    struct open_case bucket = { .o = { 1, true, 8, PARAM_ALIGN + 1, NULL, 0, 0 } }, bare = { good.o, true };
     expect_code(comm_threads_run(2, open_job, &bucket), ST_INVALID);
     expect_code(comm_threads_run(2, open_job, &bare), ST_INVALID);
 }

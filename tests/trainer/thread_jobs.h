@@ -38,11 +38,14 @@ static inline status *run_rank(struct comm *world, void *arg)
     if (!st && j->after)
         st = j->after(t);
     struct state_hashes hashes;
+    uint32_t crc = 0;
     if (!st)
         st = state_hashes(t, &hashes);
+    if (!st)
+        st = state_weights_crc(t, &crc);
     if (!st && world->rank == 0) {
         j->hashes = hashes;
-        j->weights = state_weights_crc(t);
+        j->weights = crc;
         j->resumed_from = t->resumed_from;
         j->saved = t->saved_step;
     }

@@ -112,6 +112,7 @@ static int add_matrix(struct params *ps, int w, const char *which, uint64_t rows
     const struct param *of = &ps->p[w];
     p->adapter = true;
     p->unit = of->unit;
+    p->block = of->block;
     p->cut[dim] = of->cut[dim];
     p->rule = of->rule;
     p->on_heads = of->cut[1 - dim] >= 0; /* whole, and seen by a part of the layer */

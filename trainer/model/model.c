@@ -34,7 +34,7 @@ static struct param *append(struct params *ps, const char *name)
         ps->cap = cap;
     }
     struct param *p = &ps->p[ps->count++];
-    *p = (struct param){ .alias = -1, .lora_a = -1, .lora_b = -1, .unit = ps->unit };
+    *p = (struct param){ .alias = -1, .block = -1, .lora_a = -1, .lora_b = -1, .unit = ps->unit };
     snprintf(p->name, sizeof p->name, "%s", name);
     for (int i = 0; i < LAYOUT_DIMS; i++)
         p->cut[i] = -1;
@@ -220,8 +220,9 @@ static void draw(const struct param *p, uint64_t seed, uint64_t first, uint64_t 
         x[e] = (float)((2 * rng_uniform(at, first + e) - 1) * (double)p->init_std);
 }
 
-static void init_one(const struct param *p, float *x, uint64_t seed)
+void param_init(struct param *p, uint64_t seed)
 {
+    float *x = p->value.data;
     if (p->shape.ndim == 1) {
         draw(p, seed, p->box.off[0], p->box.len[0], x);
         return;
@@ -234,7 +235,7 @@ void params_init(struct params *ps, uint64_t seed)
 {
     for (int i = 0; i < ps->count; i++)
         if (ps->p[i].alias < 0 && !ps->p[i].away)
-            init_one(&ps->p[i], ps->data + ps->p[i].offset, seed);
+            param_init(&ps->p[i], seed);
 }
 
 void params_free(struct params *ps)

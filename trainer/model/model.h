@@ -37,6 +37,7 @@ struct param {
     int alias;            /* index of the parameter whose memory this name shares (tied weights), or -1 */
     int cut[LAYOUT_DIMS]; /* mesh axis that cuts each dimension (MESH_TP; one dimension at most), or -1 */
     struct param_cut rule;
+    int block;          /* the block (op_block) that alone uses it, or -1 */
     bool on_heads;      /* whole, but applied to this rank's heads: its gradient is a part of the whole one's */
     bool linear;        /* the matrix of a linear layer: lora.h may adapt it */
     bool frozen;        /* does not train: no gradient, no optimiser state */
@@ -93,6 +94,7 @@ status *params_alloc(struct params *ps, bool with_grad) WARN_UNUSED;
 /* Fill with initial values: element e of a whole tensor is std * N(0,1) drawn at (seed, hash of name, e): the same on
  * every mesh. */
 void params_init(struct params *ps, uint64_t seed);
+void param_init(struct param *p, uint64_t seed); /* the same for one, where its tensor lies; paddings stay */
 void params_free(struct params *ps);
 struct param *params_find(const struct params *ps, const char *name);
 uint64_t params_unique_elems(const struct params *ps);  /* of whole tensors, without aliases */

@@ -161,7 +161,10 @@ static int add_in_layer(struct declaring *d, int64_t layer, const char *name, in
 {
     char full[PARAM_NAME_BYTES];
     snprintf(full, sizeof full, "model.layers.%lld.%s", (long long)layer, name);
-    return add(d, full, rows, cols, init, std, cut);
+    int index = add(d, full, rows, cols, init, std, cut);
+    if (index >= 0)
+        d->ps->p[index].block = (int)layer;
+    return index;
 }
 
 /* Projections back into the residual stream start smaller, by the number of additions to it (Radford et al. 2019,

@@ -4,6 +4,12 @@
  * and tape_end lets the arena hold it behind all that is kept, where backward needs it. */
 #include "trainer/ops/op.h"
 
+/* One end of a block's records on the tape, for tape_blocks. */
+struct end_record {
+    struct tape_record base;
+    int64_t index;
+};
+
 struct block_record {
     struct tape_record base;
     struct tensor *x, *y;
@@ -57,10 +63,58 @@ static struct tensor *twin_of(struct tape *t, const struct tensor *x)
     return t->error ? NULL : y;
 }
 
+/* False: the tape has failed. */
+static bool enter(struct tape *t, int64_t index, bool backward)
+{
+    status *st = t->blocks && runs(t) && !t->error ? t->blocks->enter(t->blocks->arg, index, backward) : NULL;
+    if (st)
+        tape_fail(t, st);
+    return !t->error;
+}
+
+static bool leave(struct tape *t, int64_t index, bool backward)
+{
+    status *st = t->blocks && runs(t) && !t->error ? t->blocks->leave(t->blocks->arg, index, backward) : NULL;
+    if (st)
+        tape_fail(t, st);
+    return !t->error;
+}
+
+static void first_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    if (WEIGHT_HALF(halves))
+        (void)leave(t, ((const struct end_record *)base)->index, true);
+}
+
+static void last_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    (void)halves;
+    (void)enter(t, ((const struct end_record *)base)->index, true);
+}
+
+static void mark_end(struct tape *t, int64_t index,
+                     void (*backward)(struct tape *, const struct tape_record *, unsigned))
+{
+    struct end_record *r = t->blocks && t->mode != TAPE_FORWARD ? record(t, sizeof *r, backward) : NULL;
+    if (r)
+        r->index = index;
+}
+
+/* A block whose activations are kept. */
+static struct tensor *run_kept(struct tape *t, block_fn *run, const void *arg, int64_t index, struct tensor *x)
+{
+    if (!enter(t, index, false))
+        return NULL;
+    mark_end(t, index, first_backward);
+    struct tensor *y = run(t, arg, index, x);
+    mark_end(t, index, last_backward);
+    return leave(t, index, false) ? y : NULL;
+}
+
 static void block_backward(struct tape *t, const struct tape_record *base, unsigned halves)
 {
     const struct block_record *r = (const void *)base;
-    if (t->error)
+    if (t->error || !enter(t, r->index, true))
         return;
     struct region region = open_region(t, TAPE_TRAIN);
     struct tensor *x = twin_of(t, r->x), *y = x ? r->run(t, r->arg, r->index, x) : NULL;
@@ -73,6 +127,8 @@ static void block_backward(struct tape *t, const struct tape_record *base, unsig
             t->kernels->axpy(t->workers, r->x->grad, x->grad, 1.0f, tensor_elems(x));
     }
     close_region(t, &region);
+    if (WEIGHT_HALF(halves))
+        (void)leave(t, r->index, true);
 }
 
 struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index, struct tensor *x)
@@ -80,12 +136,14 @@ struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t b
     if (!x)
         return missing(t, "op_block");
     if (!t->recompute)
-        return run(t, arg, index, x);
+        return run_kept(t, run, arg, index, x);
     struct tensor *y = make_like(t, x, true);
     void *own = take(t, 1, bytes);
     if (!y || !own)
         return NULL;
     memcpy(own, arg, bytes);
+    if (!enter(t, index, false))
+        return NULL;
     struct region region = open_region(t, runs(t) ? TAPE_FORWARD : TAPE_DRY);
     struct tensor *in = runs(t) ? x : twin_of(t, x), *out = in ? run(t, own, index, in) : NULL;
     if (out && !same_shape(out, x))
@@ -93,6 +151,7 @@ struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t b
     if (out && runs(t))
         memcpy(y->data, out->data, (size_t)tensor_elems(y) * sizeof(float));
     close_region(t, &region);
+    (void)leave(t, index, false);
     struct block_record *r = out && y->grad ? record(t, sizeof *r, block_backward) : NULL;
     if (r) {
         r->x = x;

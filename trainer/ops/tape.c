@@ -41,6 +41,11 @@ void tape_recompute(struct tape *t, bool blocks)
     t->recompute = blocks;
 }
 
+void tape_blocks(struct tape *t, const struct tape_blocks *b)
+{
+    t->blocks = b;
+}
+
 void tape_spread(struct tape *t, struct comm *tp, bool sequence)
 {
     t->tp = tp;

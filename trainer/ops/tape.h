@@ -68,6 +68,14 @@ struct tape_record {
     void (*backward)(struct tape *t, const struct tape_record *r, unsigned halves); /* adds into gradients */
 };
 
+/* Called around each block (op_block), in forward and again in backward: what a block's parameters need before it runs,
+ * and what becomes of their gradients. Not called in TAPE_DRY. An error becomes the tape's. */
+struct tape_blocks {
+    void *arg;
+    status *(*enter)(void *arg, int64_t block, bool backward);
+    status *(*leave)(void *arg, int64_t block, bool backward); /* backward: their gradients are all there */
+};
+
 struct tape {
     struct arena arena;
     struct workers *workers;       /* borrowed; may be NULL */
@@ -77,8 +85,9 @@ struct tape {
     struct rope_table *rope;  /* angles made since tape_begin, shared by all layers */
     status *error;            /* first error since tape_begin */
 
-    bool recompute;     /* tape_recompute */
-    size_t block_bytes; /* with it, the most that a block has taken since tape_begin */
+    bool recompute;                   /* tape_recompute */
+    const struct tape_blocks *blocks; /* tape_blocks; may be NULL */
+    size_t block_bytes;               /* with it, the most that a block has taken since tape_begin */
 
     struct comm *tp; /* tape_spread */
     bool sequence;
@@ -95,6 +104,8 @@ void tape_close(struct tape *t); /* NULL is fine */
 /* From now on blocks (op_block) keep their outputs only; backward runs each again. The same bits, for a second forward
  * pass and the memory of one block's activations instead of all. */
 void tape_recompute(struct tape *t, bool blocks);
+/* From now on call these around each block; borrowed; NULL: none. */
+void tape_blocks(struct tape *t, const struct tape_blocks *b);
 /* From now on weights may be cut (tensor.cut) over the ranks of tp, which all run the same passes; borrowed. sequence:
  * between blocks activations are cut by tokens. */
 void tape_spread(struct tape *t, struct comm *tp, bool sequence);

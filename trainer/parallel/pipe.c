@@ -150,11 +150,10 @@ static status *run_backward(struct pipe *p, uint32_t k, struct slot *s, unsigned
     TRY(tape_backward(s->tape, s->y, NULL, halves));
     if (input && s->x)
         TRY(send_gradient(p, s->x));
-    if (weight) {
-        w->added(w->arg, k);
-        p->live--;
-    }
-    return NULL;
+    if (!weight)
+        return NULL;
+    p->live--;
+    return w->added(w->arg, k);
 }
 
 status *pipe_train(struct pipe *p, uint32_t first, uint32_t end, const struct pipe_work *w)

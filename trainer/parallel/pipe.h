@@ -28,7 +28,7 @@ struct pipe_work {
     struct tensor *(*forward)(void *arg, struct tape *t, struct tensor *x);
     /* Last stage only, what forward has made of it; in training also d loss / d y, into y->grad. */
     void (*result)(void *arg, uint32_t k, struct tensor *y);
-    void (*added)(void *arg, uint32_t k); /* its gradients are in place */
+    status *(*added)(void *arg, uint32_t k); /* its gradients are in place */
     void *arg;
 };
 

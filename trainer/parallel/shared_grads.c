@@ -9,21 +9,20 @@
 
 /* Parameters that `share` neighbouring ranks hold. */
 struct sharers {
-    struct comm *comm; /* these ranks */
-    struct zero_run *run;
+    struct comm *comm;    /* these ranks */
+    struct zero_run *run; /* where in the gradients */
     uint64_t runs, elems;
     float *buffer, *room; /* [elems]; of ordered_allreduce */
 };
 
 struct shared_grads {
-    const struct params *p;
     int groups;
     struct sharers group[ORDERED_RANKS];
 };
 
 /* The parts of `run` that are gradients shared by `share` ranks; with out, listed. Returns how many. */
 static uint64_t find_runs(const struct params *p, int share, const struct zero_run *run, uint64_t runs,
-                          struct zero_run *out)
+                          const uint64_t *at, struct zero_run *out)
 {
     uint64_t n = 0;
     for (uint64_t r = 0; r < runs; r++)
@@ -33,9 +32,10 @@ static uint64_t find_runs(const struct params *p, int share, const struct zero_r
             if (!q->partial || q->share != share || q->alias >= 0 || q->away || begin >= run[r].end ||
                 end <= run[r].begin)
                 continue;
+            begin = begin > run[r].begin ? begin : run[r].begin;
+            end = end < run[r].end ? end : run[r].end;
             if (out)
-                out[n] = (struct zero_run){ begin > run[r].begin ? begin : run[r].begin,
-                                            end < run[r].end ? end : run[r].end };
+                out[n] = (struct zero_run){ at[r] + (begin - run[r].begin), at[r] + (end - run[r].begin) };
             n++;
         }
     return n;
@@ -50,14 +50,14 @@ static bool any_shared(const struct params *p, int share)
 }
 
 static status *open_group(struct sharers *g, const struct params *p, int share, const struct zero_run *run,
-                          uint64_t runs, struct comm *tp)
+                          const uint64_t *at, uint64_t runs, struct comm *tp)
 {
     TRY(comm_split(tp, tp->rank / share, tp->rank, &g->comm));
-    g->runs = find_runs(p, share, run, runs, NULL);
+    g->runs = find_runs(p, share, run, runs, at, NULL);
     g->run = mem_array(NULL, g->runs + 1, sizeof *g->run);
     if (!g->run)
         return ERR(NO_MEMORY, "%llu runs of shared gradients", (unsigned long long)g->runs);
-    find_runs(p, share, run, runs, g->run);
+    find_runs(p, share, run, runs, at, g->run);
     for (uint64_t i = 0; i < g->runs; i++)
         g->elems += g->run[i].end - g->run[i].begin;
     g->buffer = mem_array(NULL, g->elems + 1, sizeof *g->buffer);
@@ -65,12 +65,10 @@ static status *open_group(struct sharers *g, const struct params *p, int share, 
     return g->buffer && g->room ? NULL : ERR(NO_MEMORY, "sums of %llu shared gradients", (unsigned long long)g->elems);
 }
 
-status *shared_grads_open(const struct params *p, const struct zero_run *run, uint64_t runs, struct comm *tp,
-                          struct shared_grads **out)
+status *shared_grads_open(const struct params *p, const struct zero_run *run, const uint64_t *at, uint64_t runs,
+                          struct comm *tp, struct shared_grads **out)
 {
     struct shared_grads *s = mem_calloc(1, sizeof *s);
-    if (s)
-        s->p = p;
     if (!tp || tp->size == 1) {
         *out = s;
         return s ? NULL : ERR(NO_MEMORY, "shared gradients");
@@ -78,7 +76,7 @@ status *shared_grads_open(const struct params *p, const struct zero_run *run, ui
     status *st = comm_agree(tp, s ? NULL : ERR(NO_MEMORY, "shared gradients"));
     for (int share = 2; !st && share <= tp->size && s->groups < ORDERED_RANKS; share++)
         if (any_shared(p, share))
-            st = comm_agree(tp, open_group(&s->group[s->groups++], p, share, run, runs, tp));
+            st = comm_agree(tp, open_group(&s->group[s->groups++], p, share, run, at, runs, tp));
     if (st) {
         shared_grads_close(s);
         return st;
@@ -101,25 +99,25 @@ void shared_grads_close(struct shared_grads *s)
     mem_free(s);
 }
 
-/* Between the flat block and the buffer, run by run. */
-static void copy(const struct shared_grads *s, const struct sharers *g, bool to_buffer)
+/* Between the gradients and the buffer, run by run. */
+static void copy(float *grads, const struct sharers *g, bool to_buffer)
 {
     float *at = g->buffer;
     for (uint64_t i = 0; i < g->runs; i++) {
-        float *grad = s->p->grad + g->run[i].begin;
+        float *grad = grads + g->run[i].begin;
         size_t n = g->run[i].end - g->run[i].begin;
         memcpy(to_buffer ? at : grad, to_buffer ? grad : at, n * sizeof *at);
         at += n;
     }
 }
 
-status *shared_grads_sum(struct shared_grads *s)
+status *shared_grads_sum(struct shared_grads *s, float *grads)
 {
     for (int i = 0; i < s->groups; i++) {
         struct sharers *g = &s->group[i];
-        copy(s, g, true);
+        copy(grads, g, true);
         TRY(ordered_allreduce(g->comm, g->buffer, g->elems, g->room));
-        copy(s, g, false);
+        copy(grads, g, false);
     }
     return NULL;
 }

@@ -7,16 +7,17 @@
 
 #include "comm/comm.h"
 #include "trainer/model/model.h"
-#include "trainer/parallel/zero.h"
+#include "trainer/parallel/buckets.h"
 
 struct shared_grads;
 
-/* run[runs]: this rank's runs of the flat block, the same on all ranks of tp. tp NULL or of one rank: there is nothing
- * to sum. Takes all memory. Collective over tp; all but `run` are borrowed. */
-status *shared_grads_open(const struct params *p, const struct zero_run *run, uint64_t runs, struct comm *tp,
-                          struct shared_grads **out) WARN_UNUSED;
+/* run[runs]: this rank's runs of the flat block, the same on all ranks of tp; at[runs]: where in the gradients that are
+ * summed later each begins. tp NULL or of one rank: there is nothing
+ * to sum. Takes all memory. Collective over tp; p and tp are borrowed. */
+status *shared_grads_open(const struct params *p, const struct zero_run *run, const uint64_t *at, uint64_t runs,
+                          struct comm *tp, struct shared_grads **out) WARN_UNUSED;
 void shared_grads_close(struct shared_grads *s); /* NULL is fine; collective */
-/* Collective over tp. */
-status *shared_grads_sum(struct shared_grads *s) WARN_UNUSED;
+/* In place in `grads`. Collective over tp. */
+status *shared_grads_sum(struct shared_grads *s, float *grads) WARN_UNUSED;
 
 #endif

@@ -4,14 +4,17 @@
 
 #include "comm/agree.h"
 #include "comm/base/mem.h"
+#include "trainer/parallel/shards.h"
 
 enum { TIED_TAG = 2, SLICE_ELEMS = 1 << 20 };
 
 struct tied {
-    struct comm *pp;          /* NULL: one stage */
+    struct comm *dp, *pp;     /* pp NULL: one stage */
     struct zero *head;        /* the head's gradient; NULL: it is on another stage */
     float *from, *to, *slice; /* gradients of the head and of the embedding, NULL where they are not; room to receive */
     uint64_t elems;
+    uint64_t offset; /* of the embedding in the model's block */
+    bool cut;        /* ZeRO 2 and 3: a shard has its runs of both gradients, and adds these */
 };
 
 /* The alias that is the head's name, or NULL. */
@@ -36,6 +39,9 @@ static bool last_stage(const struct comm *pp)
 
 static status *open_part(struct tied *t, struct model *m, const struct param *target)
 {
+    t->offset = target->offset;
+    if (t->cut)
+        return NULL;
     t->elems = last_stage(t->pp) ? param_elems(m->tied.p) : param_elems(target);
     t->from = last_stage(t->pp) ? m->tied.grad : NULL;
     t->to = first_stage(t->pp) ? target->value.grad : NULL;
@@ -53,17 +59,21 @@ status *tied_open(const struct zero_options *o, struct model *m, struct comm *dp
     struct tied *t = part ? mem_calloc(1, sizeof *t) : NULL;
     status *st = part && !t ? ERR(NO_MEMORY, "a tied weight") : NULL;
     if (t) {
+        t->dp = dp;
         t->pp = pp;
+        t->cut = o->stage >= 2;
         st = open_part(t, m, &m->params.p[name->alias]);
     }
     st = comm_agree(dp, st);
-    if (!st && t && t->from) {
+    if (!st && t && (t->from || t->cut)) {
         struct zero_options sums = *o;
-        sums.stage = 0;
+        sums.stage = t->cut ? 2 : 0;
         sums.sums_only = true;
         sums.tp = sums.pp = NULL; /* no part of it is on two tensor-parallel ranks */
         st = zero_open(&sums, &m->tied, dp, &t->head);
     }
+    if (!st && t && t->cut) /* it has its window now */
+        m->params.p[name - m->params.p].value.grad = m->tied.p->value.grad;
     if (pp)
         st = comm_agree(pp, st);
     if (st) {
@@ -89,10 +99,35 @@ void tied_begin(struct tied *t, uint32_t k)
         zero_begin(t->head, k);
 }
 
-void tied_added(struct tied *t, uint32_t micro_batch)
+void tied_begin_pass(struct tied *t)
 {
-    if (t && t->head)
-        zero_added(t->head, micro_batch);
+    if (t && t->cut)
+        shards_clear(zero_shards(t->head));
+}
+
+status *tied_added(struct tied *t, uint32_t micro_batch)
+{
+    return t && t->head ? zero_added(t->head, micro_batch) : NULL;
+}
+
+status *tied_idle(struct tied *t)
+{
+    return t && t->head ? zero_idle(t->head) : NULL;
+}
+
+uint64_t tied_sent_bytes(const struct tied *t)
+{
+    return t && t->head ? zero_sent_bytes(t->head) - t->dp->sent_bytes : 0;
+}
+
+void tied_memory(const struct tied *t, struct zero_memory *m)
+{
+    if (!t || !t->head)
+        return;
+    struct zero_memory head = zero_memory(t->head);
+    m->gradients += head.gradients;
+    m->windows += head.windows;
+    m->messages += head.messages;
 }
 
 static void add(float *to, const float *from, uint64_t n)
@@ -101,10 +136,15 @@ static void add(float *to, const float *from, uint64_t n)
         to[i] += from[i];
 }
 
-status *tied_sum(struct tied *t)
+status *tied_sum(struct tied *t, struct zero *z)
 {
     if (!t)
         return NULL;
+    if (t->cut) {
+        TRY(zero_reduce(t->head, NULL));
+        zero_add(z, t->head, t->offset);
+        return NULL;
+    }
     if (t->head) {
         TRY(zero_reduce(t->head, NULL));
         TRY(zero_gather(t->head));

@@ -17,11 +17,16 @@ status *tied_open(const struct zero_options *o, struct model *m, struct comm *dp
                   struct tied **out) WARN_UNUSED;
 void tied_close(struct tied *t); /* NULL is fine, as in all that follow */
 
-/* Beside zero_begin and zero_added. */
+/* Beside zero_begin, shards_begin (training), zero_added and zero_idle. */
 void tied_begin(struct tied *t, uint32_t k);
-void tied_added(struct tied *t, uint32_t micro_batch);
-/* After zero_reduce without norm: the embedding's gradient becomes the sum of both uses. Collective over dp and pp. */
-status *tied_sum(struct tied *t) WARN_UNUSED;
+void tied_begin_pass(struct tied *t);
+status *tied_added(struct tied *t, uint32_t micro_batch) WARN_UNUSED;
+status *tied_idle(struct tied *t) WARN_UNUSED;
+/* After zero_reduce of z, the model's, without norm: the embedding's gradient becomes the sum of both uses. Collective
+ * over dp and pp. */
+status *tied_sum(struct tied *t, struct zero *z) WARN_UNUSED;
+uint64_t tied_sent_bytes(const struct tied *t);                /* zero_sent_bytes, without those of dp itself */
+void tied_memory(const struct tied *t, struct zero_memory *m); /* adds to it what is held for the head's gradient */
 
 /* After the first stage's values have changed: give them to the last stage. Collective over pp; NULL, or a model
  * without a tied weight: nothing to do. */

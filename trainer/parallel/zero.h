@@ -1,76 +1,97 @@
-/* zero: data parallelism with ZeRO 0 and 1, and sums that do not depend on the number of ranks.
+/* zero: data parallelism with ZeRO 0 to 3, and sums that do not depend on the number of ranks.
  *
- * The flat block of parameters (model.h) is cut into buckets of a fixed size; each bucket is cut over the dp ranks at
- * multiples of 1,024 elements. A rank owns those runs: it sums their gradients, and with stage 1 keeps AdamW's moments
- * of them only (irregular pieces).
+ * The flat block of parameters (model.h) is cut into buckets, and those over the shards of dp = replicas x shards ranks
+ * (buckets.h). A shard's runs are what its moments (stage 1), gradients (2) and parameters (3) are kept of; stage 0
+ * keeps all of everything. Stages 2 and 3 work in windows of two blocks (shards.h).
  *
- * A step has K micro-batches in L lanes: lane l adds micro-batches [l K / L, (l + 1) K / L) in order, rank r has lanes
- * [r L / dp, (r + 1) L / dp). Lane sums combine pairwise up a fixed binary tree over lane numbers; a rank sends the
- * largest aligned nodes inside its run of lanes, and the owner of a run finishes the same tree; an empty node is
- * skipped, never added as zero. So gradients, losses and weights are bitwise equal for every dp <= L, ZeRO stage and
- * thread count. deterministic off: a rank has one lane, and the owner adds ranks in order. */
+ * A step has K micro-batches in L lanes: lane l adds the gradients of micro-batches [l K / L, (l + 1) K / L), each
+ * summed from zero, in order. Lane sums combine pairwise up a fixed binary tree over lane numbers; an empty node is
+ * skipped, never added as zero. So gradients, losses and weights are bitwise equal for every dp <= L, ZeRO stage,
+ * dp_shard and thread count.
+ *
+ * A group is what adds up gradients alone: with stages 0 and 1 a rank, with 2 and 3 a replica. Group g of G has lanes
+ * [g L / G, (g + 1) L / G). A group of one rank runs its micro-batches one after another; a replica of S shards S at a
+ * time, neighbours beside each other, and each shard takes all S gradients of its runs in order of micro-batches.
+ * Groups send the largest aligned nodes inside their lanes at the end of the step, and the owner of a part finishes the
+ * tree. deterministic off: a group has one lane, and groups are added in order. */
 #ifndef TESSERA_TRAINER_PARALLEL_ZERO_H
 #define TESSERA_TRAINER_PARALLEL_ZERO_H
 
 #include "comm/comm.h"
 #include "trainer/model/model.h"
+#include "trainer/parallel/buckets.h"
+
+struct shards;
 
 struct zero_options {
-    int stage; /* 0 or 1; others UNSUPPORTED by name */
+    int stage; /* 0 to 3 */
     bool deterministic;
-    int lanes;             /* deterministic: a power of two, 1..64; INVALID if below dp */
-    uint64_t bucket_elems; /* multiple of PARAM_ALIGN; 0: 4 Mi */
-    struct comm *tp;       /* ranks that hold the other parts of the parameters; NULL: none. Borrowed */
-    struct comm *pp;       /* ranks that hold the other stages' parameters, in their order; NULL: none. Borrowed */
-    bool sums_only;        /* no update: no moments, values are not looked at (tied.h) */
-};
-
-/* A run of the flat block that this rank owns; buckets in order. */
-struct zero_run {
-    uint64_t begin, end;
+    int lanes;              /* deterministic: a power of two, 1..64; INVALID if there are more groups */
+    uint64_t bucket_elems;  /* multiple of PARAM_ALIGN; 0: 4 Mi */
+    struct comm *tp;        /* ranks that hold the other parts of the parameters; NULL: none. Borrowed */
+    struct comm *pp;        /* ranks that hold the other stages' parameters, in their order; NULL: none. Borrowed */
+    bool sums_only;         /* no update: no moments, values are not looked at (tied.h) */
+    int shards;             /* 0: dp; INVALID if it does not divide dp */
+    uint32_t micro_batches; /* a step has at most so many, 0: any number. If no lane has two, a buffer is saved */
 };
 
 struct zero; /* opaque but for the moments */
 struct zero_moments {
-    float *m, *v; /* stage 0: [params.total]; stage 1: the owned runs one after another */
+    float *m, *v; /* stage 0: [params.total]; else the shard's runs one after another */
+    float *w;     /* stage 3: the parameters of the same runs; else NULL: they are where their tensors are */
     uint64_t elems;
     const struct zero_run
-        *run; /* what m and v hold, in flat-block elements, in order: stage 0: one run, the whole block */
+        *run; /* what m, v and w hold, in flat-block elements, in order: stage 0: one run, the whole block */
     uint64_t run_count;
 };
 
-/* Collective over dp, tp and pp. params must have gradients; both are borrowed. All memory is taken here. */
+/* Collective over dp, tp and pp. With stages 0 and 1 params must have values and gradients, with 2 values; else they
+ * get their memory here, and tensors point into it until zero_close. Both are borrowed. All memory is taken here. */
 status *zero_open(const struct zero_options *o, struct params *p, struct comm *dp, struct zero **out) WARN_UNUSED;
-void zero_close(struct zero *z); /* NULL is fine */
+void zero_close(struct zero *z); /* NULL is fine; collective */
 struct zero_moments zero_moments(struct zero *z);
-void zero_reset_moments(struct zero *z); /* to zero: the optimiser restarts */
+void zero_reset_moments(struct zero *z);          /* to zero: the optimiser restarts */
+struct shards *zero_shards(const struct zero *z); /* stages 2 and 3; else NULL */
+uint64_t zero_sent_bytes(const struct zero *z);   /* comm.sent_bytes of dp and all that it was split into */
+/* What a rank holds, in bytes. */
+struct zero_memory {
+    uint64_t parameters, gradients, moments;
+    uint64_t windows, messages; /* whole units at work (stages 2 and 3); other ranks' gradients while they are added */
+};
+struct zero_memory zero_memory(const struct zero *z);
 
-/* Which of K micro-batches this rank runs: [*first, *end), possibly empty; in order. */
-void zero_micro_batches(const struct zero *z, uint32_t k, uint32_t *first, uint32_t *end);
+/* How many passes this rank makes in a step of K micro-batches, and the micro-batch of a pass: false: none, the others
+ * of its replica have one. */
+uint32_t zero_passes(const struct zero *z, uint32_t k);
+bool zero_micro_batch(const struct zero *z, uint32_t k, uint32_t pass, uint32_t *micro_batch);
 
-/* A step: zero_begin; for each own micro-batch i in order: backward into params.grad, zero_added(i); zero_reduce;
- * zero_update. */
+/* A step: zero_begin; for each pass: forward and backward between shards_begin and shards_end if there are shards, and
+ * zero_added, or zero_idle; zero_reduce; zero_update. With stages 0 and 1 backward adds into params.grad. */
 void zero_begin(struct zero *z, uint32_t k); /* clears gradients */
-void zero_added(struct zero *z,
-                uint32_t micro_batch); /* params.grad now also holds this micro-batch; closes lanes as they fill */
+/* This pass's gradients are there. Stages 2 and 3: collective over the replica's shards. */
+status *zero_added(struct zero *z, uint32_t micro_batch) WARN_UNUSED;
+status *zero_idle(struct zero *z) WARN_UNUSED; /* a pass without micro-batch. Collective over the replica's shards */
 /* Sum gradients over all ranks, and over those of tp where several hold summands (shared_grads.h); each rank then has
- * its owned runs. *norm = global L2 norm of the whole model: f64 sums of squares of aligned 1,024-element blocks up a
+ * its shard's runs. *norm = global L2 norm of the whole model: f64 sums of squares of aligned 1,024-element blocks up a
  * dyadic tree over the blocks of all pipeline stages, the same bits on any dp and pp; over tp in order of ranks, what
  * several hold once. norm NULL: no norm. Collective over dp and tp, with a norm over pp too. */
 status *zero_reduce(struct zero *z, double *norm) WARN_UNUSED;
-/* The norm alone, of what zero_reduce has left in the owned runs. Collective over dp, tp and pp. */
+/* The norm alone, of what zero_reduce has left in the shard's runs. Collective over dp, tp and pp. */
 status *zero_norm(struct zero *z, double *norm) WARN_UNUSED;
-/* After zero_reduce: every rank's owned runs of the gradients to every rank. Collective over dp. */
+/* Stages 0 and 1, after zero_reduce: every rank's runs of the gradients to every rank. Collective over dp. */
 status *zero_gather(struct zero *z) WARN_UNUSED;
+/* Stages 2 and 3, after zero_reduce of both: add the sums of `from`, which is of one parameter, to those of z's
+ * parameter of unit 0 at `offset`. */
+void zero_add(struct zero *z, const struct zero *from, uint64_t offset);
 
 struct adamw {
     double lr, beta1, beta2, eps, weight_decay, grad_scale;
     uint64_t step; /* 1 for the first update: bias correction */
 };
-/* AdamW on the owned runs (stage 0: after all-gathering gradients, everything), weight decay by each parameter's mask,
- * then all-gather parameters (stage 1). `fence` (may be NULL) is called before bytes [addr, addr + n) of parameters or
- * moments are overwritten; every rank calls it first for the same bytes. Its error is returned after the collectives;
- * parameters and moments are then of no use. Collective. */
+/* AdamW on the shard's runs (stage 0: after all-gathering gradients, everything), weight decay by each parameter's
+ * mask, then all-gather parameters (stages 1 and 2). `fence` (may be NULL) is called before bytes [addr, addr + n) of
+ * parameters or moments are overwritten; every rank calls it first for the same bytes. Its error is returned after the
+ * collectives; parameters and moments are then of no use. Collective. */
 status *zero_update(struct zero *z, const struct adamw *a, status *(*fence)(void *arg, const void *addr, size_t bytes),
                     void *arg) WARN_UNUSED;
 

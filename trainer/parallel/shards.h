@@ -1,0 +1,63 @@
+/* shards: parameters (ZeRO 3) and gradients (ZeRO 2 and 3) that a rank keeps its shard's runs of only, and windows in
+ * which the whole ones of a few units at a time appear.
+ *
+ * A window is memory of a fixed place: one for unit 0 (what is used outside of the model's blocks), and two that blocks
+ * share in turn, even and odd ones. Tensors point into their unit's window for good. So a pass goes
+ *
+ *     shards_begin(s, training);                           // unit 0 is gathered
+ *     forward (tape_blocks(tape, shards_hooks(s)))         // block i is gathered before it runs, block i + 1 meanwhile
+ *     tape_backward                                        // the same in reverse; a block's gradients are handed to
+ *     shards_end(s);                                       // `collect` when it is done, unit 0's here
+ *
+ * Gathers are exchanges among the shards of a replica, so all of them make the same passes; who has nothing to compute
+ * calls shards_idle. What a window holds stays good until the parameters change (shards_changed). No allocation after
+ * shards_open, but for shards_hold. */
+#ifndef TESSERA_TRAINER_PARALLEL_SHARDS_H
+#define TESSERA_TRAINER_PARALLEL_SHARDS_H
+
+#include "comm/comm.h"
+#include "trainer/parallel/buckets.h"
+
+struct shards_options {
+    bool data, grad;       /* what is cut: parameters, gradients; at least one. data false: they have their memory */
+    uint64_t bucket_elems; /* most elements of a bucket */
+    int shards;            /* of a replica; divides dp */
+};
+
+struct shards; /* opaque */
+
+/* Points the tensors of p into windows. Borrows p and dp. All memory is taken here. Collective over dp. */
+status *shards_open(const struct shards_options *o, struct params *p, struct comm *dp, struct shards **out) WARN_UNUSED;
+void shards_close(struct shards *s); /* NULL is fine */
+const struct buckets *shards_buckets(const struct shards *s);
+/* The ranks of this replica, in order of shards. */
+struct comm *shards_comm(const struct shards *s);
+/* This shard's parameters, bucket after bucket (bucket.own); NULL: they are whole. */
+float *shards_own(const struct shards *s);
+/* Bucket b's gradients in its unit's window. */
+float *shards_grad(const struct shards *s, uint64_t b);
+/* Bytes of windows. */
+uint64_t shards_window_bytes(const struct shards *s);
+
+/* Called when a unit's gradients of this pass are all in its window: from then on until the next call they stay. */
+void shards_collect(struct shards *s, status *(*collect)(void *arg, int unit), void *arg);
+
+/* Each collective over the replica's shards. */
+status *shards_begin(struct shards *s, bool training) WARN_UNUSED;
+void shards_clear(struct shards *s); /* of shards_begin in training, what clears unit 0's gradients. Not collective */
+const struct tape_blocks *shards_hooks(struct shards *s);
+status *shards_end(struct shards *s) WARN_UNUSED;
+status *shards_idle(struct shards *s, bool training) WARN_UNUSED; /* a whole pass without computing anything */
+/* The shards' parameters have changed. Not between shards_begin and shards_end. */
+void shards_changed(struct shards *s);
+
+/* Initial values (params_init), unit by unit. Not collective. */
+void shards_init(struct shards *s, uint64_t seed);
+/* CRC-32C of the whole block, bucket by bucket. */
+status *shards_crc(struct shards *s, uint32_t *crc) WARN_UNUSED;
+/* Memory for all parameters, gathered, for work that is not done block by block; tensors point there until
+ * shards_release; keep: what was written there becomes the shards' parameters. Collective, but shards_release. */
+status *shards_hold(struct shards *s) WARN_UNUSED;
+void shards_release(struct shards *s, bool keep);
+
+#endif

@@ -1,0 +1,418 @@
+/* zero_sum: gradients of micro-batches become sums over all ranks, and their norm. See zero_impl.h. */
+#include "comm/base/mem.h"
+#include "trainer/ops/kernels.h"
+#include "trainer/parallel/shared_grads.h"
+#include "trainer/parallel/treesum.h"
+#include "trainer/parallel/zero_impl.h"
+
+#include <math.h>
+#include <string.h>
+
+/* ---- a group's own lanes ---- */
+
+static void add_to(float *sum, const float *x, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++)
+        sum[i] += x[i];
+}
+
+/* Append a node, of which elements [at, at + elems) are looked at, and combine it with the siblings before it, in the
+ * memory of the first. deterministic off: everything is combined, one after another. */
+static void push(const struct zero *z, struct grad_stack *s, struct grad_node n, uint64_t at, uint64_t elems)
+{
+    while (s->n) {
+        struct grad_node *left = &s->node[s->n - 1];
+        if (z->o.deterministic && !tree_siblings(left->level, left->index, n.level, n.index))
+            break;
+        if (left->value && n.value)
+            add_to(left->value + at, n.value + at, elems);
+        if (left->value)
+            n.value = left->value;
+        n.level++;
+        n.index /= 2;
+        s->n--;
+    }
+    CHECK(s->n < STACK_MAX, "more tree nodes than %d", STACK_MAX);
+    s->node[s->n++] = n;
+}
+
+/* A buffer that no sum lies in. */
+static float *free_buffer(const struct zero *z, const struct lane_sum *s)
+{
+    for (int i = 0; i < z->buffers; i++) {
+        bool used = s->open == z->buffer[i];
+        for (int n = 0; n < s->stack.n; n++)
+            used = used || s->stack.node[n].value == z->buffer[i];
+        if (!used)
+            return z->buffer[i];
+    }
+    CHECK(false, "%d gradient buffers are too few", z->buffers);
+}
+
+/* Close the lanes that have no micro-batch. */
+static void close_empty(const struct zero *z, struct lane_sum *s, uint64_t at, uint64_t n)
+{
+    uint32_t end = lane_of_group(z, z->group->rank + 1);
+    while (s->lane < end && first_of_lane(z, z->kk, s->lane) == first_of_lane(z, z->kk, s->lane + 1))
+        push(z, &s->stack, (struct grad_node){ 0, s->lane++, NULL }, at, n);
+}
+
+/* Add elements [at, at + n) of the field of micro-batch k's gradient, which is the next one of its group. keep: leaf is
+ * the whole field, and stays as it is until the sum is done. */
+static void add_leaf(const struct zero *z, struct lane_sum *s, uint32_t k, float *leaf, bool keep, uint64_t at,
+                     uint64_t n)
+{
+    float *sum = s->open; /* NULL: the leaf is all */
+    if (sum)
+        add_to(sum + at, leaf, n);
+    s->open = NULL;
+    bool closed = k + 1 == first_of_lane(z, z->kk, s->lane + 1);
+    struct grad_node node = { 0, s->lane, NULL };
+    while (closed && s->stack.n) {
+        struct grad_node *left = &s->stack.node[s->stack.n - 1];
+        if (!tree_siblings(left->level, left->index, node.level, node.index))
+            break;
+        s->stack.n--;
+        if (left->value) {
+            add_to(left->value + at, sum ? sum + at : leaf, n);
+            sum = left->value;
+        }
+        node.level++;
+        node.index /= 2;
+    }
+    if (!sum && keep) {
+        sum = leaf;
+    } else if (!sum) {
+        sum = free_buffer(z, s);
+        memcpy(sum + at, leaf, n * sizeof *sum);
+    }
+    if (!closed) {
+        s->open = sum;
+        return;
+    }
+    node.value = sum;
+    CHECK(s->stack.n < STACK_MAX, "more tree nodes than %d", STACK_MAX);
+    s->stack.node[s->stack.n++] = node;
+    s->lane++;
+    close_empty(z, s, at, n);
+}
+
+void zero_begin(struct zero *z, uint32_t k)
+{
+    CHECK(!z->o.micro_batches || k <= z->o.micro_batches, "%u micro-batches in a step of at most %u", k,
+          z->o.micro_batches);
+    z->kk = k;
+    z->pass = 0;
+    z->sum = (struct lane_sum){ .lane = lane_of_group(z, z->group->rank) };
+    close_empty(z, &z->sum, 0, 0);
+    z->after = z->sum;
+    if (!is_cut(z))
+        memset(z->p->grad, 0, z->p->total * sizeof(float));
+}
+
+/* ---- leaves come to their shards ---- */
+
+/* Messages of bucket b: slices of this rank's gradient to their shards, everybody's slices of this shard's run here. */
+static size_t leaf_messages(struct zero *z, uint64_t b)
+{
+    struct zero_run mine = own_run(z, b);
+    uint32_t k;
+    bool working = micro_batch_at(z, z->kk, z->pass, z->k->shard, &k);
+    float *grad = shards_grad(z->shards, b), *to = z->recv;
+    size_t n = 0;
+    for (int r = 0; r < z->k->shards; r++) {
+        struct zero_run theirs = bucket_run(z->k, b, r);
+        if (r == z->k->shard)
+            continue;
+        if (working)
+            z->xfer[n++] = (struct comm_xfer){ r, 1, true, grad + (theirs.begin - z->k->b[b].begin),
+                                               run_elems(theirs) * sizeof(float) };
+        if (micro_batch_at(z, z->kk, z->pass, r, &k)) {
+            z->xfer[n++] = (struct comm_xfer){ r, 1, false, to, run_elems(mine) * sizeof(float) };
+            to += run_elems(mine);
+        }
+    }
+    return n;
+}
+
+/* Add the leaves of the bucket that is on its way. */
+static status *finish_collecting(struct zero *z)
+{
+    if (!z->flying)
+        return NULL;
+    z->flying = false;
+    TRY(comm_wait(&z->req));
+    const struct bucket *b = &z->k->b[z->collected];
+    struct zero_run mine = own_run(z, z->collected);
+    struct lane_sum s = z->sum;
+    float *from = z->recv;
+    uint32_t k;
+    for (int r = 0; r < z->k->shards && micro_batch_at(z, z->kk, z->pass, r, &k); r++) {
+        bool me = r == z->k->shard;
+        float *leaf = me ? shards_grad(z->shards, z->collected) + (mine.begin - b->begin) : from;
+        add_leaf(z, &s, k, leaf, false, b->own, run_elems(mine));
+        from += me ? 0 : run_elems(mine);
+    }
+    z->after = s;
+    return NULL;
+}
+
+/* A unit's gradients are in its window: send them, bucket after bucket; the last one's travel while backward goes on.
+ */
+status *collect_unit(void *arg, int unit)
+{
+    struct zero *z = arg;
+    for (uint64_t b = 0; b < z->k->n; b++) {
+        if (z->k->b[b].unit != unit)
+            continue;
+        TRY(finish_collecting(z));
+        TRY(comm_iexchange(z->shard, z->xfer, leaf_messages(z, b), NULL, &z->req));
+        z->flying = true;
+        z->collected = b;
+    }
+    return NULL;
+}
+
+static status *end_pass(struct zero *z)
+{
+    TRY(shards_end(z->shards));
+    TRY(finish_collecting(z));
+    z->sum = z->after;
+    z->pass++;
+    return NULL;
+}
+
+status *zero_idle(struct zero *z)
+{
+    uint32_t k;
+    CHECK(is_cut(z) && !zero_micro_batch(z, z->kk, z->pass, &k), "there is a micro-batch to run");
+    TRY(shards_idle(z->shards, true));
+    TRY(finish_collecting(z));
+    z->sum = z->after;
+    z->pass++;
+    return NULL;
+}
+
+status *zero_added(struct zero *z, uint32_t micro_batch)
+{
+    uint32_t due;
+    CHECK(zero_micro_batch(z, z->kk, z->pass, &due) && due == micro_batch, "micro-batch %u came where %u was due",
+          micro_batch, due);
+    if (is_cut(z))
+        return end_pass(z);
+    bool last = ++z->pass == zero_passes(z, z->kk);
+    if (z->o.deterministic || last)
+        add_leaf(z, &z->sum, micro_batch, z->p->grad, last, 0, z->p->total);
+    if (z->o.deterministic && !last)
+        memset(z->p->grad, 0, z->p->total * sizeof(float));
+    return NULL;
+}
+
+/* ---- the sum over groups ---- */
+
+/* Start of a part's slice of `run`: own ones lie in the stack's memory, others in the receive buffer. */
+static float *own_slice(const struct zero *z, const struct part *t, uint64_t bucket, struct zero_run run)
+{
+    float *value = z->sum.stack.node[t->tag].value;
+    return value && run_elems(run) ? value + field_at(z, bucket, run.begin) : value;
+}
+
+/* Messages of one bucket: my nodes' slices to their owners, everybody's slices of my part to me. */
+static size_t reduce_messages(struct zero *z, uint64_t bucket)
+{
+    int me = z->group->rank;
+    struct zero_run mine = own_part(z, bucket);
+    float *to = z->recv;
+    size_t n = 0;
+    for (int i = 0; i < z->parts; i++) {
+        const struct part *t = &z->part[i];
+        if (part_empty(z, t))
+            continue;
+        if (t->group != me) {
+            z->xfer[n++] = (struct comm_xfer){ t->group, t->tag, false, to, run_elems(mine) * sizeof(float) };
+            to += run_elems(mine);
+            continue;
+        }
+        for (int g = 0; g < z->group->size; g++) {
+            struct zero_run theirs = group_part(z, bucket, g);
+            if (g != me)
+                z->xfer[n++] = (struct comm_xfer){ g, t->tag, true, own_slice(z, t, bucket, theirs),
+                                                   run_elems(theirs) * sizeof(float) };
+        }
+    }
+    return n;
+}
+
+/* Exchange one bucket and finish the tree in this rank's part of it. */
+static status *reduce_bucket(struct zero *z, uint64_t bucket)
+{
+    struct zero_run run = own_part(z, bucket);
+    TRY(comm_exchange(z->group, z->xfer, reduce_messages(z, bucket), NULL));
+    if (!run_elems(run))
+        return NULL;
+    struct grad_stack s = { 0 };
+    float *from = z->recv;
+    for (int i = 0; i < z->parts; i++) {
+        const struct part *t = &z->part[i];
+        struct grad_node n = { t->level, t->begin >> t->level, NULL };
+        if (t->group == z->group->rank) {
+            n.value = own_slice(z, t, bucket, run);
+        } else if (!part_empty(z, t)) {
+            n.value = from;
+            from += run_elems(run);
+        }
+        push(z, &s, n, 0, run_elems(run));
+    }
+    CHECK(s.n == 1, "the lanes of all groups are no whole tree");
+    float *sum = s.node[0].value, *to = field(z) + field_at(z, bucket, run.begin);
+    if (sum && sum != to)
+        memcpy(to, sum, run_elems(run) * sizeof(float));
+    if (!sum)
+        memset(to, 0, run_elems(run) * sizeof(float)); /* a step without micro-batches */
+    return NULL;
+}
+
+status *spread_bucket(struct zero *z, struct comm *c, uint64_t bucket, float *block, uint64_t origin,
+                      struct zero_run (*run_of)(const struct zero *, uint64_t, int))
+{
+    struct zero_run mine = run_of(z, bucket, c->rank);
+    size_t n = 0;
+    for (int r = 0; r < c->size; r++) {
+        struct zero_run theirs = run_of(z, bucket, r);
+        if (r == c->rank)
+            continue;
+        z->xfer[n++] = (struct comm_xfer){ r, 0, true, block + (mine.begin - origin), run_elems(mine) * sizeof(float) };
+        z->xfer[n++] =
+            (struct comm_xfer){ r, 0, false, block + (theirs.begin - origin), run_elems(theirs) * sizeof(float) };
+    }
+    return comm_exchange(c, z->xfer, n, NULL);
+}
+
+static struct zero_run part_of_replica(const struct zero *z, uint64_t bucket, int rep)
+{
+    return bucket_part(z->k, bucket, z->k->shard, rep);
+}
+
+/* Every replica needs the sums of its shard's runs. */
+static status *spread_over_replicas(struct zero *z)
+{
+    for (uint64_t b = 0; z->o.stage && z->rep->size > 1 && b < z->k->n; b++) {
+        struct zero_run run = own_run(z, b);
+        if (run_elems(run))
+            TRY(spread_bucket(z, z->rep, b, field(z) + field_at(z, b, run.begin), run.begin, part_of_replica));
+    }
+    return NULL;
+}
+
+/* ---- the norm ---- */
+
+_Static_assert((int)PARAM_ALIGN == (int)SUM_BLOCK, "a run of the norm's blocks is a run of the flat block");
+
+/* Does this rank count the parameter that lies at `at`? Of those that share it, the first one does. *i: of an earlier
+ * place, or 0. */
+static bool counts(const struct zero *z, uint64_t at, int *i)
+{
+    const struct param *p = z->p->p;
+    while (*i + 1 < z->p->count && (p[*i + 1].alias >= 0 || p[*i + 1].frozen || p[*i + 1].offset <= at))
+        ++*i;
+    int owner = *i;
+    while (owner > 0 && (p[owner].alias >= 0 || p[owner].frozen))
+        owner--;
+    return !z->o.tp || p[owner].share <= 1 || z->o.tp->rank % p[owner].share == 0;
+}
+
+/* Sums of squares of the aligned nodes of this rank's runs, bucket by bucket. */
+static void norm_nodes(const struct zero *z, double *out)
+{
+    int param = 0;
+    for (uint64_t b = 0; b < z->k->n; b++) {
+        struct zero_run run = own_part(z, b);
+        struct tree t = { 0 };
+        for (uint64_t at = run.begin; at < run.end; at += PARAM_ALIGN) {
+            double squares = 0;
+            if (counts(z, at, &param))
+                block_sums(NULL, field(z) + field_at(z, b, at), PARAM_ALIGN, true, &squares);
+            tree_push(&t, 0, z->first_block + at / PARAM_ALIGN, squares);
+        }
+        for (int i = 0; i < t.n; i++)
+            *out++ = t.node[i].value;
+    }
+}
+
+/* From the sum of this rank's part to the norm of the whole. */
+static status *tp_norm(struct zero *z, double squares, double *norm)
+{
+    if (z->o.tp) {
+        double mine = squares;
+        TRY(comm_allgather(z->o.tp, &mine, z->tp_norm, sizeof mine, NULL));
+        squares = 0;
+        for (int r = 0; r < z->o.tp->size; r++)
+            squares += z->tp_norm[r];
+    }
+    *norm = sqrt(squares);
+    return NULL;
+}
+
+/* Let *t, this stage's nodes, become those of all stages. */
+static status *pp_nodes(struct zero *z, struct tree *t)
+{
+    if (!z->o.pp)
+        return NULL;
+    struct tree mine = *t;
+    TRY(comm_allgather(z->o.pp, &mine, z->pp_norm, sizeof mine, NULL));
+    t->n = 0;
+    for (int s = 0; s < z->o.pp->size; s++)
+        for (int i = 0; i < z->pp_norm[s].n; i++) {
+            const struct tree_node *n = &z->pp_norm[s].node[i];
+            tree_push(t, n->level, n->index, n->value);
+        }
+    return NULL;
+}
+
+status *zero_norm(struct zero *z, double *norm)
+{
+    norm_nodes(z, z->norm + (uint64_t)z->dp->rank * z->norm_cap);
+    TRY(comm_allgather(z->dp, z->norm + (uint64_t)z->dp->rank * z->norm_cap, z->norm, z->norm_cap * sizeof(double),
+                       NULL));
+    struct tree t = { 0 };
+    memset(z->cursor, 0, (size_t)z->dp->size * sizeof *z->cursor);
+    for (uint64_t b = 0; b < z->k->n; b++)
+        for (int i = 0; i < z->dp->size; i++) { /* in order of place: shard by shard, each its replicas' parts */
+            int shard = i / z->k->reps, rep = i % z->k->reps, r = rep * z->k->shards + shard;
+            struct zero_run run = bucket_part(z->k, b, shard, rep);
+            uint64_t at = z->first_block + run.begin / PARAM_ALIGN, end = z->first_block + run.end / PARAM_ALIGN;
+            while (at < end) {
+                unsigned level = tree_level(at, end);
+                tree_push(&t, level, at >> level, z->norm[(uint64_t)r * z->norm_cap + z->cursor[r]++]);
+                at += (uint64_t)1 << level;
+            }
+        }
+    TRY(pp_nodes(z, &t));
+    return tp_norm(z, tree_total(&t), norm);
+}
+
+status *zero_reduce(struct zero *z, double *norm)
+{
+    CHECK(z->pass == zero_passes(z, z->kk), "%u of %u passes were run", z->pass, zero_passes(z, z->kk));
+    CHECK(z->sum.stack.n == z->own_parts, "%d nodes where %d are due", z->sum.stack.n, z->own_parts);
+    for (uint64_t b = 0; b < z->k->n; b++)
+        TRY(reduce_bucket(z, b));
+    TRY(shared_grads_sum(z->shared, field(z)));
+    TRY(spread_over_replicas(z));
+    return norm ? zero_norm(z, norm) : NULL;
+}
+
+void zero_add(struct zero *z, const struct zero *from, uint64_t offset)
+{
+    for (uint64_t b = 0, at = 0; b < from->k->n; b++) {
+        struct zero_run theirs = own_run(from, b);
+        while (z->k->b[at].begin < offset + from->k->b[b].begin)
+            at++;
+        struct zero_run mine = own_run(z, at);
+        CHECK(mine.begin == offset + theirs.begin && mine.end == offset + theirs.end,
+              "buckets of a tied weight differ");
+        if (run_elems(mine))
+            add_to(field(z) + field_at(z, at, mine.begin), field(from) + field_at(from, b, theirs.begin),
+                   run_elems(mine));
+    }
+}
