@@ -1,5 +1,5 @@
-/* holders: see holders.h. Invariant: loads only grow, so a heap whose keys are old is right once its top is up to date.
- */
+/* holders: see holders.h. Records lie all over memory, so each is looked at once, when its tensor is at hand.
+ * Invariant: loads only grow, so a heap whose keys are old is right once its top is up to date. */
 #include "ckpt/holders.h"
 
 #include "comm/base/mem.h"
@@ -47,147 +47,111 @@ status *table_room(struct table *t, table_hash *hash, const void *owner)
 
 /* ---- groups */
 
-static uint64_t hash_of_group(const void *owner, uint32_t i)
-{
-    return ((const struct holders *)owner)->group[i].hash;
-}
-
 static uint64_t hash_of_set(const void *owner, uint32_t i)
 {
     return ((const struct holders *)owner)->set[i].hash;
-}
-
-static uint64_t hash_piece(uint32_t tensor, int ndim, const struct piece *p)
-{
-    uint64_t h = hash_mix(hash_mix(tensor, p->begin), p->end);
-    for (int d = 0; d < ndim; d++)
-        h = hash_mix(hash_mix(h, p->box.off[d]), p->box.len[d]);
-    return h;
-}
-
-static status *find_group(struct holders *h, uint32_t tensor, int ndim, const struct piece *p, bool *fresh,
-                          uint32_t *out)
-{
-    uint64_t hash = hash_piece(tensor, ndim, p);
-    TRY(table_room(&h->group_table, hash_of_group, h));
-    struct table *t = &h->group_table;
-    uint64_t at = hash & t->mask;
-    *fresh = false;
-    for (; t->slot[at]; at = (at + 1) & t->mask) {
-        struct holder_group *g = &h->group[t->slot[at] - 1];
-        if (g->hash == hash && g->tensor == tensor && piece_equal(g->piece, p)) {
-            *out = t->slot[at] - 1;
-            return NULL;
-        }
-    }
-    TRY(array_room(&h->group, h->groups, &h->group_cap, sizeof *h->group));
-    h->group[h->groups] = (struct holder_group){ .piece = p, .hash = hash, .tensor = tensor, .set = HOLDER_LONE };
-    *out = (uint32_t)h->groups++;
-    t->slot[at] = (uint32_t)h->groups;
-    t->used++;
-    *fresh = true;
-    return NULL;
-}
-
-status *holders_add(struct holders *h, uint32_t tensor, int ndim, const struct piece *p, int rank, uint32_t tag,
-                    bool *fresh)
-{
-    uint32_t group;
-    TRY(find_group(h, tensor, ndim, p, fresh, &group));
-    TRY(array_room(&h->entry, h->entries, &h->entry_cap, sizeof *h->entry));
-    TRY(array_room(&h->group_of, h->entries, &h->of_cap, sizeof *h->group_of));
-    h->group[group].count++;
-    h->group_of[h->entries] = group;
-    h->entry[h->entries++] = (struct holder){ .rank = rank, .tag = tag };
-    return NULL;
 }
 
 void holders_free(struct holders *h)
 {
     for (uint64_t i = 0; i < h->sets; i++)
         mem_free(h->set[i].heap);
+    mem_free(h->record);
+    mem_free(h->first_record);
+    mem_free(h->key);
     mem_free(h->group);
-    mem_free(h->group_of);
-    mem_free(h->entry);
-    mem_free(h->order);
     mem_free(h->holder);
     mem_free(h->set);
-    mem_free(h->group_table.slot);
     mem_free(h->set_table.slot);
     *h = (struct holders){ 0 };
 }
 
 /* ---- order */
 
-/* A piece by where its box begins and its run in it: almost always that decides. */
-struct piece_key {
+status *holders_open(struct holders *h, const struct holder_records *of, uint64_t tensors)
+{
+    *h = (struct holders){ .of = *of };
+    h->record = mem_array(NULL, of->count, sizeof *h->record);
+    h->holder = mem_array(NULL, of->count, sizeof *h->holder);
+    h->first_record = mem_calloc(tensors + 2, sizeof *h->first_record);
+    if (!h->record || !h->holder || !h->first_record)
+        return ERR(NO_MEMORY, "%llu holders of %llu tensors", (unsigned long long)of->count,
+                   (unsigned long long)tensors);
+    for (uint64_t i = 0; i < of->count; i++)
+        h->first_record[of->tensor[i] + 2]++;
+    for (uint64_t t = 0; t < tensors; t++)
+        h->first_record[t + 2] += h->first_record[t + 1];
+    for (uint64_t i = 0; i < of->count; i++)
+        h->record[h->first_record[of->tensor[i] + 1]++] = (uint32_t)i;
+    return NULL;
+}
+
+/* A record's piece by where its box begins and its run in it: almost always that decides. */
+struct record_key {
     uint64_t corner, begin;
-    uint32_t group;
+    uint32_t record;
 };
+
+static const void *field_of(const struct holders *h, const void *first, uint32_t record)
+{
+    return (const char *)first + h->of.stride * record;
+}
+
+static const struct piece *piece_of(const struct holders *h, uint32_t record)
+{
+    return field_of(h, h->of.piece, record);
+}
 
 static int compare_key(const void *va, const void *vb)
 {
-    const struct piece_key *a = va, *b = vb;
+    const struct record_key *a = va, *b = vb;
     if (a->corner != b->corner)
         return a->corner < b->corner ? -1 : 1;
     if (a->begin != b->begin)
         return a->begin < b->begin ? -1 : 1;
-    return a->group < b->group ? -1 : a->group > b->group;
+    return a->record < b->record ? -1 : a->record > b->record;
 }
 
 static int compare_piece(const void *va, const void *vb, void *vh)
 {
-    const struct holders *h = vh;
-    const struct piece_key *a = va, *b = vb;
-    return piece_compare(h->group[a->group].piece, h->group[b->group].piece);
+    const struct record_key *a = va, *b = vb;
+    int c = piece_compare(piece_of(vh, a->record), piece_of(vh, b->record));
+    return c ? c : a->record < b->record ? -1 : a->record > b->record;
 }
 
-/* The groups of one tensor, in order[0, n), by piece. */
-static void sort_tensor(struct holders *h, const struct shape *s, uint32_t *order, uint64_t n, struct piece_key *key)
+/* Ask for the memory of a record that is needed soon. */
+static void prefetch(const struct holders *h, uint32_t record)
 {
+    enum { LINE = 64 };
+    const char *p = (const char *)piece_of(h, record);
+    for (size_t at = 0; at < sizeof(struct piece); at += LINE)
+        __builtin_prefetch(p + at);
+    __builtin_prefetch(field_of(h, h->of.rank, record));
+}
+
+/* key[0, n): the records of a tensor in the order of their pieces. */
+static void sort_records(const struct holders *h, const struct shape *s, const uint32_t *record, uint64_t n,
+                         struct record_key *key)
+{
+    enum { AHEAD = 8 };
     bool sorted = true;
     for (uint64_t i = 0; i < n; i++) {
-        const struct piece *p = h->group[order[i]].piece;
+        if (i + AHEAD < n)
+            prefetch(h, record[i + AHEAD]);
+        const struct piece *p = piece_of(h, record[i]);
         uint64_t corner = 0;
         for (int k = 0; k < s->ndim; k++) /* row-major, so in the order of the offsets, unless it wraps */
             corner = corner * (s->dim[k] + 1) + p->box.off[k];
-        key[i] = (struct piece_key){ .corner = corner, .begin = p->begin, .group = order[i] };
+        key[i] = (struct record_key){ .corner = corner, .begin = p->begin, .record = record[i] };
         sorted = sorted && (!i || compare_key(&key[i - 1], &key[i]) < 0);
     }
     if (!sorted)
         qsort(key, n, sizeof *key, compare_key);
     sorted = true;
     for (uint64_t i = 1; i < n && sorted; i++)
-        sorted = compare_piece(&key[i - 1], &key[i], h) < 0;
+        sorted = piece_compare(piece_of(h, key[i - 1].record), piece_of(h, key[i].record)) <= 0;
     if (!sorted) /* boxes of one corner and other lengths, or a corner that wrapped */
-        qsort_r(key, n, sizeof *key, compare_piece, h);
-    for (uint64_t i = 0; i < n; i++)
-        order[i] = key[i].group;
-}
-
-static status *sort_groups(struct holders *h, const uint32_t *rank_of_tensor, uint64_t tensors,
-                           const struct shape *const *shape)
-{
-    uint64_t *at = mem_calloc(tensors + 2, sizeof *at), most = 0;
-    h->order = mem_array(NULL, h->groups, sizeof *h->order);
-    for (uint64_t g = 0; at && g < h->groups; g++)
-        at[rank_of_tensor[h->group[g].tensor] + 2]++;
-    for (uint64_t t = 0; at && t < tensors; t++) {
-        most = at[t + 2] > most ? at[t + 2] : most;
-        at[t + 2] += at[t + 1];
-    }
-    struct piece_key *key = mem_array(NULL, most + 1, sizeof *key);
-    status *st = at && h->order && key ? NULL : ERR(NO_MEMORY, "%llu pieces", (unsigned long long)h->groups);
-    for (uint64_t g = 0; !st && g < h->groups; g++)
-        h->order[at[rank_of_tensor[h->group[g].tensor] + 1]++] = (uint32_t)g;
-    for (uint64_t t = 0; !st && t < tensors; t++) {
-        uint64_t n = at[t + 1] - at[t];
-        if (n > 1)
-            sort_tensor(h, shape[h->group[h->order[at[t]]].tensor], h->order + at[t], n, key);
-    }
-    mem_free(at);
-    mem_free(key);
-    return st;
+        qsort_r(key, n, sizeof *key, compare_piece, (void *)(uintptr_t)h);
 }
 
 static int compare_holder(const void *va, const void *vb)
@@ -212,6 +176,7 @@ static void order_holders(struct holders *h, struct holder_group *g, bool once)
     for (uint32_t i = 1; i < g->count; i++)
         if (x[i].rank != x[kept - 1].rank)
             x[kept++] = x[i];
+    h->used -= g->count - kept;
     g->count = kept;
 }
 
@@ -246,30 +211,39 @@ static status *find_set(struct holders *h, struct holder_group *g)
     return NULL;
 }
 
-status *holders_close(struct holders *h, const uint32_t *rank_of_tensor, uint64_t tensors,
-                      const struct shape *const *shape, bool once)
+/* The group of the piece that comes first in key[0, n); *end: how many records it has. */
+static status *add_group(struct holders *h, const struct record_key *key, uint64_t n, bool once, uint64_t *end)
 {
-    uint64_t next = 0;
-    h->holder = mem_array(NULL, h->entries, sizeof *h->holder);
-    if (!h->holder)
-        return ERR(NO_MEMORY, "%llu holders", (unsigned long long)h->entries);
-    TRY(sort_groups(h, rank_of_tensor, tensors, shape));
-    for (uint64_t i = 0; i < h->groups; i++) {
-        struct holder_group *g = &h->group[h->order[i]];
-        g->first = next;
-        next += g->count;
-        g->count = 0;
+    const struct piece *p = piece_of(h, key->record);
+    TRY(array_room(&h->group, h->groups, &h->group_cap, sizeof *h->group));
+    struct holder_group *g = &h->group[h->groups++];
+    *g = (struct holder_group){ .piece = p, .first = h->used, .set = HOLDER_LONE };
+    do {
+        uint32_t i = key[g->count++].record;
+        h->holder[h->used++] = (struct holder){ .rank = *(const int32_t *)field_of(h, h->of.rank, i),
+                                                .tag = h->of.tag ? *(const uint32_t *)field_of(h, h->of.tag, i) : i };
+    } while (g->count < n && piece_equal(piece_of(h, key[g->count].record), p));
+    *end = g->count;
+    if (g->count == 1)
+        return NULL;
+    order_holders(h, g, once);
+    return g->count > 1 ? find_set(h, g) : NULL;
+}
+
+status *holders_tensor(struct holders *h, uint32_t tensor, const struct shape *s, bool once)
+{
+    uint64_t first = h->first_record[tensor], n = h->first_record[tensor + 1] - first;
+    if (n > h->key_cap) {
+        struct record_key *more = mem_array(h->key, n, sizeof *more);
+        if (!more)
+            return ERR(NO_MEMORY, "%llu pieces", (unsigned long long)n);
+        h->key = more;
+        h->key_cap = n;
     }
-    for (uint64_t i = 0; i < h->entries; i++) {
-        struct holder_group *g = &h->group[h->group_of[i]];
-        h->holder[g->first + g->count++] = h->entry[i];
-    }
-    for (uint64_t i = 0; i < h->groups; i++) {
-        struct holder_group *g = &h->group[h->order[i]];
-        order_holders(h, g, once);
-        if (g->count > 1)
-            TRY(find_set(h, g));
-    }
+    sort_records(h, s, h->record + first, n, h->key);
+    h->groups = 0;
+    for (uint64_t i = 0, count; i < n; i += count)
+        TRY(add_group(h, h->key + i, n - i, once, &count));
     return NULL;
 }
 

@@ -30,12 +30,21 @@ struct holder {
     uint32_t tag; /* the caller's */
 };
 
+/* What is held: records of the caller's, `stride` bytes from one to the next, which stay where they are. */
+struct holder_records {
+    const struct piece *piece; /* of record 0 */
+    const int32_t *rank;
+    const uint32_t *tag; /* NULL: the record's number */
+    size_t stride;
+    uint64_t count;         /* below 2^32 */
+    const uint32_t *tensor; /* [count] */
+};
+
 struct holder_group {
-    const struct piece *piece; /* the first one added; borrowed */
-    uint64_t hash;
-    uint32_t tensor, count;
-    uint64_t first; /* holders [first, + count), by rank, then tag */
-    uint32_t set;   /* HOLDER_LONE: one holder */
+    const struct piece *piece; /* of one of the records */
+    uint64_t first;            /* holders [first, first + count), by rank, then tag */
+    uint32_t count;
+    uint32_t set; /* HOLDER_LONE: one holder */
 };
 enum { HOLDER_LONE = UINT32_MAX };
 
@@ -46,25 +55,24 @@ struct holder_set {
 };
 
 struct holders {
-    struct holder_group *group;
+    struct holder_records of;
+    uint32_t *record;           /* [count] by tensor, else as given */
+    uint64_t *first_record;     /* [tensors + 1] */
+    struct record_key *key;     /* of the tensor at hand */
+    struct holder *holder;      /* [count] */
+    uint64_t used, key_cap;     /* holders so far */
+    struct holder_group *group; /* of the tensor at hand, in piece_compare order */
     uint64_t groups, group_cap;
-    uint32_t *group_of; /* [entries] in the order of adding */
-    struct holder *entry;
-    uint64_t entries, entry_cap, of_cap;
-    uint32_t *order;       /* holders_close: groups by tensor, then piece_compare */
-    struct holder *holder; /* holders_close */
     struct holder_set *set;
     uint64_t sets, set_cap;
-    struct table group_table, set_table;
+    struct table set_table;
 };
 
-/* Zeroed is empty. The piece must stay where it is. *fresh: the first of its group, to be checked by the caller. */
-status *holders_add(struct holders *h, uint32_t tensor, int ndim, const struct piece *p, int rank, uint32_t tag,
-                    bool *fresh) WARN_UNUSED;
-/* After the last one: sort. rank_of_tensor[tensor]: where it comes in `order` (a permutation of [0, tensors)); shapes
- * by tensor. once: a rank that holds a piece twice counts with its lowest tag. */
-status *holders_close(struct holders *h, const uint32_t *rank_of_tensor, uint64_t tensors,
-                      const struct shape *const *shape, bool once) WARN_UNUSED;
+/* Sort the records by tensor, [0, tensors). *h: overwritten; holders_free it after an error, too. */
+status *holders_open(struct holders *h, const struct holder_records *of, uint64_t tensors) WARN_UNUSED;
+/* The groups of one tensor, instead of those of the one before; each tensor once. Its holders stay. once: a rank that
+ * holds a piece twice counts with its lowest tag. */
+status *holders_tensor(struct holders *h, uint32_t tensor, const struct shape *s, bool once) WARN_UNUSED;
 void holders_free(struct holders *h);
 
 /* What members are compared by: bytes, then bytes of the node, then rank. Loads only grow while a set is in use. */

@@ -1,4 +1,5 @@
-/* loadplan: wants -> groups (holders.c) -> copies (reshard) -> blocks and their uses -> a reader for each -> rounds.
+/* loadplan: wants -> [tensor: groups (holders.c) -> copies (reshard)] -> blocks and their uses -> a reader for each ->
+ * rounds.
  *
  * Invariants: (1) blocks are made in the order of the files, and given to readers in that order; (2) a copy is made
  * once a group, whatever the number of ranks in it; only the bounds of rounds look at every rank. */
@@ -44,10 +45,11 @@ struct maker {
     const int32_t *reader; /* [pieces] as given, or NULL */
     uint64_t run_bytes;
     struct load_plan *p;
-    struct holders holders; /* groups in the order of p->group */
+    struct holders holders; /* tag: index into want */
     uint32_t *place;        /* [pieces] pieces by file and offset */
     uint64_t *first_copy;   /* [pieces + 1] copies of a piece */
-    uint64_t use_cap, block_cap;
+    struct piece *room;     /* stored and wanted pieces of the tensor at hand */
+    uint64_t room_cap, group_cap, use_cap, block_cap;
     struct rank_state *rank; /* [ranks] */
     uint64_t *assigned;      /* [ranks] bytes to read in all */
     uint64_t fair;           /* what a rank may read before others help it */
@@ -63,65 +65,52 @@ struct rank_state {
 
 /* ---- groups and copies */
 
-static status *find_groups(struct maker *k)
+/* Records of holders: the wants by tensor. */
+static status *sort_wants(struct maker *k, uint32_t *tensor)
 {
-    const struct metadata *m = k->m;
-    struct holders *h = &k->holders;
+    static const struct load_want none;
+    const struct load_want *w = k->wants ? k->want : &none;
+    const struct holder_records of = {
+        .piece = &w->piece, .rank = &w->rank, .stride = sizeof *w, .count = k->wants, .tensor = tensor
+    };
     for (uint64_t i = 0; i < k->wants; i++) {
-        const struct load_want *w = &k->want[i];
-        bool fresh;
-        if (w->tensor >= m->tensor_count)
-            return ERR(INTERNAL, "a want of tensor %u of %llu", w->tensor, (ull)m->tensor_count);
-        TRY(holders_add(h, w->tensor, m->tensor[w->tensor].shape.ndim, &w->piece, w->rank, (uint32_t)i, &fresh));
+        if (w[i].tensor >= k->m->tensor_count)
+            return ERR(INTERNAL, "a want of tensor %u of %llu", w[i].tensor, (ull)k->m->tensor_count);
+        tensor[i] = w[i].tensor;
     }
-    uint32_t *same = mem_array(NULL, m->tensor_count, sizeof *same);
-    const struct shape **shape = mem_array(NULL, m->tensor_count, sizeof *shape);
-    status *st = same && shape ? NULL : ERR(NO_MEMORY, "%llu tensors", (ull)m->tensor_count);
-    for (uint64_t t = 0; !st && t < m->tensor_count; t++) {
-        same[t] = (uint32_t)t;
-        shape[t] = &m->tensor[t].shape;
-    }
-    if (!st)
-        st = holders_close(h, same, m->tensor_count, shape, false);
-    mem_free(same);
-    mem_free(shape);
-    return st;
+    return holders_open(&k->holders, &of, k->m->tensor_count);
 }
 
-static status *keep_groups(struct maker *k)
+/* The groups of one tensor, and their copies. */
+static status *add_tensor(struct maker *k, uint32_t tensor)
 {
+    const struct metadata *m = k->m;
+    const struct meta_tensor *t = &m->tensor[tensor];
     struct load_plan *p = k->p;
     const struct holders *h = &k->holders;
-    p->group = mem_array(NULL, h->groups + 1, sizeof *p->group);
-    p->member = mem_array(NULL, h->entries + 1, sizeof *p->member);
-    if (!p->group || !p->member)
-        return ERR(NO_MEMORY, "%llu wanted pieces", (ull)h->groups);
-    for (uint64_t i = 0; i < h->groups; i++) {
-        const struct holder_group *g = &h->group[h->order[i]];
-        p->group[i] = (struct load_group){ .tensor = g->tensor, .set = g->set, .first = g->first, .count = g->count };
+    TRY(holders_tensor(&k->holders, tensor, &t->shape, false));
+    uint64_t first = p->groups, before = p->list.count, need = t->piece_count + h->groups;
+    if (need > k->room_cap) {
+        struct piece *more = mem_array(k->room, need * 2, sizeof *more);
+        if (!more)
+            return ERR(NO_MEMORY, "%llu pieces", (ull)need);
+        k->room = more;
+        k->room_cap = need * 2;
     }
-    for (uint64_t i = 0; i < h->entries; i++)
-        p->member[i] = h->holder[i].tag;
-    p->groups = h->groups;
-    return NULL;
-}
-
-/* Copies for the groups [first, first + count), all of one tensor. */
-static status *add_tensor(struct maker *k, uint64_t first, uint64_t count, struct piece *room)
-{
-    const struct metadata *m = k->m;
-    struct reshard_list *list = &k->p->list;
-    const struct meta_tensor *t = &m->tensor[k->p->group[first].tensor];
-    struct piece *wanted = room + t->piece_count;
+    struct piece *wanted = k->room + t->piece_count;
     for (uint64_t i = 0; i < t->piece_count; i++)
-        room[i] = m->piece[t->first_piece + i].piece;
-    for (uint64_t i = 0; i < count; i++)
-        wanted[i] = *k->holders.group[k->holders.order[first + i]].piece;
-    size_t before = list->count;
-    status *st = reshard_tensor(&t->shape, room, (uint32_t)t->piece_count, wanted, (uint32_t)count, list);
-    for (size_t i = before; !st && i < list->count; i++) {
-        list->copy[i].stored += (uint32_t)t->first_piece;
-        list->copy[i].wanted += (uint32_t)first;
+        k->room[i] = m->piece[t->first_piece + i].piece;
+    for (uint64_t i = 0; i < h->groups; i++) {
+        const struct holder_group *g = &h->group[i];
+        TRY(array_room(&p->group, p->groups, &k->group_cap, sizeof *p->group));
+        p->group[p->groups++] =
+            (struct load_group){ .tensor = tensor, .set = g->set, .first = g->first, .count = g->count };
+        wanted[i] = *g->piece;
+    }
+    status *st = reshard_tensor(&t->shape, k->room, (uint32_t)t->piece_count, wanted, (uint32_t)h->groups, &p->list);
+    for (uint64_t i = before; !st && i < p->list.count; i++) {
+        p->list.copy[i].stored += (uint32_t)t->first_piece;
+        p->list.copy[i].wanted += (uint32_t)first;
     }
     return status_wrap(st, "step %llu: %s/%s", (ull)m->step, t->part, t->name);
 }
@@ -129,28 +118,19 @@ static status *add_tensor(struct maker *k, uint64_t first, uint64_t count, struc
 static status *add_copies(struct maker *k)
 {
     struct load_plan *p = k->p;
-    struct piece *room = NULL;
-    uint64_t cap = 0;
-    status *st = NULL;
-    for (uint64_t i = 0, n; !st && i < p->groups; i += n) {
-        for (n = 1; i + n < p->groups && p->group[i + n].tensor == p->group[i].tensor; n++)
-            ;
-        uint64_t need = k->m->tensor[p->group[i].tensor].piece_count + n;
-        if (need > cap) {
-            struct piece *more = mem_array(room, need * 2, sizeof *more);
-            if (!more) {
-                st = ERR(NO_MEMORY, "%llu pieces", (ull)need);
-                break;
-            }
-            room = more;
-            cap = need * 2;
-        }
-        st = add_tensor(k, i, n, room);
-    }
-    mem_free(room);
-    if (!st && p->list.count > UINT32_MAX)
-        st = ERR(UNSUPPORTED, "%zu copies", p->list.count);
-    return st;
+    uint32_t *tensor = mem_array(NULL, k->wants, sizeof *tensor);
+    status *st = tensor ? sort_wants(k, tensor) : ERR(NO_MEMORY, "%llu wanted pieces", (ull)k->wants);
+    mem_free(tensor);
+    TRY(st);
+    p->member = mem_array(NULL, k->wants, sizeof *p->member);
+    if (!p->member)
+        return ERR(NO_MEMORY, "%llu wanted pieces", (ull)k->wants);
+    for (uint64_t t = 0; t < k->m->tensor_count; t++)
+        if (k->holders.first_record[t + 1] > k->holders.first_record[t])
+            TRY(add_tensor(k, (uint32_t)t));
+    for (uint64_t i = 0; i < k->wants; i++)
+        p->member[i] = k->holders.holder[i].tag;
+    return p->list.count > UINT32_MAX ? ERR(UNSUPPORTED, "%zu copies", p->list.count) : NULL;
 }
 
 /* ---- blocks */
@@ -355,14 +335,14 @@ static void lengthen(struct stretch *last, const struct load_block *b, const str
 static status *add_everybody(struct maker *k, uint32_t *out)
 {
     struct holders *h = &k->holders;
-    struct holder *more = mem_array(h->holder, h->entries + (uint64_t)k->ranks, sizeof *more);
+    struct holder *more = mem_array(h->holder, h->used + (uint64_t)k->ranks, sizeof *more);
     if (!more)
         return ERR(NO_MEMORY, "%d ranks", k->ranks);
     h->holder = more;
     for (int r = 0; r < k->ranks; r++)
-        more[h->entries + (uint64_t)r] = (struct holder){ .rank = r };
+        more[h->used + (uint64_t)r] = (struct holder){ .rank = r };
     TRY(array_room(&h->set, h->sets, &h->set_cap, sizeof *h->set));
-    h->set[h->sets] = (struct holder_set){ .first = h->entries, .count = (uint32_t)k->ranks };
+    h->set[h->sets] = (struct holder_set){ .first = h->used, .count = (uint32_t)k->ranks };
     *out = (uint32_t)h->sets++;
     return NULL;
 }
@@ -538,8 +518,6 @@ static status *make(struct maker *k)
 {
     if (k->m->piece_count > UINT32_MAX || k->wants >= UINT32_MAX)
         return ERR(UNSUPPORTED, "%llu stored and %llu wanted pieces", (ull)k->m->piece_count, (ull)k->wants);
-    TRY(find_groups(k));
-    TRY(keep_groups(k));
     TRY(add_copies(k));
     TRY(add_blocks(k));
     k->rank = mem_calloc((size_t)k->ranks, sizeof *k->rank);
@@ -565,6 +543,7 @@ status *load_plan_make_from(const struct metadata *m, const struct load_want *wa
     k.run_bytes = run_bytes > READ_RUN_BYTES ? run_bytes : READ_RUN_BYTES;
     status *st = make(&k);
     holders_free(&k.holders);
+    mem_free(k.room);
     mem_free(k.place);
     mem_free(k.first_copy);
     mem_free(k.rank);

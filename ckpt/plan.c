@@ -1,8 +1,8 @@
-/* plan: see plan.h. One pass over the descriptors, in whatever order they come, then only what is distinct counts:
+/* plan: see plan.h. Descriptors come in whatever order, rank by rank as a rule, so those of a tensor lie far apart:
  *
- *   find: descriptor -> tensor (hash table), group of equal pieces (holders.c); sort tensors by name, groups by piece
- *   lay:  [tensor: its groups tile it -> items] ... -> aliases
- *   give: lone items to their holder; the others, largest first, to the least loaded one
+ *   find: descriptor -> tensor, one pass; tensors sorted by name
+ *   lay:  [tensor: groups of equal pieces (holders.c), its groups tile it -> pieces, lone ones to their holder] ->
+ * aliases give: the other pieces, largest first, to the least loaded holder
  *
  * Invariants: (1) empty pieces are not stored: a tensor without elements, like an alias, has no pieces. (2) Ties are
  * broken by content, never by position in the input, so equal inputs in any order give equal plans. */
@@ -23,12 +23,14 @@ typedef unsigned long long ull;
 /* A tensor, by the descriptor that was met first. */
 struct found {
     uint64_t desc, hash;
+    uint32_t next; /* the tensor that came after it when it was met last */
 };
+enum { NO_TENSOR = UINT32_MAX };
 
-/* A stored piece to be: elements [begin, end) of its group's. */
-struct item {
-    uint32_t tensor, group;
-    uint64_t begin, end;
+/* A stored piece that several ranks hold: those of group's set. */
+struct shared {
+    uint64_t bytes, piece, first_holder;
+    uint32_t set;
 };
 
 struct maker {
@@ -44,11 +46,13 @@ struct maker {
     size_t text_used;
     struct found *found;
     uint64_t tensors, tensor_cap;
-    uint32_t *by_name; /* [tensors] */
+    uint32_t *tensor_of; /* [count] */
+    uint32_t *by_name;   /* [tensors] */
     struct table tensor_table;
     struct holders holders; /* tag: index in the rank's state */
-    struct item *item;
-    uint64_t items, item_cap;
+    uint64_t piece_cap;     /* of the plan's pieces */
+    struct shared *shared;
+    uint64_t shareds, shared_cap;
     struct box *box; /* of the tensor at hand */
     uint64_t boxes, box_cap;
     uint64_t *load, *node_load; /* [ranks] bytes given so far, with the extra ones */
@@ -128,7 +132,13 @@ static status *check_desc(const struct maker *m, uint64_t i)
     return NULL;
 }
 
-static status *find_tensor(struct maker *m, uint64_t i, uint32_t *out)
+static bool is_named(const struct maker *m, uint32_t tensor, const struct plan_desc *d)
+{
+    const struct plan_desc *e = &m->desc[m->found[tensor].desc];
+    return !compare_text(m->text, e->name, d->name) && !compare_text(m->text, e->part, d->part);
+}
+
+static status *look_up(struct maker *m, uint64_t i, uint32_t *out)
 {
     const struct plan_desc *d = &m->desc[i];
     const char *part = m->text + d->part, *name = m->text + d->name;
@@ -136,36 +146,47 @@ static status *find_tensor(struct maker *m, uint64_t i, uint32_t *out)
     TRY(table_room(&m->tensor_table, hash_of_tensor, m));
     struct table *t = &m->tensor_table;
     uint64_t at = hash & t->mask;
-    for (; t->slot[at]; at = (at + 1) & t->mask) {
-        const struct found *f = &m->found[t->slot[at] - 1];
-        const struct plan_desc *e = &m->desc[f->desc];
-        if (f->hash == hash && !compare_text(m->text, e->name, d->name) && !compare_text(m->text, e->part, d->part)) {
+    for (; t->slot[at]; at = (at + 1) & t->mask)
+        if (m->found[t->slot[at] - 1].hash == hash && is_named(m, t->slot[at] - 1, d)) {
             *out = t->slot[at] - 1;
-            return check_agree(m, e, d);
+            return NULL;
         }
-    }
     TRY(check_tensor(m, d));
     TRY(array_room(&m->found, m->tensors, &m->tensor_cap, sizeof *m->found));
-    m->found[m->tensors] = (struct found){ .desc = i, .hash = hash };
+    m->found[m->tensors] = (struct found){ .desc = i, .hash = hash, .next = NO_TENSOR };
     *out = (uint32_t)m->tensors++;
     t->slot[at] = (uint32_t)m->tensors;
     t->used++;
     return NULL;
 }
 
-static status *find_groups(struct maker *m)
+/* In *tensor, that of the descriptor before i: ranks tell of the same tensors in the same order, as a rule. */
+static status *find_tensor(struct maker *m, uint64_t i, uint32_t *tensor)
 {
-    uint32_t tensor = 0;
+    const struct plan_desc *d = &m->desc[i];
+    uint32_t before = *tensor, next = before == NO_TENSOR ? NO_TENSOR : m->found[before].next;
+    if (before != NO_TENSOR && d->part == d[-1].part && d->name == d[-1].name)
+        return NULL;
+    if (next != NO_TENSOR && is_named(m, next, d)) {
+        *tensor = next;
+        return NULL;
+    }
+    TRY(look_up(m, i, tensor));
+    if (before != NO_TENSOR)
+        m->found[before].next = *tensor;
+    return NULL;
+}
+
+static status *find_tensors(struct maker *m)
+{
+    uint32_t tensor = NO_TENSOR;
     for (uint64_t i = 0; i < m->count; i++) {
         const struct plan_desc *d = &m->desc[i];
         TRY(check_desc(m, i));
-        if (i && d->part == d[-1].part && d->name == d[-1].name) /* pieces of a tensor often follow one another */
-            TRY(check_agree(m, &m->desc[m->found[tensor].desc], d));
-        else
-            TRY(find_tensor(m, i, &tensor));
-        bool fresh;
-        TRY(holders_add(&m->holders, tensor, d->shape.ndim, &d->piece, d->rank, d->local, &fresh));
-        status *st = fresh ? piece_check(&d->shape, &d->piece) : NULL;
+        TRY(find_tensor(m, i, &tensor));
+        TRY(check_agree(m, &m->desc[m->found[tensor].desc], d));
+        m->tensor_of[i] = tensor;
+        status *st = piece_check(&d->shape, &d->piece);
         if (st)
             return status_wrap(st, "tensor %s/%s of rank %d", m->text + d->part, m->text + d->name, d->rank);
     }
@@ -181,25 +202,25 @@ static int compare_found(const void *va, const void *vb, void *vm)
     return c ? c : compare_text(m->text, a->name, b->name);
 }
 
-/* by_name: tensors by name; holders closed in that order. */
-static status *sort_found(struct maker *m, uint32_t *by_name)
+/* by_name: tensors by name; records of holders by tensor. */
+static status *sort_found(struct maker *m)
 {
-    uint32_t *rank_of = mem_array(NULL, m->tensors, sizeof *rank_of);
-    const struct shape **shape = mem_array(NULL, m->tensors, sizeof *shape);
-    status *st = rank_of && shape ? NULL : ERR(NO_MEMORY, "a plan of %llu tensors", (ull)m->tensors);
-    for (uint64_t i = 0; !st && i < m->tensors; i++)
-        by_name[i] = (uint32_t)i;
-    if (!st && m->tensors)
-        qsort_r(by_name, m->tensors, sizeof *by_name, compare_found, m);
-    for (uint64_t i = 0; !st && i < m->tensors; i++) {
-        rank_of[by_name[i]] = (uint32_t)i;
-        shape[i] = &m->desc[m->found[i].desc].shape;
-    }
-    if (!st)
-        st = holders_close(&m->holders, rank_of, m->tensors, shape, true);
-    mem_free(rank_of);
-    mem_free(shape);
-    return st;
+    static const struct plan_desc none;
+    const struct plan_desc *d = m->count ? m->desc : &none;
+    const struct holder_records of = { .piece = &d->piece,
+                                       .rank = &d->rank,
+                                       .tag = &d->local,
+                                       .stride = sizeof *d,
+                                       .count = m->count,
+                                       .tensor = m->tensor_of };
+    m->by_name = mem_array(NULL, m->tensors, sizeof *m->by_name);
+    if (!m->by_name)
+        return ERR(NO_MEMORY, "a plan of %llu tensors", (ull)m->tensors);
+    for (uint64_t i = 0; i < m->tensors; i++)
+        m->by_name[i] = (uint32_t)i;
+    if (m->tensors)
+        qsort_r(m->by_name, m->tensors, sizeof *m->by_name, compare_found, m);
+    return holders_open(&m->holders, &of, m->tensors);
 }
 
 /* ---- lay */
@@ -214,45 +235,76 @@ static uint64_t split_align(const struct maker *m, int ndim, const struct piece 
     return row ? (page + row - 1) / row * row : 0;
 }
 
-/* The piece of a group becomes one item, or as many as share its writing. */
-static status *add_items(struct maker *m, uint32_t group, int ndim, uint64_t size)
+static void give(struct maker *m, struct plan_piece *q, uint64_t bytes, const struct holder *h)
 {
-    const struct holder_group *g = &m->holders.group[group];
-    uint64_t elems = piece_elems(g->piece), align = split_align(m, ndim, g->piece, size);
-    uint64_t parts = (elems * size - 1) / m->split_bytes + 1;
+    q->writer = h->rank;
+    q->local = h->tag;
+    m->plan->rank_bytes[h->rank] += bytes;
+    m->load[h->rank] += bytes;
+    if (m->node_of)
+        m->node_load[m->node_of[h->rank]] += bytes;
+}
+
+/* Elements [begin, end) of a group's piece are stored as one. */
+static status *add_piece(struct maker *m, const struct plan_tensor *t, const struct holder_group *g, uint64_t begin,
+                         uint64_t end)
+{
+    struct plan *p = m->plan;
+    uint64_t bytes = (end - begin) * dtype_bytes(t->dtype);
+    TRY(array_room(&p->piece, p->piece_count, &m->piece_cap, sizeof *p->piece));
+    struct plan_piece *q = &p->piece[p->piece_count];
+    *q = (struct plan_piece){ .tensor = (uint32_t)p->tensor_count,
+                              .number = (uint32_t)(p->piece_count - t->first_piece),
+                              .piece = *g->piece,
+                              .local_offset = begin };
+    q->piece.end = q->piece.begin + end;
+    q->piece.begin += begin;
+    if (g->set == HOLDER_LONE) {
+        give(m, q, bytes, &m->holders.holder[g->first]);
+    } else {
+        TRY(array_room(&m->shared, m->shareds, &m->shared_cap, sizeof *m->shared));
+        m->shared[m->shareds++] =
+            (struct shared){ .bytes = bytes, .piece = p->piece_count, .first_holder = g->first, .set = g->set };
+    }
+    p->piece_count++;
+    return NULL;
+}
+
+/* The piece of a group is stored as one, or as many as share its writing. */
+static status *add_parts(struct maker *m, const struct plan_tensor *t, const struct holder_group *g)
+{
+    uint64_t size = dtype_bytes(t->dtype), elems = piece_elems(g->piece);
+    uint64_t parts = (elems * size - 1) / m->split_bytes + 1, align;
     if (parts > g->count)
         parts = g->count;
-    if (!align)
-        parts = align = 1;
+    if (parts == 1 || !(align = split_align(m, t->shape.ndim, g->piece, size)))
+        return add_piece(m, t, g, 0, elems);
     for (uint64_t i = 0; i < parts; i++) {
         uint64_t a, b;
         layout_cut_aligned(elems, align, parts, i, &a, &b);
-        if (a == b)
-            continue;
-        TRY(array_room(&m->item, m->items, &m->item_cap, sizeof *m->item));
-        m->item[m->items++] =
-            (struct item){ .tensor = (uint32_t)m->plan->tensor_count, .group = group, .begin = a, .end = b };
+        if (a != b)
+            TRY(add_piece(m, t, g, a, b));
     }
     return NULL;
 }
 
-/* Distinct pieces of a tensor that is no alias: their boxes for the tiling check, their items for the writers. */
-static status *add_pieces(struct maker *m, const struct plan_tensor *t, const uint32_t *order, uint64_t n)
+/* Distinct pieces of a tensor that is no alias: their boxes for the tiling check, and what is stored of them. */
+static status *add_pieces(struct maker *m, const struct plan_tensor *t, uint32_t tensor)
 {
-    const struct shape *s = &t->shape;
+    const struct holders *h = &m->holders;
+    TRY(holders_tensor(&m->holders, tensor, &t->shape, true));
     m->boxes = 0;
-    for (uint64_t i = 0; i < n; i++) {
-        const struct piece *p = m->holders.group[order[i]].piece;
+    for (uint64_t i = 0; i < h->groups; i++) {
         struct piece_box boxes[LAYOUT_BOXES];
-        int k = piece_boxes(s->ndim, p, boxes);
+        int k = piece_boxes(t->shape.ndim, h->group[i].piece, boxes);
         for (int b = 0; b < k; b++) {
             TRY(array_room(&m->box, m->boxes, &m->box_cap, sizeof *m->box));
             m->box[m->boxes++] = boxes[b].box;
         }
         if (k)
-            TRY(add_items(m, order[i], s->ndim, dtype_bytes(t->dtype)));
+            TRY(add_parts(m, t, &h->group[i]));
     }
-    return tiling_check(s, m->box, m->boxes);
+    return tiling_check(&t->shape, m->box, m->boxes);
 }
 
 static const char *keep_text(struct maker *m, uint64_t at)
@@ -264,12 +316,12 @@ static const char *keep_text(struct maker *m, uint64_t at)
     return to;
 }
 
-static status *add_tensor(struct maker *m, const struct found *f, const uint32_t *order, uint64_t groups)
+static status *add_tensor(struct maker *m, uint32_t tensor)
 {
-    const struct plan_desc *d = &m->desc[f->desc];
+    const struct plan_desc *d = &m->desc[m->found[tensor].desc];
     struct plan_tensor *t = &m->plan->tensor[m->plan->tensor_count];
     *t = (struct plan_tensor){
-        .dtype = d->dtype, .trainable = d->trainable != 0, .shape = d->shape, .first_piece = m->items
+        .dtype = d->dtype, .trainable = d->trainable != 0, .shape = d->shape, .first_piece = m->plan->piece_count
     };
     t->part = keep_text(m, d->part);
     t->name = keep_text(m, d->name);
@@ -278,14 +330,14 @@ static status *add_tensor(struct maker *m, const struct found *f, const uint32_t
     } else if (d->reference) {
         t->reference = m->text + d->reference - 1;
     } else {
-        status *st = add_pieces(m, t, order, groups);
+        status *st = add_pieces(m, t, tensor);
         if (st) {
             char shape[DIMS_TEXT];
             dims_text(d->shape.ndim, d->shape.dim, shape, sizeof shape);
             return status_wrap(st, "tensor %s/%s of shape %s", t->part, t->name, shape);
         }
     }
-    t->piece_count = m->items - t->first_piece;
+    t->piece_count = m->plan->piece_count - t->first_piece;
     m->plan->tensor_count++;
     return NULL;
 }
@@ -319,8 +371,8 @@ static status *check_alias(const struct plan *p, const struct plan_tensor *t)
     return NULL;
 }
 
-/* Tensors and items. */
-static status *lay(struct maker *m, const uint32_t *by_name)
+/* Tensors and pieces. */
+static status *lay(struct maker *m)
 {
     struct plan *p = m->plan;
     size_t text = 0;
@@ -333,12 +385,9 @@ static status *lay(struct maker *m, const uint32_t *by_name)
     p->text = mem_calloc(text + 1, 1);
     if (!p->tensor || !p->text)
         return ERR(NO_MEMORY, "a plan of %llu tensors", (ull)m->tensors);
-    const struct holders *h = &m->holders;
-    for (uint64_t i = 0, at = 0, end = 0; i < m->tensors; i++, at = end) {
-        while (end < h->groups && h->group[h->order[end]].tensor == by_name[i])
-            end++;
-        TRY(add_tensor(m, &m->found[by_name[i]], h->order + at, end - at));
-    }
+    TRY(array_room(&p->piece, 0, &m->piece_cap, sizeof *p->piece));
+    for (uint64_t i = 0; i < m->tensors; i++)
+        TRY(add_tensor(m, m->by_name[i]));
     for (uint64_t i = 0; i < p->tensor_count; i++)
         if (p->tensor[i].alias_of)
             TRY(check_alias(p, &p->tensor[i]));
@@ -347,88 +396,42 @@ static status *lay(struct maker *m, const uint32_t *by_name)
 
 /* ---- give */
 
-static uint64_t item_bytes(const struct maker *m, const struct item *it)
-{
-    return (it->end - it->begin) * dtype_bytes(m->plan->tensor[it->tensor].dtype);
-}
-
-static void give(struct maker *m, uint64_t item, uint32_t at)
-{
-    const struct item *it = &m->item[item];
-    const struct holder_group *g = &m->holders.group[it->group];
-    const struct holder *h = &m->holders.holder[g->first + at];
-    struct plan *p = m->plan;
-    struct plan_piece *q = &p->piece[item];
-    uint64_t bytes = item_bytes(m, it);
-    *q = (struct plan_piece){ .tensor = it->tensor,
-                              .writer = h->rank,
-                              .local = h->tag,
-                              .number = (uint32_t)(item - p->tensor[it->tensor].first_piece),
-                              .piece = *g->piece,
-                              .local_offset = it->begin };
-    q->piece.end = q->piece.begin + it->end;
-    q->piece.begin += it->begin;
-    p->rank_bytes[h->rank] += bytes;
-    m->load[h->rank] += bytes;
-    if (m->node_of)
-        m->node_load[m->node_of[h->rank]] += bytes;
-}
-
-struct by_size {
-    uint64_t bytes, item;
-};
-
 static int compare_size(const void *va, const void *vb)
 {
-    const struct by_size *a = va, *b = vb;
+    const struct shared *a = va, *b = vb;
     if (a->bytes != b->bytes)
         return a->bytes > b->bytes ? -1 : 1;
-    return a->item < b->item ? -1 : a->item > b->item;
+    return a->piece < b->piece ? -1 : a->piece > b->piece;
 }
 
-/* What only one rank has is laid on it first; then what can be placed, largest first. */
-static status *give_all(struct maker *m, struct by_size *shared)
+/* What only one rank has is laid on it before; now what can be placed, largest first. */
+static status *give_shared(struct maker *m)
 {
     const struct holder_load load = { .bytes = m->load, .node_of = m->node_of, .node_bytes = m->node_load };
-    uint64_t n = 0;
-    for (uint64_t i = 0; i < m->items; i++) {
-        if (m->holders.group[m->item[i].group].set == HOLDER_LONE)
-            give(m, i, 0);
-        else
-            shared[n++] = (struct by_size){ item_bytes(m, &m->item[i]), i };
-    }
-    if (n)
-        qsort(shared, n, sizeof *shared, compare_size);
-    for (uint64_t i = 0; i < n; i++) {
+    if (m->shareds)
+        qsort(m->shared, m->shareds, sizeof *m->shared, compare_size);
+    for (uint64_t i = 0; i < m->shareds; i++) {
+        const struct shared *s = &m->shared[i];
         uint32_t at;
-        TRY(holders_least(&m->holders, m->holders.group[m->item[shared[i].item].group].set, &load, &at));
-        give(m, shared[i].item, at);
+        TRY(holders_least(&m->holders, s->set, &load, &at));
+        give(m, &m->plan->piece[s->piece], s->bytes, &m->holders.holder[s->first_holder + at]);
     }
     return NULL;
 }
 
-static status *assign(struct maker *m, const uint64_t *extra_bytes)
+static status *start_loads(struct maker *m, const uint64_t *extra_bytes)
 {
-    struct plan *p = m->plan;
-    struct by_size *shared = mem_array(NULL, m->items, sizeof *shared);
     m->load = mem_calloc((size_t)m->ranks, sizeof *m->load);
     m->node_load = mem_calloc((size_t)m->ranks, sizeof *m->node_load);
-    p->piece = mem_calloc(m->items, sizeof *p->piece);
-    p->rank_bytes = mem_calloc((size_t)m->ranks, sizeof *p->rank_bytes);
-    status *st = NULL;
-    if (!shared || !m->load || !m->node_load || !p->piece || !p->rank_bytes)
-        st = ERR(NO_MEMORY, "a plan of %llu pieces for %d ranks", (ull)m->items, m->ranks);
-    for (int r = 0; !st && extra_bytes && r < m->ranks; r++) {
+    m->plan->rank_bytes = mem_calloc((size_t)m->ranks, sizeof *m->plan->rank_bytes);
+    if (!m->load || !m->node_load || !m->plan->rank_bytes)
+        return ERR(NO_MEMORY, "a plan for %d ranks", m->ranks);
+    for (int r = 0; extra_bytes && r < m->ranks; r++) {
         m->load[r] = extra_bytes[r];
         if (m->node_of)
             m->node_load[m->node_of[r]] += extra_bytes[r];
     }
-    if (!st)
-        st = give_all(m, shared);
-    mem_free(shared);
-    if (!st)
-        p->piece_count = m->items;
-    return st;
+    return NULL;
 }
 
 /* ---- all of it */
@@ -436,36 +439,6 @@ static status *assign(struct maker *m, const uint64_t *extra_bytes)
 static void hash_text(struct hash128 *h, const char *s)
 {
     hash_update(h, s, strlen(s) + 1);
-}
-
-/* Of what all ranks described: tensors, pieces, who holds them. */
-static struct hash128 fingerprint_all(const struct maker *m)
-{
-    struct hash128 h = hash_init(0x706c616e6e6572);
-    uint32_t tensor = UINT32_MAX;
-    for (uint64_t i = 0; i < m->holders.groups; i++) {
-        const struct holder_group *g = &m->holders.group[m->holders.order[i]];
-        const struct plan_desc *d = &m->desc[m->found[g->tensor].desc];
-        if (g->tensor != tensor) {
-            uint64_t head[] = { (uint64_t)d->dtype, d->trainable != 0, (uint64_t)d->shape.ndim,
-                                d->alias != UINT64_MAX };
-            hash_text(&h, m->text + d->part);
-            hash_text(&h, m->text + d->name);
-            if (d->alias != UINT64_MAX)
-                hash_text(&h, m->text + d->alias);
-            hash_update(&h, head, sizeof head);
-            hash_update(&h, d->shape.dim, (size_t)d->shape.ndim * sizeof *d->shape.dim);
-            tensor = g->tensor;
-        }
-        uint64_t piece[2 * LAYOUT_DIMS + 3] = { g->count, g->piece->begin, g->piece->end };
-        for (int k = 0; k < d->shape.ndim; k++) {
-            piece[3 + 2 * k] = g->piece->box.off[k];
-            piece[4 + 2 * k] = g->piece->box.len[k];
-        }
-        hash_update(&h, piece, (3 + 2 * (size_t)d->shape.ndim) * sizeof *piece);
-        hash_update(&h, &m->holders.holder[g->first], g->count * sizeof(struct holder));
-    }
-    return hash_final(h);
 }
 
 static status *check_input(const struct maker *m)
@@ -484,26 +457,25 @@ static status *check_input(const struct maker *m)
 
 static status *make(struct maker *m, const uint64_t *extra_bytes)
 {
-    TRY(find_groups(m));
-    m->by_name = mem_array(NULL, m->tensors, sizeof *m->by_name);
-    if (!m->by_name)
-        return ERR(NO_MEMORY, "a plan of %llu tensors", (ull)m->tensors);
-    TRY(sort_found(m, m->by_name));
-    TRY(lay(m, m->by_name));
-    TRY(assign(m, extra_bytes));
-    if (m->whole_rows)
-        TRY(plan_merge(m->plan, m->node_of, extra_bytes));
-    m->plan->fingerprint = fingerprint_all(m);
-    return NULL;
+    m->tensor_of = mem_array(NULL, m->count, sizeof *m->tensor_of);
+    if (!m->tensor_of)
+        return ERR(NO_MEMORY, "a plan of %llu descriptors", (ull)m->count);
+    TRY(find_tensors(m));
+    TRY(sort_found(m));
+    TRY(start_loads(m, extra_bytes));
+    TRY(lay(m));
+    TRY(give_shared(m));
+    return m->whole_rows ? plan_merge(m->plan, m->node_of, extra_bytes) : NULL;
 }
 
 static void free_maker(struct maker *m)
 {
     holders_free(&m->holders);
     mem_free(m->found);
+    mem_free(m->tensor_of);
     mem_free(m->by_name);
     mem_free(m->tensor_table.slot);
-    mem_free(m->item);
+    mem_free(m->shared);
     mem_free(m->box);
     mem_free(m->load);
     mem_free(m->node_load);

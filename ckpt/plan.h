@@ -63,7 +63,6 @@ struct plan_source {
 };
 
 struct plan {
-    struct hash128 fingerprint;
     int ranks;
     struct plan_tensor *tensor; /* sorted by (part, name) */
     struct plan_piece *piece;   /* grouped by tensor, in piece_compare order */

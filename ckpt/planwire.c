@@ -1,6 +1,6 @@
 /* planwire: a plan as bytes and back, whole or one rank's part of it, for the ranks that did not make it.
  *
- *   head: fingerprint, ranks, tensors, pieces, text bytes, 1 if rank_bytes follow, sources
+ *   head: ranks, tensors, pieces, text bytes, 1 if rank_bytes follow, sources
  *   text, padded to words; rank_bytes; per tensor: texts as offsets, fields, dimensions, then its pieces; sources
  *
  * Words are 8 bytes, little-endian. What arrives may be damaged: every count is held against the bytes that are left
@@ -10,7 +10,7 @@
 #include "comm/base/mem.h"
 #include "comm/base/status.h"
 
-enum { HEAD_WORDS = 8, TENSOR_WORDS = 7, PIECE_WORDS = 6, SOURCE_WORDS = 6 };
+enum { HEAD_WORDS = 6, TENSOR_WORDS = 7, PIECE_WORDS = 6, SOURCE_WORDS = 6 };
 
 /* Writes, or only counts where p is NULL. */
 struct pen {
@@ -123,8 +123,7 @@ static void pen_plan(struct pen *w, const struct pick *k)
     const struct plan *p = k->plan;
     struct pen text = { .p = NULL };
     uint64_t tensors = pen_texts(&text, k);
-    const uint64_t head[HEAD_WORDS] = { p->fingerprint.a, p->fingerprint.b, (uint64_t)p->ranks, tensors,
-                                        k->count,         text.used,        !k->list,           k->sources };
+    const uint64_t head[HEAD_WORDS] = { (uint64_t)p->ranks, tensors, k->count, text.used, !k->list, k->sources };
     pen_words(w, head, HEAD_WORDS);
     pen_texts(w, k);
     w->used = (w->used + 7) / 8 * 8;
@@ -244,12 +243,11 @@ static status *eye_plan(struct eye *r, struct plan *p)
 {
     uint64_t head[HEAD_WORDS];
     TRY(eye_words(r, head, HEAD_WORDS));
-    uint64_t ranks = head[2], tensors = head[3], pieces = head[4], text = head[5], whole = head[6], sources = head[7];
+    uint64_t ranks = head[0], tensors = head[1], pieces = head[2], text = head[3], whole = head[4], sources = head[5];
     if (ranks < 1 || ranks > INT32_MAX || whole > 1 || (whole && ranks > r->left / 8) ||
         tensors > r->left / (8 * TENSOR_WORDS) || pieces > r->left / (8 * PIECE_WORDS) || text > r->left / 8 * 8 ||
         sources > r->left / (8 * SOURCE_WORDS))
         return ERR(CORRUPT, "a packed plan counts more than its %zu bytes hold", r->left);
-    p->fingerprint = (struct hash128){ head[0], head[1] };
     p->ranks = (int)ranks;
     p->text = mem_calloc(text + 1, 1);
     p->tensor = mem_calloc(tensors, sizeof *p->tensor);

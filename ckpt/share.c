@@ -26,20 +26,24 @@ static uint64_t payload_bytes(const struct plan *p, uint32_t i)
     return piece_elems(&p->piece[i].piece) * dtype_bytes(p->tensor[p->piece[i].tensor].dtype);
 }
 
-/* One file a part of this writer, numbered by first appearance. first_of[f]: the plan piece that opened file f; parts
- * are few. */
-static void assign_files(const struct plan *p, struct roster *r, int writer, uint32_t *first_of)
+/* A writer's entries so far; its newest file, which is of the part that its newest entry is of. */
+struct writer {
+    uint64_t next;
+    const char *part;
+};
+
+/* One file a part, numbered by first appearance: the pieces come part by part. */
+static void add_entry(const struct plan *p, struct roster *r, struct writer *writer, uint32_t i)
 {
-    for (uint64_t i = r->first[writer]; i < r->first[writer + 1]; i++) {
-        const char *part = p->tensor[p->piece[r->piece[i]].tensor].part;
-        uint32_t f = 0;
-        while (f < r->files[writer] && strcmp(part, p->tensor[p->piece[first_of[f]].tensor].part) != 0)
-            f++;
-        if (f == r->files[writer])
-            first_of[r->files[writer]++] = r->piece[i];
-        r->file[i] = f;
-        r->crcs[writer] += meta_blocks(payload_bytes(p, r->piece[i]));
-    }
+    int32_t who = p->piece[i].writer;
+    struct writer *w = &writer[who];
+    const char *part = p->tensor[p->piece[i].tensor].part;
+    if (!w->part || (w->part != part && strcmp(w->part, part) != 0))
+        r->files[who]++;
+    w->part = part;
+    r->piece[w->next] = i;
+    r->file[w->next++] = r->files[who] - 1;
+    r->crcs[who] += meta_blocks(payload_bytes(p, i));
 }
 
 status *roster_make(const struct plan *p, struct roster *out)
@@ -50,29 +54,21 @@ status *roster_make(const struct plan *p, struct roster *out)
                         .first = mem_calloc(ranks + 1, sizeof *r.first),
                         .files = mem_calloc(ranks, sizeof *r.files),
                         .crcs = mem_calloc(ranks, sizeof *r.crcs) };
-    uint32_t *first_of = mem_calloc(n, sizeof *first_of);
-    if (!r.piece || !r.file || !r.first || !r.files || !r.crcs || !first_of) {
-        mem_free(first_of);
+    struct writer *writer = mem_calloc(ranks, sizeof *writer);
+    if (!r.piece || !r.file || !r.first || !r.files || !r.crcs || !writer) {
+        mem_free(writer);
         roster_free(&r);
         return ERR(NO_MEMORY, "roster of %llu pieces", (unsigned long long)p->piece_count);
     }
     for (uint64_t i = 0; i < p->piece_count; i++)
         r.first[p->piece[i].writer + 1]++;
-    for (size_t i = 0; i < ranks; i++)
+    for (size_t i = 0; i < ranks; i++) {
+        writer[i].next = r.first[i];
         r.first[i + 1] += r.first[i];
-    uint64_t *at = mem_array(NULL, ranks, sizeof *at);
-    if (!at) {
-        mem_free(first_of);
-        roster_free(&r);
-        return ERR(NO_MEMORY, "roster of %zu ranks", ranks);
     }
-    memcpy(at, r.first, ranks * sizeof *at);
     for (uint64_t i = 0; i < p->piece_count; i++)
-        r.piece[at[p->piece[i].writer]++] = (uint32_t)i;
-    mem_free(at);
-    for (int w = 0; w < p->ranks; w++)
-        assign_files(p, &r, w, first_of);
-    mem_free(first_of);
+        add_entry(p, &r, writer, (uint32_t)i);
+    mem_free(writer);
     *out = r;
     return NULL;
 }
