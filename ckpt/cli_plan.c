@@ -360,7 +360,7 @@ static status *measure_load(const struct wish *w, const struct metadata *m, stru
     if (!st) {
         f->amplification =
             plan.totals.unique_bytes ? (double)plan.totals.storage_bytes / (double)plan.totals.unique_bytes : 1;
-        f->copies = plan.list.count;
+        f->copies = plan.copies;
         f->blocks = plan.blocks;
         f->load_wire_bytes = plan.totals.wire_bytes;
         load_plan_free(&plan);

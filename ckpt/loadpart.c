@@ -172,15 +172,17 @@ static status *pack_part(struct sorter *s, int r, struct mark *mark, uint32_t *l
     own_copies(s, r, mark, list, &h.copies);
     size_t n = sizeof h + h.blocks * sizeof *s->block + h.uses * sizeof *s->use;
     for (uint64_t i = 0; i < h.copies; i++)
-        n += (COPY_WORDS + 3 * (size_t)s->p->list.copy[list[i]].ndim) * 8;
+        n += (COPY_WORDS + 3 * (size_t)load_copy_whole(s->p, list[i]).ndim) * 8;
     unsigned char *buf = mem_alloc(n), *at = buf;
     if (!buf)
         return ERR(NO_MEMORY, "rank %d's part of %zu bytes", r, n);
     at = put_raw(at, &h, sizeof h);
     at = put_raw(at, s->block + s->first_block[r], h.blocks * sizeof *s->block);
     at = put_raw(at, s->use + s->first_use[r], h.uses * sizeof *s->use);
-    for (uint64_t i = 0; i < h.copies; i++)
-        at = put_copy(at, &s->p->list.copy[list[i]]);
+    for (uint64_t i = 0; i < h.copies; i++) {
+        const struct reshard_copy c = load_copy_whole(s->p, list[i]);
+        at = put_copy(at, &c);
+    }
     *out = (struct nodes_message){ buf, n };
     return NULL;
 }
@@ -197,8 +199,8 @@ status *load_parts_pack(const struct load_plan *p, const struct load_want *want,
 {
     struct sorter s = { .p = p, .want = want, .first_want = first_want };
     struct nodes_message *m = mem_calloc((size_t)ranks, sizeof *m);
-    struct mark *mark = mem_calloc(p->list.count + 1, sizeof *mark);
-    uint32_t *list = mem_array(NULL, p->list.count + 1, sizeof *list);
+    struct mark *mark = mem_calloc(p->copies + 1, sizeof *mark);
+    uint32_t *list = mem_array(NULL, p->copies + 1, sizeof *list);
     status *st = m && mark && list ? NULL : ERR(NO_MEMORY, "parts of %d ranks", ranks);
     if (!st)
         st = sort_by_rank(&s, ranks);

@@ -22,9 +22,18 @@ struct load_group {
     uint64_t first, count;
 };
 
+/* A reshard_copy in a fifth of its memory: nearly all are one row. */
+struct load_copy {
+    uint32_t stored, wanted; /* piece of the metadata; group */
+    uint64_t src, dst;
+    uint64_t len;  /* of a row; else where its lengths, source strides and destination strides begin in `grid` */
+    uint32_t ndim; /* 0: a row, contiguous on both sides */
+};
+
 /* One block's elements that one copy takes. */
 struct load_use {
-    uint32_t copy;  /* into list */
+    uint32_t copy;  /* of the plan */
+    uint32_t group; /* that it serves */
     uint32_t elems; /* at most a block's */
 };
 
@@ -33,15 +42,15 @@ struct load_block {
     uint32_t block; /* of that piece's payload */
     int32_t reader;
     uint32_t round;
-    uint32_t uses;
-    uint64_t first_use;
+    uint32_t first_use, uses;
 };
 
 struct load_plan {
-    struct reshard_list list; /* stored: index of the metadata's piece; wanted: index into group */
+    struct load_copy *copy; /* by (stored, src) */
+    uint64_t *grid;         /* of the copies that are no rows */
     struct load_group *group;
     uint32_t *member; /* indices into the wants */
-    uint64_t groups;
+    uint64_t copies, words, groups;
     struct load_use *use;
     struct load_block *block; /* by (round, reader, place in the files) */
     uint64_t *round;          /* [rounds + 1] first block of a round */
@@ -61,8 +70,11 @@ void load_plan_free(struct load_plan *p);
 /* The group that a use serves. */
 static inline const struct load_group *use_group(const struct load_plan *p, const struct load_use *u)
 {
-    return &p->group[p->list.copy[u->copy].wanted];
+    return &p->group[u->group];
 }
+
+/* Copy i of the plan as reshard made it. */
+struct reshard_copy load_copy_whole(const struct load_plan *p, uint64_t i);
 
 /* A block's place in its piece's payload. */
 static inline uint64_t block_bytes(const struct meta_piece *p, uint32_t block)

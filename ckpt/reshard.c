@@ -9,6 +9,7 @@
  * walk. */
 #include "ckpt/reshard.h"
 
+#include "ckpt/order.h"
 #include "comm/base/mem.h"
 #include "comm/base/status.h"
 
@@ -107,30 +108,37 @@ static int compare_u64(uint64_t a, uint64_t b)
     return a < b ? -1 : a > b;
 }
 
-static int compare_begin(const void *a, const void *b, void *dim)
+/* Sort along dimension d, parts that begin at one place as they were; returns at how many places they begin. order,
+ * other: [n]. */
+static size_t sort_along(int d, const struct part *parts, size_t n, struct order_key *order, struct order_key *other)
 {
-    int d = *(const int *)dim;
-    return compare_u64(((const struct part *)a)->box.off[d], ((const struct part *)b)->box.off[d]);
+    size_t places = 1;
+    for (size_t i = 0; i < n; i++)
+        order[i].key = parts[order[i].item].box.off[d];
+    order_sort(order, other, n);
+    for (size_t i = 1; i < n; i++)
+        places += order[i].key != order[i - 1].key;
+    return places;
 }
 
 /* Sort along the dimension in which parts begin at most places, where the sweep plane cuts the fewest of them; returns
  * it. */
-static int sort_for_sweep(int ndim, struct part *parts, size_t n)
+static int sort_for_sweep(int ndim, const struct part *parts, size_t n, struct order_key *order,
+                          struct order_key *other)
 {
     int best = 0;
     size_t most = 0;
+    for (size_t i = 0; i < n; i++)
+        order[i].item = i;
     for (int d = 0; d < ndim; d++) {
-        size_t places = 1;
-        qsort_r(parts, n, sizeof *parts, compare_begin, &d);
-        for (size_t i = 1; i < n; i++)
-            places += parts[i].box.off[d] != parts[i - 1].box.off[d];
+        size_t places = sort_along(d, parts, n, order, other);
         if (places > most) {
             most = places;
             best = d;
         }
     }
     if (best != ndim - 1)
-        qsort_r(parts, n, sizeof *parts, compare_begin, &best);
+        sort_along(best, parts, n, order, other);
     return best;
 }
 
@@ -180,17 +188,16 @@ static bool make_copy(int ndim, const struct part *s, const struct part *w, stru
     return true;
 }
 
-static status *append(struct reshard_list *l, const struct reshard_copy *c)
+static status *have_room(struct reshard_list *l)
 {
-    if (l->count == l->cap) {
-        size_t cap = l->cap ? l->cap * 2 : 16;
-        struct reshard_copy *more = mem_array(l->copy, cap, sizeof *more);
-        if (!more)
-            return ERR(NO_MEMORY, "%zu copies", cap);
-        l->copy = more;
-        l->cap = cap;
-    }
-    l->copy[l->count++] = *c;
+    if (l->count < l->cap)
+        return NULL;
+    size_t cap = l->cap ? l->cap * 2 : 16;
+    struct reshard_copy *more = mem_array(l->copy, cap, sizeof *more);
+    if (!more)
+        return ERR(NO_MEMORY, "%zu copies", cap);
+    l->copy = more;
+    l->cap = cap;
     return NULL;
 }
 
@@ -210,9 +217,8 @@ static status *meet(int ndim, int d, const struct part *parts, const struct part
         if (ndim && o->box.off[d] + o->box.len[d] <= p->box.off[d])
             continue;
         other->index[kept++] = other->index[k];
-        struct reshard_copy c;
-        if (make_copy(ndim, p->wanted ? o : p, p->wanted ? p : o, &c))
-            TRY(append(out, &c));
+        TRY(have_room(out));
+        out->count += make_copy(ndim, p->wanted ? o : p, p->wanted ? p : o, &out->copy[out->count]);
     }
     other->count = kept;
     return NULL;
@@ -222,17 +228,20 @@ static status *sweep(int ndim, struct part *parts, size_t n, struct reshard_list
 {
     struct active side[2] = { { mem_array(NULL, n, sizeof(uint32_t)), 0 },
                               { mem_array(NULL, n, sizeof(uint32_t)), 0 } };
+    struct order_key *order = mem_array(NULL, 2 * n, sizeof *order);
     status *st = NULL;
-    if (!side[0].index || !side[1].index)
+    if (!side[0].index || !side[1].index || !order)
         st = ERR(NO_MEMORY, "%zu boxes", n);
-    int d = st ? 0 : sort_for_sweep(ndim, parts, n);
+    int d = st ? 0 : sort_for_sweep(ndim, parts, n, order, order + n);
     for (size_t i = 0; i < n && !st; i++) {
-        struct active *own = &side[parts[i].wanted];
-        st = meet(ndim, d, parts, &parts[i], &side[!parts[i].wanted], out);
-        own->index[own->count++] = (uint32_t)i;
+        const struct part *p = &parts[order[i].item];
+        struct active *own = &side[p->wanted];
+        st = meet(ndim, d, parts, p, &side[!p->wanted], out);
+        own->index[own->count++] = (uint32_t)order[i].item;
     }
     mem_free(side[0].index);
     mem_free(side[1].index);
+    mem_free(order);
     return st;
 }
 
@@ -260,20 +269,29 @@ static bool is_row(const struct reshard_copy *c)
     return c->ndim == 1 && c->src_stride[0] == 1 && c->dst_stride[0] == 1;
 }
 
+static void sort_copies(struct reshard_copy *c, size_t n, int (*compare)(const void *, const void *))
+{
+    for (size_t i = 1; i < n; i++)
+        if (compare(&c[i - 1], &c[i]) > 0) { /* most come in order */
+            qsort(c, n, sizeof *c, compare);
+            return;
+        }
+}
+
 /* Where a run was cut into boxes on both sides at the same places, the rows on either side of a cut are one again. */
 static size_t join(struct reshard_copy *c, size_t n)
 {
     size_t kept = 0;
-    qsort(c, n, sizeof *c, compare_pair);
+    sort_copies(c, n, compare_pair);
     for (size_t i = 0; i < n; i++) {
         struct reshard_copy *last = kept ? &c[kept - 1] : NULL;
         if (last && last->stored == c[i].stored && last->wanted == c[i].wanted && is_row(last) && is_row(&c[i]) &&
             last->src + last->len[0] == c[i].src && last->dst + last->len[0] == c[i].dst)
             last->len[0] += c[i].len[0];
-        else
-            c[kept++] = c[i];
+        else if (kept++ != i)
+            c[kept - 1] = c[i];
     }
-    qsort(c, kept, sizeof *c, compare_order);
+    sort_copies(c, kept, compare_order);
     return kept;
 }
 

@@ -26,6 +26,15 @@ static int compare_begin(const void *a, const void *b, void *dim)
     return x < y ? -1 : x > y;
 }
 
+static void sort_along(int d, struct box *b, size_t n)
+{
+    for (size_t i = 1; i < n; i++)
+        if (b[i - 1].off[d] > b[i].off[d]) { /* most come in order */
+            qsort_r(b, n, sizeof *b, compare_begin, &d);
+            return;
+        }
+}
+
 static status *hole_at(int ndim, const uint64_t *coord)
 {
     char text[LAYOUT_DIMS * 22 + 3];
@@ -95,7 +104,7 @@ static int sort_for_sweep(int ndim, struct box *b, size_t n)
     size_t most = 0;
     for (int d = 0; d < ndim; d++) {
         size_t places = 1;
-        qsort_r(b, n, sizeof *b, compare_begin, &d);
+        sort_along(d, b, n);
         for (size_t i = 1; i < n; i++)
             places += b[i].off[d] != b[i - 1].off[d];
         if (places > most) {
@@ -103,7 +112,7 @@ static int sort_for_sweep(int ndim, struct box *b, size_t n)
             best = d;
         }
     }
-    qsort_r(b, n, sizeof *b, compare_begin, &best);
+    sort_along(best, b, n);
     return best;
 }
 
@@ -161,7 +170,7 @@ static status *cover(int ndim, const struct box *region, struct box *b, size_t n
 {
     for (int d = 0; d < ndim; d++) {
         size_t groups;
-        qsort_r(b, n, sizeof *b, compare_begin, &d);
+        sort_along(d, b, n);
         TRY(count_groups(ndim, region, b, n, d, &groups));
         if (groups < 2 || depth == DEPTH_MAX)
             continue;

@@ -82,10 +82,11 @@ static void check_blocks(const struct fixture *f, const struct load_plan *p)
             assert_false(p->block[k].piece == b->piece && p->block[k].block == b->block);
         for (uint64_t k = 0; k < b->uses; k++) {
             const struct load_use *u = &p->use[b->first_use + k];
-            const struct reshard_copy *c = &p->list.copy[u->copy];
+            const struct reshard_copy c = load_copy_whole(p, u->copy);
             uint64_t per = META_BLOCK_BYTES / 4, lo = b->block * per;
-            assert_int_equal(c->stored, b->piece);
-            assert_int_equal(u->elems, reshard_count(c, lo, lo + per));
+            assert_int_equal(c.stored, b->piece);
+            assert_int_equal(c.wanted, u->group);
+            assert_int_equal(u->elems, reshard_count(&c, lo, lo + per));
             assert_true(u->elems > 0);
         }
         uses += b->uses;
@@ -155,7 +156,8 @@ static void check_part_block(const struct fixture *f, const struct load_plan *p,
             assert_int_equal(x->rank, rank);
             assert_int_equal(x->want + first[rank], p->member[j]);
             assert_int_equal(x->elems, p->use[u].elems);
-            assert_true(same_copy(&part->copy[x->copy], &p->list.copy[p->use[u].copy]));
+            const struct reshard_copy c = load_copy_whole(p, p->use[u].copy);
+            assert_true(same_copy(&part->copy[x->copy], &c));
         }
     }
     if (!k)
@@ -484,12 +486,76 @@ static void test_no_help_needed(void **state)
     load_plan_free(&p);
 }
 
+/* Pieces that lie in the files in another order than in the list, small ones and such of two blocks: a reader reads
+ * from the files' beginnings to their ends. */
+static void test_places(void **state)
+{
+    (void)state;
+    static struct fixture f;
+    enum { PIECES = 24 };
+    for (int way = 0; way < 3; way++) {
+        struct load_plan p;
+        uint64_t blocks = 0;
+        init(&f);
+        add_tensor(&f, 8 * 400, 1024, 8); /* 1.6 MB each */
+        add_tensor(&f, 160, 64, 16);
+        for (uint32_t i = 0; i < PIECES; i++) {
+            uint32_t at = way == 0 ? PIECES - 1 - i : (i * 7 + 3) % PIECES;
+            f.piece[i].offset = (uint64_t)(at + 1) * 600 * 4096;
+            f.piece[i].file = way == 1 ? 0 : i % 5 == 3 ? 70000 : i % 3;
+            blocks += meta_blocks(f.piece[i].bytes);
+        }
+        add_want(&f, 0, 3, 0, 8 * 400, 0, 1024);
+        add_want(&f, 1, 3, 0, 160, 0, 64);
+        make(&f, &p);
+        assert_int_equal(p.blocks, blocks);
+        for (uint64_t i = 0; i < p.blocks; i++) {
+            const struct load_block *b = &p.block[i], *before = b - 1;
+            const struct meta_piece *x = &f.piece[b->piece], *y = i ? &f.piece[before->piece] : NULL;
+            assert_int_equal(b->reader, 3);
+            if (i)
+                assert_true(x->file > y->file || (x->file == y->file && x->offset > y->offset) ||
+                            (x == y && b->block == before->block + 1));
+        }
+        load_plan_free(&p);
+    }
+}
+
+/* A rank that wants one block 4,096 times receives 4 GiB of it in one round, and what another reader has for it comes
+ * in a later one. */
+static void test_much_received(void **state)
+{
+    (void)state;
+    enum { TIMES = 4096 };
+    static struct fixture f;
+    const int32_t reader[] = { 1, 2 };
+    struct load_plan p;
+    struct load_want *want = mem_calloc(TIMES + 1, sizeof *want);
+    init(&f);
+    add_tensor(&f, 512, 1024, 2);
+    add_want(&f, 0, 0, 0, 256, 0, 1024);
+    add_want(&f, 0, 0, 256, 256, 0, 1024);
+    for (int i = 0; i < TIMES; i++)
+        want[i] = f.want[0];
+    want[TIMES] = f.want[1];
+    assert_null(load_plan_make_from(&f.m, want, TIMES + 1, RANKS, reader, 0, &p));
+    assert_int_equal(p.rounds, 2);
+    assert_int_equal(p.blocks, 2);
+    assert_true(p.block[0].piece == 0 && p.block[1].piece == 1);
+    assert_int_equal(p.totals.wire_bytes, (uint64_t)(TIMES + 1) << 20);
+    load_plan_free(&p);
+    mem_free(want);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_replicas_share), cmocka_unit_test(test_others_help),    cmocka_unit_test(test_own_reads),
-        cmocka_unit_test(test_random),         cmocka_unit_test(test_amplification),  cmocka_unit_test(test_any_order),
-        cmocka_unit_test(test_missing),        cmocka_unit_test(test_no_help_needed), cmocka_unit_test(test_stretches),
+        cmocka_unit_test(test_places),         cmocka_unit_test(test_much_received),
+        cmocka_unit_test(test_replicas_share), cmocka_unit_test(test_others_help),
+        cmocka_unit_test(test_own_reads),      cmocka_unit_test(test_random),
+        cmocka_unit_test(test_amplification),  cmocka_unit_test(test_any_order),
+        cmocka_unit_test(test_missing),        cmocka_unit_test(test_no_help_needed),
+        cmocka_unit_test(test_stretches),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
