@@ -544,6 +544,10 @@ static void test_much_received(void **state)
     assert_true(p.block[0].piece == 0 && p.block[1].piece == 1);
     assert_int_equal(p.totals.wire_bytes, (uint64_t)(TIMES + 1) << 20);
     load_plan_free(&p);
+    const int32_t own[] = { 0, 2 }; /* what it reads for itself is not sent, however often it wants it */
+    assert_null(load_plan_make_from(&f.m, want, TIMES + 1, RANKS, own, 0, &p));
+    assert_int_equal(p.totals.wire_bytes, 1 << 20);
+    load_plan_free(&p);
     mem_free(want);
 }
 
