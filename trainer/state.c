@@ -1,7 +1,8 @@
 /* state: the one list of what is saved, and the way back from it.
  *
  *   model      every parameter of this rank's pipeline stage: this rank's tensor-parallel part, the same on every
- *              data-parallel rank (replicas: written once); tied names as aliases, on the stage of their target
+ *              data-parallel rank (replicas: written once), or with ZeRO 3 its runs of that; tied names as aliases, on
+ *              the stage of their target
  *   adapter    the matrices of LoRA's adapters, in the same way; model then is the base, which is frozen: written once,
  *              and referred to by later steps
  *   optim      NAME.exp_avg, NAME.exp_avg_sq: the runs of the flat block that this rank's optimiser holds
