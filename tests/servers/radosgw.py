@@ -6,6 +6,7 @@
     radosgw.py env DIR
     radosgw.py status DIR
     radosgw.py quota DIR BYTES | off                        403 QuotaExceeded above that many bytes of the user
+    radosgw.py key DIR ACCESS SECRET | ACCESS off           one more key of the user; it is no key any more
 
 Needs the Debian packages ceph-mon, ceph-osd, radosgw and, for tls=1, openssl; no root. memstore keeps all bytes in the OSD's memory: they survive the
 death of radosgw, but not of the OSD. bluestore is one sparse file in DIR. DIR/run/{mon,osd,rgw}.pid are there to be signalled."""
@@ -150,6 +151,13 @@ class Radosgw(daemon.Server):
             self.admin("quota", "set", *scope, f"--max-size={limit}")
         self.admin("quota", "disable" if limit is None else "enable", *scope)
 
+    def key(self, access, secret):
+        """Of the user; None: take it away."""
+        which = ["--uid=test", "--key-type=s3", f"--access-key={access}"]
+        self.admin("key", "rm" if secret is None else "create", *which, *([] if secret is None else [f"--secret-key={secret}"]))
+
 
 if __name__ == "__main__":
-    daemon.command_line(Radosgw, __doc__, {"quota": lambda s: s.quota(None if s.words == ["off"] else int(s.words[0]))})
+    daemon.command_line(Radosgw, __doc__, {
+        "quota": lambda s: s.quota(None if s.words == ["off"] else int(s.words[0])),
+        "key": lambda s: s.key(s.words[0], None if s.words[1] == "off" else s.words[1])})
