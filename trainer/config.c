@@ -543,6 +543,9 @@ static status *check_together(struct config *c, const char *name)
         return ERR(INVALID, "%s: parallel.stages: \"%.100s\" needs parallel.pp above 1", name, c->parallel.stages);
     if (c->algo.ref_sync_steps && c->algo.reference != REFERENCE_LIVE)
         return ERR(INVALID, "%s: algo.ref_sync_steps needs algo.reference: live", name);
+    if (c->optim.kind == OPTIM_MUON && (c->parallel.zero != 1 || c->parallel.tp != 1 || c->parallel.dp_shard))
+        return ERR(INVALID,
+                   "%s: optim.kind: muon needs parallel.zero: 1, tp: 1 and dp_shard: 0: it wants whole matrices", name);
     if (!period_parse(c->checkpoint.every, &c->checkpoint.period))
         return ERR(INVALID,
                    "%s: checkpoint.every: \"%s\" is not one of a number of steps (100), of seconds (600s), or auto",
@@ -707,12 +710,13 @@ static bool defines_state(const char *key)
     static const char *const exact[] = {
         "run.seed",           "data.sft",      "data.prefs",     "data.labelled",
         "data.max_length",    "algo.kind",     "algo.reference", "algo.warmup_sft_steps",
-        "train.global_batch", "algo.ld_alpha", "train.freeze"
+        "train.global_batch", "algo.ld_alpha", "train.freeze",   "optim.kind"
     };
     for (size_t i = 0; i < sizeof exact / sizeof exact[0]; i++)
         if (!strcmp(key, exact[i]))
             return true;
-    return !strncmp(key, "lora.", 5) || (!strncmp(key, "model.", 6) && strcmp(key, "model.init_from") != 0);
+    return !strncmp(key, "lora.", 5) || !strcmp(key, "optim.muon") ||
+           (!strncmp(key, "model.", 6) && strcmp(key, "model.init_from") != 0);
 }
 
 /* Where a text's key ends the run, it is not news. */

@@ -117,7 +117,9 @@ static status *open_model(struct trainer *t, int ranks_here)
                            .stages = t->pp ? t->pp->size : 1,
                            .stage = t->pp ? t->pp->rank : 0,
                            .list = t->cfg->parallel.stages };
-    const struct tuning tuning = { &t->cfg->lora, t->cfg->train.freeze };
+    const struct optim_config *optim = &t->cfg->optim;
+    const struct tuning tuning = { &t->cfg->lora, t->cfg->train.freeze,
+                                   optim->kind == OPTIM_MUON ? optim->muon : NULL };
     TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->model));
     int64_t zero = t->training ? t->cfg->parallel.zero : 0; /* what that cuts gets its memory in open_zero */
     if (zero < 3)
@@ -209,6 +211,8 @@ static status *open_zero(struct trainer *t)
                               .micro_batches = (uint32_t)(c->train.global_batch / c->train.micro_batch) };
     TRY(zero_open(&o, &t->model->params, t->dp, &t->zero));
     TRY(tied_open(&o, t->model, t->dp, t->pp, &t->tied));
+    if (c->optim.kind == OPTIM_MUON)
+        TRY(comm_agree(t->world, owners_open(&t->model->params, zero_moments(t->zero), t->dp, t->workers, &t->owners)));
     if (!t->ref_model || o.stage < 3)
         return NULL;
     struct shards_options ref = { true, false, o.bucket_elems, o.shards ? o.shards : t->dp->size };
@@ -382,6 +386,7 @@ status *trainer_close(struct trainer *t)
     status *st = t->ckpt ? tessera_close(t->ckpt) : NULL;
     tessera_state_free(t->state);
     tied_close(t->tied);
+    owners_close(t->owners);
     shards_close(t->ref_shards);
     zero_close(t->zero);
     task_eval_close(t);

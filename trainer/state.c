@@ -5,7 +5,8 @@
  *              the stage of their target
  *   adapter    the matrices of LoRA's adapters, in the same way; model then is the base, which is frozen: written once,
  *              and referred to by later steps
- *   optim      NAME.exp_avg, NAME.exp_avg_sq: the runs of the flat block that this rank's optimiser holds
+ *   optim      NAME.exp_avg, NAME.exp_avg_sq, with Muon NAME.momentum: the runs of the flat block that this rank's
+ *              optimiser holds
  *   ref/logps  row, hash, logp (and heldout.*) once the algorithm's reference has been computed
  *   ref/model  with a live reference instead: its parameters, and ref/adapter; nothing if it is the base of the model
  *   loader     blob "samples": consumed samples of each phase
@@ -85,11 +86,11 @@ static status *add_moments(struct trainer *t, const struct param *p)
 {
     struct zero_moments z = zero_moments(t->zero);
     char m[PARAM_NAME_BYTES + 16], v[PARAM_NAME_BYTES + 16];
-    snprintf(m, sizeof m, "%s.exp_avg", p->name);
+    snprintf(m, sizeof m, "%s.%s", p->name, p->muon ? "momentum" : "exp_avg");
     snprintf(v, sizeof v, "%s.exp_avg_sq", p->name);
     struct tessera_tensor d = part_of("optim", p);
     d.dtype = TESSERA_F32;
-    return add_runs(t, p, d, 2, (float *[]){ z.m, z.v }, (const char *[]){ m, v });
+    return add_runs(t, p, d, p->muon ? 1 : 2, (float *[]){ z.m, z.v }, (const char *[]){ m, v });
 }
 
 /* Parameters as this rank holds them: whole parts, or with ZeRO 3 runs of `own`. */

@@ -174,6 +174,14 @@ static status *optimise(struct trainer *t, const struct phase *p, struct step_re
     struct adamw a = {
         r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, clip_scale(o->clip, r->norm), t->optimiser_step + 1
     };
+    struct muon muon = { p->peak_lr > 0 ? o->muon_lr * (r->lr / p->peak_lr) : 0,
+                         o->muon_momentum,
+                         o->weight_decay,
+                         a.grad_scale,
+                         o->muon_nesterov,
+                         (enum muon_scale)o->muon_scale };
+    if (t->owners)
+        TRY(owners_step(t->owners, &muon, before_overwrite, t));
     TRY(zero_update(t->zero, &a, before_overwrite, t));
     return t->tied ? tied_share(t->model, t->pp) : NULL;
 }

@@ -10,6 +10,7 @@
 #include "ckpt/ckpt.h"
 #include "trainer/config.h"
 #include "trainer/metrics.h"
+#include "trainer/parallel/owners.h"
 #include "trainer/parallel/pipe.h"
 #include "trainer/parallel/shards.h"
 #include "trainer/parallel/tied.h"
@@ -49,7 +50,8 @@ struct trainer {
     struct pipe *pipe;
     struct tape *tape; /* the pipeline's first, for what is not its business */
     struct zero *zero;
-    struct tied *tied; /* NULL: no weight whose uses are kept apart has a part here */
+    struct tied *tied;     /* NULL: no weight whose uses are kept apart has a part here */
+    struct owners *owners; /* NULL: no Muon */
 
     struct ref_logps ref, ref_heldout; /* rows 0 until the main phase of an algorithm that needs them */
     struct shards *ref_shards;         /* of ref_model, with ZeRO 3; else NULL */

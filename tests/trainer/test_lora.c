@@ -40,8 +40,8 @@ static status *open_tuned(const char *targets, const char *freeze, struct model 
     must(options_set(&lora_options, "targets", targets, &lora, "test"));
     lora.rank = RANK;
     lora.alpha = 4.5;
-    st = model_open_tuned(llama(), config, VOCAB, &(struct tp_place){ .size = 1 }, &(struct tuning){ &lora, freeze },
-                          out);
+    st = model_open_tuned(llama(), config, VOCAB, &(struct tp_place){ .size = 1 },
+                          &(struct tuning){ &lora, freeze, NULL }, out);
     options_fini(llama()->options, config);
     options_fini(&lora_options, &lora);
     mem_free(config);
@@ -182,7 +182,7 @@ static const char targets[] = "lora.targets=*.q_proj,*.v_proj,*.down_proj";
 static status *base_stayed(struct trainer *t)
 {
     const struct config *c = t->cfg;
-    const struct tuning tuning = { &c->lora, c->train.freeze };
+    const struct tuning tuning = { &c->lora, c->train.freeze, NULL };
     struct tp_place at = { .size = t->tp ? t->tp->size : 1, .rank = t->tp ? t->tp->rank : 0 };
     struct model *m = NULL;
     TRY(model_open_tuned(c->model_ops, c->model, t->model->vocab, &at, &tuning, &m));

@@ -100,24 +100,28 @@ static void test_options(void **state)
     struct optim_config c;
     memset(&c, 0xff, sizeof c);
     assert_string_equal(optim_options.section, "optim");
-    assert_int_equal(optim_options.count, 9);
+    assert_int_equal(optim_options.count, 15);
     assert_null(options_defaults(&optim_options, &c));
     assert_true(c.lr == 3e-4 && c.min_lr == 0 && c.beta1 == 0.9 && c.beta2 == 0.95 && c.eps == 1e-8);
     assert_true(c.weight_decay == 0 && c.clip == 1 && c.schedule == SCHEDULE_COSINE && c.warmup_steps == 0);
+    assert_true(c.kind == OPTIM_ADAMW && !strcmp(c.muon, "*") && c.muon_lr == 0.02 && c.muon_momentum == 0.95);
+    assert_true(c.muon_nesterov && c.muon_scale == 0);
     assert_null(options_set(&optim_options, "schedule", "constant", &c, "here"));
     assert_int_equal(c.schedule, SCHEDULE_CONSTANT);
     assert_null(options_set(&optim_options, "schedule", "linear", &c, "here"));
     assert_int_equal(c.schedule, SCHEDULE_LINEAR);
     assert_null(options_set(&optim_options, "warmup_steps", "12", &c, "here"));
     assert_int_equal(c.warmup_steps, 12);
-    const char *const bad[][2] = { { "lr", "-1e-4" },  { "beta1", "1" },         { "beta2", "1" }, { "eps", "0" },
-                                   { "clip", "-1" },   { "warmup_steps", "-1" }, { "lr", "fast" }, { "schedule", "x" },
-                                   { "min_lr", "-1" }, { "weight_decay", "-1" } };
+    const char *const bad[][2] = { { "lr", "-1e-4" },        { "beta1", "1" },         { "beta2", "1" },
+                                   { "eps", "0" },           { "clip", "-1" },         { "warmup_steps", "-1" },
+                                   { "lr", "fast" },         { "schedule", "x" },      { "min_lr", "-1" },
+                                   { "weight_decay", "-1" }, { "muon_momentum", "1" }, { "kind", "sgd" } };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         status *st = options_set(&optim_options, bad[i][0], bad[i][1], &c, "here");
         assert_int_equal(status_code(st), ST_INVALID);
         status_free(st);
     }
+    options_fini(&optim_options, &c);
 }
 
 int main(void)

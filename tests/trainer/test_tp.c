@@ -66,7 +66,7 @@ static status *open_at(const char *options, const struct tp_place *at, struct mo
     char text[256];
     void *config = mem_calloc(1, llama()->config_bytes);
     struct lora_config lora;
-    const struct tuning tuning = { &lora, "" };
+    const struct tuning tuning = { &lora, "", NULL };
     snprintf(text, sizeof text, "layers=%d,rope_theta=100,%s", LAYERS, options);
     TRY(options_defaults(llama()->options, config));
     TRY(options_defaults(&lora_options, &lora));

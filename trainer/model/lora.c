@@ -153,14 +153,28 @@ static status *tune(struct model *m, const struct tuning *how, bool *mark)
     return NULL;
 }
 
+static status *give_to_muon(struct params *ps, const char *patterns, bool *mark)
+{
+    int n = 0;
+    TRY(match(ps, "optim.muon", patterns, true, mark));
+    for (int i = 0; i < ps->count; i++)
+        n += ps->p[i].muon = mark[i] && !ps->p[i].frozen;
+    return n ? NULL : ERR(INVALID, "optim.muon: \"%.200s\" fits no linear layer that trains", patterns);
+}
+
 status *model_tune(struct model *m, const struct tuning *how)
 {
+    bool some = *how->lora->targets || *how->freeze, muon = how->muon && *how->muon;
     if (*how->lora->targets && *how->freeze)
         return ERR(INVALID, "train.freeze: with lora.targets all parameters but the adapters are frozen");
-    if (!*how->lora->targets && !*how->freeze)
-        return NULL;
-    bool *mark = mem_calloc((size_t)m->params.count, sizeof *mark);
-    status *st = mark ? tune(m, how, mark) : ERR(NO_MEMORY, "a list of %d parameters", m->params.count);
+    bool *mark = mem_calloc((size_t)m->params.count + 1, sizeof *mark);
+    status *st = mark ? NULL : ERR(NO_MEMORY, "a list of %d parameters", m->params.count);
+    if (!st && some)
+        st = tune(m, how, mark);
+    mem_free(mark);
+    mark = !st && muon ? mem_calloc((size_t)m->params.count + 1, sizeof *mark) : NULL;
+    if (!st && muon)
+        st = mark ? give_to_muon(&m->params, how->muon, mark) : ERR(NO_MEMORY, "Muon's parameters");
     mem_free(mark);
     return st;
 }

@@ -21,6 +21,7 @@ extern const struct option_table lora_options;
 struct tuning {
     const struct lora_config *lora; /* borrowed */
     const char *freeze;             /* patterns of parameters ("model.embed_tokens.weight"); "": none */
+    const char *muon;               /* patterns of layers whose matrices, if they train, are Muon's; "", NULL: none */
 };
 
 /* What B A is multiplied by. */
@@ -28,7 +29,7 @@ float lora_scale(const struct lora_config *c);
 /* Add the adapters to a model whose parameters are declared, without memory yet, and freeze what is not to train.
  * Adapters are named LAYER.lora_A.weight and LAYER.lora_B.weight, behind all other parameters, cut over
  * tensor-parallel ranks as their layer is. A tied parameter is frozen by any of its names. INVALID: a pattern fits
- * nothing (with names that there are), both kinds are asked for, or nothing trains. */
+ * nothing (with names that there are), both kinds are asked for, or nothing trains, or nothing by Muon. */
 status *model_tune(struct model *m, const struct tuning *how) WARN_UNUSED;
 /* Section lora of a stored configuration (config_text); targets stays NULL. Fields that it lacks get their defaults. */
 status *lora_stored(const char *text, struct lora_config *out) WARN_UNUSED;

@@ -42,6 +42,7 @@ struct param {
     bool linear;        /* the matrix of a linear layer: lora.h may adapt it */
     bool frozen;        /* does not train: no gradient, no optimiser state */
     bool adapter;       /* a matrix that lora.h added */
+    bool muon;          /* a matrix that Muon updates; AdamW the others */
     int lora_a, lora_b; /* indices of the adapter's matrices, or -1 */
     int unit;           /* of the model's units (stages.h), the one that it is part of */
     bool away;          /* another pipeline stage holds it (of an alias: its target): here it has a name and a shape,

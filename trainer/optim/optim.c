@@ -17,6 +17,13 @@ static const struct option rows[] = {
     ROW(OPT_FLOAT, beta2, "0.95", 0, 0.999999, NULL, "", "AdamW: decay of the second moment"),
     ROW(OPT_FLOAT, eps, "1e-8", 1e-30, 1, NULL, "", "AdamW: added to the root of the second moment"),
     ROW(OPT_FLOAT, weight_decay, "0", 0, 1e3, NULL, "", "AdamW: decoupled decay, of parameters that the model marks"),
+    ROW(OPT_ENUM, kind, "adamw", 0, 0, "adamw|muon", "", "muon: matrices of linear layers by Muon, all else by AdamW"),
+    ROW(OPT_LIST, muon, "*", 0, 0, NULL, "", "with muon: patterns of the layers whose matrices it updates"),
+    ROW(OPT_FLOAT, muon_lr, "0.02", 0, 10, NULL, "", "with muon: its peak learning rate; follows the schedule of lr"),
+    ROW(OPT_FLOAT, muon_momentum, "0.95", 0, 0.999999, NULL, "", "with muon: decay of its momentum"),
+    ROW(OPT_BOOL, muon_nesterov, "true", 0, 0, NULL, "", "with muon: Nesterov's momentum"),
+    ROW(OPT_ENUM, muon_scale, "original", 0, 0, "original|match_rms_adamw", "",
+        "with muon: updates of an M x K matrix times sqrt(max(1, M / K)), or times 0.2 sqrt(max(M, K)) for AdamW's lr"),
     ROW(OPT_FLOAT, clip, "1", 0, 1e30, NULL, "", "largest global L2 norm of the gradient; 0: no clipping"),
 };
 

@@ -1,15 +1,21 @@
-/* optim: learning-rate schedules and the options of AdamW and clipping. Pure. */
+/* optim: learning-rate schedules and the options of AdamW, Muon and clipping. Pure. */
 #ifndef TESSERA_TRAINER_OPTIM_OPTIM_H
 #define TESSERA_TRAINER_OPTIM_OPTIM_H
 
 #include "comm/base/options.h"
 
+enum optim_kind { OPTIM_ADAMW, OPTIM_MUON };
 enum schedule_kind { SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_COSINE };
 
 struct optim_config { /* section "optim" */
     double lr, min_lr, beta1, beta2, eps, weight_decay, clip;
     int schedule;
     int64_t warmup_steps;
+    int kind;
+    char *muon;
+    double muon_lr, muon_momentum;
+    bool muon_nesterov;
+    int muon_scale; /* enum muon_scale */
 };
 extern const struct option_table optim_options;
 

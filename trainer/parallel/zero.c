@@ -347,7 +347,7 @@ static void update_run(const struct zero *z, const struct adamw *a, struct zero_
     for (int i = 0; i < z->p->count; i++) {
         const struct param *p = &z->p->p[i];
         uint64_t begin = p->offset, end = p->offset + param_elems(p);
-        if (p->alias >= 0)
+        if (p->alias >= 0 || p->muon)
             continue;
         begin = begin > run.begin ? begin : run.begin;
         end = end < run.end ? end : run.end;

@@ -1,0 +1,188 @@
+/* Muon: its step against the same formulas in double, whose products are written out here; what a step of a job does to
+ * matrices and to all else; the same bits for any number of ranks and after resumes on others. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "comm/base/mem.h"
+#include "comm/base/rng.h"
+#include "tests/trainer/thread_jobs.h"
+#include "trainer/optim/muon.h"
+
+/* ---- the step ---- */
+
+enum { MOST = 40 * 24 };
+
+/* X = a X + (b A + c A A) X, A = X X^T, on [m, k]. */
+static void newton_schulz(double *x, int m, int k)
+{
+    static double gram[40][40], poly[40][40], next[MOST];
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < m; j++) {
+            gram[i][j] = 0;
+            for (int e = 0; e < k; e++)
+                gram[i][j] += x[i * k + e] * x[j * k + e];
+        }
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < m; j++) {
+            poly[i][j] = -4.7750 * gram[i][j] + (i == j ? 3.4445 : 0);
+            for (int e = 0; e < m; e++)
+                poly[i][j] += 2.0315 * gram[i][e] * gram[e][j];
+        }
+    for (int i = 0; i < m; i++)
+        for (int e = 0; e < k; e++) {
+            next[i * k + e] = 0;
+            for (int j = 0; j < m; j++)
+                next[i * k + e] += poly[i][j] * x[j * k + e];
+        }
+    memcpy(x, next, (size_t)(m * k) * sizeof *x);
+}
+
+static void orthogonal(void **state)
+{
+    (void)state;
+    static const int shapes[][2] = { { 24, 40 }, { 40, 24 }, { 16, 16 }, { 1, 33 }, { 33, 1 } };
+    static float u[MOST], again[MOST], room[8 * MOST];
+    static double x[MOST];
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        int m = shapes[s][0], k = shapes[s][1], less = m < k ? m : k;
+        double norm = 0, squares = 0;
+        assert_true(muon_room((uint64_t)m, (uint64_t)k) <= sizeof room / sizeof *room);
+        for (int i = 0; i < m * k; i++) {
+            u[i] = (float)rng_normal((struct rng_at){ .seed = 4, .sample = (uint32_t)s }, (uint64_t)i);
+            again[i] = u[i];
+            norm += (double)u[i] * (double)u[i];
+        }
+        for (int i = 0; i < m * k; i++)
+            x[i] = (double)u[i] / sqrt(norm);
+        for (int step = 0; step < 5; step++)
+            newton_schulz(x, m, k); /* transposed or not: (b A + c A A) X is X (b A' + c A' A'), A' = X^T X */
+        muon_orthogonalise(NULL, u, (uint64_t)m, (uint64_t)k, room);
+        for (int i = 0; i < m * k; i++) {
+            if (!(fabs((double)u[i] - x[i]) <= 1e-4))
+                fail_msg("[%d, %d] element %d: %g, not %g", m, k, i, (double)u[i], x[i]);
+            squares += (double)u[i] * (double)u[i];
+        }
+        assert_true(squares / less > 0.68 * 0.68 && squares / less < 1.21 * 1.21); /* squares of singular values */
+        struct workers *w;
+        must(workers_open(3, &w));
+        muon_orthogonalise(w, again, (uint64_t)m, (uint64_t)k, room);
+        assert_memory_equal(again, u, (size_t)(m * k) * sizeof *u);
+        workers_close(w);
+    }
+    memset(u, 0, sizeof u);
+    muon_orthogonalise(NULL, u, 24, 40, room);
+    for (int i = 0; i < MOST; i++)
+        assert_true(u[i] == 0);
+}
+
+static void momentum_and_update(void **state)
+{
+    (void)state;
+    for (int nesterov = 0; nesterov < 2; nesterov++) {
+        struct muon o = { 0.5, 0.75, 0.25, 2, nesterov, MUON_ORIGINAL };
+        float g[2] = { 3, -1 }, buffer[2] = { 8, 0 }, w[2] = { 1, 2 };
+        const float direction[2] = { 1, -1 };
+        muon_momentum(&o, g, buffer, 2); /* gradients 6 and -2 */
+        assert_true(buffer[0] == 7.5f && buffer[1] == -0.5f);
+        assert_true(g[0] == (nesterov ? 7.125f : 7.5f) && g[1] == (nesterov ? -0.875f : -0.5f));
+        muon_apply(&o, w, direction, 2, 4, 1); /* 1 - lr decay = 0.875; sqrt(4 / 1) = 2 */
+        assert_true(w[0] == 0.875f - 1 && w[1] == 1.75f + 1);
+        muon_apply(&o, w, direction, 2, 1, 4); /* max(1, 1 / 4) */
+        assert_true(w[0] == 0.875f * -0.125f - 0.5f);
+        o.scale = MUON_MATCH_RMS_ADAMW;
+        w[0] = 0;
+        muon_apply(&o, w, direction, 1, 9, 25); /* 0.2 sqrt(25) */
+        assert_true(fabsf(w[0] + 0.5f) < 1e-6f);
+    }
+}
+
+/* ---- jobs ---- */
+
+/* After one step: a matrix of a layer has moved by lr sqrt(max(1, M / K)) times a nearly orthogonal matrix, all else by
+ * AdamW's lr an element at most. */
+static status *looked_at(struct trainer *t)
+{
+    struct model *m = NULL;
+    int matrices = 0;
+    TRY(model_open(t->cfg->model_ops, t->cfg->model, t->model->vocab, &m));
+    TRY(params_alloc(&m->params, false));
+    params_init(&m->params, (uint64_t)t->cfg->run.seed);
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *p = &t->model->params.p[i];
+        const float *now = p->value.data, *before = m->params.p[i].value.data;
+        double squares = 0, most = 0, k = (double)p->shape.dim[1], rows = (double)p->shape.dim[0];
+        for (uint64_t e = 0; e < param_elems(p); e++) {
+            double d = (double)now[e] - (double)before[e];
+            squares += d * d;
+            most = fmax(most, fabs(d));
+        }
+        double lr = t->cfg->optim.muon_lr * sqrt(fmax(1, rows / k)), each = squares / lr / lr / fmin(rows, k);
+        if (p->muon && !(each > 0.3 && each < 1.5))
+            return ERR(INTERNAL, "%s: mean square of singular values %g", p->name, each);
+        if (!p->muon && !(most <= 1.01 * t->cfg->optim.lr && most > 0.5 * t->cfg->optim.lr))
+            return ERR(INTERNAL, "%s moved by %g", p->name, most);
+        if (p->muon != (strstr(p->name, "_proj.weight") && !strstr(p->name, "o_proj")))
+            return ERR(INTERNAL, "%s: Muon's: %d", p->name, p->muon);
+        matrices += p->muon;
+    }
+    model_close(m);
+    return matrices == 2 * 6 ? NULL : ERR(INTERNAL, "%d matrices are Muon's", matrices);
+}
+
+static void who_moves_how(void **state)
+{
+    (void)state;
+    char text[2048];
+    make_config(text, sizeof text, "muon-one");
+    const char *o[] = { "optim.kind=muon",         "optim.muon=*.[qkv]_proj,*.mlp.*",
+                        "algo.warmup_sft_steps=0", "train.steps=1",
+                        "checkpoint.url=",         "optim.clip=0" };
+    struct job j = { .config = text, .override_count = 6, .after = looked_at };
+    memcpy(j.overrides, o, sizeof o);
+    for (int ranks = 1; ranks <= 3; ranks += 2)
+        must(comm_threads_run(ranks, run_rank, &j));
+}
+
+static void ranks_and_resumes_change_no_bit(void **state)
+{
+    (void)state;
+    char text[2048];
+    const char *o[] = { "optim.kind=muon", "optim.muon_lr=0.01", "optim.weight_decay=0.1", "train.steps=9" };
+    make_config(text, sizeof text, "muon-whole");
+    uint32_t want = run(text, 1, 4, o).weights;
+    assert_int_equal(run(text, 4, 4, (const char *[]){ o[0], o[1], o[2], "checkpoint.url=" }).weights, want);
+    assert_int_not_equal(run(text, 2, 3, (const char *[]){ "checkpoint.url=", o[1], o[2] }).weights, want);
+    make_config(text, sizeof text, "muon-cut");
+    o[3] = "train.steps=5";
+    assert_int_equal(run(text, 3, 4, o).saved, 5);
+    o[3] = "train.steps=7";
+    assert_int_equal(run(text, 2, 4, o).resumed_from, 5);
+    o[3] = "train.steps=9";
+    assert_int_equal(run(text, 5, 4, o).weights, want);
+    static const char *const bad[][3] = {
+        { "optim.kind=muon", "parallel.zero=0", "optim.kind: muon needs parallel.zero: 1" },
+        { "optim.kind=adamw", "train.steps=9", "optim.kind: muon -> adamw" },
+        { "optim.kind=muon", "optim.muon=*.x", "optim.muon: \"*.x\" fits no linear layer" },
+        { "optim.kind=muon", "lora.targets=*", "fits no linear layer that trains" },
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        struct job j = { .config = text, .overrides = { bad[i][0], bad[i][1] }, .override_count = 2 };
+        FAILS(ST_INVALID, bad[i][2], comm_threads_run(1, run_rank, &j));
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(orthogonal),
+        cmocka_unit_test(momentum_and_update),
+        cmocka_unit_test(who_moves_how),
+        cmocka_unit_test(ranks_and_resumes_change_no_bit),
+    };
+    return cmocka_run_group_tests(tests, make_data, remove_data);
+}
