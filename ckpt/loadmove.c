@@ -1,14 +1,14 @@
 /* loadmove: see loadmove.h.
  *
- *   reader threads    run: read and verify -> a slot that the node sees -> what stays here to its place, what goes to
- *                     other nodes into messages
+ *   reader threads    run: read into a slot that the node sees, and verify -> what stays here to its place, what goes
+ *                     to other nodes into messages
  *   calling thread    open rounds -> send a round's messages when its last run is packed -> unpack -> open the next;
  *                     and from the slots of others on the node to the places here, as they are filled
  *
  * Up to MOVE_ROUNDS rounds are open: one is read while those before it travel. No rank waits for another one but for
  * its messages and for its slots. A run whose bytes are wanted here just as they are stored is read into its place, and
- * copied nowhere else here. Reads go to private memory and not to slots: shared memory has no huge pages on most
- * systems, and direct reads into pages of 4 KiB take twice as long as the copy costs.
+ * copied nowhere else here. Where slots could not have huge pages, runs are read into private memory that has and
+ * copied to slots: direct reads into pages of 4 KiB take twice as long as that.
  *
  * Invariants: (1) only the calling thread calls comm; messages of a pair go in the order of rounds; (2) what a run
  * packs and places belongs to it alone, so readers share nothing but `synced`; (3) a rank that fails goes on taking
@@ -282,16 +282,12 @@ static void given_span(const struct move *v, const struct part_block *b, size_t 
     *hi = until < *hi ? until : *hi;
 }
 
-/* Fill a slot for the others on this node; src NULL: there is nothing to fill it with. */
-static void hand_out(struct reader *me, const struct load_run *r, const unsigned char *src)
+/* Who on this node takes something of a run, and what of it they do, from src to the slot unless it is there already.
+ */
+static uint64_t fill_slot(struct reader *me, const struct load_run *r, const unsigned char *src, unsigned char *slot)
 {
-    struct move *v = me->v;
-    struct ring_mail mail = { .first = r->block->number, .blocks = r->blocks, .offset = r->offset, .bad = !src };
-    uint64_t begin = clock_ns(), bytes = 0, lo, hi;
-    if (!ring_take(&v->ring, &mail.slot))
-        return;
-    uint64_t waited = clock_ns() - begin;
-    unsigned char *slot = ring_slot(&v->ring, v->ring.rank, mail.slot);
+    const struct move *v = me->v;
+    uint64_t bytes = 0, lo, hi;
     memset(me->to, 0, (size_t)v->ring.ranks);
     for (const struct part_block *b = r->block; b < r->block + r->blocks; b++) {
         size_t elem = elem_bytes(v, b);
@@ -299,19 +295,18 @@ static void hand_out(struct reader *me, const struct load_run *r, const unsigned
         if (!src || hi <= lo)
             continue;
         uint64_t at = block_offset(v->m, b) - r->offset + (lo - b->block * (META_BLOCK_BYTES / elem)) * elem;
-        memcpy(slot + at, src + at, (hi - lo) * elem);
+        if (src != slot)
+            memcpy(slot + at, src + at, (hi - lo) * elem);
         bytes += (hi - lo) * elem;
     }
-    ring_give(&v->ring, &mail, me->to);
-    report_note(v->from->cost, REPORT_EXCHANGE, begin, waited, bytes);
+    return bytes;
 }
 
-/* Read a run, or find it in memory. */
-static status *fetch(const struct move *v, const struct load_run *r, unsigned char *slot, const unsigned char **src)
+/* Read a run to `to`, or find it in memory. */
+static status *fetch(const struct move *v, const struct load_run *r, unsigned char *to, const unsigned char **src)
 {
     const unsigned char *at = v->from->at ? v->from->at(v->from->arg, r) : NULL;
     if (!at) {
-        unsigned char *to = r->home ? r->home : slot + r->offset % ALIGN;
         TRY(v->from->read(v->from->arg, r, to));
         at = to;
     }
@@ -319,23 +314,63 @@ static status *fetch(const struct move *v, const struct load_run *r, unsigned ch
     return NULL;
 }
 
-/* skip: a run before it failed. */
-static status *do_run(struct reader *me, const struct load_run *r, bool skip)
+/* Whether a run is read into a slot of the node's, and not by way of this reader's memory. */
+static bool into_ring(const struct move *v, const struct load_run *r)
 {
-    struct move *v = me->v;
+    return r->given && !r->home && v->ring.huge;
+}
+
+static void spread(const struct move *v, const struct load_run *r, const unsigned char *src)
+{
     const struct flight *f = &v->flight[r->round % MOVE_ROUNDS];
-    const unsigned char *src = NULL;
-    status *st = skip ? NULL : fetch(v, r, me->slot, &src);
-    if (r->given)
-        hand_out(me, r, src);
-    if (!src)
-        return st;
     uint64_t place = r->first_place;
     struct spread took = { 0 };
     for (const struct part_block *b = r->block; b < r->block + r->blocks; b++)
         place += spread_block(v, f, b, src + (block_offset(v->m, b) - r->offset), f->place + place, &took);
     report_note_clock(v->from->cost, REPORT_EXCHANGE, &took.pack);
     report_note_clock(v->from->cost, REPORT_PLACE, &took.place);
+}
+
+/* A run of which others on this node take parts. */
+static status *do_given(struct reader *me, const struct load_run *r, bool skip)
+{
+    struct move *v = me->v;
+    struct ring_mail mail = { .from = v->ring.rank, .first = r->block->number, .blocks = r->blocks };
+    const unsigned char *src = NULL;
+    bool direct = into_ring(v, r);
+    status *st = NULL;
+    if (!direct && !skip)
+        st = fetch(v, r, r->home ? r->home : me->slot + r->offset % ALIGN, &src);
+    uint64_t begin = clock_ns();
+    if (!ring_take(&v->ring, &mail.slot))
+        return st;
+    uint64_t waited = clock_ns() - begin;
+    unsigned char *slot = ring_slot(&v->ring, v->ring.rank, mail.slot) + r->offset % ALIGN;
+    if (direct && !skip)
+        st = fetch(v, r, slot, &src);
+    uint64_t filling = clock_ns(), bytes = fill_slot(me, r, src, slot);
+    mail.offset = r->offset - r->offset % ALIGN;
+    mail.bad = !src;
+    me->to[v->ring.rank] = src == slot;
+    ring_give(&v->ring, &mail, me->to);
+    report_note(v->from->cost, REPORT_EXCHANGE, filling - waited, waited, bytes);
+    if (src)
+        spread(v, r, src);
+    if (src == slot)
+        ring_done(&v->ring, &mail);
+    return st;
+}
+
+/* skip: a run before it failed. */
+static status *do_run(struct reader *me, const struct load_run *r, bool skip)
+{
+    const unsigned char *src;
+    if (r->given)
+        return do_given(me, r, skip);
+    if (!skip) {
+        TRY(fetch(me->v, r, r->home ? r->home : me->slot + r->offset % ALIGN, &src));
+        spread(me->v, r, src);
+    }
     return NULL;
 }
 
@@ -583,7 +618,7 @@ static bool has_gifts(const struct load_part *p, int me)
 /* Collective over the node. */
 static status *share_slots(struct move *v, struct comm *node)
 {
-    TRY(ring_open(node, node->size > 1 && has_gifts(v->p, v->c->rank), MOVE_RUN_BYTES, &v->ring));
+    TRY(ring_open(node, node->size > 1 && has_gifts(v->p, v->c->rank), SLOT_BYTES, &v->ring));
     return find_local(v, node);
 }
 
@@ -648,7 +683,7 @@ static status *allocate(struct move *v)
 static bool needs_slots(const struct move *v)
 {
     for (uint64_t i = 0; i < v->runs; i++)
-        if (!v->run[i].home && !(v->from->at && v->from->at(v->from->arg, &v->run[i])))
+        if (!v->run[i].home && !into_ring(v, &v->run[i]) && !(v->from->at && v->from->at(v->from->arg, &v->run[i])))
             return true;
     return false;
 }

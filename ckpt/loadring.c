@@ -11,7 +11,7 @@
 #include <pthread.h>
 #include <time.h>
 
-enum { ALIGN = 4096 };
+enum { HUGE = WINDOW_HUGE_BYTES };
 
 struct berth {
     pthread_mutex_t lock;
@@ -24,9 +24,9 @@ struct berth {
     struct ring_mail mail[];
 };
 
-static size_t up(size_t n)
+static size_t up(size_t n, size_t to)
 {
-    return (n + ALIGN - 1) / ALIGN * ALIGN;
+    return (n + to - 1) / to * to;
 }
 
 static size_t mails(const struct load_ring *r)
@@ -36,7 +36,12 @@ static size_t mails(const struct load_ring *r)
 
 static size_t berth_bytes(const struct load_ring *r)
 {
-    return up(sizeof(struct berth) + mails(r) * sizeof(struct ring_mail));
+    return up(sizeof(struct berth) + mails(r) * sizeof(struct ring_mail), HUGE); /* the slots are behind it */
+}
+
+static size_t slots_bytes(const struct load_ring *r)
+{
+    return up(RING_SLOTS * r->slot_bytes, HUGE);
 }
 
 static void berth_init(struct berth *b)
@@ -57,12 +62,12 @@ static void berth_init(struct berth *b)
 
 status *ring_open(struct comm *node, bool giving, size_t slot_bytes, struct load_ring *out)
 {
-    struct load_ring r = { .rank = node->rank, .ranks = node->size, .slot_bytes = up(slot_bytes) };
+    struct load_ring r = { .rank = node->rank, .ranks = node->size, .slot_bytes = slot_bytes };
     uint8_t any = giving;
     *out = r;
     TRY(comm_allreduce(node, &any, 1, COMM_U8, COMM_MAX, NULL));
     if (any)
-        TRY(comm_window_open(node, berth_bytes(&r) + (giving ? RING_SLOTS * r.slot_bytes : 0), &r.window));
+        TRY(comm_window_open(node, berth_bytes(&r) + (giving ? slots_bytes(&r) : 0), &r.window));
     r.berth = mem_array(NULL, (size_t)r.ranks, sizeof *r.berth);
     for (int i = 0; r.berth && i < r.ranks; i++)
         r.berth[i] = r.window.part ? (struct berth *)(void *)r.window.part[i] : NULL;
@@ -70,6 +75,7 @@ status *ring_open(struct comm *node, bool giving, size_t slot_bytes, struct load
         r.own = mem_calloc(1, berth_bytes(&r));
     else if (r.berth)
         r.own = r.berth[r.rank];
+    r.huge = giving && r.window.part && comm_window_huge(&r.window, berth_bytes(&r), slots_bytes(&r));
     if (r.own)
         berth_init(r.own);
     /* and nobody uses another one's berth before this */
@@ -153,7 +159,7 @@ void ring_give(struct load_ring *r, const struct ring_mail *m, const uint8_t *to
     r->own->filling[m->slot] = false;
     pthread_mutex_unlock(&r->own->lock);
     for (int i = 0; i < r->ranks; i++)
-        if (to[i])
+        if (to[i] && i != r->rank)
             ring_at(r->berth[i], &mail, mails(r));
 }
 

@@ -17,6 +17,7 @@ struct load_ring {
     struct berth *own;
     int rank, ranks; /* of the node */
     size_t slot_bytes;
+    bool huge; /* this rank's slots have huge pages: fit to be read into */
 };
 
 /* What a rank was told: blocks [first, first + blocks) of those that `from` reads are in its slot. */
@@ -40,10 +41,14 @@ void ring_close(struct load_ring *r);
 /* Wait for a free slot of this rank's; false: ring_quit was called. */
 bool ring_take(struct load_ring *r, uint32_t *slot);
 unsigned char *ring_slot(const struct load_ring *r, int rank, uint32_t slot);
-/* Hand it out to the ranks of the node for which to[rank] is set; at least one, not this one. */
+/* Hand it out to the ranks of the node for which to[rank] is set, at least one. If this rank is one of them it gets no
+ * mail, but the slot is its own, too, until ring_done. */
 void ring_give(struct load_ring *r, const struct ring_mail *m, const uint8_t *to);
 /* Wake this rank's calling thread. */
 void ring_bell(struct load_ring *r);
+
+/* This rank has taken what it wants of it. By any thread. */
+void ring_done(struct load_ring *r, const struct ring_mail *m);
 
 /* ---- by the calling thread */
 
@@ -51,8 +56,6 @@ void ring_bell(struct load_ring *r);
 uint64_t ring_bells(struct load_ring *r);
 /* The next mail; false: there is none. */
 bool ring_next(struct load_ring *r, struct ring_mail *out);
-/* This rank has taken what it wants of it. */
-void ring_done(struct load_ring *r, const struct ring_mail *m);
 /* Until the bell has rung more than `seen` times, or timeout_ns have passed (0: however long it takes). */
 void ring_wait(struct load_ring *r, uint64_t seen, uint64_t timeout_ns);
 /* No reader of this rank waits for a slot from now on. */

@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 #define NAME "tessera-window"
-enum { PAGE = 4096, HEAD = PAGE };
+enum { PAGE = 4096, HEAD = PAGE, COLLAPSE = 25 /* MADV_COLLAPSE, which older headers lack */ };
 
 /* What rank 0 tells of its file; u64 alone, so that it travels as it is. */
 struct offer {
@@ -28,15 +28,27 @@ static atomic_int *users(const struct comm_window *w)
     return (atomic_int *)(void *)w->base;
 }
 
-static size_t whole_pages(size_t n)
+static size_t up(size_t n, size_t to)
 {
-    return (n + PAGE - 1) / PAGE * PAGE;
+    return (n + to - 1) / to * to;
 }
 
+/* At an address where its huge pages can be mapped whole: one more is set aside, and given back what is too much. */
 static unsigned char *map(int fd, size_t bytes)
 {
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    return p == MAP_FAILED ? NULL : p;
+    size_t room = bytes + WINDOW_HUGE_BYTES;
+    void *p = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED)
+        return NULL;
+    size_t before = -(uintptr_t)p % WINDOW_HUGE_BYTES;
+    unsigned char *at = (unsigned char *)p + before;
+    if (before)
+        munmap(p, before);
+    munmap(at + bytes, WINDOW_HUGE_BYTES - before);
+    if (mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) != MAP_FAILED)
+        return at;
+    munmap(at, bytes);
+    return NULL;
 }
 
 /* Rank 0. Returns the file, to be closed when all have opened it; -1: none. */
@@ -106,27 +118,38 @@ static status *share(struct comm *c, struct comm_window *w, uint8_t *all)
 
 status *comm_window_open(struct comm *c, size_t bytes, struct comm_window *out)
 {
-    struct comm_window w = { .bytes = HEAD };
-    uint64_t mine = whole_pages(bytes), total = 0, *each = mem_array(NULL, (size_t)c->size, sizeof *each);
+    struct comm_window w = { .bytes = HEAD, .rank = c->rank };
+    uint64_t mine = up(bytes, PAGE), *each = mem_array(NULL, (size_t)c->size, sizeof *each);
+    uint64_t *begin = mem_array(NULL, (size_t)c->size, sizeof *begin);
     uint8_t all = 0;
     *out = w;
     w.part = mem_array(NULL, (size_t)c->size, sizeof *w.part);
-    status *st = comm_agree(c, each && w.part ? NULL : ERR(NO_MEMORY, "window of %d ranks", c->size));
+    status *st = comm_agree(c, each && begin && w.part ? NULL : ERR(NO_MEMORY, "window of %d ranks", c->size));
     if (!st)
         st = comm_allgather(c, &mine, each, sizeof mine, NULL);
-    for (int r = 0; !st && r < c->size; r++)
-        total += each[r];
-    w.bytes += total;
-    if (!st && total)
+    /* what is skipped is never touched, and no memory */
+    for (int r = 0; !st && r < c->size; w.bytes += each[r++]) {
+        w.bytes = up(w.bytes, each[r] < WINDOW_HUGE_BYTES ? PAGE : WINDOW_HUGE_BYTES);
+        begin[r] = w.bytes;
+    }
+    if (!st && w.bytes > HEAD)
         st = share(c, &w, &all);
-    size_t at = HEAD;
-    for (int r = 0; !st && all && r < c->size; at += each[r++])
-        w.part[r] = w.base + at;
+    for (int r = 0; !st && all && r < c->size; r++)
+        w.part[r] = w.base + begin[r];
     mem_free(each);
+    mem_free(begin);
     if (st || !all)
         comm_window_close(&w);
     *out = w;
     return st;
+}
+
+bool comm_window_huge(const struct comm_window *w, size_t at, size_t bytes)
+{
+    unsigned char *p = w->part[w->rank] + at;
+    for (size_t i = 0; i < bytes; i += WINDOW_HUGE_BYTES)
+        *(volatile unsigned char *)(p + i) = p[i]; /* only what is there can be made huge */
+    return madvise(p, bytes, COLLAPSE) == 0;
 }
 
 void comm_window_close(struct comm_window *w)

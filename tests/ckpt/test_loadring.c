@@ -1,6 +1,6 @@
 /* The slots that ranks of a node hand one another: what is taken is what was given, each gift reaches whom it was for
- * and nobody else, no slot is filled again before all have taken their parts, and a reader that waits can be sent home.
- * Ranks are threads, with two readers each. */
+ * and nobody else, no slot is filled again before all have taken their parts, whoever gave it among them, and a reader
+ * that waits can be sent home; with huge pages and without. Ranks are threads, with two readers each. */
 #include "ckpt/loadring.h"
 #include "comm/base/mem.h"
 #include "comm/base/thread.h"
@@ -8,6 +8,7 @@
 #include "tests/support/fake_state.h"
 #include "tests/support/test_root.h"
 
+#include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -15,6 +16,19 @@
 #include <string.h>
 
 #include <cmocka.h>
+
+static atomic_bool no_huge;
+
+int __real_madvise(void *p, size_t n, int advice);
+int __wrap_madvise(void *p, size_t n, int advice);
+int __wrap_madvise(void *p, size_t n, int advice)
+{
+    if (no_huge) {
+        errno = EINVAL;
+        return -1;
+    }
+    return __real_madvise(p, n, advice);
+}
 
 enum { GIFTS = 60, READERS = 2, SLOT = 5000 };
 
@@ -48,7 +62,13 @@ static status *give(void *arg)
             ring_slot(r, r->rank, m.slot)[i] = value(r->rank, g, i);
         for (int k = 0; k < r->ranks; k++)
             to[k] = gets(r->rank, k, r->ranks, g);
+        to[r->rank] = g % 4 == 1; /* it is not done with it yet */
+        m.from = r->rank;
         ring_give(r, &m, to);
+        for (size_t i = 0; to[r->rank] && i < SLOT; i++)
+            EXPECT(ring_slot(r, r->rank, m.slot)[i] == value(r->rank, g, i));
+        if (to[r->rank])
+            ring_done(r, &m);
     }
     ring_bell(r);
     return NULL;
@@ -88,6 +108,7 @@ static status *ring_job(struct comm *c, void *arg)
     (void)arg;
     TRY(ring_open(c, true, SLOT, &r));
     EXPECT(ring_shared(&r));
+    EXPECT(!no_huge || !r.huge);
     for (int i = 0; i < READERS; i++) {
         giver[i] = (struct giver){ .ring = &r, .next = &next };
         TRY(thread_start(&giver[i].thread, "giver", give, &giver[i]));
@@ -110,8 +131,10 @@ static status *ring_job(struct comm *c, void *arg)
 static void test_gifts(void **state)
 {
     (void)state;
-    for (int ranks = 2; ranks <= 6; ranks++)
+    for (int ranks = 2; ranks <= 6; ranks++) {
+        no_huge = ranks % 2;
         assert_ok(comm_threads_run(ranks, ring_job, NULL));
+    }
 }
 
 static status *bell_after_a_while(void *arg)

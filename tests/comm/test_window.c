@@ -25,6 +25,18 @@ int __real_memfd_create(const char *name, unsigned flags);
 int __wrap_memfd_create(const char *name, unsigned flags);
 
 static _Thread_local bool maker;
+static atomic_bool no_huge;
+
+int __real_madvise(void *p, size_t n, int advice);
+int __wrap_madvise(void *p, size_t n, int advice);
+int __wrap_madvise(void *p, size_t n, int advice)
+{
+    if (no_huge) {
+        errno = EINVAL;
+        return -1;
+    }
+    return __real_madvise(p, n, advice);
+}
 
 pid_t __wrap_getpid(void)
 {
@@ -83,6 +95,57 @@ static void test_modes(void **state)
         }
 }
 
+static size_t huge_bytes(int rank)
+{
+    return rank % 3 == 1 ? 5000 : (size_t)(rank % 2 + 2) * WINDOW_HUGE_BYTES + 77;
+}
+
+/* Large parts are where huge pages can be; with them or not, bytes stay and are seen by all. */
+static status *huge_main(struct comm *c, void *arg)
+{
+    struct comm_window w;
+    size_t mine = huge_bytes(c->rank);
+    (void)arg;
+    maker = false;
+    TRY(comm_window_open(c, mine, &w));
+    if (!w.part)
+        return ERR(INTERNAL, "rank %d has no window", c->rank);
+    for (int r = 0; r < c->size; r++)
+        if ((uintptr_t)w.part[r] % (huge_bytes(r) < WINDOW_HUGE_BYTES ? 4096 : WINDOW_HUGE_BYTES))
+            return ERR(INTERNAL, "rank %d's part is at %p", r, (void *)w.part[r]);
+    for (size_t i = 0; i < mine; i += 511)
+        w.part[c->rank][i] = (unsigned char)((size_t)c->rank + i / 7);
+    if (mine > WINDOW_HUGE_BYTES) {
+        bool first = comm_window_huge(&w, 0, WINDOW_HUGE_BYTES);
+        bool second = comm_window_huge(&w, WINDOW_HUGE_BYTES, WINDOW_HUGE_BYTES);
+        if (first != second || (no_huge && first))
+            return ERR(INTERNAL, "rank %d: huge pages %d, %d", c->rank, first, second);
+    }
+    TRY(comm_barrier(c));
+    for (int r = 0; r < c->size; r++)
+        for (size_t i = 0; i < huge_bytes(r); i++)
+            if (w.part[r][i] != (i % 511 ? 0 : (unsigned char)((size_t)r + i / 7)))
+                return ERR(INTERNAL, "rank %d sees another byte %zu of rank %d", c->rank, i, r);
+    TRY(comm_barrier(c));
+    comm_window_close(&w);
+    return NULL;
+}
+
+static void test_huge(void **state)
+{
+    (void)state;
+    mode = OWN_MAPPINGS;
+    for (int size = 1; size <= 5; size++)
+        for (int without = 0; without < 2; without++) {
+            no_huge = without;
+            status *st = comm_threads_run(size, huge_main, NULL);
+            if (st)
+                print_error("%s\n", status_message(st));
+            assert_null(st);
+        }
+    no_huge = false;
+}
+
 /* No file stays open, whatever came of it. */
 static void test_files(void **state)
 {
@@ -98,6 +161,7 @@ static void test_files(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(test_modes), cmocka_unit_test(test_files) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(test_modes), cmocka_unit_test(test_huge),
+                                        cmocka_unit_test(test_files) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
