@@ -314,12 +314,6 @@ static status *fetch(const struct move *v, const struct load_run *r, unsigned ch
     return NULL;
 }
 
-/* Whether a run is read into a slot of the node's, and not by way of this reader's memory. */
-static bool into_ring(const struct move *v, const struct load_run *r)
-{
-    return r->given && !r->home && v->ring.huge;
-}
-
 static void spread(const struct move *v, const struct load_run *r, const unsigned char *src)
 {
     const struct flight *f = &v->flight[r->round % MOVE_ROUNDS];
@@ -331,29 +325,30 @@ static void spread(const struct move *v, const struct load_run *r, const unsigne
     report_note_clock(v->from->cost, REPORT_PLACE, &took.place);
 }
 
-/* A run of which others on this node take parts. */
+/* A run of which others on this node take parts: read to its place here, or into the slot that they see if that is as
+ * good as this reader's memory. */
 static status *do_given(struct reader *me, const struct load_run *r, bool skip)
 {
     struct move *v = me->v;
     struct ring_mail mail = { .from = v->ring.rank, .first = r->block->number, .blocks = r->blocks };
     const unsigned char *src = NULL;
-    bool direct = into_ring(v, r);
     status *st = NULL;
-    if (!direct && !skip)
-        st = fetch(v, r, r->home ? r->home : me->slot + r->offset % ALIGN, &src);
+    if (r->home && !skip)
+        st = fetch(v, r, r->home, &src);
     uint64_t begin = clock_ns();
     if (!ring_take(&v->ring, &mail.slot))
         return st;
     uint64_t waited = clock_ns() - begin;
     unsigned char *slot = ring_slot(&v->ring, v->ring.rank, mail.slot) + r->offset % ALIGN;
-    if (direct && !skip)
-        st = fetch(v, r, slot, &src);
-    uint64_t filling = clock_ns(), bytes = fill_slot(me, r, src, slot);
+    if (!r->home && !skip)
+        st = fetch(v, r, ring_is_huge(&v->ring, mail.slot) ? slot : me->slot + r->offset % ALIGN, &src);
+    begin = clock_ns();
+    uint64_t bytes = fill_slot(me, r, src, slot);
     mail.offset = r->offset - r->offset % ALIGN;
     mail.bad = !src;
     me->to[v->ring.rank] = src == slot;
     ring_give(&v->ring, &mail, me->to);
-    report_note(v->from->cost, REPORT_EXCHANGE, filling - waited, waited, bytes);
+    report_note(v->from->cost, REPORT_EXCHANGE, begin - waited, waited, bytes);
     if (src)
         spread(v, r, src);
     if (src == slot)
@@ -683,7 +678,7 @@ static status *allocate(struct move *v)
 static bool needs_slots(const struct move *v)
 {
     for (uint64_t i = 0; i < v->runs; i++)
-        if (!v->run[i].home && !into_ring(v, &v->run[i]) && !(v->from->at && v->from->at(v->from->arg, &v->run[i])))
+        if (!v->run[i].home && !(v->from->at && v->from->at(v->from->arg, &v->run[i])))
             return true;
     return false;
 }
@@ -691,7 +686,7 @@ static bool needs_slots(const struct move *v)
 static status *start_readers(struct move *v)
 {
     if (needs_slots(v)) {
-        v->slots = mem_block((size_t)v->readers * SLOT_BYTES, ALIGN);
+        v->slots = mem_block_untouched((size_t)v->readers * SLOT_BYTES, ALIGN); /* with huge slots it is not used */
         if (!v->slots)
             return ERR(NO_MEMORY, "%d bytes to read into", v->readers * SLOT_BYTES);
     }

@@ -2,8 +2,9 @@
  * from (files, memory) is a load_source.
  *
  * Memory of a rank, whatever the size of the load: as many buffers of MOVE_RUN_BYTES as it has readers; RING_SLOTS of
- * them that the ranks of its node see; and messages of MOVE_ROUNDS rounds (ROUND_SEND_BYTES each way, loadplan.h) for
- * ranks of other nodes, or of all where nothing can be shared; each as far as the plan has use for it. */
+ * them that the ranks of its node see, which take the place of the others where they have huge pages; and messages of
+ * MOVE_ROUNDS rounds (ROUND_SEND_BYTES each way, loadplan.h) for ranks of other nodes, or of all where nothing can be
+ * shared; each as far as the plan has use for it. */
 #ifndef TESSERA_CKPT_LOADMOVE_H
 #define TESSERA_CKPT_LOADMOVE_H
 

@@ -39,9 +39,10 @@ static size_t berth_bytes(const struct load_ring *r)
     return up(sizeof(struct berth) + mails(r) * sizeof(struct ring_mail), HUGE); /* the slots are behind it */
 }
 
-static size_t slots_bytes(const struct load_ring *r)
+/* From slot to slot: each begins where a huge page can; what none uses is no memory. */
+static size_t stride(const struct load_ring *r)
 {
-    return up(RING_SLOTS * r->slot_bytes, HUGE);
+    return up(r->slot_bytes, HUGE);
 }
 
 static void berth_init(struct berth *b)
@@ -67,7 +68,7 @@ status *ring_open(struct comm *node, bool giving, size_t slot_bytes, struct load
     *out = r;
     TRY(comm_allreduce(node, &any, 1, COMM_U8, COMM_MAX, NULL));
     if (any)
-        TRY(comm_window_open(node, berth_bytes(&r) + (giving ? slots_bytes(&r) : 0), &r.window));
+        TRY(comm_window_open(node, berth_bytes(&r) + (giving ? RING_SLOTS * stride(&r) : 0), &r.window));
     r.berth = mem_array(NULL, (size_t)r.ranks, sizeof *r.berth);
     for (int i = 0; r.berth && i < r.ranks; i++)
         r.berth[i] = r.window.part ? (struct berth *)(void *)r.window.part[i] : NULL;
@@ -75,7 +76,6 @@ status *ring_open(struct comm *node, bool giving, size_t slot_bytes, struct load
         r.own = mem_calloc(1, berth_bytes(&r));
     else if (r.berth)
         r.own = r.berth[r.rank];
-    r.huge = giving && r.window.part && comm_window_huge(&r.window, berth_bytes(&r), slots_bytes(&r));
     if (r.own)
         berth_init(r.own);
     /* and nobody uses another one's berth before this */
@@ -131,9 +131,18 @@ bool ring_take(struct load_ring *r, uint32_t *slot)
     return found;
 }
 
+bool ring_is_huge(struct load_ring *r, uint32_t slot)
+{
+    size_t bytes = r->slot_bytes / HUGE * HUGE; /* what is over has small ones */
+    if (r->pages[slot] == RING_UNKNOWN)
+        r->pages[slot] =
+            bytes && comm_window_huge(&r->window, berth_bytes(r) + slot * stride(r), bytes) ? RING_HUGE : RING_SMALL;
+    return r->pages[slot] == RING_HUGE;
+}
+
 unsigned char *ring_slot(const struct load_ring *r, int rank, uint32_t slot)
 {
-    return r->window.part[rank] + berth_bytes(r) + slot * r->slot_bytes;
+    return r->window.part[rank] + berth_bytes(r) + slot * stride(r);
 }
 
 /* Put mail into a berth, unless it is NULL, and ring. */

@@ -17,7 +17,7 @@ struct load_ring {
     struct berth *own;
     int rank, ranks; /* of the node */
     size_t slot_bytes;
-    bool huge; /* this rank's slots have huge pages: fit to be read into */
+    enum { RING_UNKNOWN, RING_HUGE, RING_SMALL } pages[RING_SLOTS]; /* of this rank's, each its taker's to look at */
 };
 
 /* What a rank was told: blocks [first, first + blocks) of those that `from` reads are in its slot. */
@@ -40,6 +40,8 @@ void ring_close(struct load_ring *r);
 
 /* Wait for a free slot of this rank's; false: ring_quit was called. */
 bool ring_take(struct load_ring *r, uint32_t *slot);
+/* Whether a slot that was taken has huge pages; the first time they are asked for, which may take milliseconds. */
+bool ring_is_huge(struct load_ring *r, uint32_t slot);
 unsigned char *ring_slot(const struct load_ring *r, int rank, uint32_t slot);
 /* Hand it out to the ranks of the node for which to[rank] is set, at least one. If this rank is one of them it gets no
  * mail, but the slot is its own, too, until ring_done. */
