@@ -12,7 +12,7 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import job  # noqa: E402
 
-AFTER = 15
+AFTER = 25
 tmp = job.workspace()
 job.write_data(tmp / "data")
 
@@ -37,7 +37,7 @@ def allocating_steps(all_events):
 
 
 def steady(name, ranks, **change):
-    path = job.write_config(tmp, name, tmp / "data", train_steps=160, algo_warmup_sft_steps=25, train_eval_every=9, checkpoint_every=40,
+    path = job.write_config(tmp, name, tmp / "data", train_steps=160, algo_warmup_sft_steps=25, train_eval_every=9, checkpoint_every=50,
                             checkpoint_lease_seconds=1, checkpoint_view="never", checkpoint_keep_last=0, **change)
     job.run(ranks, path)
     got = job.events(tmp / name)

@@ -148,6 +148,23 @@ static void who_moves_how(void **state)
         must(comm_threads_run(ranks, run_rank, &j));
 }
 
+/* Where nothing but Muon's matrices moves: gradients that are clipped mix otherwise in the momentum. */
+static void clipped(void **state)
+{
+    (void)state;
+    char text[2048];
+    make_config(text, sizeof text, "muon-clip");
+    const char *o[] = { "optim.kind=muon", "train.freeze=*embed*,*norm*,*lm_head*", "train.steps=4",
+                        "checkpoint.url=", "optim.clip=0" };
+    uint32_t free = run(text, 1, 5, o).weights;
+    o[4] = "optim.clip=1e9"; /* more than any norm: the same */
+    assert_int_equal(run(text, 2, 5, o).weights, free);
+    o[4] = "optim.clip=0.001";
+    uint32_t clipped = run(text, 1, 5, o).weights;
+    assert_int_not_equal(clipped, free);
+    assert_int_equal(run(text, 3, 5, o).weights, clipped);
+}
+
 static void ranks_and_resumes_change_no_bit(void **state)
 {
     (void)state;
@@ -182,6 +199,7 @@ int main(void)
         cmocka_unit_test(orthogonal),
         cmocka_unit_test(momentum_and_update),
         cmocka_unit_test(who_moves_how),
+        cmocka_unit_test(clipped),
         cmocka_unit_test(ranks_and_resumes_change_no_bit),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
