@@ -40,6 +40,7 @@ struct maker {
     struct holders *holders; /* tag: slot */
     struct rank_state *rank; /* [ranks] */
     uint64_t *assigned;      /* [ranks] bytes to read in all */
+    uint64_t *alone;         /* [ranks] bytes of blocks that come yet and that nobody else wants */
     uint64_t fair;           /* what a rank may read before others help it */
     struct stretch last;     /* what was assigned last */
     uint32_t **received;     /* [rounds][slots] bytes, or INT32_MAX: that or more */
@@ -50,7 +51,36 @@ struct maker {
 
 /* ---- readers */
 
-/* Of the ranks that want it, the one with the least to read. */
+/* The only rank that wants it; -1: there are several. */
+static int lone_rank(const struct maker *k, const struct load_block *b)
+{
+    int rank = -1;
+    for (uint32_t i = 0; i < b->uses; i++) {
+        const struct load_group *g = use_group(k->p, &k->p->use[b->first_use + i]);
+        int r = k->holders->holder[g->first].rank;
+        if (g->set != HOLDER_LONE || (i && r != rank))
+            return -1;
+        rank = r;
+    }
+    return rank;
+}
+
+static void find_alone(struct maker *k)
+{
+    for (const struct load_block *b = k->p->block; b < k->p->block + k->p->blocks; b++) {
+        int r = lone_rank(k, b);
+        if (r >= 0)
+            k->alone[r] += block_bytes(&k->m->piece[b->piece], b->block);
+    }
+}
+
+/* What a rank reads by what is given out, and by what can only go to it. */
+static uint64_t reads(const struct maker *k, int rank)
+{
+    return k->assigned[rank] + k->alone[rank];
+}
+
+/* Of the ranks that want it, the one that reads the least. */
 static status *least_of_wanting(struct maker *k, const struct load_block *b, const struct holder_load *load, int *out)
 {
     struct holders *h = k->holders;
@@ -61,7 +91,7 @@ static status *least_of_wanting(struct maker *k, const struct load_block *b, con
         if (g->set != HOLDER_LONE)
             TRY(holders_least(h, g->set, load, &at));
         int r = h->holder[g->first + at].rank;
-        if (best < 0 || k->assigned[r] < k->assigned[best] || (k->assigned[r] == k->assigned[best] && r < best))
+        if (best < 0 || reads(k, r) < reads(k, best) || (reads(k, r) == reads(k, best) && r < best))
             best = r;
     }
     *out = best;
@@ -93,8 +123,9 @@ static bool is_wanted_by(const struct maker *k, const struct load_block *b, int 
     return false;
 }
 
-/* The one of those that want it that has the least to read; another one only when that one has more than its share; but
- * the reader of what lies before it, while that is not much: one read of 2 MiB is faster than two of 1 MiB. */
+/* The one of those that want it that reads the least; another one only when that one has more than its share; but the
+ * reader of what lies before it, while neither that nor what it reads more is much: one read of 2 MiB is faster than
+ * two of 1 MiB. */
 static status *choose_reader(struct maker *k, const struct load_block *b, uint64_t bytes,
                              const struct holder_load *load, uint32_t everybody, int *out)
 {
@@ -109,10 +140,10 @@ static status *choose_reader(struct maker *k, const struct load_block *b, uint64
         *out = k->reader[b->piece];
         return NULL;
     }
-    *out = last->reader;
-    if (goes_on && is_wanted_by(k, b, last->reader))
-        return NULL;
     TRY(least_of_wanting(k, b, load, &best));
+    *out = last->reader;
+    if (goes_on && reads(k, last->reader) < reads(k, best) + k->run_bytes && is_wanted_by(k, b, last->reader))
+        return NULL;
     if (goes_on && k->assigned[best] >= k->fair)
         return NULL;
     *out = best;
@@ -315,12 +346,16 @@ static status *assign(struct maker *k)
     const struct holder_load load = { .bytes = k->assigned };
     uint32_t everybody;
     TRY(add_everybody(k, &everybody));
+    find_alone(k);
     k->fair = p->totals.storage_bytes / (uint64_t)k->ranks + READ_AHEAD_BYTES;
     for (uint64_t i = 0; i < p->blocks; i++) {
         prefetch_block(k, i);
         struct load_block *b = &p->block[i];
         uint64_t bytes = block_bytes(&k->m->piece[b->piece], b->block), round = 0;
         size_t elem = k->elem[b->piece];
+        int lone = lone_rank(k, b);
+        if (lone >= 0)
+            k->alone[lone] -= bytes;
         TRY(choose_reader(k, b, bytes, &load, everybody, &b->reader));
         lengthen(&k->last, b, &k->m->piece[b->piece], bytes, k->run_bytes);
         TRY(choose_round(k, b, bytes, elem, &round));
@@ -371,8 +406,9 @@ static status *make(struct maker *k)
 {
     k->rank = mem_calloc((size_t)k->ranks, sizeof *k->rank);
     k->assigned = mem_calloc((size_t)k->ranks, sizeof *k->assigned);
+    k->alone = mem_calloc((size_t)k->ranks, sizeof *k->alone);
     k->full = mem_calloc(k->holders->sets + 1, sizeof *k->full);
-    if (!k->rank || !k->assigned || !k->full)
+    if (!k->rank || !k->assigned || !k->alone || !k->full)
         return ERR(NO_MEMORY, "%d ranks", k->ranks);
     TRY(number_slots(k));
     TRY(assign(k));
@@ -387,6 +423,7 @@ status *load_assign(const struct metadata *m, const uint8_t *elem, int ranks, co
     status *st = make(&k);
     mem_free(k.rank);
     mem_free(k.assigned);
+    mem_free(k.alone);
     mem_free(k.full);
     mem_free(k.first_slot);
     for (uint64_t i = 0; i < k.rounds; i++)

@@ -488,6 +488,34 @@ static void test_no_help_needed(void **state)
 
 /* Pieces that lie in the files in another order than in the list, small ones and such of two blocks: a reader reads
  * from the files' beginnings to their ends. */
+/* Rows of four ranks for three: blocks that two ranks want go to the one that has less to read of what it alone wants,
+ * also if that comes later in the file. */
+static void test_balance(void **state)
+{
+    (void)state;
+    static struct fixture f;
+    struct load_plan p;
+    enum { TENSORS = 8, ROWS = 8 * 1024, COLUMNS = 256, MIB = 1 << 20 };
+    uint64_t read[RANKS];
+    init(&f);
+    for (uint32_t t = 0; t < TENSORS; t++)
+        add_tensor(&f, ROWS, COLUMNS, 4); /* 2 MiB each */
+    /* the first pieces of all tensors, then the second ones, as four files have them */
+    for (uint32_t i = 0; i < 4 * TENSORS; i++)
+        f.piece[i].offset = 4096 + (i % 4 * TENSORS + i / 4) * f.piece[i].bytes;
+    for (uint32_t t = 0; t < TENSORS; t++)
+        for (int r = 0; r < 3; r++) {
+            uint64_t begin, end;
+            layout_cut(ROWS, 3, (uint64_t)r, &begin, &end);
+            add_want(&f, t, r, begin, end - begin, 0, COLUMNS);
+        }
+    make(&f, &p);
+    load_of(&f, &p, read);
+    for (int r = 0; r < 3; r++)
+        assert_in_range(read[r], 19 * MIB, 23 * MIB); /* without looking ahead: 16, 30 and 18 */
+    load_plan_free(&p);
+}
+
 static void test_places(void **state)
 {
     (void)state;
@@ -554,12 +582,12 @@ static void test_much_received(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_places),         cmocka_unit_test(test_much_received),
-        cmocka_unit_test(test_replicas_share), cmocka_unit_test(test_others_help),
-        cmocka_unit_test(test_own_reads),      cmocka_unit_test(test_random),
-        cmocka_unit_test(test_amplification),  cmocka_unit_test(test_any_order),
-        cmocka_unit_test(test_missing),        cmocka_unit_test(test_no_help_needed),
-        cmocka_unit_test(test_stretches),
+        cmocka_unit_test(test_balance),        cmocka_unit_test(test_places),
+        cmocka_unit_test(test_much_received),  cmocka_unit_test(test_replicas_share),
+        cmocka_unit_test(test_others_help),    cmocka_unit_test(test_own_reads),
+        cmocka_unit_test(test_random),         cmocka_unit_test(test_amplification),
+        cmocka_unit_test(test_any_order),      cmocka_unit_test(test_missing),
+        cmocka_unit_test(test_no_help_needed), cmocka_unit_test(test_stretches),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
