@@ -125,6 +125,49 @@ static enum verdict parse_string(const struct option *o, const char *text, void 
     return FINE;
 }
 
+/* The end of the list whose '[' is at text, or NULL: patterns have brackets, too. */
+static const char *closing(const char *text)
+{
+    int depth = 0;
+    for (const char *p = text; *p; p++) {
+        depth += (*p == '[') - (*p == ']');
+        if (depth == 0)
+            return p;
+    }
+    return NULL;
+}
+
+/* Words with commas between, also as YAML writes a list: [a, "b"]. */
+static enum verdict parse_list(const struct option *o, const char *text, void *field)
+{
+    size_t n = strlen(text), used = 0;
+    char *copy = mem_alloc(n + 1);
+    (void)o;
+    if (!copy)
+        return NO_MEMORY;
+    bool inner = n > 1 && *text == '[' && closing(text) == text + n - 1;
+    const char *word = text + inner, *end = text + n - inner, *stop;
+    for (;; word = stop + 1) {
+        stop = memchr(word, ',', (size_t)(end - word));
+        const char *first = word, *last = stop ? stop : end;
+        while (first < last && *first == ' ')
+            first++;
+        while (last > first && last[-1] == ' ')
+            last--;
+        if (inner && last - first > 1 && (*first == '"' || *first == '\'') && last[-1] == *first)
+            first++, last--;
+        memcpy(copy + used, first, (size_t)(last - first));
+        used += (size_t)(last - first);
+        if (!stop)
+            break;
+        copy[used++] = ',';
+    }
+    copy[used] = 0;
+    mem_free(*(char **)field);
+    *(char **)field = copy;
+    return FINE;
+}
+
 /* The `index`th of "a|b|c": its start, and its length in *n; NULL after the last. */
 static const char *choice(const char *choices, int index, size_t *n)
 {
@@ -186,7 +229,7 @@ static const struct {
     [OPT_STRING] = { "string", "a string", parse_string, sizeof(char *) },
     [OPT_ENUM] = { "choice", "one of its choices", parse_enum, sizeof(int) },
     [OPT_SIZE] = { "size", "a size", parse_size, sizeof(uint64_t) },
-    [OPT_LIST] = { "list", "a list", parse_string, sizeof(char *) },
+    [OPT_LIST] = { "list", "a list", parse_list, sizeof(char *) },
 };
 
 /* ---- complaints ---- */

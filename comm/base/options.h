@@ -17,7 +17,7 @@ enum option_type {
     OPT_STRING, /* char *   owned by the struct; freed by options_fini */
     OPT_ENUM,   /* int      index into `choices` */
     OPT_SIZE,   /* uint64_t bytes: 4096, 64K, 16MiB, 2GiB (powers of 1024) */
-    OPT_LIST,   /* char *   as a string: words with commas between; in YAML a list will do */
+    OPT_LIST,   /* char *   words with commas between, also as [a, "b"]; in YAML a list will do */
 };
 
 struct option {

@@ -17,6 +17,7 @@ struct settings {
     char *url, *name;
     int kind;
     uint64_t buffer, limit;
+    char *list;
 };
 
 #define ROW(field) .offset = offsetof(struct settings, field)
@@ -31,6 +32,7 @@ static const struct option rows[] = {
     { "kind", OPT_ENUM, "hinge", 0, 0, "sigmoid|hinge|ipo", "", "Which loss.", ROW(kind) },
     { "buffer", OPT_SIZE, "64KiB", 0, 0, NULL, "bytes", "Staging.", ROW(buffer) },
     { "limit", OPT_SIZE, "1M", 4096, 1073741824, NULL, "bytes", "Most.", ROW(limit) },
+    { "list", OPT_LIST, "", 0, 0, NULL, "", "Words.", ROW(list) },
 };
 static const struct option_table table = { "train", rows, sizeof rows / sizeof *rows };
 static const struct option_table top = { "", rows, sizeof rows / sizeof *rows };
@@ -59,6 +61,32 @@ static void refuse(const char *key, const char *text, const char *message)
     assert_string_equal(status_message(st), message);
     assert_memory_equal(&s, &before, sizeof s);
     status_free(st);
+}
+
+static void test_lists(void **state)
+{
+    (void)state;
+    static const char *const text[][2] = { { "", "" },
+                                           { "a", "a" },
+                                           { "a,b", "a,b" },
+                                           { " a , b", "a,b" },
+                                           { "[3, 5, 4]", "3,5,4" },
+                                           { "[\"*.q_proj\", '*.v_proj']", "*.q_proj,*.v_proj" },
+                                           { "[]", "" },
+                                           { "a,", "a," },
+                                           { "[ab]*,*[cd]", "[ab]*,*[cd]" },
+                                           { "[[ab]*,*[cd]]", "[ab]*,*[cd]" },
+                                           { "[a", "[a" },
+                                           { "\"a\"", "\"a\"" },
+                                           { "[", "[" } };
+    struct settings s;
+    memset(&s, 0, sizeof s);
+    assert_ok(options_defaults(&table, &s));
+    for (size_t i = 0; i < sizeof text / sizeof *text; i++) {
+        set(&s, "list", text[i][0]);
+        assert_string_equal(s.list, text[i][1]);
+    }
+    options_fini(&table, &s);
 }
 
 static void test_defaults(void **state)
@@ -214,7 +242,7 @@ static void test_choices(void **state)
 static void test_unknown_keys(void **state)
 {
     (void)state;
-    const char *all = "async, steps, any_int, rate, free, url, name, kind, buffer, limit";
+    const char *all = "async, steps, any_int, rate, free, url, name, kind, buffer, limit, list";
     static const struct {
         const char *key, *hint;
     } cases[] = { { "setps", "steps" },  { "step", "steps" }, { "stepss", "steps" },
@@ -326,9 +354,9 @@ static void test_help(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_defaults),   cmocka_unit_test(test_good),         cmocka_unit_test(test_bad),
-        cmocka_unit_test(test_choices),    cmocka_unit_test(test_unknown_keys), cmocka_unit_test(test_many_keys),
-        cmocka_unit_test(test_round_trip), cmocka_unit_test(test_help),
+        cmocka_unit_test(test_lists),     cmocka_unit_test(test_defaults),   cmocka_unit_test(test_good),
+        cmocka_unit_test(test_bad),       cmocka_unit_test(test_choices),    cmocka_unit_test(test_unknown_keys),
+        cmocka_unit_test(test_many_keys), cmocka_unit_test(test_round_trip), cmocka_unit_test(test_help),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
