@@ -10,6 +10,7 @@
 #include "tests/ckpt/draw.h"
 #include "tests/support/comm_threads.h"
 #include "tests/support/fake_state.h"
+#include "tests/support/huge_pages.h"
 #include "tests/support/test_root.h"
 
 #include <errno.h>
@@ -30,19 +31,6 @@ enum { CASES = 200 };
 #endif
 
 /* Without huge pages slots are filled by way of the readers' own memory. */
-static atomic_bool no_huge;
-
-int __real_madvise(void *p, size_t n, int advice);
-int __wrap_madvise(void *p, size_t n, int advice);
-int __wrap_madvise(void *p, size_t n, int advice)
-{
-    if (no_huge) {
-        errno = EINVAL;
-        return -1;
-    }
-    return __real_madvise(p, n, advice);
-}
-
 /* A tensor, and how this mesh cuts it. */
 struct drawn {
     char name[32];

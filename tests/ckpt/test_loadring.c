@@ -6,6 +6,7 @@
 #include "comm/base/thread.h"
 #include "tests/support/comm_threads.h"
 #include "tests/support/fake_state.h"
+#include "tests/support/huge_pages.h"
 #include "tests/support/test_root.h"
 
 #include <errno.h>
@@ -16,19 +17,6 @@
 #include <string.h>
 
 #include <cmocka.h>
-
-static atomic_bool no_huge;
-
-int __real_madvise(void *p, size_t n, int advice);
-int __wrap_madvise(void *p, size_t n, int advice);
-int __wrap_madvise(void *p, size_t n, int advice)
-{
-    if (no_huge) {
-        errno = EINVAL;
-        return -1;
-    }
-    return __real_madvise(p, n, advice);
-}
 
 enum { GIFTS = 60, READERS = 2, BYTES = (2 << 20) + 4096 };
 

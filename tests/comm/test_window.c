@@ -3,6 +3,7 @@
  * its process's files, too. */
 #include "comm/window.h"
 #include "tests/support/comm_threads.h"
+#include "tests/support/huge_pages.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -25,19 +26,6 @@ int __real_memfd_create(const char *name, unsigned flags);
 int __wrap_memfd_create(const char *name, unsigned flags);
 
 static _Thread_local bool maker;
-static atomic_bool no_huge;
-
-int __real_madvise(void *p, size_t n, int advice);
-int __wrap_madvise(void *p, size_t n, int advice);
-int __wrap_madvise(void *p, size_t n, int advice)
-{
-    if (no_huge) {
-        errno = EINVAL;
-        return -1;
-    }
-    return __real_madvise(p, n, advice);
-}
-
 pid_t __wrap_getpid(void)
 {
     if (!maker || mode == OWN_MAPPINGS)

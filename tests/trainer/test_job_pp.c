@@ -304,18 +304,8 @@ static void refusals(void **state)
         { 2, { "parallel.pp=2", "data.tasks=tasks.jsonl" }, "does not go with data.tasks" },
         { 3, { "parallel.pp=2" }, "does not fit 3 ranks" },
     };
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        char text[2048];
-        make_config(text, sizeof text, "refused");
-        struct job j = { .config = text };
-        for (; bad[i].o[j.override_count]; j.override_count++)
-            j.overrides[j.override_count] = bad[i].o[j.override_count];
-        status *st = comm_threads_run(bad[i].ranks, run_rank, &j);
-        assert_int_equal(status_code(st), ST_INVALID);
-        if (!strstr(status_message(st), bad[i].words))
-            fail_msg("\"%s\" is not in \"%s\"", bad[i].words, status_message(st));
-        status_free(st);
-    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        refused(bad[i].ranks, bad[i].o, bad[i].words);
 }
 
 /* A list in YAML is one in an override. */

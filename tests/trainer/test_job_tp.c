@@ -157,18 +157,8 @@ static void refusals(void **state)
         { 4, { "parallel.tp=2", "parallel.dp=1" }, "pp=1,dp=1,ep=1,cp=1,tp=2 does not fit 4 ranks" },
         { 2, { "parallel.tp=9" }, "parallel.tp" },
     };
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        char text[2048];
-        make_config(text, sizeof text, "refused");
-        struct job j = { .config = text };
-        for (; bad[i].o[j.override_count]; j.override_count++)
-            j.overrides[j.override_count] = bad[i].o[j.override_count];
-        status *st = comm_threads_run(bad[i].ranks, run_rank, &j);
-        assert_int_equal(status_code(st), ST_INVALID);
-        if (!strstr(status_message(st), bad[i].words))
-            fail_msg("\"%s\" is not in \"%s\"", bad[i].words, status_message(st));
-        status_free(st);
-    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        refused(bad[i].ranks, bad[i].o, bad[i].words);
 }
 
 int main(void)

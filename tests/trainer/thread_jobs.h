@@ -85,6 +85,21 @@ static inline struct job run(const char *config, int ranks, int overrides, const
     return j;
 }
 
+/* A job of these settings, up to a NULL, is refused as invalid with those words. */
+static inline void refused(int ranks, const char *const *settings, const char *words)
+{
+    char text[2048];
+    make_config(text, sizeof text, "refused");
+    struct job j = { .config = text };
+    for (; settings[j.override_count]; j.override_count++)
+        j.overrides[j.override_count] = settings[j.override_count];
+    status *st = comm_threads_run(ranks, run_rank, &j);
+    assert_int_equal(status_code(st), ST_INVALID);
+    if (!strstr(status_message(st), words))
+        fail_msg("\"%s\" is not in \"%s\"", words, status_message(st));
+    status_free(st);
+}
+
 /* ---- metrics of a step, as metrics.jsonl has them ---- */
 
 static inline double metric(const char *run_name, int step, const char *key)
