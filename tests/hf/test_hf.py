@@ -97,6 +97,8 @@ def training():
     for out, *more in (("whole", ), ("cut", "--shard-bytes=20000"), ("half", "--dtype=bf16")):
         job.tool("ckpt", "export", f"file:{ckpt}", tmp / out, *more)
     whole, half = read(tmp / "whole"), read(tmp / "half")
+    vocabulary = json.loads((tmp / "whole" / "config.json").read_text())["vocab_size"]
+    job.check([vocabulary] == whole["model.embed_tokens.weight"][1][:1], f"vocab_size is {vocabulary}, unlike the embedding's rows")
     job.check(read(tmp / "cut") == whole and "lm_head.weight" not in whole, "shards differ, or a tied head was written")
     view(ckpt, whole)
     job.check(all(half[k] == ("BF16", s, bf16(raw)) for k, (_, s, raw) in whole.items()), "bf16 is not the f32 rounded to nearest even")

@@ -161,6 +161,9 @@ static status *make_config(const struct export *e, char **json)
     if (e->part == part_adapter)
         return hf_adapter_json(e->t, e->config, json);
     TRY(hf_config_stored(e->config, &c));
+    for (uint64_t i = 0; i < e->count; i++)
+        if (strcmp(e->list[i].name, "model.embed_tokens.weight") == 0)
+            hf_config_vocab(&c, e->list[i].shape.dim[0]);
     const char *dtype = e->list[0].dtype == DTYPE_BF16  ? "BF16"
                         : e->list[0].dtype == DTYPE_F16 ? "F16"
                         : e->list[0].dtype == DTYPE_F64 ? "F64"

@@ -4,6 +4,7 @@
 #include "storage/store.h"
 #include "trainer/hf/safetensors.h"
 
+#include <inttypes.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdlib.h>
@@ -35,6 +36,13 @@ struct reading {
 };
 
 #define NOT_BUILT(r, fmt, ...) ERR(UNSUPPORTED, "%s: " fmt, (r)->name, __VA_ARGS__)
+
+void hf_config_vocab(struct hf_config *c, uint64_t rows)
+{
+    for (int i = 0; i < c->count; i++)
+        if (strcmp(c->set[i].key, "vocab") == 0)
+            snprintf(c->set[i].value, sizeof c->set[i].value, "%" PRIu64, rows);
+}
 
 const char *hf_config_get(const struct hf_config *c, const char *key)
 {

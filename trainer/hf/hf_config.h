@@ -9,6 +9,7 @@
 #include "comm/base/status.h"
 
 #include <stddef.h>
+#include <stdint.h>
 
 enum { HF_SETTINGS = 32, HF_KEY_BYTES = 24, HF_VALUE_BYTES = 40, HF_CONFIG_MAX = 1 << 20 };
 
@@ -30,6 +31,8 @@ const char *hf_config_get(const struct hf_config *c, const char *key);
 
 /* Settings from a stored configuration (config_text): its lines "model.KEY=VALUE". */
 status *hf_config_stored(const char *text, struct hf_config *out) WARN_UNUSED;
+/* A stored vocabulary is 0 where it was the tokenizer's: let it be as many tokens as the embedding has rows. */
+void hf_config_vocab(struct hf_config *c, uint64_t rows);
 /* A config.json for these settings, with weights of that type ("F32" as in safetensors.h); the caller frees it
  * (mem_free). UNSUPPORTED: no family has such a model. */
 status *hf_config_json(const struct hf_config *c, const char *dtype, char **text) WARN_UNUSED;
