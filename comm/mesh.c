@@ -29,6 +29,16 @@ int mesh_rank(const struct mesh *m, const int coord[MESH_AXES])
     return rank;
 }
 
+/* "1, 2, 4": what divides n, as far as there is room. */
+static void divisors(int n, char *text, size_t bytes)
+{
+    size_t used = 0;
+    text[0] = 0;
+    for (int d = 1; d <= n && used + 16 < bytes; d++)
+        if (n % d == 0)
+            used += (size_t)snprintf(text + used, bytes - used, "%s%d", d > 1 ? ", " : "", d);
+}
+
 status *mesh_init(struct mesh *m, int world)
 {
     char text[128];
@@ -42,9 +52,16 @@ status *mesh_init(struct mesh *m, int world)
             fixed *= n;
     }
     bool find = m->size[MESH_DP] == 0;
-    if (world < 1 || fixed > world || world % fixed || (!find && fixed != world))
-        return ERR(INVALID, "mesh %s does not fit %d ranks: the sizes must multiply to the number of ranks%s", text,
-                   world, find ? " (dp=0 takes what remains)" : "");
+    if (world < 1 || fixed > world || world % fixed || (!find && fixed != world)) {
+        char legal[128];
+        divisors(world, legal, sizeof legal);
+        return ERR(INVALID,
+                   find ? "mesh %s does not fit %d ranks: dp=0 takes what remains, so the other sizes must multiply to "
+                          "one of %s"
+                        : "mesh %s does not fit %d ranks: the sizes must multiply to that; each is one of %s, and dp=0 "
+                          "takes what remains",
+                   text, world, legal);
+    }
     if (find)
         m->size[MESH_DP] = (int)(world / fixed);
     return NULL;

@@ -302,7 +302,9 @@ static void refusals(void **state)
         { 1, { "parallel.stages=2" }, "needs parallel.pp above 1" },
         { 2, { "parallel.pp=2", "parallel.schedule=gpipe" }, "1f1b, zero-bubble" },
         { 2, { "parallel.pp=2", "data.tasks=tasks.jsonl" }, "does not go with data.tasks" },
-        { 3, { "parallel.pp=2" }, "does not fit 3 ranks" },
+        { 3,
+          { "parallel.pp=2" },
+          "does not fit 3 ranks: dp=0 takes what remains, so the other sizes must multiply to one of 1, 3" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         refused(bad[i].ranks, bad[i].o, bad[i].words);

@@ -154,7 +154,9 @@ static void refusals(void **state)
           "parallel.tp: 3 does not fit model.heads: 4 (this model can be cut over 1, 2, 4 ranks)" },
         { 4, { "parallel.tp=4", "model.ffn=66" }, "model.ffn: 66 (this model can be cut over 1, 2 ranks)" },
         { 3, { "parallel.tp=2" }, "does not fit 3 ranks" },
-        { 4, { "parallel.tp=2", "parallel.dp=1" }, "pp=1,dp=1,ep=1,cp=1,tp=2 does not fit 4 ranks" },
+        { 4,
+          { "parallel.tp=2", "parallel.dp=1" },
+          "pp=1,dp=1,ep=1,cp=1,tp=2 does not fit 4 ranks: the sizes must multiply to that; each is one of 1, 2, 4" },
         { 2, { "parallel.tp=9" }, "parallel.tp" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
