@@ -129,8 +129,8 @@ struct model_ops {
     struct tensor *(*head)(struct model *m);                               /* output matrix [V, C]; last stage only */
     double (*flops_per_token)(const struct model *m, double mean_context); /* forward; multiply-adds count 2 */
     struct kv_shape (*kv_shape)(const struct model *m);
-    int (*layers)(const struct model *m);
-    void (*close)(struct model *m); /* frees impl */
+    int (*layers)(const struct model *m); /* of the whole model: what pipeline stages divide */
+    void (*close)(struct model *m);       /* frees impl */
 };
 
 struct model {
