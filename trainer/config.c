@@ -111,8 +111,9 @@ static const struct option parallel_rows[] = {
 static const struct option memory_rows[] = {
     ROW(OPT_SIZE, memory_config, activations, "activations", "0", 0, 0, NULL, "bytes",
         "cap on a rank's activations; 0: none"),
-    ROW(OPT_ENUM, memory_config, recompute, "recompute", "none", 0, 0, "none|block", "",
-        "block: keep the outputs of the model's blocks alone, and run each again in backward"),
+    ROW(OPT_ENUM, memory_config, recompute, "recompute", "none", 0, 0, "none|block|attention", "",
+        "block: keep the outputs of the model's blocks alone, and run each again in backward; attention: of what is "
+        "attention in a block the output alone"),
 };
 static const struct option checkpoint_rows[] = {
     ROW(OPT_STRING, checkpoint_config, url, "url", "", 0, 0, NULL, "",

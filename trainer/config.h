@@ -60,9 +60,8 @@ struct parallel_config {
 
 struct memory_config {
     uint64_t activations;
-    int recompute;
+    int recompute; /* enum tape_recompute */
 };
-enum { RECOMPUTE_NONE, RECOMPUTE_BLOCK };
 
 struct eval_config { /* tessera eval */
     char *step, *reference, *pairs;

@@ -134,7 +134,7 @@ static status *open_model(struct trainer *t, int ranks_here)
                   (size_t)t->cfg->memory.activations, &t->pipe));
     for (int i = 0; i < pipe_tapes(t->pipe); i++) {
         tape_spread(pipe_tape(t->pipe, i), t->tp, at.sequence);
-        tape_recompute(pipe_tape(t->pipe, i), t->cfg->memory.recompute == RECOMPUTE_BLOCK);
+        tape_recompute(pipe_tape(t->pipe, i), (enum tape_recompute)t->cfg->memory.recompute);
     }
     t->tape = pipe_tape(t->pipe, 0);
     return NULL;

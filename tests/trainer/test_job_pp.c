@@ -112,7 +112,7 @@ static void stages_change_no_bit(void **state)
         { 3, { "parallel.pp=3", "parallel.stages=0,4,0", "memory.recompute=block" } },
         { 6, { "parallel.pp=6", "parallel.zero=1" } },
         { 2, { "parallel.pp=2", "parallel.zero=1", "parallel.schedule=zero-bubble" } },
-        { 8, { "parallel.pp=4", "parallel.dp=2", "parallel.zero=0", "parallel.schedule=zero-bubble" } },
+        { 8, { "parallel.pp=4", "parallel.dp=2", "parallel.schedule=zero-bubble", "memory.recompute=attention" } },
         { 6, { "parallel.pp=6", "memory.recompute=block", "parallel.schedule=zero-bubble" } },
     };
     for (int tied = 0; tied < 2; tied++) {

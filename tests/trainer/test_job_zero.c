@@ -67,9 +67,9 @@ static void layouts_change_no_bit(void **state)
 {
     (void)state;
     static const struct zero_case cases[] = {
-        CASE(1, 3, 0, none),  CASE(2, 2, 0, none), CASE(4, 3, 0, none), CASE(8, 2, 0, none),
-        CASE(8, 3, 0, block), CASE(4, 1, 2, none), CASE(4, 2, 2, none), CASE(4, 3, 2, block),
-        CASE(8, 3, 4, none),  CASE(4, 3, 1, none), CASE(3, 3, 0, none), CASE(2, 0, 0, none),
+        CASE(1, 3, 0, none),      CASE(2, 2, 0, none), CASE(4, 3, 0, none), CASE(8, 2, 0, none),
+        CASE(8, 3, 0, block),     CASE(4, 1, 2, none), CASE(4, 2, 2, none), CASE(4, 3, 2, block),
+        CASE(8, 3, 4, attention), CASE(4, 3, 1, none), CASE(3, 3, 0, none), CASE(2, 0, 0, none),
     };
     const size_t n = sizeof cases / sizeof *cases;
     const char *o[] = { "checkpoint.url=", "train.steps=6", "optim.clip=0.3", "optim.lr=1e-3", "train.lanes=8" };
@@ -153,7 +153,7 @@ static void resumes_at_any_other_with_the_same_bits(void **state)
     static const struct zero_case cases[][3] = {
         { CASE(4, 3, 0, none), CASE(2, 0, 0, none), CASE(3, 3, 0, none) },
         { CASE(2, 0, 0, none), CASE(4, 3, 0, none), CASE(4, 3, 2, block) },
-        { CASE(4, 2, 2, none), CASE(8, 3, 4, none), CASE(1, 1, 0, none) },
+        { CASE(4, 2, 2, none), CASE(8, 3, 4, attention), CASE(1, 1, 0, none) },
     };
     for (int live = 0; live < 2; live++) {
         char text[2048], name[32];

@@ -303,7 +303,7 @@ static status *check_memory(struct model *m, struct tape *t, const struct batch 
     return NULL;
 }
 
-/* Blocks that run again give the same bits, all at once and in halves. */
+/* Blocks, or their attention, that run again give the same bits, all at once and in halves. */
 static status *check_recompute(struct model *m, struct tape *t, const struct batch *b)
 {
     struct tensor *logp;
@@ -315,8 +315,9 @@ static status *check_recompute(struct model *m, struct tape *t, const struct bat
     TRY(run_model(m, t, b, TAPE_TRAIN, &logp, &stats));
     keep(&kept, logp, &stats);
     memcpy(grad, m->params.grad, bytes);
-    tape_recompute(t, true);
-    for (int halves = 0; halves < 2; halves++) {
+    for (int round = 0; round < 4; round++) {
+        int halves = round % 2;
+        tape_recompute(t, round < 2 ? TAPE_RECOMPUTE_ATTENTION : TAPE_RECOMPUTE_BLOCK);
         memset(m->params.grad, 0, bytes);
         tape_begin(t, TAPE_TRAIN);
         struct tensor *h = m->ops->forward(m, t, &b->in);
@@ -327,7 +328,7 @@ static status *check_recompute(struct model *m, struct tape *t, const struct bat
         TRY(tape_backward(t, logp, b->weight, halves ? TAPE_BACKWARD_INPUT : TAPE_BACKWARD_ALL));
         if (halves)
             TRY(tape_backward(t, logp, b->weight, TAPE_BACKWARD_WEIGHT));
-        EXPECT(!memcmp(grad, m->params.grad, bytes), "gradients with recompute, halves %d", halves);
+        EXPECT(!memcmp(grad, m->params.grad, bytes), "gradients with recompute, round %d", round);
     }
     mem_free(grad);
     return NULL;
@@ -524,24 +525,36 @@ static void ops_against_formulas(void **state)
         }
 }
 
-/* What a training pass of 24 layers holds: all activations, or of each layer its output and the angles' table, and one
- * layer's activations. */
+/* Floats that a layer's attention and its feed-forward part take in training, each with its gradient but for what norms
+ * and attention keep (docs/parallelism.md). */
+static size_t attention_floats(size_t c, size_t q, size_t k, size_t heads)
+{
+    return TOKENS * (2 * (3 * c + 3 * q + 3 * k) + 1 + heads);
+}
+
+static size_t ffn_floats(size_t c, size_t f)
+{
+    return TOKENS * (2 * (3 * c + 3 * f) + 1);
+}
+
+/* What a training pass of 24 layers holds: all activations; or of each layer its output and the angles' table, and one
+ * layer's activations; or of each layer its feed-forward part and what goes into it, and one layer's attention. */
 static void recompute_holds_one_block(void **state)
 {
     (void)state;
-    enum { MANY = 24 };
+    enum { MANY = 24, WIDE = 96, KEYS = 48, FEED = 160 };
     struct model *m;
     struct tape *t;
     struct batch b;
     struct tensor *logp;
     struct logprob_stats stats;
-    size_t bytes[2];
+    size_t bytes[3];
     fill(&b, TOKENS);
-    must(open_at("heads=4,kv_heads=2,hidden=24,ffn=40,layers=24", &(struct tp_place){ .size = 1 }, &m));
+    must(open_at("heads=4,kv_heads=2,hidden=96,ffn=160,layers=24", &(struct tp_place){ .size = 1 }, &m));
     stir(m);
-    for (int recompute = 0; recompute < 2; recompute++) {
+    for (int recompute = 0; recompute < 3; recompute++) {
         must(tape_open(NULL, NULL, 0, &t));
-        tape_recompute(t, recompute);
+        tape_recompute(t, (enum tape_recompute)recompute);
         must(run_model(m, t, &b, TAPE_DRY, &logp, &stats));
         uint64_t grown = t->arena.grown;
         must(run_model(m, t, &b, TAPE_TRAIN, &logp, &stats));
@@ -551,9 +564,13 @@ static void recompute_holds_one_block(void **state)
         must(check_recompute(m, t, &b));
         tape_close(t);
     }
-    size_t outputs = (size_t)MANY * 2 * TOKENS * 24 * sizeof(float);
+    size_t outputs = (size_t)MANY * 2 * TOKENS * WIDE * sizeof(float);
     if (bytes[1] < outputs || bytes[1] > outputs + bytes[0] / 8)
         fail_msg("%zu bytes with recompute, %zu without, outputs %zu", bytes[1], bytes[0], outputs);
+    size_t all = attention_floats(WIDE, WIDE, KEYS, 4), rest = ffn_floats(WIDE, FEED), own = (size_t)TOKENS * WIDE;
+    double saved = (double)(bytes[0] - bytes[2]), want = (double)(MANY * (all - 2 * own) - (all + own)) * sizeof(float);
+    if (fabs(saved - want) > 0.02 * want || (double)bytes[2] < (double)(MANY * (rest + 2 * own)) * sizeof(float))
+        fail_msg("%zu bytes without attention's, %zu with: %.0f less, not %.0f", bytes[2], bytes[0], saved, want);
     model_close(m);
 }
 

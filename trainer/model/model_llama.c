@@ -264,8 +264,10 @@ static struct tensor *turned(const struct pass *p, struct tensor *x, int norm)
     return op_rope(p->t, x, p->in->seg.position, &p->l->rope);
 }
 
-static struct tensor *attention_block(const struct pass *p, struct tensor *x, int64_t i)
+static struct tensor *attention_block(struct tape *t, const void *arg, int64_t i, struct tensor *x)
 {
+    const struct pass *p = arg;
+    (void)t;
     const struct llama_config *c = &p->l->c;
     const struct llama_layer *l = &p->l->layer[i];
     struct tensor *h = op_rmsnorm(p->t, x, param(p, l->input_norm), (float)c->norm_eps);
@@ -290,8 +292,7 @@ static struct tensor *ffn_block(const struct pass *p, struct tensor *x, int64_t 
 static struct tensor *layer(struct tape *t, const void *arg, int64_t i, struct tensor *x)
 {
     const struct pass *p = arg;
-    (void)t;
-    return ffn_block(p, attention_block(p, x, i), i);
+    return ffn_block(p, op_block_attention(t, attention_block, p, sizeof *p, i, x), i);
 }
 
 /* Whether this stage holds a unit. */

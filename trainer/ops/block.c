@@ -1,4 +1,5 @@
-/* block: a model's blocks with their activations kept, or run again in backward (Chen et al. 2016, arXiv:1604.06174).
+/* block: a model's blocks, or their attention alone, with activations kept, or run again in backward (Chen et al. 2016,
+ * arXiv:1604.06174; Korthikanti et al. 2022, arXiv:2205.05198, 5).
  *
  * What a block takes lies in a region of the arena that is released when it is done; a dry pass notes the largest one,
  * and tape_end lets the arena hold it behind all that is kept, where backward needs it. */
@@ -16,6 +17,7 @@ struct block_record {
     block_fn *run;
     const void *arg;
     int64_t index;
+    bool whole; /* a block, not a part of one: what surrounds blocks is called around it */
 };
 
 /* What of a tape must not point into a region that is gone. */
@@ -114,7 +116,7 @@ static struct tensor *run_kept(struct tape *t, block_fn *run, const void *arg, i
 static void block_backward(struct tape *t, const struct tape_record *base, unsigned halves)
 {
     const struct block_record *r = (const void *)base;
-    if (t->error || !enter(t, r->index, true))
+    if (t->error || (r->whole && !enter(t, r->index, true)))
         return;
     struct region region = open_region(t, TAPE_TRAIN);
     struct tensor *x = twin_of(t, r->x), *y = x ? r->run(t, r->arg, r->index, x) : NULL;
@@ -127,22 +129,20 @@ static void block_backward(struct tape *t, const struct tape_record *base, unsig
             t->kernels->axpy(t->workers, r->x->grad, x->grad, 1.0f, tensor_elems(x));
     }
     close_region(t, &region);
-    if (WEIGHT_HALF(halves))
+    if (r->whole && WEIGHT_HALF(halves))
         (void)leave(t, r->index, true);
 }
 
-struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index, struct tensor *x)
+/* Keeps x and y alone. */
+static struct tensor *run_dropped(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index,
+                                  struct tensor *x, bool whole)
 {
-    if (!x)
-        return missing(t, "op_block");
-    if (!t->recompute)
-        return run_kept(t, run, arg, index, x);
     struct tensor *y = make_like(t, x, true);
     void *own = take(t, 1, bytes);
     if (!y || !own)
         return NULL;
     memcpy(own, arg, bytes);
-    if (!enter(t, index, false))
+    if (whole && !enter(t, index, false))
         return NULL;
     struct region region = open_region(t, runs(t) ? TAPE_FORWARD : TAPE_DRY);
     struct tensor *in = runs(t) ? x : twin_of(t, x), *out = in ? run(t, own, index, in) : NULL;
@@ -151,7 +151,8 @@ struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t b
     if (out && runs(t))
         memcpy(y->data, out->data, (size_t)tensor_elems(y) * sizeof(float));
     close_region(t, &region);
-    (void)leave(t, index, false);
+    if (whole)
+        (void)leave(t, index, false);
     struct block_record *r = out && y->grad ? record(t, sizeof *r, block_backward) : NULL;
     if (r) {
         r->x = x;
@@ -159,6 +160,26 @@ struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t b
         r->run = run;
         r->arg = own;
         r->index = index;
+        r->whole = whole;
     }
     return out && !t->error ? y : NULL;
+}
+
+struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index, struct tensor *x)
+{
+    if (!x)
+        return missing(t, "op_block");
+    if (t->recompute != TAPE_RECOMPUTE_BLOCK)
+        return run_kept(t, run, arg, index, x);
+    return run_dropped(t, run, arg, bytes, index, x, true);
+}
+
+struct tensor *op_block_attention(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index,
+                                  struct tensor *x)
+{
+    if (!x)
+        return missing(t, "op_block_attention");
+    if (t->recompute != TAPE_RECOMPUTE_ATTENTION)
+        return run(t, arg, index, x);
+    return run_dropped(t, run, arg, bytes, index, x, false);
 }

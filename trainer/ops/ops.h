@@ -100,6 +100,10 @@ void op_rope_angles(struct tape *t, const int32_t *position, int64_t n, int64_t 
  * outlive backward. Else this is the call and no more. */
 typedef struct tensor *block_fn(struct tape *t, const void *arg, int64_t index, struct tensor *x);
 struct tensor *op_block(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index, struct tensor *x);
+/* The same for the part of a block from its input to behind the output of attention, inside op_block's `run`: it is run
+ * again on a tape that recomputes attention; on others this is the call and no more. */
+struct tensor *op_block_attention(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index,
+                                  struct tensor *x);
 
 /* Causal attention inside each segment, grouped-query: query head h reads key/value head h / (H / G).
  *   o = softmax(q k^T / sqrt(D)) v over keys whose position is <= the query's.   q, o [N, H, D], k, v [N, G, D]

@@ -36,9 +36,9 @@ void tape_close(struct tape *t)
     mem_free(t);
 }
 
-void tape_recompute(struct tape *t, bool blocks)
+void tape_recompute(struct tape *t, enum tape_recompute what)
 {
-    t->recompute = blocks;
+    t->recompute = what;
 }
 
 void tape_blocks(struct tape *t, const struct tape_blocks *b)

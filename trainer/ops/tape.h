@@ -57,6 +57,8 @@ enum tape_backward {
     TAPE_BACKWARD_ALL = 3,
 };
 
+enum tape_recompute { TAPE_RECOMPUTE_NONE, TAPE_RECOMPUTE_BLOCK, TAPE_RECOMPUTE_ATTENTION };
+
 struct kernels; /* trainer/ops/kernels.h: one table of raw kernels a device */
 struct rope_table;
 struct comm;
@@ -85,7 +87,7 @@ struct tape {
     struct rope_table *rope;  /* angles made since tape_begin, shared by all layers */
     status *error;            /* first error since tape_begin */
 
-    bool recompute;                   /* tape_recompute */
+    enum tape_recompute recompute;    /* tape_recompute */
     const struct tape_blocks *blocks; /* tape_blocks; may be NULL */
     size_t block_bytes;               /* with it, the most that a block has taken since tape_begin */
 
@@ -101,9 +103,10 @@ struct tape {
 /* kernels NULL: the CPU's. cap_bytes 0: no cap on activations. */
 status *tape_open(struct workers *w, const struct kernels *k, size_t cap_bytes, struct tape **out) WARN_UNUSED;
 void tape_close(struct tape *t); /* NULL is fine */
-/* From now on blocks (op_block) keep their outputs only; backward runs each again. The same bits, for a second forward
- * pass and the memory of one block's activations instead of all. */
-void tape_recompute(struct tape *t, bool blocks);
+/* From now on blocks (op_block), or what is attention in them (op_block_attention), keep their outputs only; backward
+ * runs each again. The same bits, for a second forward pass of these and the memory of one's activations instead of
+ * all. */
+void tape_recompute(struct tape *t, enum tape_recompute what);
 /* From now on call these around each block; borrowed; NULL: none. */
 void tape_blocks(struct tape *t, const struct tape_blocks *b);
 /* From now on weights may be cut (tensor.cut) over the ranks of tp, which all run the same passes; borrowed. sequence:
