@@ -19,7 +19,7 @@ static const char usage[] =
     "       tessera eval CONFIG [eval.step=best ...] score the held-out pairs under saved weights\n"
     "       tessera ckpt VERB URL ...                look at checkpoints, compare and tidy them (tessera ckpt --help)\n"
     "       tessera data prepare|show ...            make and look at training data\n"
-    "       tessera bench save|load ...              under mpirun: rates, and what saves cost\n";
+    "       tessera bench save|load|train ...        under mpirun: rates, and what saves cost; training steps\n";
 
 /* comm: self is asked for before MPI could be: look for it among the overrides. */
 static const char *backend_of(int argc, char **argv)

@@ -80,6 +80,43 @@ END
 ranks 1 save --quick state_bytes=5MiB windows=1 steps=2 step_ms=1 repeats=1 || fail "bench save, one rank, as a table"
 grep -q "^throughput_ratio  " out || fail "table"
 
+cat >peer <<'END'
+#!/usr/bin/env python3
+# Stands for a Python with PyTorch: every step takes it a quarter of a second.
+import json
+import sys
+
+assert sys.argv[1] == "-c" and "scaled_dot_product_attention" in sys.argv[2]
+c = json.loads(sys.argv[3])
+assert (c["layers"], c["hidden"], c["vocab"], c["sequences"], c["tokens"], c["threads"]) == (2, 64, 521, 3, 20, 2), c
+print("ready torch none", c["dtype"], flush=True)
+for line in sys.stdin:
+    print(0.25 * int(line), flush=True)
+END
+chmod +x peer
+ranks 1 train --quick --json sequences=3 tokens=20 steps=2 peer=./peer || fail "bench train beside a peer"
+python3 - <<'END' || fail "bench train: values"
+import json
+
+cases = [json.loads(line) for line in open("out")]
+assert cases
+for r in cases:
+    keys = "model params dtype threads tokens_per_s peer peer_tokens_per_s ratio ceiling_tokens_per_s ceiling_share"
+    assert list(r) == keys.split(), r
+    assert r["model"] == "tiny 3x20" and r["params"] == 2 * 30848 + 521 * 64 + 64 and r["threads"] == 2
+    assert r["peer"] == "torch none " + r["dtype"] and r["peer_tokens_per_s"] == 60 / 0.25
+    assert 0 < r["tokens_per_s"] and 0 < r["ceiling_tokens_per_s"]
+    assert abs(r["ratio"] * r["peer_tokens_per_s"] / r["tokens_per_s"] - 1) < 0.01
+    assert abs(r["ceiling_share"] * r["ceiling_tokens_per_s"] / r["tokens_per_s"] - 1) < 0.01
+END
+ranks 1 train --quick || fail "bench train without a peer, as a table"
+grep -q "^peer  *-  *$" out || fail "a peer came from nowhere"
+if ranks 1 train --quick peer=/bin/true; then fail "a peer that says nothing passed"; fi
+grep -q 'the peer ended' err || fail "the silent peer is not named"
+if ranks 1 train --quick peer=/nonexistent/python; then fail "a peer that is not there passed"; fi
+if ranks 2 train --quick; then fail "bench train on two ranks passed"; fi
+rm -f peer
+
 if ranks 1 save speed=3; then fail "an unknown key passed"; fi
 grep -q 'speed: unknown key' err || fail "the unknown key is not named"
 if ranks 2 load state_bytes=1KiB; then fail "a state too small passed"; fi

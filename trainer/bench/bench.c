@@ -13,7 +13,7 @@
 #include <string.h>
 #include <sys/random.h>
 
-static const struct bench_verb *const verbs[] = { &bench_save, &bench_load, &bench_irregular };
+static const struct bench_verb *const verbs[] = { &bench_save, &bench_load, &bench_irregular, &bench_train };
 enum { VERBS = sizeof verbs / sizeof *verbs };
 
 /* ---- options */
@@ -185,11 +185,11 @@ status *bench_cli(struct comm *world, int argc, char **argv)
         status *st = options ? read_words(v, argc - 1, argv + 1, &b, options) : ERR(NO_MEMORY, "options");
         st = comm_agree(world, st);
         if (!st)
-            st = run_in_folder(v, &b, options);
+            st = v->url_offset == BENCH_NO_URL ? v->run(&b, options) : run_in_folder(v, &b, options);
         if (options)
             options_fini(&v->options, options);
         mem_free(options);
         return st;
     }
-    return ERR(INVALID, "bench: \"%.100s\" is no bench (legal: save, load, irregular, help)", name);
+    return ERR(INVALID, "bench: \"%.100s\" is no bench (legal: save, load, irregular, train, help)", name);
 }
