@@ -40,6 +40,17 @@ struct piece piece_of_box(int ndim, const struct box *b)
     return (struct piece){ .box = *b, .begin = 0, .end = box_volume(ndim, b) };
 }
 
+uint64_t box_element(const struct shape *s, const struct box *b, uint64_t e)
+{
+    uint64_t at = 0, stride = 1;
+    for (int i = s->ndim - 1; i >= 0; i--) {
+        at += (b->off[i] + e % b->len[i]) * stride;
+        e /= b->len[i];
+        stride *= s->dim[i];
+    }
+    return at;
+}
+
 struct piece piece_whole(const struct shape *s)
 {
     struct box b = { 0 };

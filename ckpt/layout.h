@@ -38,6 +38,8 @@ struct piece_box {
 /* Product of the dimensions; 1 for a scalar. *ok = false on overflow of 2^63 - 1. */
 uint64_t shape_volume(const struct shape *s, bool *ok);
 uint64_t box_volume(int ndim, const struct box *b);
+/* Where element e of the box's row-major order lies in that of the whole. */
+uint64_t box_element(const struct shape *s, const struct box *b, uint64_t e);
 struct piece piece_whole(const struct shape *s);
 struct piece piece_of_box(int ndim, const struct box *b);
 uint64_t piece_elems(const struct piece *p);

@@ -420,8 +420,11 @@ static status *apply_preset(struct sections *all, const struct algo_ops *algo, c
 /* Keys that say what tensors a model has: where a config says otherwise than config.json, one of them is wrong. */
 static bool shapes_tensors(const char *key)
 {
-    static const char *const keys[] = { "kind",     "layers", "hidden", "heads",   "kv_heads",
-                                        "head_dim", "ffn",    "vocab",  "qk_norm", "qkv_bias" };
+    static const char *const keys[] = { "kind",        "layers",      "hidden",      "heads",
+                                        "kv_heads",    "head_dim",    "ffn",         "vocab",
+                                        "qk_norm",     "qkv_bias",    "experts",     "shared_experts",
+                                        "expert_ffn",  "router_bias", "first_dense", "sparse_step",
+                                        "dense_layers" };
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         if (!strcmp(key, keys[i]))
             return true;

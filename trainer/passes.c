@@ -72,6 +72,7 @@ static int64_t prepare(void *arg, uint32_t k)
         pack_build_sides(&p->pack, row, mb, g->training ? 0 : 1, 1);
     else
         pack_build(&p->pack, row, mb);
+    p->pack.in.micro_batch = k;
     return p->pack.in.tokens;
 }
 

@@ -130,6 +130,8 @@ static status *open_model(struct trainer *t, int ranks_here)
             TRY(model_alloc(t->ref_model, false));
     }
     uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
+    if (t->training)
+        TRY(balance_open(t->model, t->model->ops->layers(t->model), most, &t->balance));
     TRY(pipe_open(t->pp, (enum pipe_schedule)t->cfg->parallel.schedule, most, t->model->width, t->workers,
                   (size_t)t->cfg->memory.activations, &t->pipe));
     for (int i = 0; i < pipe_tapes(t->pipe); i++) {
@@ -227,6 +229,15 @@ static void say_warning(void *arg, const char *line)
     metrics_say(t->metrics, "warning: %s", line);
 }
 
+/* What stays as it is to the end. */
+static bool any_frozen(const struct params *ps)
+{
+    for (int i = 0; i < ps->count; i++)
+        if (ps->p[i].frozen && !ps->p[i].buffer)
+            return true;
+    return false;
+}
+
 static status *open_checkpoint(struct trainer *t, bool read_only)
 {
     const struct checkpoint_config *c = &t->cfg->checkpoint;
@@ -242,7 +253,7 @@ static status *open_checkpoint(struct trainer *t, bool read_only)
     o.keep_metric = c->keep_metric;
     o.view = c->view == VIEW_NEVER ? -1 : c->view == VIEW_ALWAYS;
     o.reference_frozen = c->reference_frozen == REFERENCE_FROZEN_TRUE ||
-                         (c->reference_frozen == REFERENCE_FROZEN_AUTO && t->model->params.frozen);
+                         (c->reference_frozen == REFERENCE_FROZEN_AUTO && any_frozen(&t->model->params));
     o.irregular = c->irregular;
     o.rewind = c->rewind;
     o.staging_bytes = c->staging_bytes;
@@ -387,6 +398,7 @@ status *trainer_close(struct trainer *t)
     tessera_state_free(t->state);
     tied_close(t->tied);
     owners_close(t->owners);
+    balance_close(t->balance);
     shards_close(t->ref_shards);
     zero_close(t->zero);
     task_eval_close(t);

@@ -104,7 +104,7 @@ static status *add_values(struct trainer *t, const struct param *p, struct tesse
 static status *add_param(struct trainer *t, const struct params *ps, const struct param *p)
 {
     struct tessera_tensor d = part_of(home_of(p, false), p);
-    d.frozen = p->frozen;
+    d.frozen = p->frozen && !p->buffer;
     if (p->alias >= 0) {
         d.alias_of = ps->p[p->alias].name;
         d.data = NULL;
@@ -144,7 +144,7 @@ static status *add_ref_model(struct trainer *t)
         struct tessera_tensor d = part_of(home_of(&ps->p[i], true), &ps->p[i]);
         if (ps->p[i].alias >= 0 || ps->p[i].away)
             continue;
-        d.frozen = ps->p[i].frozen || t->cfg->algo.ref_sync_steps == 0;
+        d.frozen = (ps->p[i].frozen && !ps->p[i].buffer) || t->cfg->algo.ref_sync_steps == 0;
         TRY(add_values(t, &ps->p[i], d, t->ref_shards ? shards_own(t->ref_shards) : NULL));
     }
     return NULL;

@@ -17,15 +17,14 @@ static uint64_t mix(uint64_t x)
 /* Elements [begin, end) of p's part, which lie at x; padding does not count. */
 static uint64_t hash_run(const struct param *p, uint64_t salt, uint64_t begin, uint64_t end, const float *x)
 {
-    bool matrix = p->shape.ndim == 2;
     uint64_t name = mix(hash64(p->name, strlen(p->name)) + salt), held = box_volume(p->shape.ndim, &p->box), sum = 0,
-             cols = matrix ? p->box.len[1] : 1, stride = matrix ? p->shape.dim[1] : 1,
-             left = matrix ? p->box.off[1] : 0;
+             cols = p->box.len[p->shape.ndim - 1], row = 0;
     for (uint64_t e = begin; e < end && e < held; e++) {
         uint32_t bits;
         memcpy(&bits, x + (e - begin), sizeof bits);
-        uint64_t place = (p->box.off[0] + e / cols) * stride + left + e % cols;
-        sum += mix(mix(name + place) ^ bits);
+        if (e == begin || e % cols == 0)
+            row = box_element(&p->shape, &p->box, e - e % cols);
+        sum += mix(mix(name + row + e % cols) ^ bits);
     }
     return sum;
 }

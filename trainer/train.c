@@ -159,6 +159,7 @@ static status *sync_reference(struct trainer *t)
 struct step_result {
     double metric[ALGO_METRICS]; /* divided by their counts */
     double norm, lr, seconds;
+    struct load_metrics load;
     uint64_t tokens, allocations, dp_sent, tp_sent, pp_sent; /* bytes that this rank gave to others of the axis */
 };
 
@@ -195,6 +196,7 @@ static status *train_step(struct trainer *t, struct step_result *r)
     double statistic[ALGO_STATISTICS], sums[ALGO_METRICS];
     TRY(passes_statistics(t, p, k, statistic, &counts));
     r->tokens = count_tokens(p);
+    balance_begin(t->balance);
     TRY(passes_train(t, p, k, &counts, sums));
     for (int m = 0; m < p->algo->metric_count; m++)
         r->metric[m] = sums[m] / algo_divisor(&counts, p->algo->metrics[m].per);
@@ -202,6 +204,7 @@ static status *train_step(struct trainer *t, struct step_result *r)
         return ERR(INVALID, "the loss is not finite at step %" PRIu64 ": try a smaller optim.lr or optim.clip",
                    t->step + 1);
     TRY(optimise(t, p, r));
+    TRY(balance_finish(t->balance, t->zero, k, t->dp, t->pp, before_overwrite, t, &r->load));
     t->samples[t->current] += counts.rows;
     t->tokens += r->tokens;
     t->step++;
@@ -262,6 +265,11 @@ static void report(struct trainer *t, const struct step_result *r)
     }
     metrics_number(t->metrics, "grad_norm", r->norm);
     metrics_number(t->metrics, "learning_rate", r->lr);
+    if (t->balance) {
+        metrics_number(t->metrics, "expert_load_max", r->load.most);
+        metrics_number(t->metrics, "expert_load_min", r->load.least);
+        metrics_number(t->metrics, "balance_loss", r->load.loss);
+    }
     metrics_number(t->metrics, "epoch", (double)t->samples[p - t->phase] / (double)p->data->rows);
     metrics_integer(t->metrics, "tokens", r->tokens);
     metrics_integer(t->metrics, "num_tokens", t->tokens);

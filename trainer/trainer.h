@@ -8,6 +8,7 @@
 #define TESSERA_TRAINER_TRAINER_H
 
 #include "ckpt/ckpt.h"
+#include "trainer/balance.h"
 #include "trainer/config.h"
 #include "trainer/metrics.h"
 #include "trainer/parallel/owners.h"
@@ -50,8 +51,9 @@ struct trainer {
     struct pipe *pipe;
     struct tape *tape; /* the pipeline's first, for what is not its business */
     struct zero *zero;
-    struct tied *tied;     /* NULL: no weight whose uses are kept apart has a part here */
-    struct owners *owners; /* NULL: no Muon */
+    struct tied *tied;       /* NULL: no weight whose uses are kept apart has a part here */
+    struct owners *owners;   /* NULL: no Muon */
+    struct balance *balance; /* NULL: no experts, or no training */
 
     struct ref_logps ref, ref_heldout; /* rows 0 until the main phase of an algorithm that needs them */
     struct shards *ref_shards;         /* of ref_model, with ZeRO 3; else NULL */

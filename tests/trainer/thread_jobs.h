@@ -15,7 +15,7 @@
 
 struct job {
     const char *config;
-    const char *overrides[16];
+    const char *overrides[32];
     int override_count;
     status *(*after)(struct trainer *t); /* NULL, or a look at what is left, on each rank */
     uint32_t weights;                    /* of rank 0 at the end */

@@ -200,7 +200,9 @@ static status *open_tokens(struct train_bench *t, int64_t length)
         t->position[i] = (int32_t)(i % length);
     for (int64_t s = 0; s <= t->o->sequences; s++)
         t->offset[s] = (int32_t)(s * length);
-    t->in = (struct model_input){ n, t->token, { (int32_t)t->o->sequences, t->offset, t->position }, NULL, NULL };
+    t->in = (struct model_input){ .tokens = n,
+                                  .token = t->token,
+                                  .seg = { (int32_t)t->o->sequences, t->offset, t->position } };
     return NULL;
 }
 

@@ -349,6 +349,8 @@ static status *family_of(const struct hf_config *c, const char **type, const cha
 {
     bool norm = is(c, "qk_norm", "true"), bias = is(c, "qkv_bias", "true");
     double window = number(c, "sliding_window", 0), from = number(c, "window_from", 0);
+    if (number(c, "experts", 0) > 0)
+        return ERR(UNSUPPORTED, "model.experts: a config.json of experts is not built");
     if (norm && bias)
         return ERR(UNSUPPORTED, "no Hugging Face family has both model.qk_norm and model.qkv_bias");
     if (!norm && !bias && window > 0 && from > 0)

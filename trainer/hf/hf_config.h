@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { HF_SETTINGS = 32, HF_KEY_BYTES = 24, HF_VALUE_BYTES = 40, HF_CONFIG_MAX = 1 << 20 };
+enum { HF_SETTINGS = 64, HF_KEY_BYTES = 24, HF_VALUE_BYTES = 40, HF_CONFIG_MAX = 1 << 20 };
 
 struct hf_setting {
     char key[HF_KEY_BYTES], value[HF_VALUE_BYTES]; /* "heads", "32", as options_set reads them */

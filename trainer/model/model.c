@@ -160,13 +160,20 @@ status *params_spread(struct params *ps, const struct tp_place *at)
 struct param *params_add(struct params *ps, const char *name, uint64_t rows, uint64_t cols, enum param_init init,
                          float std, bool decay)
 {
+    struct shape shape = rows ? (struct shape){ 2, { rows, cols } } : (struct shape){ 1, { cols } };
+    return params_add_shape(ps, name, &shape, init, std, decay);
+}
+
+struct param *params_add_shape(struct params *ps, const char *name, const struct shape *shape, enum param_init init,
+                               float std, bool decay)
+{
     struct param *p = append(ps, name);
     if (!p)
         return NULL;
     p->init = init;
     p->init_std = std;
     p->decay = decay;
-    p->shape = rows ? (struct shape){ 2, { rows, cols } } : (struct shape){ 1, { cols } };
+    p->shape = *shape;
     place(p, &one_rank);
     p->offset = ps->total;
     ps->total += padded(p);
@@ -223,12 +230,10 @@ static void draw(const struct param *p, uint64_t seed, uint64_t first, uint64_t 
 void param_init(struct param *p, uint64_t seed)
 {
     float *x = p->value.data;
-    if (p->shape.ndim == 1) {
-        draw(p, seed, p->box.off[0], p->box.len[0], x);
-        return;
-    }
-    for (uint64_t r = 0; r < p->box.len[0]; r++)
-        draw(p, seed, (p->box.off[0] + r) * p->shape.dim[1] + p->box.off[1], p->box.len[1], x + r * p->box.len[1]);
+    int last = p->shape.ndim - 1;
+    uint64_t cols = p->box.len[last], rows = cols ? box_volume(p->shape.ndim, &p->box) / cols : 0;
+    for (uint64_t r = 0; r < rows; r++, x += cols)
+        draw(p, seed, box_element(&p->shape, &p->box, r * cols), cols, x);
 }
 
 void params_init(struct params *ps, uint64_t seed)

@@ -41,6 +41,8 @@ struct param {
     bool on_heads;      /* whole, but applied to this rank's heads: its gradient is a part of the whole one's */
     bool linear;        /* the matrix of a linear layer: lora.h may adapt it */
     bool frozen;        /* does not train: no gradient, no optimiser state */
+    bool buffer;        /* frozen, but steps change it by other means: saved anew each time */
+    bool experts;       /* dimension 0 counts experts */
     bool adapter;       /* a matrix that lora.h added */
     bool muon;          /* a matrix that Muon updates; AdamW the others */
     int lora_a, lora_b; /* indices of the adapter's matrices, or -1 */
@@ -83,6 +85,9 @@ struct params {
 /* For `declare`: append a parameter of 1 or 2 dimensions (rows 0: one dimension). NULL when out of memory. */
 struct param *params_add(struct params *ps, const char *name, uint64_t rows, uint64_t cols, enum param_init init,
                          float std, bool decay);
+/* The same of any shape of 1 to 3 dimensions. */
+struct param *params_add_shape(struct params *ps, const char *name, const struct shape *shape, enum param_init init,
+                               float std, bool decay);
 /* Append a name that shares the memory of parameter `of`. */
 struct param *params_alias(struct params *ps, const char *name, const struct param *of);
 /* Set every parameter's part, tensor and offset for a place and the units that are here, from what was declared.
@@ -108,6 +113,7 @@ struct model_input {
     const int32_t *token; /* [N] */
     struct segments seg;
     struct kv_cache *cache; /* [layers], or NULL */
+    uint32_t micro_batch;   /* its number in the step, for model.load */
     struct tensor *x;       /* what the pipeline stage before has made of them (op_boundary); NULL on the first stage */
 };
 
@@ -115,6 +121,14 @@ struct model_input {
 struct kv_shape {
     int32_t layers, kv_heads, head_dim;
     int64_t max_positions;
+};
+
+/* What training passes see of routed experts (struct route_watch), by micro-batch and layer. */
+struct expert_load {
+    int64_t layers, experts; /* of the whole model */
+    int32_t *count;          /* [micro-batches][layers][experts] */
+    double *balance;         /* [micro-batches][layers] */
+    float balance_weight;
 };
 
 struct model;
@@ -142,6 +156,11 @@ struct model {
      */
     struct params tied;
     int64_t vocab, width; /* width: C; both set by `declare` */
+    struct {              /* set by `declare`; experts 0: it has none */
+        int64_t experts, layers;
+        double balance, rate; /* coefficient of the balance loss; what a step adds to or takes from a bias */
+    } moe;
+    const struct expert_load *load; /* borrowed; NULL: nobody looks */
     void *impl;
     float lora_scale;  /* lora.h: a layer with an adapter is W + lora_scale B A; */
     bool adapters_off; /* or, while this is set, W */

@@ -1,19 +1,24 @@
 /* llama: decoder-only transformers with RMSNorm, rotary embedding, SwiGLU and grouped-query attention. Llama, Qwen2
- * (qkv_bias), Qwen3 (qk_norm), Mistral (sliding_window) and SmolLM2 are configs of it; names and shapes are those of
- * their Hugging Face checkpoints.
+ * (qkv_bias), Qwen3 (qk_norm), Mistral (sliding_window) and SmolLM2 are configs of it, and with routed experts
+ * Qwen3-MoE and DeepSeekMoE; names and shapes are those of their Hugging Face checkpoints, but for the experts'
+ * matrices, which are one tensor of three dimensions each.
  *
  *   x = embed[token]
  *   layer:  x += o_proj(attention(rope(norm(q)), rope(norm(k)), v)),  q, k, v = projections of rmsnorm(x)
  *           x += down_proj(silu(gate) * up),                          gate, up = projections of rmsnorm(x)
+ *       or  x += op_moe(rmsnorm(x)) + the same of the shared experts, which are one block of all their widths
  *   hidden = rmsnorm(x);  the head (logits = hidden head^T) is op_logprob's business
  *
  * `declare` writes each tensor once; parameters of a layer are kept by index, since the list moves while it grows. */
 #include "trainer/model/model.h"
 
 #include "comm/base/mem.h"
+#include "trainer/ops/moe.h"
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 struct llama_config {
     int kind;
@@ -23,7 +28,13 @@ struct llama_config {
     int64_t window, window_from;
     int rope_scaling;
     double rope_factor, rope_original, rope_low, rope_high, rope_fast, rope_slow, rope_amplitude;
+    int64_t experts, experts_per_token, expert_ffn, shared_experts, first_dense, sparse_step, groups, top_groups;
+    int router;
+    bool router_norm, router_bias;
+    double router_scale, balance_loss, balance_rate;
+    char *dense_layers;
 };
+enum { ROUTER_SOFTMAX, ROUTER_SIGMOID };
 
 #define AT(field) offsetof(struct llama_config, field)
 static const struct option llama_rows[] = {
@@ -61,17 +72,55 @@ static const struct option llama_rows[] = {
       AT(max_positions) },
     { "vocab", OPT_INT, "0", 0, 1e8, NULL, "tokens", "rows of the embedding (vocab_size); 0: the tokenizer's",
       AT(vocab) },
+    { "experts", OPT_INT, "0", 0, EXPERTS_MAX, NULL, "",
+      "routed experts of a layer (num_experts, n_routed_experts); 0: none, one feed-forward block", AT(experts) },
+    { "experts_per_token", OPT_INT, "0", 0, TOP_MAX, NULL, "",
+      "with experts: how many of them a token takes (num_experts_per_tok)", AT(experts_per_token) },
+    { "expert_ffn", OPT_INT, "0", 0, 1e7, NULL, "", "with experts: width of one (moe_intermediate_size)",
+      AT(expert_ffn) },
+    { "shared_experts", OPT_INT, "0", 0, 1024, NULL, "",
+      "with experts: so many more that all tokens take (n_shared_experts)", AT(shared_experts) },
+    { "dense_layers", OPT_LIST, "", 0, 0, NULL, "layers",
+      "layers without experts, [0, 5] (mlp_only_layers); they have one block of width ffn", AT(dense_layers) },
+    { "first_dense", OPT_INT, "0", 0, 1024, NULL, "layers", "so many first layers too (first_k_dense_replace)",
+      AT(first_dense) },
+    { "sparse_step", OPT_INT, "1", 1, 1024, NULL, "layers",
+      "of the others the layers i have experts where this divides i + 1 (decoder_sparse_step)", AT(sparse_step) },
+    { "router", OPT_ENUM, "softmax", 0, 0, "softmax|sigmoid", "", "what makes scores of logits (scoring_func)",
+      AT(router) },
+    { "router_norm", OPT_BOOL, "true", 0, 0, NULL, "",
+      "scores of a token's experts are divided by their sum (norm_topk_prob)", AT(router_norm) },
+    { "router_scale", OPT_FLOAT, "1", 1e-6, 1e6, NULL, "", "then multiplied by this (routed_scaling_factor)",
+      AT(router_scale) },
+    { "router_bias", OPT_BOOL, "false", 0, 0, NULL, "",
+      "scores are compared with a bias added, which weighs nothing (e_score_correction_bias)", AT(router_bias) },
+    { "router_groups", OPT_INT, "1", 1, EXPERTS_MAX, NULL, "",
+      "a token's experts are of router_top_groups groups of so many (n_group)", AT(groups) },
+    { "router_top_groups", OPT_INT, "1", 1, EXPERTS_MAX, NULL, "", "(topk_group)", AT(top_groups) },
+    { "balance_loss", OPT_FLOAT, "0", 0, 1e3, NULL, "",
+      "coefficient of the loss that keeps experts' loads equal (router_aux_loss_coef); 0: none", AT(balance_loss) },
+    { "balance_rate", OPT_FLOAT, "0", 0, 1, NULL, "",
+      "with router_bias: after a step the bias of experts with too few tokens grows by this, of those with too many it "
+      "shrinks; 0: it stays",
+      AT(balance_rate) },
 };
 static const struct option_table llama_options = { "model", llama_rows, sizeof llama_rows / sizeof *llama_rows };
 
+struct ffn {
+    int gate, up, down;
+};
+
 /* Parameters by index into params.p; -1 where the config has none. */
 struct llama_layer {
-    int input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, o, post_norm, gate, up, down;
+    int input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, o, post_norm;
+    struct ffn all, routed; /* what all tokens go through, and what experts are */
+    int router, bias;
 };
 
 struct llama {
-    struct llama_config c; /* zeros replaced by what they stand for */
+    struct llama_config c; /* zeros replaced by what they stand for; dense_layers is not looked at later */
     struct rope rope;
+    struct router how;
     int embed, norm, head;
     struct llama_layer layer[];
 };
@@ -82,6 +131,53 @@ static struct llama_config resolved(const struct llama_config *config)
     c.kv_heads = c.kv_heads ? c.kv_heads : c.heads;
     c.head_dim = c.head_dim ? c.head_dim : c.hidden / c.heads;
     return c;
+}
+
+/* Does a list of numbers with commas between name this one? *other: the first that is none of [0, most). */
+static bool in_list(const char *list, int64_t number, int64_t most, char other[16])
+{
+    bool found = false;
+    for (const char *at = list ? list : ""; *at; at += strcspn(at, ","), at += *at == ',') {
+        char *end;
+        long long n = strtoll(at, &end, 10);
+        if (end == at || (*end && *end != ',') || n < 0 || n >= most)
+            snprintf(other, 16, "%.*s", (int)strcspn(at, ","), at);
+        found = found || n == number;
+    }
+    return found;
+}
+
+static bool has_experts(const struct llama_config *c, int64_t layer)
+{
+    char none[16];
+    return c->experts && layer >= c->first_dense && (layer + 1) % c->sparse_step == 0 &&
+           !in_list(c->dense_layers, layer, c->layers, none);
+}
+
+static status *check_experts(const struct llama_config *c)
+{
+    char other[16] = "";
+    if (c->experts_per_token < 1 || c->experts_per_token > c->experts)
+        return ERR(INVALID, "model.experts_per_token: %lld is not one of 1 to model.experts: %lld",
+                   (long long)c->experts_per_token, (long long)c->experts);
+    if (c->expert_ffn < 1)
+        return ERR(INVALID, "model.expert_ffn: %lld is no width of an expert", (long long)c->expert_ffn);
+    (void)in_list(c->dense_layers, 0, c->layers, other);
+    if (*other)
+        return ERR(INVALID, "model.dense_layers: \"%s\" is not one of the layers 0 to %lld", other,
+                   (long long)c->layers - 1);
+    if (c->experts % c->groups)
+        return ERR(INVALID, "model.router_groups: %lld does not divide model.experts: %lld", (long long)c->groups,
+                   (long long)c->experts);
+    if (c->top_groups > c->groups || c->top_groups * (c->experts / c->groups) < c->experts_per_token)
+        return ERR(INVALID,
+                   "model.router_top_groups: %lld of %lld groups of %lld experts are too many, or too few to take "
+                   "model.experts_per_token: %lld of them",
+                   (long long)c->top_groups, (long long)c->groups, (long long)(c->experts / c->groups),
+                   (long long)c->experts_per_token);
+    if (c->balance_rate > 0 && !c->router_bias)
+        return ERR(INVALID, "model.balance_rate: %g needs model.router_bias: true", c->balance_rate);
+    return NULL;
 }
 
 static status *llama_check(const void *config)
@@ -98,6 +194,8 @@ static status *llama_check(const void *config)
                    (long long)c.hidden, (long long)c.heads);
     if (c.head_dim < 2 || c.head_dim % 2 || c.head_dim > 256)
         return ERR(INVALID, "model.head_dim: %lld is not an even number from 2 to 256", (long long)c.head_dim);
+    if (c.experts)
+        TRY(check_experts(&c));
     bool bands = c.rope_scaling == ROPE_LLAMA3 || c.rope_scaling == ROPE_YARN;
     if (bands && c.rope_original < 1)
         return ERR(INVALID, "model.rope_original: rope_scaling %s needs the longest sequence before scaling",
@@ -120,7 +218,18 @@ struct declaring {
 };
 
 /* What tensor parallelism makes of a tensor; "into": its rows are cut, "from": its columns. */
-enum cut { WHOLE, WHOLE_ON_HEADS, INTO_HEADS, INTO_KV_HEADS, FROM_HEADS, INTO_FFN, FROM_FFN, INTO_VOCAB };
+enum cut {
+    WHOLE,
+    WHOLE_ON_HEADS,
+    INTO_HEADS,
+    INTO_KV_HEADS,
+    FROM_HEADS,
+    INTO_FFN,
+    FROM_FFN,
+    INTO_VOCAB,
+    INTO_EXPERT,
+    FROM_EXPERT
+};
 
 static void set_cut(struct param *p, enum cut cut, const struct llama_config *c)
 {
@@ -134,12 +243,15 @@ static void set_cut(struct param *p, enum cut cut, const struct llama_config *c)
         [INTO_FFN] = { 1, CUT_EVEN, "model.ffn" },
         [FROM_FFN] = { 1, CUT_EVEN, "model.ffn" },
         [INTO_VOCAB] = { 1, CUT_UNEVEN, "model.vocab" },
+        [INTO_EXPERT] = { 1, CUT_EVEN, "model.expert_ffn" },
+        [FROM_EXPERT] = { 1, CUT_EVEN, "model.expert_ffn" },
     };
+    int dim = p->shape.ndim - 1; /* columns */
     p->rule = rules[cut];
     p->on_heads = cut == WHOLE_ON_HEADS;
     p->linear = p->shape.ndim == 2 && cut != INTO_VOCAB;
     if (cut != WHOLE && cut != WHOLE_ON_HEADS)
-        p->cut[cut == FROM_HEADS || cut == FROM_FFN] = MESH_TP;
+        p->cut[cut == FROM_HEADS || cut == FROM_FFN || cut == FROM_EXPERT || !dim ? dim : dim - 1] = MESH_TP;
 }
 
 static int add(struct declaring *d, const char *name, int64_t rows, int64_t cols, enum param_init init, double std,
@@ -167,6 +279,56 @@ static int add_in_layer(struct declaring *d, int64_t layer, const char *name, in
     return index;
 }
 
+/* Of `count` experts one behind the other. */
+static int add_experts(struct declaring *d, int64_t layer, const char *name, int64_t rows, int64_t cols, double std,
+                       enum cut cut)
+{
+    struct shape shape = { 3, { (uint64_t)d->c->experts, (uint64_t)rows, (uint64_t)cols } };
+    char full[PARAM_NAME_BYTES];
+    snprintf(full, sizeof full, "model.layers.%lld.mlp.experts.%s.weight", (long long)layer, name);
+    struct param *p = d->failed ? NULL : params_add_shape(d->ps, full, &shape, INIT_NORMAL, (float)std, true);
+    if (!p) {
+        d->failed = true;
+        return -1;
+    }
+    set_cut(p, cut, d->c);
+    p->block = (int)layer;
+    p->experts = true;
+    return d->ps->count - 1;
+}
+
+static void declare_ffn(struct declaring *d, int64_t i, const char *folder, int64_t width, enum cut into, enum cut from,
+                        double out_std, struct ffn *f)
+{
+    char name[40];
+    int64_t hidden = d->c->hidden;
+    double std = d->c->init_std;
+    snprintf(name, sizeof name, "mlp.%sgate_proj.weight", folder);
+    f->gate = add_in_layer(d, i, name, width, hidden, INIT_NORMAL, std, into);
+    snprintf(name, sizeof name, "mlp.%sup_proj.weight", folder);
+    f->up = add_in_layer(d, i, name, width, hidden, INIT_NORMAL, std, into);
+    snprintf(name, sizeof name, "mlp.%sdown_proj.weight", folder);
+    f->down = add_in_layer(d, i, name, hidden, width, INIT_NORMAL, out_std, from);
+}
+
+static void declare_experts(struct declaring *d, const struct llama_config *c, int64_t i, double out_std,
+                            struct llama_layer *l)
+{
+    l->router = add_in_layer(d, i, "mlp.gate.weight", c->experts, c->hidden, INIT_NORMAL, c->init_std, WHOLE_ON_HEADS);
+    if (!d->failed)
+        d->ps->p[l->router].linear = false;
+    if (c->router_bias)
+        l->bias = add_in_layer(d, i, "mlp.gate.e_score_correction_bias", 0, c->experts, INIT_ZERO, 0, WHOLE);
+    if (!d->failed && c->router_bias)
+        d->ps->p[l->bias].frozen = d->ps->p[l->bias].buffer = true;
+    l->routed.gate = add_experts(d, i, "gate_proj", c->expert_ffn, c->hidden, c->init_std, INTO_EXPERT);
+    l->routed.up = add_experts(d, i, "up_proj", c->expert_ffn, c->hidden, c->init_std, INTO_EXPERT);
+    l->routed.down = add_experts(d, i, "down_proj", c->hidden, c->expert_ffn, out_std, FROM_EXPERT);
+    if (c->shared_experts)
+        declare_ffn(d, i, "shared_experts.", c->shared_experts * c->expert_ffn, INTO_EXPERT, FROM_EXPERT, out_std,
+                    &l->all);
+}
+
 /* Projections back into the residual stream start smaller, by the number of additions to it (Radford et al. 2019,
  * GPT-2, section 2.3). */
 static void declare_layer(struct declaring *d, const struct llama_config *c, int64_t i, struct llama_layer *l)
@@ -185,9 +347,12 @@ static void declare_layer(struct declaring *d, const struct llama_config *c, int
     l->k_norm = norm ? add_in_layer(d, i, "self_attn.k_norm.weight", 0, c->head_dim, INIT_ONE, 0, WHOLE_ON_HEADS) : -1;
     l->o = add_in_layer(d, i, "self_attn.o_proj.weight", c->hidden, q, INIT_NORMAL, out_std, FROM_HEADS);
     l->post_norm = add_in_layer(d, i, "post_attention_layernorm.weight", 0, c->hidden, INIT_ONE, 0, WHOLE);
-    l->gate = add_in_layer(d, i, "mlp.gate_proj.weight", c->ffn, c->hidden, INIT_NORMAL, std, INTO_FFN);
-    l->up = add_in_layer(d, i, "mlp.up_proj.weight", c->ffn, c->hidden, INIT_NORMAL, std, INTO_FFN);
-    l->down = add_in_layer(d, i, "mlp.down_proj.weight", c->hidden, c->ffn, INIT_NORMAL, out_std, FROM_FFN);
+    l->all = l->routed = (struct ffn){ -1, -1, -1 };
+    l->router = l->bias = -1;
+    if (has_experts(c, i))
+        declare_experts(d, c, i, out_std, l);
+    else
+        declare_ffn(d, i, "", c->ffn, INTO_FFN, FROM_FFN, out_std, &l->all);
 }
 
 static struct rope rope_of(const struct llama_config *c)
@@ -201,6 +366,17 @@ static struct rope rope_of(const struct llama_config *c)
                           .beta_fast = c->rope_fast,
                           .beta_slow = c->rope_slow,
                           .amplitude = c->rope_amplitude };
+}
+
+static struct router router_of(const struct llama_config *c)
+{
+    return (struct router){ .experts = c->experts,
+                            .top = c->experts_per_token,
+                            .groups = c->groups,
+                            .top_groups = c->top_groups,
+                            .sigmoid = c->router == ROUTER_SIGMOID,
+                            .normalise = c->router_norm,
+                            .scale = (float)c->router_scale };
 }
 
 static status *llama_declare(struct model *m)
@@ -219,11 +395,18 @@ static status *llama_declare(struct model *m)
     m->width = c.hidden;
     l->c = c;
     l->rope = rope_of(&c);
+    l->how = router_of(&c);
     struct declaring d = { &m->params, &c, false };
     l->embed = add(&d, "model.embed_tokens.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, INTO_VOCAB);
     for (int64_t i = 0; i < c.layers; i++) {
         d.ps->unit++;
         declare_layer(&d, &c, i, &l->layer[i]);
+        m->moe.layers += l->layer[i].router >= 0;
+    }
+    if (m->moe.layers) {
+        m->moe.experts = c.experts;
+        m->moe.balance = c.balance_loss;
+        m->moe.rate = c.balance_rate;
     }
     d.ps->unit++;
     l->norm = add(&d, "model.norm.weight", 0, c.hidden, INIT_ONE, 0, WHOLE);
@@ -280,13 +463,33 @@ static struct tensor *attention_block(struct tape *t, const void *arg, int64_t i
     return op_add(p->t, x, model_linear(p->m, p->t, o, l->o, -1));
 }
 
+static struct tensor *ffn(const struct pass *p, struct tensor *h, const struct ffn *f)
+{
+    struct tensor *gate = model_linear(p->m, p->t, h, f->gate, -1), *up = model_linear(p->m, p->t, h, f->up, -1);
+    return model_linear(p->m, p->t, op_swiglu(p->t, gate, up), f->down, -1);
+}
+
+static struct tensor *routed(const struct pass *p, struct tensor *h, int64_t i)
+{
+    const struct llama_layer *l = &p->l->layer[i];
+    const struct expert_weights w = { param(p, l->router), param(p, l->bias), param(p, l->routed.gate),
+                                      param(p, l->routed.up), param(p, l->routed.down) };
+    const struct expert_load *load = p->m->load;
+    struct route_watch watch = { .count = NULL };
+    if (load) {
+        int64_t slot = p->in->micro_batch * load->layers + i;
+        watch = (struct route_watch){ load->count + slot * load->experts, load->balance + slot, load->balance_weight };
+    }
+    return op_moe(p->t, h, &w, &p->l->how, load ? &watch : NULL);
+}
+
 static struct tensor *ffn_block(const struct pass *p, struct tensor *x, int64_t i)
 {
     const struct llama_layer *l = &p->l->layer[i];
     struct tensor *h = op_rmsnorm(p->t, x, param(p, l->post_norm), (float)p->l->c.norm_eps);
-    struct tensor *gate = model_linear(p->m, p->t, h, l->gate, -1);
-    struct tensor *up = model_linear(p->m, p->t, h, l->up, -1);
-    return op_add(p->t, x, model_linear(p->m, p->t, op_swiglu(p->t, gate, up), l->down, -1));
+    if (l->router >= 0)
+        x = op_add(p->t, x, routed(p, h, i));
+    return l->all.gate >= 0 ? op_add(p->t, x, ffn(p, h, &l->all)) : x;
 }
 
 static struct tensor *layer(struct tape *t, const void *arg, int64_t i, struct tensor *x)
@@ -329,10 +532,14 @@ static double llama_flops(const struct model *m, double mean_context)
 {
     const struct llama_config *c = &((const struct llama *)m->impl)->c;
     double q = (double)(c->heads * c->head_dim), kv = (double)(c->kv_heads * c->head_dim), hidden = (double)c->hidden;
-    double layer = hidden * (2 * q + 2 * kv) + 3 * hidden * (double)c->ffn, context = 0;
+    double taken = (double)(c->experts_per_token + c->shared_experts) * (double)c->expert_ffn,
+           sparse = (double)m->moe.layers, blocks = 0, context = 0;
+    blocks += sparse * hidden * (3 * taken + (double)c->experts);
+    blocks += ((double)c->layers - sparse) * 3 * hidden * (double)c->ffn;
     for (int64_t i = 0; i < c->layers; i++)
         context += c->window && i >= c->window_from ? fmin(mean_context, (double)c->window) : mean_context;
-    return 2 * ((double)c->layers * layer + 2 * q * context + hidden * (double)c->vocab);
+    blocks += (double)c->layers * hidden * (2 * q + 2 * kv);
+    return 2 * (blocks + 2 * q * context + hidden * (double)c->vocab);
 }
 
 static struct kv_shape llama_kv_shape(const struct model *m)

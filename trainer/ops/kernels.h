@@ -11,6 +11,7 @@
 
 #include "comm/base/dtype.h"
 #include "comm/base/thread.h"
+#include "trainer/ops/moe.h"
 #include "trainer/ops/ops.h"
 
 #include <stdbool.h>
@@ -81,9 +82,41 @@ struct logprob {
     int32_t *index;             /* scratch [chunk] */
 };
 
+/* Routing of N tokens (op_moe). */
+struct route {
+    int64_t n;
+    const struct router *how;
+    const float *z;       /* [N, E] */
+    const float *bias;    /* [E], or NULL */
+    float *score;         /* [N, E]: s */
+    int32_t *expert;      /* [N, K], largest s + bias first, the smaller index among equal ones */
+    float *weight;        /* [N, K] */
+    const float *dweight; /* backward: [N, K] */
+    const float *dshare;  /* [E], or NULL: of each s[n, e] (with sigmoid, of s[n, e] / sum_e s[n, e]) besides */
+    float *dz;            /* [N, E] */
+};
+
+/* y[n] = sum_j weight[n, j] row[place[n, j]], j ascending from 0. */
+struct mix {
+    int64_t n, k, c;
+    const float *row;
+    const float *weight;  /* [N, K] */
+    const int32_t *place; /* [N, K], each row once */
+    float *y;             /* [N, C] */
+    const float *dy;      /* backward */
+    float *drow;          /* written: weight[n, j] dy[n]; may be `row`; or NULL */
+    float *dweight;       /* [N, K] += row[place[n, j]] . dy[n], in f64; or NULL */
+};
+
 struct kernels {
     const char *name;
     void (*gemm)(struct workers *w, const struct gemm *g);
+    /* Several at once, whose results do not overlap. */
+    void (*gemms)(struct workers *w, const struct gemm *g, size_t count);
+    void (*route)(struct workers *w, const struct route *r);
+    void (*route_bwd)(struct workers *w, const struct route *r);
+    void (*mix)(struct workers *w, const struct mix *m);
+    void (*mix_bwd)(struct workers *w, const struct mix *m);
     /* db[j] += sum over rows of dy[n, j], rows ascending from 0, then added. */
     void (*bias_bwd)(struct workers *w, float *db, const float *dy, int64_t n, int64_t m);
     /* id < 0: a row of zeros, without a gradient. */

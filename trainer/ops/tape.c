@@ -52,6 +52,11 @@ void tape_spread(struct tape *t, struct comm *tp, bool sequence)
     t->sequence = sequence;
 }
 
+void tape_experts(struct tape *t, struct comm *ep)
+{
+    t->ep = ep;
+}
+
 void tape_begin(struct tape *t, enum tape_mode mode)
 {
     status_free(t->error);

@@ -98,6 +98,8 @@ struct tape {
     struct tensor *outside, *inside;
     float *room;
     int64_t room_floats;
+
+    struct comm *ep; /* tape_experts */
 };
 
 /* kernels NULL: the CPU's. cap_bytes 0: no cap on activations. */
@@ -112,6 +114,9 @@ void tape_blocks(struct tape *t, const struct tape_blocks *b);
 /* From now on weights may be cut (tensor.cut) over the ranks of tp, which all run the same passes; borrowed. sequence:
  * between blocks activations are cut by tokens. */
 void tape_spread(struct tape *t, struct comm *tp, bool sequence);
+/* From now on experts (op_moe) are cut over the ranks of ep, which all run passes of the same layers, with tokens of
+ * their own or none; borrowed. NULL: every rank has all. */
+void tape_experts(struct tape *t, struct comm *ep);
 /* Forget all records and tensors of before. */
 void tape_begin(struct tape *t, enum tape_mode mode);
 /* Take the tape's first error. After TAPE_DRY the tensors are gone, and the arena is one block that holds as much as

@@ -47,6 +47,11 @@ static inline void copy_panel(float *dst, int width, const float *src, int64_t l
 
 /* cpu/<family>.c, named into kernels_cpu by cpu/kernels_cpu.c */
 void cpu_gemm(struct workers *w, const struct gemm *g);
+void cpu_gemms(struct workers *w, const struct gemm *g, size_t count);
+void cpu_route(struct workers *w, const struct route *r);
+void cpu_route_bwd(struct workers *w, const struct route *r);
+void cpu_mix(struct workers *w, const struct mix *m);
+void cpu_mix_bwd(struct workers *w, const struct mix *m);
 void cpu_bias_bwd(struct workers *w, float *db, const float *dy, int64_t n, int64_t m);
 void cpu_embedding(struct workers *w, float *y, const void *table, enum dtype t, const int32_t *id, int64_t n,
                    int64_t c);

@@ -4,6 +4,11 @@
 const struct kernels kernels_cpu = {
     .name = "cpu",
     .gemm = cpu_gemm,
+    .gemms = cpu_gemms,
+    .route = cpu_route,
+    .route_bwd = cpu_route_bwd,
+    .mix = cpu_mix,
+    .mix_bwd = cpu_mix_bwd,
     .bias_bwd = cpu_bias_bwd,
     .embedding = cpu_embedding,
     .embedding_bwd = cpu_embedding_bwd,

@@ -112,6 +112,46 @@ void cpu_gemm(struct workers *w, const struct gemm *g)
     gemm_with(isa_best(), w, g);
 }
 
+/* ---- several products ---- */
+
+struct jobs {
+    const struct gemm *g;
+    const struct isa *isa;
+    int64_t cols;
+};
+
+static size_t tiles_of(const struct gemm *g, int64_t cols)
+{
+    return task_count(g->m, MC) * task_count(g->n, cols);
+}
+
+static size_t all_tiles(const struct gemm *g, size_t count, int64_t cols)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < count; i++)
+        n += tiles_of(&g[i], cols);
+    return n;
+}
+
+static void run_one_of(void *arg, size_t index)
+{
+    const struct jobs *all = arg;
+    const struct gemm *g = all->g;
+    for (size_t n; index >= (n = tiles_of(g, all->cols)); g++)
+        index -= n;
+    struct job t = { g, all->isa, MC, all->cols, (int64_t)task_count(g->n, all->cols) };
+    run_tile(&t, index);
+}
+
+void cpu_gemms(struct workers *w, const struct gemm *g, size_t count)
+{
+    struct jobs all = { g, isa_best(), NC };
+    size_t threads = (size_t)workers_count(w);
+    while (threads > 1 && all.cols > PANEL_N && all_tiles(g, count, all.cols) < 2 * threads)
+        all.cols /= 2;
+    workers_for(w, all_tiles(g, count, all.cols), run_one_of, &all);
+}
+
 /* ---- column sums of dy ---- */
 
 struct bias_job {

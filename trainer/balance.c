@@ -1,0 +1,130 @@
+/* balance: see balance.h. Each micro-batch and layer has a slot of its own, so that a pass that runs twice (recomputed
+ * blocks) counts once; the sums are of integers, or in order of micro-batches. */
+#include "trainer/balance.h"
+
+#include "comm/base/mem.h"
+
+#include <string.h>
+
+struct balance {
+    struct model *m;
+    struct expert_load load;
+    size_t slots;    /* micro-batches x layers */
+    uint64_t *count; /* [layers][experts] */
+    double *loss;    /* [layers] */
+};
+
+status *balance_open(struct model *m, int64_t layers, uint32_t most, struct balance **out)
+{
+    *out = NULL;
+    if (!m->moe.layers)
+        return NULL;
+    struct balance *b = mem_calloc(1, sizeof *b);
+    if (!b)
+        return ERR(NO_MEMORY, "loads of experts");
+    size_t experts = (size_t)m->moe.experts;
+    b->m = m;
+    b->slots = most * (size_t)layers;
+    b->load =
+        (struct expert_load){ .layers = layers,
+                              .experts = m->moe.experts,
+                              .count = mem_calloc(b->slots * experts, sizeof *b->load.count),
+                              .balance = mem_calloc(b->slots, sizeof *b->load.balance),
+                              .balance_weight = (float)(m->moe.balance / ((double)most * (double)m->moe.layers)) };
+    b->count = mem_calloc((size_t)layers * experts, sizeof *b->count);
+    b->loss = mem_calloc((size_t)layers, sizeof *b->loss);
+    if (!b->load.count || !b->load.balance || !b->count || !b->loss) {
+        balance_close(b);
+        return ERR(NO_MEMORY, "loads of %zu experts in %lld layers and %u micro-batches", experts, (long long)layers,
+                   most);
+    }
+    m->load = &b->load;
+    *out = b;
+    return NULL;
+}
+
+void balance_close(struct balance *b)
+{
+    if (!b)
+        return;
+    b->m->load = NULL;
+    mem_free(b->load.count);
+    mem_free(b->load.balance);
+    mem_free(b->count);
+    mem_free(b->loss);
+    mem_free(b);
+}
+
+void balance_begin(struct balance *b)
+{
+    if (!b)
+        return;
+    memset(b->load.count, 0, b->slots * (size_t)b->load.experts * sizeof *b->load.count);
+    memset(b->load.balance, 0, b->slots * sizeof *b->load.balance);
+}
+
+/* Tokens of this rank's micro-batches, of all micro-batches, of all stages' layers. */
+static status *sum_counts(struct balance *b, struct comm *data, struct comm *pp)
+{
+    size_t width = (size_t)(b->load.layers * b->load.experts);
+    memset(b->count, 0, width * sizeof *b->count);
+    for (size_t i = 0; i < b->slots * (size_t)b->load.experts; i++)
+        b->count[i % width] += (uint64_t)b->load.count[i];
+    TRY(comm_allreduce(data, b->count, width, COMM_U64, COMM_SUM, NULL));
+    return pp ? comm_allreduce(pp, b->count, width, COMM_U64, COMM_SUM, NULL) : NULL;
+}
+
+static uint64_t sum_of(const uint64_t *count, int64_t experts)
+{
+    uint64_t sum = 0;
+    for (int64_t e = 0; e < experts; e++)
+        sum += count[e];
+    return sum;
+}
+
+static void measure(const struct balance *b, uint32_t k, struct load_metrics *out)
+{
+    *out = (struct load_metrics){ .least = (double)b->load.experts };
+    for (int64_t i = 0; i < b->load.layers; i++) {
+        const uint64_t *count = b->count + i * b->load.experts;
+        uint64_t sum = sum_of(count, b->load.experts);
+        out->loss += b->loss[i] / ((double)k * (double)b->m->moe.layers);
+        for (int64_t e = 0; sum && e < b->load.experts; e++) {
+            double load = (double)count[e] * (double)b->load.experts / (double)sum;
+            out->most = load > out->most ? load : out->most;
+            out->least = load < out->least ? load : out->least;
+        }
+    }
+}
+
+/* Of the layers that are here. */
+static status *move_biases(const struct balance *b, status *(*fence)(void *arg, const void *addr, size_t bytes),
+                           void *arg)
+{
+    const struct params *ps = &b->m->params;
+    for (int i = 0; b->m->moe.rate > 0 && i < ps->count; i++) {
+        const struct param *p = &ps->p[i];
+        if (!p->buffer || p->away)
+            continue;
+        const uint64_t *count = b->count + p->block * b->load.experts;
+        uint64_t sum = sum_of(count, b->load.experts), experts = (uint64_t)b->load.experts;
+        float *bias = p->value.data, rate = (float)b->m->moe.rate;
+        TRY(fence(arg, bias, experts * sizeof *bias));
+        for (uint64_t e = 0; e < experts; e++)
+            bias[e] += count[e] * experts < sum ? rate : count[e] * experts > sum ? -rate : 0;
+    }
+    return NULL;
+}
+
+status *balance_finish(struct balance *b, struct zero *z, uint32_t k, struct comm *data, struct comm *pp,
+                       status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg, struct load_metrics *out)
+{
+    if (!b)
+        return NULL;
+    TRY(sum_counts(b, data, pp));
+    TRY(zero_sum_scalars(z, b->load.balance, k, (uint32_t)b->load.layers, b->loss));
+    if (pp)
+        TRY(comm_allreduce(pp, b->loss, (size_t)b->load.layers, COMM_F64, COMM_SUM, NULL));
+    measure(b, k, out);
+    return move_biases(b, fence, arg);
+}

@@ -1,0 +1,227 @@
+/* ops_moe: routed experts: route, dispatch (dispatch.h), products of each expert's rows, combine. */
+#include "trainer/ops/dispatch.h"
+#include "trainer/ops/op.h"
+#include "trainer/ops/spread.h"
+
+/* ---- route ---- */
+
+struct route_record {
+    struct tape_record base;
+    struct tensor *z, *weight;
+    struct route r;
+};
+
+static void route_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct route_record *r = (const void *)base;
+    if (!INPUT_HALF(halves))
+        return;
+    struct route back = r->r;
+    back.dweight = r->weight->grad;
+    back.dz = r->z->grad;
+    t->kernels->route_bwd(t->workers, &back);
+}
+
+/* Tell the watch; dshare [E]: the gradient of each token's shares. */
+static void watch_load(const struct route *r, const int64_t *begin, const struct route_watch *watch, float *dshare)
+{
+    int64_t experts = r->how->experts;
+    double mean[EXPERTS_MAX] = { 0 }, loss = 0, n = (double)r->n;
+    for (int64_t i = 0; i < r->n; i++) {
+        const float *s = r->score + i * experts;
+        double sum = 0;
+        for (int64_t e = 0; r->how->sigmoid && e < experts; e++)
+            sum += (double)s[e];
+        for (int64_t e = 0; e < experts; e++)
+            mean[e] += r->how->sigmoid ? (double)s[e] / sum : (double)s[e];
+    }
+    for (int64_t e = 0; e < experts; e++) {
+        double count = (double)(begin[e + 1] - begin[e]), slope = r->n ? (double)experts * count / n / n : 0;
+        loss += slope * mean[e];
+        dshare[e] = (float)((double)watch->balance_weight * slope);
+        if (watch->count)
+            watch->count[e] = (int32_t)(begin[e + 1] - begin[e]);
+    }
+    if (watch->balance)
+        *watch->balance = loss;
+}
+
+/* Weights [N, K] of the experts that are chosen by z [N, E]. */
+static struct tensor *route(struct tape *t, struct tensor *z, const struct tensor *bias, struct routing *g,
+                            const struct route_watch *watch)
+{
+    int64_t experts = g->how->experts;
+    bool learning = t->mode != TAPE_FORWARD;
+    struct tensor *weight = make(t, 2, (int64_t[]){ g->n, g->how->top }, learning);
+    float *score = take_floats(t, g->n * experts), *dshare = learning ? take_floats(t, experts) : NULL;
+    if (t->error)
+        return NULL;
+    struct route r = { .n = g->n,
+                       .how = g->how,
+                       .z = z->data,
+                       .bias = bias ? bias->data : NULL,
+                       .score = score,
+                       .expert = g->expert,
+                       .weight = weight->data };
+    if (runs(t)) {
+        t->kernels->route(t->workers, &r);
+        routing_sort(t, g);
+    }
+    if (t->mode == TAPE_TRAIN && watch && !t->error) {
+        watch_load(&r, g->begin, watch, dshare);
+        bool counts =
+            watch->balance_weight > 0 && (!t->tp || t->tp->rank == 0); /* all have the same loss: one adds it */
+        r.dshare = counts ? dshare : NULL;
+    }
+    struct route_record *rec = z->grad ? record(t, sizeof *rec, route_backward) : NULL;
+    if (rec) {
+        rec->z = z;
+        rec->weight = weight;
+        rec->r = r;
+    }
+    return t->error ? NULL : weight;
+}
+
+/* ---- each expert's rows ---- */
+
+struct grouped_record {
+    struct tape_record base;
+    const struct routing *g;
+    struct tensor *x, *w, *y;
+    struct gemm *room;
+};
+
+static void *matrix(const struct tensor *w, int64_t e)
+{
+    return (unsigned char *)w->data + (size_t)(e * w->dim[1] * w->dim[2]) * dtype_bytes(w->dtype);
+}
+
+enum product { FORWARD, TO_INPUT, TO_WEIGHT };
+
+/* All experts' products of a kind; those without rows have none. */
+static void multiply(struct tape *t, const struct grouped_record *r, enum product kind)
+{
+    int64_t m = r->w->dim[1], k = r->w->dim[2];
+    size_t count = 0;
+    for (int64_t e = 0; e < r->g->experts; e++) {
+        int64_t at = r->g->from[e], rows = r->g->from[e + 1] - at;
+        float *x = (float *)r->x->data + at * k, *dy = r->y->grad ? r->y->grad + at * m : NULL;
+        if (!rows)
+            continue;
+        r->room[count++] = kind == FORWARD    ? (struct gemm){ .m = rows,
+                                                               .n = m,
+                                                               .k = k,
+                                                               .a = x,
+                                                               .lda = k,
+                                                               .b = matrix(r->w, e),
+                                                               .b_dtype = r->w->dtype,
+                                                               .ldb = k,
+                                                               .b_trans = true,
+                                                               .c = (float *)r->y->data + at * m,
+                                                               .ldc = m }
+                           : kind == TO_INPUT ? (struct gemm){ .m = rows,
+                                                               .n = k,
+                                                               .k = m,
+                                                               .a = dy,
+                                                               .lda = m,
+                                                               .b = matrix(r->w, e),
+                                                               .b_dtype = r->w->dtype,
+                                                               .ldb = k,
+                                                               .c = r->x->grad + at * k,
+                                                               .ldc = k,
+                                                               .add = true }
+                                              : (struct gemm){ .m = m,
+                                                               .n = k,
+                                                               .k = rows,
+                                                               .a = dy,
+                                                               .lda = m,
+                                                               .a_trans = true,
+                                                               .b = x,
+                                                               .b_dtype = DTYPE_F32,
+                                                               .ldb = k,
+                                                               .c = r->w->grad + e * m * k,
+                                                               .ldc = k,
+                                                               .add = true };
+    }
+    t->kernels->gemms(t->workers, r->room, count);
+}
+
+static void grouped_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct grouped_record *r = (const void *)base;
+    if (INPUT_HALF(halves) && r->x->grad)
+        multiply(t, r, TO_INPUT);
+    if (WEIGHT_HALF(halves) && r->w->grad)
+        multiply(t, r, TO_WEIGHT);
+}
+
+/* y[i] = w[e] x[i] for each row i of expert e. x [rows, K], w [experts, M, K], y [rows, M]. */
+static struct tensor *grouped(struct tape *t, struct tensor *x, struct tensor *w, const struct routing *g)
+{
+    if (!x)
+        return NULL;
+    struct tensor *y = make(t, 2, (int64_t[]){ g->rows, w->dim[1] }, t->mode != TAPE_FORWARD);
+    struct gemm *room = take(t, (size_t)g->experts, sizeof *room);
+    if (t->error)
+        return NULL;
+    struct grouped_record now = { { 0 }, g, x, w, y, room };
+    if (runs(t))
+        multiply(t, &now, FORWARD);
+    struct grouped_record *r = y->grad ? record(t, sizeof *r, grouped_backward) : NULL;
+    if (r) {
+        now.base = r->base;
+        *r = now;
+    }
+    return t->error ? NULL : y;
+}
+
+/* ---- the op ---- */
+
+static bool is_stack(const struct tensor *w, int64_t experts, int64_t rows, int64_t cols)
+{
+    return w->ndim == 3 && w->dim[0] == experts && w->dim[1] == rows && w->dim[2] == cols && is_weight(w);
+}
+
+static struct tensor *bad_experts(struct tape *t, const struct tensor *x, const struct expert_weights *w,
+                                  const struct router *r)
+{
+    int64_t c = x->dim[1], here = r->experts / (t->ep ? t->ep->size : 1), width = w->gate->dim[1];
+    const char *why;
+    if (x->ndim != 2 || !is_f32(x) || w->router->ndim != 2 || w->router->dim[0] != r->experts)
+        return misfit(t, "op_moe", "x is f32 [N, C], the router [E, C]", x, w->router);
+    if (r->experts < 1 || r->experts > EXPERTS_MAX || r->top < 1 || r->top > r->experts || r->top > TOP_MAX ||
+        (t->ep && r->experts % t->ep->size))
+        return misfit(t, "op_moe", "1 to 1024 experts, of which a token takes 1 to 64, as many on each rank", w->router,
+                      NULL);
+    if (!is_stack(w->gate, here, width, c) || !is_stack(w->up, here, width, c))
+        return misfit(t, "op_moe", "of experts' gate and up [E, F, C]", w->gate, w->up);
+    if (!is_stack(w->down, here, c, width))
+        return misfit(t, "op_moe", "of experts' gate [E, F, C] and down [E, C, F]", w->gate, w->down);
+    if (w->bias && (w->bias->ndim != 1 || w->bias->dim[0] != r->experts || !is_f32(w->bias)))
+        return misfit(t, "op_moe", "the bias is f32 [E]", w->bias, NULL);
+    why = cut_misfit(t, w->gate, 2);
+    why = why ? why : cut_misfit(t, w->up, 2);
+    why = why ? why : cut_misfit(t, w->down, 4);
+    if (!why && !w->gate->cut != !w->down->cut)
+        why = "one is cut over ranks, the other is not";
+    return why ? misfit(t, "op_moe", why, w->gate, w->down) : (struct tensor *)(size_t)x;
+}
+
+struct tensor *op_moe(struct tape *t, struct tensor *x, const struct expert_weights *w, const struct router *r,
+                      const struct route_watch *watch)
+{
+    if (!x || !w->router || !w->gate || !w->up || !w->down)
+        return missing(t, "op_moe");
+    if (!bad_experts(t, x, w, r))
+        return NULL;
+    if (w->gate->cut && !(x = tp_enter(t, x)))
+        return NULL;
+    struct tensor *z = op_linear(t, x, w->router, NULL);
+    struct routing *g = z ? routing_new(t, r, x->dim[0], w->gate->dim[0]) : NULL;
+    struct tensor *weight = g ? route(t, z, w->bias, g, watch) : NULL;
+    struct tensor *rows = weight ? op_dispatch(t, x, g) : NULL;
+    struct tensor *gate = grouped(t, rows, w->gate, g), *up = grouped(t, rows, w->up, g);
+    struct tensor *made = rows ? grouped(t, op_swiglu(t, gate, up), w->down, g) : NULL;
+    struct tensor *y = made ? op_combine(t, made, weight, g) : NULL;
+    return y && w->gate->cut ? tp_leave(t, y) : y;
+}
