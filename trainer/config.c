@@ -3,6 +3,7 @@
 #include "comm/agree.h"
 #include "comm/base/mem.h"
 #include "trainer/hf/hf_config.h"
+#include "trainer/parallel/schedule.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -87,11 +88,14 @@ static const struct option train_rows[] = {
 static const struct option parallel_rows[] = {
     ROW(OPT_INT, parallel_config, pp, "pp", "1", 1, 1024, NULL, "ranks",
         "pipeline stages: each has a run of the model's layers"),
-    ROW(OPT_ENUM, parallel_config, schedule, "schedule", "1f1b", 0, 0, "1f1b|zero-bubble", "",
+    ROW(OPT_ENUM, parallel_config, schedule, "schedule", "1f1b", 0, 0, "1f1b|zero-bubble|interleaved", "",
         "with pp: the order of passes; 1f1b: one forward, one backward in turn; zero-bubble: gradients of weights "
-        "later"),
+        "later; interleaved: every rank has several stages"),
+    ROW(OPT_INT, parallel_config, chunks, "chunks", "0", 0, CHUNKS_MAX, NULL, "stages",
+        "with schedule interleaved: stages of each rank, so that there are pp x chunks; 0: 2"),
     ROW(OPT_LIST, parallel_config, stages, "stages", "", 0, 0, NULL, "layers",
-        "with pp: layers of each stage, a list ([3, 5, 4]); empty: even, embedding and head counted as layers"),
+        "with pp: layers of each stage, a list of pp x chunks numbers ([3, 5, 4]); empty: even, embedding and head "
+        "counted as layers"),
     ROW(OPT_INT, parallel_config, dp, "dp", "0", 0, 1 << 20, NULL, "ranks",
         "data-parallel ranks; 0: all that mpirun started"),
     ROW(OPT_INT, parallel_config, ep, "ep", "1", 1, 1, NULL, "ranks", "expert-parallel ranks"),
@@ -545,6 +549,9 @@ static status *check_together(struct config *c, const char *name)
             name, (long long)c->parallel.pp);
     if (c->parallel.pp == 1 && *c->parallel.stages)
         return ERR(INVALID, "%s: parallel.stages: \"%.100s\" needs parallel.pp above 1", name, c->parallel.stages);
+    if (c->parallel.schedule != PIPE_INTERLEAVED && c->parallel.chunks > 1)
+        return ERR(INVALID, "%s: parallel.chunks: %lld needs parallel.schedule: interleaved (legal without: 0 or 1)",
+                   name, (long long)c->parallel.chunks);
     if (c->algo.ref_sync_steps && c->algo.reference != REFERENCE_LIVE)
         return ERR(INVALID, "%s: algo.ref_sync_steps needs algo.reference: live", name);
     if (c->optim.kind == OPTIM_MUON && (c->parallel.zero != 1 || c->parallel.tp != 1 || c->parallel.dp_shard))

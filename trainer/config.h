@@ -52,7 +52,8 @@ struct train_config {
 
 struct parallel_config {
     int64_t pp, dp, ep, cp, tp, zero, dp_shard;
-    int schedule; /* enum pipe_schedule */
+    int schedule;   /* enum pipe_schedule */
+    int64_t chunks; /* 0: as the schedule needs */
     char *stages;
     uint64_t bucket;
     bool sequence;

@@ -56,10 +56,10 @@ static int64_t prepare(void *arg, uint32_t k)
     return s->p->in.tokens;
 }
 
-static struct tensor *forward(void *arg, struct tape *tape, struct tensor *x)
+static struct tensor *forward(void *arg, struct tape *tape, int chunk, struct tensor *x)
 {
     const struct scoring *s = arg;
-    return trainer_forward(s->t, s->m, s->p, tape, x, NULL);
+    return trainer_forward(s->t, s->m, s->p, tape, chunk, x, NULL);
 }
 
 static void keep(void *arg, uint32_t k, struct tensor *logp)

@@ -39,12 +39,15 @@ status *trainer_idle_pass(struct trainer *t, const struct model *m)
 
 /* ---- passes ---- */
 
-struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *p, struct tape *tape, struct tensor *x,
-                               struct logprob_stats *tok)
+struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *p, struct tape *tape, int chunk,
+                               struct tensor *x, struct logprob_stats *tok)
 {
     p->in.x = x;
+    p->in.chunk = chunk;
     struct tensor *h = m->ops->forward(m, tape, &p->in);
-    return pipe_last(t->pipe) ? op_logprob_stats(tape, h, m->ops->head(m), p->target, 1.0f, tok) : op_outgoing(tape, h);
+    if (!pipe_ends(t->pipe, chunk))
+        return op_outgoing(tape, h);
+    return op_logprob_stats(tape, h, m->ops->head(m), p->target, 1.0f, tok);
 }
 
 status *passes_share(struct trainer *t, double *value, size_t count)
@@ -76,16 +79,16 @@ static int64_t prepare(void *arg, uint32_t k)
     return p->pack.in.tokens;
 }
 
-static struct tensor *forward(void *arg, struct tape *tape, struct tensor *x)
+static struct tensor *forward(void *arg, struct tape *tape, int chunk, struct tensor *x)
 {
     struct passing *g = arg;
-    return trainer_forward(g->t, g->m, &g->p->pack, tape, x, NULL);
+    return trainer_forward(g->t, g->m, &g->p->pack, tape, chunk, x, NULL);
 }
 
-static struct tensor *forward_with_stats(void *arg, struct tape *tape, struct tensor *x)
+static struct tensor *forward_with_stats(void *arg, struct tape *tape, int chunk, struct tensor *x)
 {
     struct passing *g = arg;
-    return trainer_forward(g->t, g->m, &g->p->pack, tape, x, &g->tok);
+    return trainer_forward(g->t, g->m, &g->p->pack, tape, chunk, x, &g->tok);
 }
 
 static status *idle(struct trainer *t, struct model *m, bool training)
@@ -210,11 +213,11 @@ static void take_loss(void *arg, uint32_t k, struct tensor *logp)
             metric);
 }
 
-static status *added(void *arg, uint32_t k)
+static status *added(void *arg, uint32_t k, int chunk)
 {
     const struct passing *g = arg;
-    TRY(zero_added(g->t->zero, k));
-    return tied_added(g->t->tied, k);
+    TRY(zero_added_chunk(g->t->zero, k, chunk));
+    return pipe_ends(g->t->pipe, chunk) ? tied_added(g->t->tied, k) : NULL;
 }
 
 status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,

@@ -101,6 +101,15 @@ static status *count_local_ranks(struct comm *world, int *out)
     return st;
 }
 
+/* Stages of the pipeline on each rank. */
+static int chunks_of(const struct trainer *t)
+{
+    const struct parallel_config *c = &t->cfg->parallel;
+    if (!t->pp || c->schedule != PIPE_INTERLEAVED)
+        return 1;
+    return c->chunks ? (int)c->chunks : 2;
+}
+
 static status *open_model(struct trainer *t, int ranks_here)
 {
     static const char *const devices[] = { "cpu", "cuda" };
@@ -116,6 +125,7 @@ static status *open_model(struct trainer *t, int ranks_here)
                            .apart = t->cfg->train.deterministic,
                            .stages = t->pp ? t->pp->size : 1,
                            .stage = t->pp ? t->pp->rank : 0,
+                           .chunks = chunks_of(t),
                            .list = t->cfg->parallel.stages };
     const struct optim_config *optim = &t->cfg->optim;
     const struct tuning tuning = { &t->cfg->lora, t->cfg->train.freeze,
@@ -132,7 +142,7 @@ static status *open_model(struct trainer *t, int ranks_here)
     uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
     if (t->training)
         TRY(balance_open(t->model, t->model->ops->layers(t->model), most, &t->balance));
-    TRY(pipe_open(t->pp, (enum pipe_schedule)t->cfg->parallel.schedule, most, t->model->width, t->workers,
+    TRY(pipe_open(t->pp, (enum pipe_schedule)t->cfg->parallel.schedule, at.chunks, most, t->model->width, t->workers,
                   (size_t)t->cfg->memory.activations, &t->pipe));
     for (int i = 0; i < pipe_tapes(t->pipe); i++) {
         tape_spread(pipe_tape(t->pipe, i), t->tp, at.sequence);
@@ -147,11 +157,11 @@ struct dry {
     struct pack *pack;
 };
 
-static struct tensor *dry_forward(void *arg, struct tape *tape, struct tensor *x)
+static struct tensor *dry_forward(void *arg, struct tape *tape, int chunk, struct tensor *x)
 {
     const struct dry *d = arg;
     struct logprob_stats stats;
-    return trainer_forward(d->t, d->t->model, d->pack, tape, x, &stats);
+    return trainer_forward(d->t, d->t->model, d->pack, tape, chunk, x, &stats);
 }
 
 /* The longest rows of a data set in one pack: the most memory a micro-batch can need. */

@@ -102,9 +102,10 @@ status *trainer_run(struct trainer *t) WARN_UNUSED;
 status *trainer_close(struct trainer *t) WARN_UNUSED;
 
 /* passes.c: what a micro-batch goes through */
-/* The part of m that is here, on a pack; on the last stage log-probabilities of its targets, with *tok if not NULL. */
-struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *p, struct tape *tape, struct tensor *x,
-                               struct logprob_stats *tok);
+/* A chunk of what of m is here, on a pack; on the last stage log-probabilities of its targets, with *tok if not NULL.
+ */
+struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *p, struct tape *tape, int chunk,
+                               struct tensor *x, struct logprob_stats *tok);
 /* Of p's step of k micro-batches, as dealt: what its loss wants to know of all of them first (counts->statistic; stays
  * NULL if nothing), from a forward pass of its own. Collective over pp and dp. A rank alone that fails aborts. */
 status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double sums[ALGO_STATISTICS],

@@ -34,10 +34,16 @@ static status *count_in_flight(struct trainer *t)
 {
     const struct config *c = t->cfg;
     int stages = (int)c->parallel.pp, stage = t->pp ? t->pp->rank : 0,
+        chunks = !t->pp || c->parallel.schedule != PIPE_INTERLEAVED ? 1
+                 : c->parallel.chunks                               ? (int)c->parallel.chunks
+                                                                    : 2,
         most = c->parallel.schedule == PIPE_1F1B ? stages - stage : stages;
-    uint32_t k = (uint32_t)(c->train.global_batch / c->train.micro_batch);
-    int here = (int)zero_passes(t->zero, k), want = here < most ? here : most;
-    if (pipe_peak(t->pipe) != want)
+    uint32_t k = (uint32_t)(c->train.global_batch / c->train.micro_batch) * (uint32_t)chunks;
+    if (c->parallel.schedule == PIPE_INTERLEAVED && t->pp)
+        most = (chunks - 1) * stages + 2 * (stages - stage - 1) + 1;
+    int here = (int)zero_passes(t->zero, k / (uint32_t)chunks) * chunks, want = here < most ? here : most;
+    bool whole = chunks == 1 || here % (stages * chunks) == 0; /* groups: else fewer may do */
+    if (pipe_peak(t->pipe) > want || (whole && pipe_peak(t->pipe) < want))
         return ERR(INTERNAL, "stage %d of %d: %d micro-batches in flight, not %d", stage, stages, pipe_peak(t->pipe),
                    want);
     int room = (int)k < most ? (int)k : most;
@@ -114,6 +120,10 @@ static void stages_change_no_bit(void **state)
         { 2, { "parallel.pp=2", "parallel.zero=1", "parallel.schedule=zero-bubble" } },
         { 8, { "parallel.pp=4", "parallel.dp=2", "parallel.schedule=zero-bubble", "memory.recompute=attention" } },
         { 6, { "parallel.pp=6", "memory.recompute=block", "parallel.schedule=zero-bubble" } },
+        { 2, { "parallel.pp=2", "parallel.schedule=interleaved" } },
+        { 4, { "parallel.pp=2", "parallel.dp=2", "parallel.schedule=interleaved", "parallel.stages=1,2,1,0" } },
+        { 3, { "parallel.pp=3", "parallel.schedule=interleaved", "parallel.zero=0", "memory.recompute=block" } },
+        { 8, { "parallel.pp=2", "parallel.dp=4", "parallel.schedule=interleaved", "parallel.chunks=3" } },
     };
     for (int tied = 0; tied < 2; tied++) {
         const char *o[2] = { tied ? "model.tied=true" : "model.tied=false", "checkpoint.url=" };
@@ -135,7 +145,7 @@ static void every_loss_has_its_bits(void **state)
     (void)state;
     static const struct mesh_case cases[] = {
         { 2, { "parallel.pp=2", "parallel.stages=3,1" } },
-        { 6, { "parallel.pp=3", "parallel.dp=2", "parallel.schedule=zero-bubble" } }
+        { 4, { "parallel.pp=2", "parallel.dp=2", "parallel.schedule=interleaved" } }
     };
     for (int a = 0; a < ALGORITHMS; a++)
         for (int live = 0; live < 2; live++) {
@@ -158,6 +168,8 @@ static void fewer_micro_batches_than_stages(void **state)
         { 4, { "parallel.pp=4", "parallel.schedule=zero-bubble" } },
         { 6, { "parallel.pp=3", "parallel.dp=2", "parallel.schedule=zero-bubble" } },
         { 8, { "parallel.pp=2", "parallel.dp=4" } }, /* ranks without any */
+        { 3, { "parallel.pp=3", "parallel.schedule=interleaved" } },
+        { 8, { "parallel.pp=2", "parallel.dp=4", "parallel.schedule=interleaved", "parallel.chunks=3" } },
     };
     const char *o[2] = { "train.global_batch=2", "checkpoint.url=" };
     struct job want = run_case("whole", NULL, 2, o);
@@ -172,7 +184,8 @@ static void adapters_and_frozen_weights(void **state)
 {
     (void)state;
     static const struct mesh_case cases[] = { { 2, { "parallel.pp=2", "parallel.stages=3,1" } },
-                                              { 6, { "parallel.pp=6", "parallel.schedule=zero-bubble" } } };
+                                              { 6, { "parallel.pp=6", "parallel.schedule=zero-bubble" } },
+                                              { 3, { "parallel.pp=3", "parallel.schedule=interleaved" } } };
     static const char *const settings[][3] = {
         { "lora.targets=*.q_proj,*.2.mlp.*", "algo.reference=base", "algo.warmup_sft_steps=0" },
         { "lora.targets=model.layers.1.*", "algo.reference=live", "algo.ref_sync_steps=2" },
@@ -188,17 +201,23 @@ static void adapters_and_frozen_weights(void **state)
     }
 }
 
-/* Sent by the first stage of two: activations, the nodes of the norm, and a tied weight's values; nothing else. */
+/* Sent by the first rank of two: activations of each of its stages, gradients of all but the first's, the nodes of the
+ * norm, and a tied weight's values; nothing else. */
 static void bytes_between_stages(void **state)
 {
     (void)state;
-    static const struct mesh_case staged = { 2, { "parallel.pp=2" } };
+    static const struct mesh_case staged = { 2, { "parallel.pp=2" } },
+                                  three = { 2,
+                                            { "parallel.pp=2", "parallel.schedule=interleaved", "parallel.chunks=3" } };
     enum { WIDTH = 32, VOCAB = 258 };
-    for (int tied = 0; tied < 2; tied++) {
+    for (int i = 0; i < 4; i++) {
+        bool tied = i & 1;
+        int chunks = i < 2 ? 1 : 3;
         const char *o[2] = { tied ? "model.tied=true" : "model.tied=false", "checkpoint.url=" };
-        (void)run_case("counted", &staged, 2, o);
+        (void)run_case("counted", chunks > 1 ? &three : &staged, 2, o);
         for (int step = 1; step <= STEPS; step++) {
-            double want = 4 * WIDTH * (metric("counted", step, "tokens") + (tied ? VOCAB : 0)) + sizeof(struct tree);
+            double want = 4 * WIDTH * ((2 * chunks - 1) * metric("counted", step, "tokens") + (tied ? VOCAB : 0)) +
+                          (double)chunks * sizeof(struct tree);
             if (metric("counted", step, "pp_sent_bytes") != want)
                 fail_msg("step %d sent %.0f bytes, not %.0f", step, metric("counted", step, "pp_sent_bytes"), want);
         }
@@ -209,11 +228,13 @@ static void bytes_between_stages(void **state)
 static void with_tensor_parallelism(void **state)
 {
     (void)state;
-    static const struct mesh_case whole = { 2, { "parallel.tp=2", "parallel.sequence=true" } },
-                                  cases[] = { { 4, { "parallel.pp=2", "parallel.tp=2", "parallel.sequence=true" } },
-                                              { 8,
-                                                { "parallel.pp=2", "parallel.tp=2", "parallel.sequence=true",
-                                                  "parallel.dp=2", "parallel.schedule=zero-bubble" } } };
+    static const struct mesh_case whole = { 2, { "parallel.tp=2", "parallel.sequence=true" } }, cases[] = {
+        { 4, { "parallel.pp=2", "parallel.tp=2", "parallel.sequence=true" } },
+        { 8,
+          { "parallel.pp=2", "parallel.tp=2", "parallel.sequence=true", "parallel.dp=2",
+            "parallel.schedule=zero-bubble" } },
+        { 4, { "parallel.pp=2", "parallel.tp=2", "parallel.sequence=true", "parallel.schedule=interleaved" } }
+    };
     const char *o[1] = { "checkpoint.url=" };
     struct job want = run_case("whole", &whole, 1, o);
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
@@ -242,9 +263,9 @@ static void resumes_at_other_stages(void **state)
 {
     (void)state;
     static const struct mesh_case hops[] = {
-        { 4, { "parallel.pp=4", "train.steps=3" } },
-        { 4, { "parallel.pp=2", "parallel.dp=2", "train.steps=4" } },
-        { 1, { "parallel.zero=0", "train.steps=5" } },
+        { 4, { "parallel.pp=2", "parallel.dp=2", "parallel.schedule=interleaved", "train.steps=3" } },
+        { 4, { "parallel.pp=4", "train.steps=4" } },
+        { 2, { "parallel.pp=2", "parallel.schedule=interleaved", "parallel.chunks=3", "train.steps=5" } },
         { 3, { "parallel.pp=3", "parallel.stages=2,1,1", "parallel.schedule=zero-bubble" } }
     };
     for (int live = 0; live < 2; live++) {
@@ -276,7 +297,7 @@ static void layers_are_dealt(void **state)
     for (size_t i = 0; i < sizeof good / sizeof *good; i++)
         for (int s = 0, from = 0; s < good[i].stages; s++) {
             int begin, end;
-            must(stages_cut(good[i].list, good[i].layers, good[i].stages, s, &begin, &end));
+            must(stages_cut(good[i].list, good[i].layers, good[i].stages, 1, s, &begin, &end));
             assert_int_equal(begin, from);
             assert_int_equal(end, good[i].end[s]);
             from = end;
@@ -300,7 +321,15 @@ static void refusals(void **state)
         { 2, { "parallel.pp=2", "parallel.stages=99999999999999999999,1" }, "more layers than the model" },
         { 3, { "parallel.pp=3", "parallel.stages=1,0,1" }, "in the middle without a layer" },
         { 1, { "parallel.stages=2" }, "needs parallel.pp above 1" },
-        { 2, { "parallel.pp=2", "parallel.schedule=gpipe" }, "1f1b, zero-bubble" },
+        { 2, { "parallel.pp=2", "parallel.schedule=gpipe" }, "1f1b, zero-bubble, interleaved" },
+        { 2, { "parallel.pp=2", "parallel.chunks=2" }, "parallel.chunks: 2 needs parallel.schedule: interleaved" },
+        { 2,
+          { "parallel.pp=2", "parallel.schedule=interleaved", "parallel.chunks=3" },
+          "parallel.chunks: 3 on each of parallel.pp: 2 ranks are more than the parts of a model with model.layers: 2 "
+          "(embedding, layers and head: legal is 1 to 2)" },
+        { 2,
+          { "parallel.pp=2", "parallel.schedule=interleaved", "parallel.stages=1,1" },
+          "\"1,1\" is too short: it needs 4 numbers of layers, one for each of parallel.pp x parallel.chunks stages" },
         { 2, { "parallel.pp=2", "data.tasks=tasks.jsonl" }, "does not go with data.tasks" },
         { 3,
           { "parallel.pp=2" },

@@ -90,9 +90,10 @@ static int64_t prepare(void *arg, uint32_t k)
     return ((struct train_bench *)arg)->in.tokens;
 }
 
-static struct tensor *forward(void *arg, struct tape *tape, struct tensor *x)
+static struct tensor *forward(void *arg, struct tape *tape, int chunk, struct tensor *x)
 {
     struct train_bench *t = arg;
+    (void)chunk;
     t->in.x = x;
     struct tensor *h = t->m->ops->forward(t->m, tape, &t->in);
     return op_logprob_stats(tape, h, t->m->ops->head(t->m), t->target, 1.0f, &t->stats);
@@ -110,9 +111,9 @@ static void loss(void *arg, uint32_t k, struct tensor *logp)
     }
 }
 
-static status *added(void *arg, uint32_t k)
+static status *added(void *arg, uint32_t k, int chunk)
 {
-    return zero_added(((struct train_bench *)arg)->zero, k);
+    return zero_added_chunk(((struct train_bench *)arg)->zero, k, chunk);
 }
 
 static struct pipe_work work_of(struct train_bench *t)
@@ -213,7 +214,7 @@ static status *open_ours(struct train_bench *t, int64_t length)
     TRY(workers_open((int)t->o->threads, &t->workers));
     TRY(open_model(t));
     TRY(open_tokens(t, length));
-    TRY(pipe_open(NULL, PIPE_1F1B, 1, t->m->width, t->workers, 0, &t->pipe));
+    TRY(pipe_open(NULL, PIPE_1F1B, 1, 1, t->m->width, t->workers, 0, &t->pipe));
     TRY(zero_open(&zero, &t->m->params, t->b->world, &t->zero));
     TRY(pipe_dry(t->pipe, t->in.tokens, &w));
     struct zero_moments z = zero_moments(t->zero);

@@ -111,10 +111,43 @@ static status *does_not_fit(const struct params *ps, const struct param *p, int 
                p->rule.units ? p->rule.units : p->name, (unsigned long long)units_of(p), legal);
 }
 
+int params_chunks(const struct params *ps)
+{
+    return ps->chunks ? ps->chunks : 1;
+}
+
+bool params_hold(const struct params *ps, int chunk, int64_t unit)
+{
+    return !ps->chunks || (unit >= ps->chunk[chunk].unit_begin && unit < ps->chunk[chunk].unit_end);
+}
+
+void params_chunk_elems(const struct params *ps, int chunk, uint64_t *begin, uint64_t *end)
+{
+    *begin = ps->chunk[chunk].begin;
+    *end = chunk + 1 < ps->chunks ? ps->chunk[chunk + 1].begin : ps->total;
+}
+
+static bool unit_here(const struct params *ps, int unit)
+{
+    for (int c = 0; c < params_chunks(ps); c++)
+        if (params_hold(ps, c, unit))
+            return true;
+    return false;
+}
+
 static bool is_away(const struct params *ps, const struct param *p)
 {
-    int unit = p->alias < 0 ? p->unit : ps->p[p->alias].unit;
-    return ps->unit_end && (unit < ps->unit_begin || unit >= ps->unit_end);
+    return !unit_here(ps, p->alias < 0 ? p->unit : ps->p[p->alias].unit);
+}
+
+/* What trains goes on in front of the chunks behind it. */
+static void count_before(struct params *ps, const struct param *p)
+{
+    for (int c = 0; c < ps->chunks; c++)
+        if (p->unit < ps->chunk[c].unit_begin) {
+            ps->chunk[c].before += padded(p);
+            ps->chunk[c].begin += p->away ? 0 : padded(p);
+        }
 }
 
 /* Nothing of p is here. */
@@ -133,7 +166,8 @@ status *params_spread(struct params *ps, const struct tp_place *at)
         if (!fits(&ps->p[i], at->size))
             return does_not_fit(ps, &ps->p[i], at->size);
     uint64_t end[2] = { 0, 0 }; /* of those that train, and then of all */
-    ps->before = 0;
+    for (int c = 0; c < ps->chunks; c++)
+        ps->chunk[c].before = ps->chunk[c].begin = 0;
     for (int frozen = 0; frozen < 2; frozen++) {
         end[frozen] = end[0];
         for (int i = 0; i < ps->count; i++) {
@@ -142,8 +176,8 @@ status *params_spread(struct params *ps, const struct tp_place *at)
                 continue;
             place(p, at);
             p->away = is_away(ps, p);
-            if (p->away && p->alias < 0 && !frozen && p->unit < ps->unit_begin)
-                ps->before += padded(p);
+            if (p->alias < 0 && !frozen)
+                count_before(ps, p);
             if (p->away)
                 leave_out(p);
             p->offset = p->alias < 0 ? end[frozen] : ps->p[p->alias].offset;
@@ -307,7 +341,7 @@ static struct param *find_tied(const struct model *m)
 {
     const struct params *ps = &m->params;
     for (int i = 0; i < ps->count; i++)
-        if (ps->p[i].alias >= 0 && (!ps->unit_end || (ps->p[i].unit >= ps->unit_begin && ps->p[i].unit < ps->unit_end)))
+        if (ps->p[i].alias >= 0 && unit_here(ps, ps->p[i].unit))
             return &ps->p[i];
     return NULL;
 }
@@ -355,6 +389,19 @@ status *model_open_at(const struct model_ops *ops, const void *config, int64_t v
     return model_open_tuned(ops, config, vocab, at, NULL, out);
 }
 
+/* The runs of units of a pipeline rank. */
+static status *take_chunks(struct params *ps, int layers, const struct tp_place *at)
+{
+    int chunks = at->chunks ? at->chunks : 1;
+    CHECK(chunks <= CHUNKS_MAX, "%d chunks of a model", chunks);
+    for (ps->chunks = 0; ps->chunks < chunks; ps->chunks++) {
+        struct param_chunk *c = &ps->chunk[ps->chunks];
+        TRY(stages_cut(at->list, layers, at->stages * chunks, chunks, ps->chunks * at->stages + at->stage,
+                       &c->unit_begin, &c->unit_end));
+    }
+    return NULL;
+}
+
 status *model_open_tuned(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
                          const struct tuning *tuning, struct model **out)
 {
@@ -372,7 +419,7 @@ status *model_open_tuned(const struct model_ops *ops, const void *config, int64_
     if (!st && tuning)
         st = model_tune(m, tuning);
     if (!st && at->stages > 1)
-        st = stages_cut(at->list, ops->layers(m), at->stages, at->stage, &m->params.unit_begin, &m->params.unit_end);
+        st = take_chunks(&m->params, ops->layers(m), at);
     if (!st)
         st = params_spread(&m->params, at);
     if (!st)

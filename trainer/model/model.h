@@ -66,8 +66,17 @@ struct tp_place {
     int size, rank;    /* of tensor parallelism */
     bool sequence;     /* activations between blocks are cut by tokens (parallel.sequence) */
     bool apart;        /* a tied weight's uses have a gradient each (model.tied) even if one rank has both */
-    int stages, stage; /* of the pipeline; stages 0 is 1 */
+    int stages, stage; /* of the pipeline: ranks, and which of them; stages 0 is 1 */
+    int chunks;        /* stages of the pipeline on each rank, `stages` apart; 0 is 1 */
     const char *list;  /* stages.h; may be NULL. Borrowed for the call */
+};
+
+/* A run of units on this pipeline rank. */
+enum { CHUNKS_MAX = 16 };
+struct param_chunk {
+    int unit_begin, unit_end;
+    uint64_t begin;  /* of what trains here, its first element; chunks lie one behind another */
+    uint64_t before; /* of what trains in the whole model, elements before it, of the same tensor-parallel rank */
 };
 
 /* All parameters of a model: one block of values, and one of gradients (or none) of those that train. */
@@ -77,8 +86,8 @@ struct params {
     uint64_t total;  /* elements that train, paddings included: of the block of gradients; a multiple of PARAM_ALIGN */
     uint64_t frozen; /* further elements of the block of values: of frozen parameters; the same */
     int unit;        /* for `declare`: of what is added next */
-    int unit_begin, unit_end; /* units that are here; unit_end 0: all */
-    uint64_t before;          /* total of the stages before together, of the same tensor-parallel rank */
+    int chunks;      /* runs of units that are here; 0: all units, as one run */
+    struct param_chunk chunk[CHUNKS_MAX];
     float *data, *grad;
 };
 
@@ -102,6 +111,10 @@ status *params_alloc(struct params *ps, bool with_grad) WARN_UNUSED;
 void params_init(struct params *ps, uint64_t seed);
 void param_init(struct param *p, uint64_t seed); /* the same for one, where its tensor lies; paddings stay */
 void params_free(struct params *ps);
+/* Runs of units that are here, at least 1; does run `chunk` hold a unit; its elements among those that train. */
+int params_chunks(const struct params *ps);
+bool params_hold(const struct params *ps, int chunk, int64_t unit);
+void params_chunk_elems(const struct params *ps, int chunk, uint64_t *begin, uint64_t *end);
 struct param *params_find(const struct params *ps, const char *name);
 uint64_t params_unique_elems(const struct params *ps);  /* of whole tensors, without aliases */
 uint64_t params_trained_elems(const struct params *ps); /* of these, of tensors that are not frozen */
@@ -114,6 +127,7 @@ struct model_input {
     struct segments seg;
     struct kv_cache *cache; /* [layers], or NULL */
     uint32_t micro_batch;   /* its number in the step, for model.load */
+    int chunk;              /* of params.chunk, the one to run */
     struct tensor *x;       /* what the pipeline stage before has made of them (op_boundary); NULL on the first stage */
 };
 
@@ -138,7 +152,8 @@ struct model_ops {
     size_t config_bytes;
     status *(*check)(const void *config); /* what single option rows cannot: heads divide, head size even, ... */
     status *(*declare)(struct model *m);  /* fill m->params; keep what forward needs in m->impl */
-    /* Final hidden states [N, C], normalised; before the last pipeline stage, those between two layers. */
+    /* Units of in->chunk: final hidden states [N, C], normalised; before the last pipeline stage, those between two
+     * layers. */
     struct tensor *(*forward)(struct model *m, struct tape *t, const struct model_input *in);
     struct tensor *(*head)(struct model *m);                               /* output matrix [V, C]; last stage only */
     double (*flops_per_token)(const struct model *m, double mean_context); /* forward; multiply-adds count 2 */

@@ -498,11 +498,10 @@ static struct tensor *layer(struct tape *t, const void *arg, int64_t i, struct t
     return ffn_block(p, op_block_attention(t, attention_block, p, sizeof *p, i, x), i);
 }
 
-/* Whether this stage holds a unit. */
-static bool has(const struct model *m, int64_t unit)
+/* Whether this pass runs a unit. */
+static bool has(const struct pass *p, int64_t unit)
 {
-    const struct params *ps = &m->params;
-    return !ps->unit_end || (unit >= ps->unit_begin && unit < ps->unit_end);
+    return params_hold(&p->m->params, p->in->chunk, unit);
 }
 
 static struct tensor *llama_forward(struct model *m, struct tape *t, const struct model_input *in)
@@ -514,13 +513,13 @@ static struct tensor *llama_forward(struct model *m, struct tape *t, const struc
         if (in->seg.position[i] < 0 || in->seg.position[i] >= l->c.max_positions)
             return tape_fail(t, ERR(INVALID, "token %lld is at position %d, model.max_positions is %lld", (long long)i,
                                     in->seg.position[i], (long long)l->c.max_positions));
-    if (has(m, 0))
+    if (has(&p, 0))
         x = op_embedding(t, param(&p, l->embed), in->token, in->tokens);
     op_rope_angles(t, in->seg.position, in->tokens, l->c.head_dim, &l->rope);
     for (int64_t i = 0; i < l->c.layers; i++)
-        if (has(m, i + 1))
+        if (has(&p, i + 1))
             x = op_block(t, layer, &p, sizeof p, i, x);
-    return has(m, l->c.layers + 1) ? op_rmsnorm(t, x, param(&p, l->norm), (float)l->c.norm_eps) : x;
+    return has(&p, l->c.layers + 1) ? op_rmsnorm(t, x, param(&p, l->norm), (float)l->c.norm_eps) : x;
 }
 
 static struct tensor *llama_head(struct model *m)

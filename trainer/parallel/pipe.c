@@ -3,7 +3,9 @@
  * Receives wait; sends do not, until their memory is needed again: an output stays where it is until its tape begins
  * anew, and by then its gradient has come, so it was received; an input's gradient is copied, for its tape is free
  * after the backward pass. Every wait is thus for something that the neighbour does earlier in its own order, and no
- * stage waits in a circle. */
+ * stage waits in a circle. From the last rank's chunks to the next ones of the first rank it is as between neighbours,
+ * but that the first rank keeps so many copies of gradients that go back: the last receives them a group of
+ * micro-batches later. Forward alone, outputs are received before as many as a group have come behind them. */
 #include "trainer/parallel/pipe.h"
 
 #include "comm/base/mem.h"
@@ -15,38 +17,65 @@ enum { TAG_FORWARD, TAG_BACKWARD };
 
 struct slot {
     struct tape *tape;
+    bool busy; /* its activations are kept, for a backward pass of this piece */
+    uint32_t k;
+    int chunk;
     struct tensor *x, *y;
     struct comm_req sent; /* y */
 };
 
-struct pipe {
-    struct comm *pp; /* NULL: one stage */
-    int stages, stage, slots, live, peak;
-    int delay; /* passes from a micro-batch's gradients of activations to those of weights; 0: both at once */
-    int64_t width;
-    struct slot *slot;
-    float *dx; /* a copy of an input's gradient */
-    int64_t dx_elems;
-    struct comm_req dx_sent;
+struct copy { /* of an input's gradient */
+    float *data;
+    struct comm_req sent;
 };
 
-status *pipe_open(struct comm *pp, enum pipe_schedule how, uint32_t most, int64_t width, struct workers *w,
+struct pipe {
+    struct comm *pp; /* NULL: one stage */
+    struct pipe_shape s;
+    int slots, copies, live, peak, next_copy;
+    int64_t width;
+    struct slot *slot;
+    struct copy *copy;
+    int64_t copy_elems;
+
+    uint32_t most, planned; /* op is of so many micro-batches */
+    struct pipe_op *op;     /* [schedule_ops(most)] */
+    uint64_t *scratch;      /* of schedule_make */
+    size_t ops;
+};
+
+static uint32_t group_of(const struct pipe *p)
+{
+    return p->most < (uint32_t)p->s.stages ? p->most : (uint32_t)p->s.stages;
+}
+
+static status *open_all(struct pipe *p, struct workers *w, size_t cap_bytes)
+{
+    int depth = schedule_in_flight(&p->s, p->most), copies = p->s.chunks > 1 && p->s.stage == 0 ? (int)group_of(p) : 1;
+    p->op = mem_array(NULL, schedule_ops(&p->s, p->most) + 1, sizeof *p->op);
+    p->scratch = mem_array(NULL, schedule_scratch(&p->s, p->most) + 1, sizeof *p->scratch);
+    p->slot = mem_calloc((size_t)depth, sizeof *p->slot);
+    p->copy = mem_calloc((size_t)copies, sizeof *p->copy);
+    if (!p->op || !p->scratch || !p->slot || !p->copy)
+        return ERR(NO_MEMORY, "%d tapes of a pipeline", depth);
+    p->copies = copies;
+    for (; p->slots < depth; p->slots++)
+        TRY(tape_open(w, NULL, cap_bytes / (size_t)depth, &p->slot[p->slots].tape));
+    return NULL;
+}
+
+status *pipe_open(struct comm *pp, enum pipe_schedule how, int chunks, uint32_t most, int64_t width, struct workers *w,
                   size_t cap_bytes, struct pipe **out)
 {
     struct pipe *p = mem_calloc(1, sizeof *p);
     if (!p)
         return ERR(NO_MEMORY, "a pipeline");
+    CHECK(chunks == 1 || (pp && how == PIPE_INTERLEAVED), "%d chunks of a stage", chunks);
     p->pp = pp;
-    p->stages = pp ? pp->size : 1;
-    p->stage = pp ? pp->rank : 0;
+    p->s = (struct pipe_shape){ how, pp ? pp->size : 1, pp ? pp->rank : 0, chunks };
     p->width = width;
-    p->delay = how == PIPE_ZERO_BUBBLE ? p->stage : 0;
-    int depth = p->stages - p->stage + p->delay;
-    depth = most < (uint32_t)depth ? (int)most : depth;
-    p->slot = mem_calloc((size_t)depth, sizeof *p->slot);
-    status *st = p->slot ? NULL : ERR(NO_MEMORY, "%d tapes", depth);
-    for (; !st && p->slots < depth; p->slots++)
-        st = tape_open(w, NULL, cap_bytes / (size_t)depth, &p->slot[p->slots].tape);
+    p->most = most;
+    status *st = open_all(p, w, cap_bytes);
     if (st) {
         pipe_close(p);
         return st;
@@ -61,8 +90,12 @@ void pipe_close(struct pipe *p)
         return;
     for (int i = 0; i < p->slots; i++)
         tape_close(p->slot[i].tape);
+    for (int i = 0; i < p->copies; i++)
+        mem_free(p->copy[i].data);
     mem_free(p->slot);
-    mem_free(p->dx);
+    mem_free(p->copy);
+    mem_free(p->op);
+    mem_free(p->scratch);
     mem_free(p);
 }
 
@@ -76,14 +109,19 @@ struct tape *pipe_tape(struct pipe *p, int i)
     return p->slot[i].tape;
 }
 
-static bool is_first(const struct pipe *p)
+static bool begins(const struct pipe *p, int chunk)
 {
-    return p->stage == 0;
+    return p->s.stage == 0 && chunk == 0;
 }
 
 bool pipe_last(const struct pipe *p)
 {
-    return p->stage == p->stages - 1;
+    return p->s.stage == p->s.stages - 1;
+}
+
+bool pipe_ends(const struct pipe *p, int chunk)
+{
+    return pipe_last(p) && chunk == p->s.chunks - 1;
 }
 
 int pipe_peak(const struct pipe *p)
@@ -92,6 +130,16 @@ int pipe_peak(const struct pipe *p)
 }
 
 /* ---- messages ---- */
+
+static int rank_before(const struct pipe *p)
+{
+    return (p->s.stage + p->s.stages - 1) % p->s.stages;
+}
+
+static int rank_behind(const struct pipe *p)
+{
+    return (p->s.stage + 1) % p->s.stages;
+}
 
 static struct comm_xfer message(struct tensor *x, bool send, int peer, int tag)
 {
@@ -108,100 +156,137 @@ static status *receive(struct pipe *p, struct tensor *x, int peer, int tag)
 static status *send_gradient(struct pipe *p, const struct tensor *x)
 {
     size_t bytes = (size_t)tensor_elems(x) * sizeof(float);
-    TRY(comm_wait(&p->dx_sent));
-    memcpy(p->dx, x->grad, bytes);
-    struct comm_xfer m = { p->stage - 1, TAG_BACKWARD, true, p->dx, bytes };
-    return comm_iexchange(p->pp, &m, 1, NULL, &p->dx_sent);
+    struct copy *c = &p->copy[p->next_copy];
+    p->next_copy = (p->next_copy + 1) % p->copies;
+    TRY(comm_wait(&c->sent));
+    memcpy(c->data, x->grad, bytes);
+    struct comm_xfer m = { rank_before(p), TAG_BACKWARD, true, c->data, bytes };
+    return comm_iexchange(p->pp, &m, 1, NULL, &c->sent);
 }
 
 static status *wait_sent(struct pipe *p)
 {
     for (int i = 0; i < p->slots; i++)
         TRY(comm_wait(&p->slot[i].sent));
-    return comm_wait(&p->dx_sent);
+    for (int i = 0; i < p->copies; i++)
+        TRY(comm_wait(&p->copy[i].sent));
+    return NULL;
 }
 
 /* ---- passes ---- */
 
-static status *run_forward(struct pipe *p, uint32_t k, struct slot *s, enum tape_mode mode, const struct pipe_work *w)
+static status *run_forward(struct pipe *p, uint32_t k, int chunk, struct slot *s, enum tape_mode mode,
+                           const struct pipe_work *w)
 {
     TRY(comm_wait(&s->sent));
     int64_t tokens = w->prepare(w->arg, k);
     tape_begin(s->tape, mode);
-    s->x = is_first(p) ? NULL : op_boundary(s->tape, tokens, p->width);
+    s->x = begins(p, chunk) ? NULL : op_boundary(s->tape, tokens, p->width);
     if (s->x)
-        TRY(receive(p, s->x, p->stage - 1, TAG_FORWARD));
-    s->y = w->forward(w->arg, s->tape, s->x);
+        TRY(receive(p, s->x, rank_before(p), TAG_FORWARD));
+    s->y = w->forward(w->arg, s->tape, chunk, s->x);
     TRY(tape_end(s->tape));
-    if (pipe_last(p)) {
+    if (pipe_ends(p, chunk)) {
         w->result(w->arg, k, s->y);
         return NULL;
     }
-    struct comm_xfer m = message(s->y, true, p->stage + 1, TAG_FORWARD);
+    struct comm_xfer m = message(s->y, true, rank_behind(p), TAG_FORWARD);
     return comm_iexchange(p->pp, &m, 1, NULL, &s->sent);
 }
 
-static status *run_backward(struct pipe *p, uint32_t k, struct slot *s, unsigned halves, const struct pipe_work *w)
+static status *run_backward(struct pipe *p, struct slot *s, unsigned halves, const struct pipe_work *w)
 {
     bool input = halves & (unsigned)TAPE_BACKWARD_INPUT, weight = halves & (unsigned)TAPE_BACKWARD_WEIGHT;
-    if (input && !pipe_last(p))
-        TRY(receive(p, s->y, p->stage + 1, TAG_BACKWARD));
-    (void)w->prepare(w->arg, k);
+    if (input && !pipe_ends(p, s->chunk))
+        TRY(receive(p, s->y, rank_behind(p), TAG_BACKWARD));
+    (void)w->prepare(w->arg, s->k);
     TRY(tape_backward(s->tape, s->y, NULL, halves));
     if (input && s->x)
         TRY(send_gradient(p, s->x));
     if (!weight)
         return NULL;
     p->live--;
-    return w->added(w->arg, k);
+    s->busy = false;
+    return w->added(w->arg, s->k, s->chunk);
+}
+
+static struct slot *free_slot(struct pipe *p)
+{
+    for (int i = 0; i < p->slots; i++)
+        if (!p->slot[i].busy)
+            return &p->slot[i];
+    CHECK(false, "%d micro-batches are on %d tapes", p->live, p->slots);
+}
+
+static struct slot *slot_of(struct pipe *p, uint32_t k, int chunk)
+{
+    for (int i = 0; i < p->slots; i++)
+        if (p->slot[i].busy && p->slot[i].k == k && p->slot[i].chunk == chunk)
+            return &p->slot[i];
+    CHECK(false, "micro-batch %u of chunk %d has no tape", k, chunk);
+}
+
+static status *run_op(struct pipe *p, uint32_t k, const struct pipe_op *op, const struct pipe_work *w)
+{
+    static const unsigned halves[] = { [PIPE_PASS_BACKWARD] = TAPE_BACKWARD_ALL,
+                                       [PIPE_PASS_INPUT] = TAPE_BACKWARD_INPUT,
+                                       [PIPE_PASS_WEIGHT] = TAPE_BACKWARD_WEIGHT };
+    if (op->pass != PIPE_PASS_FORWARD)
+        return run_backward(p, slot_of(p, k, op->chunk), halves[op->pass], w);
+    struct slot *s = free_slot(p);
+    s->busy = true;
+    s->k = k;
+    s->chunk = op->chunk;
+    p->live++;
+    p->peak = p->live > p->peak ? p->live : p->peak;
+    return run_forward(p, k, op->chunk, s, TAPE_TRAIN, w);
 }
 
 status *pipe_train(struct pipe *p, uint32_t first, uint32_t end, const struct pipe_work *w)
 {
-    uint32_t n = end - first, ahead = (uint32_t)(p->stages - p->stage - 1), delay = (uint32_t)p->delay,
-             slots = (uint32_t)p->slots;
-    unsigned now = delay ? TAPE_BACKWARD_INPUT : TAPE_BACKWARD_ALL;
-    ahead = n < ahead ? n : ahead;
-    for (uint32_t i = 0; i < n + ahead + delay; i++) {
-        if (i < n) {
-            p->live++;
-            p->peak = p->live > p->peak ? p->live : p->peak;
-            CHECK(p->live <= p->slots, "%d micro-batches on %d tapes", p->live, p->slots);
-            TRY(run_forward(p, first + i, &p->slot[i % slots], TAPE_TRAIN, w));
-        }
-        if (i >= ahead && i - ahead < n)
-            TRY(run_backward(p, first + i - ahead, &p->slot[(i - ahead) % slots], now, w));
-        if (delay && i >= ahead + delay) {
-            uint32_t k = i - ahead - delay;
-            TRY(run_backward(p, first + k, &p->slot[k % slots], TAPE_BACKWARD_WEIGHT, w));
-        }
-    }
+    uint32_t n = end - first;
+    CHECK(n <= p->most, "%u micro-batches where %u are the most", n, p->most);
+    if (n != p->planned)
+        p->ops = schedule_make(&p->s, n, p->scratch, p->op);
+    p->planned = n;
+    for (size_t i = 0; i < p->ops; i++)
+        TRY(run_op(p, first + p->op[i].k, &p->op[i], w));
     return wait_sent(p);
 }
 
 status *pipe_forward(struct pipe *p, uint32_t first, uint32_t end, const struct pipe_work *w)
 {
-    for (uint32_t k = first; k < end; k++)
-        TRY(run_forward(p, k, &p->slot[(k - first) % (uint32_t)p->slots], TAPE_FORWARD, w));
+    uint32_t group = p->s.chunks > 1 ? group_of(p) : 1, pass = 0;
+    for (uint32_t k = first; k < end; k += group)
+        for (int chunk = 0; chunk < p->s.chunks; chunk++)
+            for (uint32_t i = 0; i < group && i < end - k; i++, pass++)
+                TRY(run_forward(p, k + i, chunk, &p->slot[pass % (uint32_t)p->slots], TAPE_FORWARD, w));
     return wait_sent(p);
+}
+
+static status *take_copies(struct pipe *p, int64_t elems)
+{
+    for (int i = 0; i < p->copies && elems > p->copy_elems; i++) {
+        float *data = mem_array(p->copy[i].data, (size_t)elems, sizeof *data);
+        if (!data)
+            return ERR(NO_MEMORY, "a gradient between stages of %lld elements", (long long)elems);
+        p->copy[i].data = data;
+    }
+    p->copy_elems = elems > p->copy_elems ? elems : p->copy_elems;
+    return NULL;
 }
 
 status *pipe_dry(struct pipe *p, int64_t tokens, const struct pipe_work *w)
 {
-    for (int i = 0; i < p->slots; i++) {
-        struct tape *t = p->slot[i].tape;
+    for (int i = 0; i < p->slots * p->s.chunks; i++) {
+        struct tape *t = p->slot[i / p->s.chunks].tape;
+        int chunk = i % p->s.chunks;
         tape_begin(t, TAPE_DRY);
-        struct tensor *x = is_first(p) ? NULL : op_boundary(t, tokens, p->width);
+        struct tensor *x = begins(p, chunk) ? NULL : op_boundary(t, tokens, p->width);
         int64_t elems = x ? tensor_elems(x) : 0;
-        (void)w->forward(w->arg, t, x);
+        (void)w->forward(w->arg, t, chunk, x);
         TRY(tape_end(t));
-        if (elems <= p->dx_elems)
-            continue;
-        float *dx = mem_array(p->dx, (size_t)elems, sizeof *dx);
-        if (!dx)
-            return ERR(NO_MEMORY, "a gradient between stages of %lld elements", (long long)elems);
-        p->dx = dx;
-        p->dx_elems = elems;
+        TRY(take_copies(p, elems));
     }
     return NULL;
 }

@@ -74,11 +74,14 @@ static status *check_options(const struct zero_options *o, const struct params *
 static void count_norm_nodes(struct zero *z)
 {
     for (int r = 0; r < z->dp->size; r++) {
-        uint64_t nodes = 0;
-        for (uint64_t b = 0; b < z->k->n; b++) {
-            struct zero_run run = bucket_part(z->k, b, r % z->k->shards, r / z->k->shards);
-            nodes += tree_node_count(z->first_block + run.begin / PARAM_ALIGN, z->first_block + run.end / PARAM_ALIGN);
-        }
+        uint64_t nodes = 0, block;
+        int chunk = 0;
+        for (uint64_t b = 0; b < z->k->n; b++)
+            for (struct zero_run run = bucket_part(z->k, b, r % z->k->shards, r / z->k->shards), piece;
+                 run.begin < run.end; run.begin = piece.end) {
+                piece = norm_piece(z, run, &chunk, &block);
+                nodes += tree_node_count(block, block + run_elems(piece) / PARAM_ALIGN);
+            }
         if (nodes > z->norm_cap)
             z->norm_cap = nodes;
     }
@@ -222,10 +225,12 @@ static status *open_all(struct zero *z)
 {
     z->lanes = z->o.deterministic ? (uint32_t)z->o.lanes : (uint32_t)z->group->size;
     z->field_elems = is_cut(z) ? z->k->own_elems : z->p->total;
-    z->first_block = z->p->before / PARAM_ALIGN;
-    z->pp_norm = z->o.pp ? mem_calloc((size_t)z->o.pp->size, sizeof *z->pp_norm) : NULL;
-    if (z->o.pp && !z->pp_norm)
-        return ERR(NO_MEMORY, "norms of %d stages", z->o.pp->size);
+    size_t chunks = (size_t)params_chunks(z->p);
+    z->chunk = mem_calloc(chunks, sizeof *z->chunk);
+    z->nodes = mem_calloc(chunks, sizeof *z->nodes);
+    z->pp_norm = z->o.pp ? mem_calloc((size_t)z->o.pp->size * chunks, sizeof *z->pp_norm) : NULL;
+    if (!z->chunk || !z->nodes || (z->o.pp && !z->pp_norm))
+        return ERR(NO_MEMORY, "norms of %zu chunks of stages", chunks);
     count_norm_nodes(z);
     TRY(open_moments(z));
     TRY(open_parts(z));
@@ -266,6 +271,8 @@ void zero_close(struct zero *z)
         return;
     shared_grads_close(z->shared);
     mem_free(z->pp_norm);
+    mem_free(z->nodes);
+    mem_free(z->chunk);
     mem_free(z->tp_norm);
     mem_free(z->scalar);
     mem_free(z->cursor);

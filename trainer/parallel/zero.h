@@ -70,6 +70,9 @@ bool zero_micro_batch(const struct zero *z, uint32_t k, uint32_t pass, uint32_t 
 void zero_begin(struct zero *z, uint32_t k); /* clears gradients */
 /* This pass's gradients are there. Stages 2 and 3: collective over the replica's shards. */
 status *zero_added(struct zero *z, uint32_t micro_batch) WARN_UNUSED;
+/* The same of one chunk of the model (params.chunk), which come one by one and each in order of micro-batches. Stages 0
+ * and 1, or a model of one chunk. */
+status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk) WARN_UNUSED;
 status *zero_idle(struct zero *z) WARN_UNUSED; /* a pass without micro-batch. Collective over the replica's shards */
 /* Sum gradients over all ranks, and over those of tp where several hold summands (shared_grads.h); each rank then has
  * its shard's runs. *norm = global L2 norm of the whole model: f64 sums of squares of aligned 1,024-element blocks up a

@@ -42,6 +42,12 @@ struct lane_sum {
     struct grad_stack stack; /* of closed lanes */
 };
 
+/* Passes of a chunk of the model, and their sum. */
+struct chunk_sum {
+    uint32_t pass;
+    struct lane_sum sum;
+};
+
 /* An aligned node of one group's run of lanes: what that group sends. In order of lanes over all groups. */
 struct part {
     int group, tag; /* tag: its number among the group's parts */
@@ -74,8 +80,8 @@ struct zero {
     double *norm;         /* [dp][norm_cap]: sums of squares of each rank's norm nodes */
     uint64_t norm_cap;    /* most norm nodes of a rank */
     uint64_t *cursor;     /* [dp] */
-    struct tree *pp_norm; /* [pp]: norm nodes of each stage, combined as far as they go; NULL: there is one */
-    uint64_t first_block; /* of the norm's blocks, the number of this stage's first */
+    struct tree *nodes;   /* [chunks]: norm nodes of this stage's chunks, combined as far as they go */
+    struct tree *pp_norm; /* [pp][chunks]: of each stage; NULL: there is one */
     double *tp_norm;      /* [tp]: sums of squares of each tensor-parallel rank; NULL: there is one */
     struct shared_grads *shared;
     double *scalar; /* [dp][scalar_cap] of zero_sum_scalars */
@@ -84,6 +90,7 @@ struct zero {
     /* of the step: micro-batches, passes done, what was added */
     uint32_t kk, pass;
     struct lane_sum sum, after; /* stages 2 and 3: sum is as of the pass before, after has this pass's leaves too */
+    struct chunk_sum *chunk;    /* [chunks], stages 0 and 1: sum and pass are those of the first */
     struct comm_req req;
     bool flying; /* leaves of bucket `collected` are on their way */
     uint64_t collected;
@@ -140,6 +147,18 @@ static inline bool part_empty(const struct zero *z, const struct part *t)
 static inline struct zero_run own_run(const struct zero *z, uint64_t bucket)
 {
     return bucket_run(z->k, bucket, z->k->shard);
+}
+
+/* The part of `run` that is in one chunk with its beginning; *block: the number of its first block among the norm's
+ * blocks of the whole model. */
+static inline struct zero_run norm_piece(const struct zero *z, struct zero_run run, int *chunk, uint64_t *block)
+{
+    uint64_t begin, end;
+    params_chunk_elems(z->p, *chunk, &begin, &end);
+    while (run.begin >= end && *chunk + 1 < params_chunks(z->p))
+        params_chunk_elems(z->p, ++*chunk, &begin, &end);
+    *block = (z->p->chunk[*chunk].before + (run.begin - begin)) / PARAM_ALIGN;
+    return (struct zero_run){ run.begin, run.end < end ? run.end : end };
 }
 
 /* What of a bucket the rank of group `group` finishes the sum of, among those that exchange with this rank. */

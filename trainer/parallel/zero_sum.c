@@ -57,8 +57,8 @@ static void close_empty(const struct zero *z, struct lane_sum *s, uint64_t at, u
         push(z, &s->stack, (struct grad_node){ 0, s->lane++, NULL }, at, n);
 }
 
-/* Add elements [at, at + n) of the field of micro-batch k's gradient, which is the next one of its group. keep: leaf is
- * the whole field, and stays as it is until the sum is done. */
+/* Add elements [at, at + n) of the field of micro-batch k's gradient, which is the next one of its group, from leaf on.
+ * keep: leaf lies in a whole field, and stays as it is until the sum is done. */
 static void add_leaf(const struct zero *z, struct lane_sum *s, uint32_t k, float *leaf, bool keep, uint64_t at,
                      uint64_t n)
 {
@@ -81,7 +81,7 @@ static void add_leaf(const struct zero *z, struct lane_sum *s, uint32_t k, float
         node.index /= 2;
     }
     if (!sum && keep) {
-        sum = leaf;
+        sum = leaf - at;
     } else if (!sum) {
         sum = free_buffer(z, s);
         memcpy(sum + at, leaf, n * sizeof *sum);
@@ -106,6 +106,8 @@ void zero_begin(struct zero *z, uint32_t k)
     z->sum = (struct lane_sum){ .lane = lane_of_group(z, z->group->rank) };
     close_empty(z, &z->sum, 0, 0);
     z->after = z->sum;
+    for (int c = 0; c < params_chunks(z->p); c++)
+        z->chunk[c] = (struct chunk_sum){ 0, z->sum };
     if (!is_cut(z))
         memset(z->p->grad, 0, z->p->total * sizeof(float));
 }
@@ -195,16 +197,30 @@ status *zero_idle(struct zero *z)
 
 status *zero_added(struct zero *z, uint32_t micro_batch)
 {
-    uint32_t due;
-    CHECK(zero_micro_batch(z, z->kk, z->pass, &due) && due == micro_batch, "micro-batch %u came where %u was due",
+    for (int c = 0; c < (is_cut(z) ? 1 : params_chunks(z->p)); c++)
+        TRY(zero_added_chunk(z, micro_batch, c));
+    return NULL;
+}
+
+/* All chunks' sums lie in the same buffers, each in its own part of them, for they take the same way. */
+status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk)
+{
+    uint32_t due = 0;
+    struct chunk_sum *s = &z->chunk[chunk];
+    uint32_t pass = is_cut(z) ? z->pass : s->pass;
+    CHECK(zero_micro_batch(z, z->kk, pass, &due) && due == micro_batch, "micro-batch %u came where %u was due",
           micro_batch, due);
     if (is_cut(z))
         return end_pass(z);
-    bool last = ++z->pass == zero_passes(z, z->kk);
+    uint64_t begin, end;
+    params_chunk_elems(z->p, chunk, &begin, &end);
+    bool last = ++s->pass == zero_passes(z, z->kk);
     if (z->o.deterministic || last)
-        add_leaf(z, &z->sum, micro_batch, z->p->grad, last, 0, z->p->total);
+        add_leaf(z, &s->sum, micro_batch, z->p->grad + begin, last, begin, end - begin);
     if (z->o.deterministic && !last)
-        memset(z->p->grad, 0, z->p->total * sizeof(float));
+        memset(z->p->grad + begin, 0, (end - begin) * sizeof(float));
+    z->pass = z->chunk[0].pass;
+    z->sum = z->chunk[0].sum;
     return NULL;
 }
 
@@ -324,19 +340,21 @@ static bool counts(const struct zero *z, uint64_t at, int *i)
 /* Sums of squares of the aligned nodes of this rank's runs, bucket by bucket. */
 static void norm_nodes(const struct zero *z, double *out)
 {
-    int param = 0;
-    for (uint64_t b = 0; b < z->k->n; b++) {
-        struct zero_run run = own_part(z, b);
-        struct tree t = { 0 };
-        for (uint64_t at = run.begin; at < run.end; at += PARAM_ALIGN) {
-            double squares = 0;
-            if (counts(z, at, &param))
-                block_sums(NULL, field(z) + field_at(z, b, at), PARAM_ALIGN, true, &squares);
-            tree_push(&t, 0, z->first_block + at / PARAM_ALIGN, squares);
+    int param = 0, chunk = 0;
+    for (uint64_t b = 0; b < z->k->n; b++)
+        for (struct zero_run run = own_part(z, b), piece; run.begin < run.end; run.begin = piece.end) {
+            uint64_t block;
+            struct tree t = { 0 };
+            piece = norm_piece(z, run, &chunk, &block);
+            for (uint64_t at = piece.begin; at < piece.end; at += PARAM_ALIGN) {
+                double squares = 0;
+                if (counts(z, at, &param))
+                    block_sums(NULL, field(z) + field_at(z, b, at), PARAM_ALIGN, true, &squares);
+                tree_push(&t, 0, block++, squares);
+            }
+            for (int i = 0; i < t.n; i++)
+                *out++ = t.node[i].value;
         }
-        for (int i = 0; i < t.n; i++)
-            *out++ = t.node[i].value;
-    }
 }
 
 /* From the sum of this rank's part to the norm of the whole. */
@@ -353,18 +371,21 @@ static status *tp_norm(struct zero *z, double squares, double *norm)
     return NULL;
 }
 
-/* Let *t, this stage's nodes, become those of all stages. */
+/* Let *t be the nodes of all stages. */
 static status *pp_nodes(struct zero *z, struct tree *t)
 {
-    if (!z->o.pp)
+    size_t chunks = (size_t)params_chunks(z->p);
+    if (!z->o.pp) {
+        *t = *z->nodes;
         return NULL;
-    struct tree mine = *t;
-    TRY(comm_allgather(z->o.pp, &mine, z->pp_norm, sizeof mine, NULL));
+    }
+    TRY(comm_allgather(z->o.pp, z->nodes, z->pp_norm, chunks * sizeof *z->nodes, NULL));
     t->n = 0;
-    for (int s = 0; s < z->o.pp->size; s++)
-        for (int i = 0; i < z->pp_norm[s].n; i++) {
-            const struct tree_node *n = &z->pp_norm[s].node[i];
-            tree_push(t, n->level, n->index, n->value);
+    for (size_t c = 0; c < chunks; c++)
+        for (size_t s = 0; s < (size_t)z->o.pp->size; s++) {
+            const struct tree *part = &z->pp_norm[s * chunks + c];
+            for (int i = 0; i < part->n; i++)
+                tree_push(t, part->node[i].level, part->node[i].index, part->node[i].value);
         }
     return NULL;
 }
@@ -375,16 +396,24 @@ status *zero_norm(struct zero *z, double *norm)
     TRY(comm_allgather(z->dp, z->norm + (uint64_t)z->dp->rank * z->norm_cap, z->norm, z->norm_cap * sizeof(double),
                        NULL));
     struct tree t = { 0 };
+    int chunk = 0;
     memset(z->cursor, 0, (size_t)z->dp->size * sizeof *z->cursor);
+    for (int c = 0; c < params_chunks(z->p); c++)
+        z->nodes[c].n = 0;
     for (uint64_t b = 0; b < z->k->n; b++)
         for (int i = 0; i < z->dp->size; i++) { /* in order of place: shard by shard, each its replicas' parts */
             int shard = i / z->k->reps, rep = i % z->k->reps, r = rep * z->k->shards + shard;
-            struct zero_run run = bucket_part(z->k, b, shard, rep);
-            uint64_t at = z->first_block + run.begin / PARAM_ALIGN, end = z->first_block + run.end / PARAM_ALIGN;
-            while (at < end) {
-                unsigned level = tree_level(at, end);
-                tree_push(&t, level, at >> level, z->norm[(uint64_t)r * z->norm_cap + z->cursor[r]++]);
-                at += (uint64_t)1 << level;
+            for (struct zero_run run = bucket_part(z->k, b, shard, rep), piece; run.begin < run.end;
+                 run.begin = piece.end) {
+                uint64_t at, end;
+                piece = norm_piece(z, run, &chunk, &at);
+                end = at + run_elems(piece) / PARAM_ALIGN;
+                while (at < end) {
+                    unsigned level = tree_level(at, end);
+                    tree_push(&z->nodes[chunk], level, at >> level,
+                              z->norm[(uint64_t)r * z->norm_cap + z->cursor[r]++]);
+                    at += (uint64_t)1 << level;
+                }
             }
         }
     TRY(pp_nodes(z, &t));
@@ -394,6 +423,8 @@ status *zero_norm(struct zero *z, double *norm)
 status *zero_reduce(struct zero *z, double *norm)
 {
     CHECK(z->pass == zero_passes(z, z->kk), "%u of %u passes were run", z->pass, zero_passes(z, z->kk));
+    for (int c = 0; !is_cut(z) && c < params_chunks(z->p); c++)
+        CHECK(z->chunk[c].pass == z->pass, "chunk %d has run %u passes of %u", c, z->chunk[c].pass, z->pass);
     CHECK(z->sum.stack.n == z->own_parts, "%d nodes where %d are due", z->sum.stack.n, z->own_parts);
     for (uint64_t b = 0; b < z->k->n; b++)
         TRY(reduce_bucket(z, b));
