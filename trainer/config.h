@@ -58,6 +58,7 @@ struct parallel_config {
     uint64_t bucket;
     bool sequence;
 };
+enum { CP_MAX = 64 };
 
 struct memory_config {
     uint64_t activations;

@@ -53,7 +53,7 @@ static int64_t prepare(void *arg, uint32_t k)
 {
     const struct scoring *s = arg;
     pack_build(s->p, s->p->row, chunk_rows(s->t, s->d, k, s->p->row));
-    return s->p->in.tokens;
+    return s->p->own.tokens;
 }
 
 static struct tensor *forward(void *arg, struct tape *tape, int chunk, struct tensor *x)
@@ -100,7 +100,7 @@ static status *evaluate_rows(struct scoring *s)
     status *st = trainer_shards(t, s->m) ? NULL : pipe_forward(t->pipe, (uint32_t)begin, (uint32_t)end, &w);
     for (uint64_t k = begin; trainer_shards(t, s->m) && k < begin + most && !st; k++)
         st = k < end ? pass_of_chunk(s, (uint32_t)k, &w) : trainer_idle_pass(t, s->m);
-    if (st && (t->tp || t->pp || trainer_shards(t, s->m))) /* others wait for it in the same pass */
+    if (st && (t->tp || t->cp || t->pp || trainer_shards(t, s->m))) /* others wait for it in the same pass */
         trainer_abort(t, st);
     TRY(comm_agree(t->dp, st));
     TRY(share(t, s->sums, values));

@@ -32,10 +32,11 @@ status *task_eval_open(struct trainer *t)
     TRY(tasks_open(c->tasks, (uint32_t)c->max_length, &e->tasks));
     uint64_t rows = e->tasks->rows;
     /* one token more than the longest answer has would be wrong whatever it is */
-    return status_wrap(generator_open(t->model, t->tape, rows < TASK_BATCH ? (int32_t)rows : TASK_BATCH,
-                                      (int32_t)e->tasks->longest_prompt, (int32_t)e->tasks->longest_answer,
-                                      &e->generator),
-                       "%s", c->tasks);
+    tape_context(t->tape, NULL);
+    status *st = generator_open(t->model, t->tape, rows < TASK_BATCH ? (int32_t)rows : TASK_BATCH,
+                                (int32_t)e->tasks->longest_prompt, (int32_t)e->tasks->longest_answer, &e->generator);
+    tape_context(t->tape, t->cp);
+    return status_wrap(st, "%s", c->tasks);
 }
 
 void task_eval_close(struct trainer *t)
@@ -72,18 +73,24 @@ status *evaluate_tasks(struct trainer *t)
     if (!e || e->evaluated_step == t->step)
         return NULL;
     uint64_t begin, end, solved = 0, rows = e->tasks->rows;
-    layout_cut(rows, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &begin, &end);
+    uint64_t c = t->cp ? (uint64_t)t->cp->size : 1, own = t->cp ? (uint64_t)t->cp->rank : 0;
+    layout_cut(rows, (uint64_t)t->dp->size * c, (uint64_t)t->dp->rank * c + own, &begin, &end);
     struct shards *shards = trainer_shards(t, t->model);
     if (shards)
         TRY(shards_hold(shards)); /* how many passes a rank makes, its completions decide */
     tape_blocks(t->tape, NULL);
+    tape_context(t->tape, NULL); /* each rank generates for prompts of its own */
     status *st = count_solved(e, begin, end, &solved);
+    tape_context(t->tape, t->cp);
     if (shards)
         shards_release(shards, false);
     if (st && t->tp) /* its tensor-parallel peers wait for it in the same pass */
         trainer_abort(t, st);
-    TRY(comm_agree(t->dp, st));
+    st = comm_agree(t->dp, st);
+    TRY(t->cp ? comm_agree(t->cp, st) : st);
     TRY(comm_allreduce(t->dp, &solved, 1, COMM_U64, COMM_SUM, NULL));
+    if (t->cp)
+        TRY(comm_allreduce(t->cp, &solved, 1, COMM_U64, COMM_SUM, NULL));
     e->evaluated_step = t->step;
     double accuracy = (double)solved / (double)rows;
     trainer_watch(t, "eval/task/accuracy", accuracy);

@@ -42,12 +42,13 @@ status *trainer_idle_pass(struct trainer *t, const struct model *m)
 struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *p, struct tape *tape, int chunk,
                                struct tensor *x, struct logprob_stats *tok)
 {
-    p->in.x = x;
-    p->in.chunk = chunk;
-    struct tensor *h = m->ops->forward(m, tape, &p->in);
+    p->own.x = x;
+    p->own.chunk = chunk;
+    struct tensor *h = m->ops->forward(m, tape, &p->own);
     if (!pipe_ends(t->pipe, chunk))
         return op_outgoing(tape, h);
-    return op_logprob_stats(tape, h, m->ops->head(m), p->target, 1.0f, tok);
+    struct tensor *logp = op_logprob_stats(tape, h, m->ops->head(m), p->own_target, 1.0f, tok);
+    return op_all_tokens(tape, logp, p->in.tokens, tok);
 }
 
 status *passes_share(struct trainer *t, double *value, size_t count)
@@ -75,8 +76,8 @@ static int64_t prepare(void *arg, uint32_t k)
         pack_build_sides(&p->pack, row, mb, g->training ? 0 : 1, 1);
     else
         pack_build(&p->pack, row, mb);
-    p->pack.in.micro_batch = k;
-    return p->pack.in.tokens;
+    p->pack.own.micro_batch = k;
+    return p->pack.own.tokens;
 }
 
 static struct tensor *forward(void *arg, struct tape *tape, int chunk, struct tensor *x)

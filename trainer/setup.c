@@ -30,6 +30,12 @@ static status *open_data(struct trainer *t)
     return *c->heldout ? dataset_open(c->heldout, DATASET_PREFS, max, &t->heldout) : NULL;
 }
 
+static status *open_pack(const struct trainer *t, struct pack *p, const struct dataset *d)
+{
+    TRY(pack_init(p, d, (uint32_t)t->cfg->train.micro_batch));
+    return t->cp ? pack_share(p, t->cp->rank, t->cp->size) : NULL;
+}
+
 static status *add_phase(struct trainer *t, const struct algo_ops *algo, const void *config, struct dataset *d,
                          double lr, uint64_t steps)
 {
@@ -42,7 +48,7 @@ static status *add_phase(struct trainer *t, const struct algo_ops *algo, const v
     t->phases++;
     TRY(stream_init(&p->stream, d, (uint64_t)t->cfg->run.seed, (uint32_t)c->global_batch, (uint32_t)c->micro_batch,
                     true));
-    return pack_init(&p->pack, d, (uint32_t)c->micro_batch);
+    return open_pack(t, &p->pack, d);
 }
 
 static status *open_phases(struct trainer *t)
@@ -57,7 +63,7 @@ static status *open_phases(struct trainer *t)
     }
     TRY(add_phase(t, c->algo_ops, c->algo_own, t->data[c->algo_ops->data], c->optim.lr,
                   (uint64_t)c->train.steps - warmup));
-    return t->heldout ? pack_init(&t->heldout_pack, t->heldout, (uint32_t)c->train.micro_batch) : NULL;
+    return t->heldout ? open_pack(t, &t->heldout_pack, t->heldout) : NULL;
 }
 
 static status *open_scratch(struct trainer *t)
@@ -146,6 +152,7 @@ static status *open_model(struct trainer *t, int ranks_here)
                   (size_t)t->cfg->memory.activations, &t->pipe));
     for (int i = 0; i < pipe_tapes(t->pipe); i++) {
         tape_spread(pipe_tape(t->pipe, i), t->tp, at.sequence);
+        tape_context(pipe_tape(t->pipe, i), t->cp);
         tape_recompute(pipe_tape(t->pipe, i), (enum tape_recompute)t->cfg->memory.recompute);
     }
     t->tape = pipe_tape(t->pipe, 0);
@@ -184,7 +191,7 @@ static status *dry_run(struct trainer *t, struct pack *p)
     trainer_hooks(t, t->model);
     struct dry one = { t, p };
     struct pipe_work w = { .forward = dry_forward, .arg = &one };
-    return status_wrap(pipe_dry(t->pipe, p->in.tokens, &w),
+    return status_wrap(pipe_dry(t->pipe, p->own.tokens, &w),
                        "a micro-batch of %u rows, the longest has %" PRIu64 " tokens", p->cap_rows, best);
 }
 
@@ -207,6 +214,8 @@ static status *open_mesh(struct trainer *t)
     TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->dp));
     if (t->mesh.size[MESH_PP] > 1)
         TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_PP, &t->pp));
+    if (t->mesh.size[MESH_CP] > 1)
+        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_CP, &t->cp));
     return t->mesh.size[MESH_TP] > 1 ? mesh_comm(&t->mesh, t->world, 1u << MESH_TP, &t->tp) : NULL;
 }
 
@@ -217,6 +226,7 @@ static status *open_zero(struct trainer *t)
                               .deterministic = c->train.deterministic,
                               .lanes = (int)c->train.lanes,
                               .bucket_elems = c->parallel.bucket / sizeof(float) / PARAM_ALIGN * PARAM_ALIGN,
+                              .cp = t->cp,
                               .tp = t->tp,
                               .pp = t->pp,
                               .shards = (int)c->parallel.dp_shard,
@@ -350,7 +360,7 @@ static status *open_eval_data(struct trainer *t)
     TRY(dataset_open(c->data.heldout, DATASET_PREFS, (uint32_t)c->data.max_length, &t->heldout));
     t->phase[0] = (struct phase){ .name = c->algo_ops->name, .algo = c->algo_ops, .algo_config = c->algo_own };
     t->phases = 1;
-    TRY(pack_init(&t->heldout_pack, t->heldout, (uint32_t)c->train.micro_batch));
+    TRY(open_pack(t, &t->heldout_pack, t->heldout));
     TRY(ref_logps_init(&t->ref_heldout, t->heldout));
     return open_scratch(t);
 }
@@ -419,6 +429,7 @@ status *trainer_close(struct trainer *t)
     device_close(t->device);
     comm_close(t->pp);
     comm_close(t->tp);
+    comm_close(t->cp);
     comm_close(t->dp);
     for (int i = 0; i < t->phases; i++) {
         pack_fini(&t->phase[i].pack);

@@ -53,7 +53,7 @@ static uint64_t hash_runs(const struct trainer *t, const struct param *p, uint64
 static bool first_replica(const struct trainer *t, bool cut)
 {
     int64_t shards = !cut ? 1 : t->cfg->parallel.dp_shard ? t->cfg->parallel.dp_shard : t->dp->size;
-    return t->dp->rank < shards;
+    return t->dp->rank < shards && (!t->cp || t->cp->rank == 0);
 }
 
 /* own: with ZeRO 3, what this rank holds of them. */

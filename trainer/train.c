@@ -160,7 +160,8 @@ struct step_result {
     double metric[ALGO_METRICS]; /* divided by their counts */
     double norm, lr, seconds;
     struct load_metrics load;
-    uint64_t tokens, allocations, dp_sent, tp_sent, pp_sent; /* bytes that this rank gave to others of the axis */
+    uint64_t tokens, allocations, dp_sent, cp_sent, tp_sent,
+        pp_sent; /* bytes that this rank gave to others of the axis */
 };
 
 static status *optimise(struct trainer *t, const struct phase *p, struct step_result *r)
@@ -277,6 +278,7 @@ static void report(struct trainer *t, const struct step_result *r)
     metrics_integer(t->metrics, "samples", t->samples[trainer_phase_at(t, t->step - 1)]);
     metrics_integer(t->metrics, "allocations", r->allocations);
     metrics_integer(t->metrics, "dp_sent_bytes", r->dp_sent);
+    metrics_integer(t->metrics, "cp_sent_bytes", r->cp_sent);
     metrics_integer(t->metrics, "tp_sent_bytes", r->tp_sent);
     metrics_integer(t->metrics, "pp_sent_bytes", r->pp_sent);
     metrics_integer(t->metrics, "pp_in_flight", (uint64_t)pipe_peak(t->pipe));
@@ -339,9 +341,12 @@ static status *one_step(struct trainer *t)
 {
     uint64_t began = clock_ns();
     bool saving = t->save_started != UINT64_MAX;
-    struct step_result r = { .dp_sent = dp_sent(t), .tp_sent = sent_by(t->tp), .pp_sent = sent_by(t->pp) };
+    struct step_result r = {
+        .dp_sent = dp_sent(t), .cp_sent = sent_by(t->cp), .tp_sent = sent_by(t->tp), .pp_sent = sent_by(t->pp)
+    };
     TRY(train_step(t, &r));
     r.dp_sent = dp_sent(t) - r.dp_sent;
+    r.cp_sent = sent_by(t->cp) - r.cp_sent;
     r.tp_sent = sent_by(t->tp) - r.tp_sent;
     r.pp_sent = sent_by(t->pp) - r.pp_sent;
     r.seconds = ns_to_s(clock_ns() - began);

@@ -36,8 +36,8 @@ struct trainer {
     struct comm *world;
     const struct log *log;
     struct mesh mesh;
-    struct comm *dp, *tp, *pp; /* the ranks of this one's axes; tp, pp NULL: there is one */
-    bool training;             /* not an evaluation alone: those hold whole parameters, whatever parallel.zero says */
+    struct comm *dp, *cp, *tp, *pp; /* the ranks of this one's axes; cp, tp, pp NULL: there is one */
+    bool training; /* not an evaluation alone: those hold whole parameters, whatever parallel.zero says */
     struct device *device;
     struct workers *workers;
     struct metrics *metrics;

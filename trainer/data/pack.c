@@ -25,7 +25,7 @@ status *pack_init(struct pack *p, const struct dataset *d, uint32_t max_rows)
     if (__builtin_mul_overflow(longest_row(d), max_rows, &cap) || cap > INT32_MAX || segments >= INT32_MAX)
         return ERR(INVALID, "%u rows of up to %llu tokens do not fit into one pack of at most %d tokens", max_rows,
                    (unsigned long long)longest_row(d), INT32_MAX);
-    struct pack n = { .data = d, .cap_rows = max_rows, .cap_tokens = (int64_t)cap };
+    struct pack n = { .data = d, .cap_rows = max_rows, .cap_tokens = (int64_t)cap, .ranks = 1 };
     n.row = mem_calloc(max_rows, sizeof *n.row);
     n.token = mem_calloc(cap, sizeof *n.token);
     n.position = mem_calloc(cap, sizeof *n.position);
@@ -49,7 +49,49 @@ void pack_fini(struct pack *p)
     mem_free(p->position);
     mem_free(p->target);
     mem_free(p->offset);
+    mem_free(p->share);
     *p = (struct pack){ 0 };
+}
+
+static int64_t shared_rows(const struct pack *p, int64_t tokens)
+{
+    return (tokens + p->ranks - 1) / p->ranks;
+}
+
+status *pack_share(struct pack *p, int rank, int ranks)
+{
+    p->rank = rank;
+    p->ranks = ranks;
+    size_t rows = (size_t)shared_rows(p, p->cap_tokens);
+    int32_t *share = ranks > 1 ? mem_calloc(3 * rows, sizeof *share) : NULL;
+    if (ranks > 1 && !share)
+        return ERR(NO_MEMORY, "a share of a pack of %lld tokens", (long long)p->cap_tokens);
+    mem_free(p->share);
+    p->share = share;
+    return NULL;
+}
+
+/* What this rank sees of the pack. */
+static void take_share(struct pack *p)
+{
+    p->own = p->in;
+    p->own_target = p->target;
+    if (p->ranks == 1)
+        return;
+    int64_t rows = shared_rows(p, p->in.tokens), cap = shared_rows(p, p->cap_tokens);
+    int32_t *token = p->share, *position = token + cap, *target = position + cap;
+    for (int64_t j = 0; j < rows; j++) {
+        int64_t i = j * p->ranks + p->rank;
+        bool inside = i < p->in.tokens;
+        token[j] = inside ? p->token[i] : 0;
+        position[j] = inside ? p->position[i] : 0;
+        target[j] = inside ? p->target[i] : -1;
+    }
+    p->own.tokens = rows;
+    p->own.padding = (rows - 1) * p->ranks + p->rank >= p->in.tokens;
+    p->own.token = token;
+    p->own.seg.position = position;
+    p->own_target = target;
 }
 
 /* Append one sequence, targets shifted inside it. */
@@ -91,6 +133,7 @@ void pack_build_sides(struct pack *p, const uint64_t *row, uint32_t n, int first
         for (int side = first_side; side < first_side + sides; side++)
             put_sequence(p, &p->data->seq[row[r] * (uint64_t)p->data->sequences + (uint64_t)side]);
     }
+    take_share(p);
 }
 
 void pack_sequence_sums(const struct pack *p, const float *logp, double *sums, uint32_t *lengths)

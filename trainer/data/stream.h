@@ -42,9 +42,18 @@ struct pack {
     int32_t *token, *position, *offset;
     int32_t *target; /* [N] id of the next token if that token is scored, else -1: logp[n] belongs to token n + 1 */
     uint64_t scored; /* targets >= 0 */
+    /* What this rank's model sees, of a pack that `ranks` ranks share: every ranks-th token from number `rank` on, on
+     * all of them ceil(N / ranks) rows (a row behind the pack's end is a token 0 at position 0 without a target);
+     * segments are the whole pack's. ranks 1: the pack. */
+    struct model_input own;
+    const int32_t *own_target;
+    int rank, ranks;
+    int32_t *share; /* [3][rows]: tokens, positions, targets */
 };
 status *pack_init(struct pack *p, const struct dataset *d, uint32_t max_rows) WARN_UNUSED;
 void pack_fini(struct pack *p);
+/* From now on so many context-parallel ranks share every pack. NO_MEMORY. */
+status *pack_share(struct pack *p, int rank, int ranks) WARN_UNUSED;
 /* Lay out these rows (row[0..n), n <= max_rows). No allocation. */
 void pack_build(struct pack *p, const uint64_t *row, uint32_t n);
 /* Only these sequences of each row. */

@@ -128,6 +128,7 @@ struct model_input {
     struct kv_cache *cache; /* [layers], or NULL */
     uint32_t micro_batch;   /* its number in the step, for model.load */
     int chunk;              /* of params.chunk, the one to run */
+    int64_t padding;        /* so many of the tokens, the last ones, are none (pack.own) */
     struct tensor *x;       /* what the pipeline stage before has made of them (op_boundary); NULL on the first stage */
 };
 

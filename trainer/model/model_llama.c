@@ -478,7 +478,8 @@ static struct tensor *routed(const struct pass *p, struct tensor *h, int64_t i)
     struct route_watch watch = { .count = NULL };
     if (load) {
         int64_t slot = p->in->micro_batch * load->layers + i;
-        watch = (struct route_watch){ load->count + slot * load->experts, load->balance + slot, load->balance_weight };
+        watch = (struct route_watch){ load->count + slot * load->experts, load->balance + slot, load->balance_weight,
+                                      p->in->padding };
     }
     return op_moe(p->t, h, &w, &p->l->how, load ? &watch : NULL);
 }

@@ -25,14 +25,21 @@ struct region {
     struct arena_mark mark;
     struct tape_record *last;
     struct rope_table *rope;
-    float *room;
-    int64_t room_floats;
+    float *room, *context_part;
+    int64_t room_floats, context_floats;
     enum tape_mode mode;
 };
 
 static struct region open_region(struct tape *t, enum tape_mode mode)
 {
-    struct region r = { arena_mark(&t->arena), t->last, t->rope, t->room, t->room_floats, t->mode };
+    struct region r = { .mark = arena_mark(&t->arena),
+                        .last = t->last,
+                        .rope = t->rope,
+                        .room = t->room,
+                        .context_part = t->context_part,
+                        .room_floats = t->room_floats,
+                        .context_floats = t->context_floats,
+                        .mode = t->mode };
     t->last = NULL;
     t->outside = t->inside = NULL;
     t->mode = mode;
@@ -48,6 +55,8 @@ static void close_region(struct tape *t, const struct region *r)
     t->rope = r->rope;
     t->room = r->room;
     t->room_floats = r->room_floats;
+    t->context_part = r->context_part;
+    t->context_floats = r->context_floats;
     t->outside = t->inside = NULL;
     t->mode = r->mode;
 }

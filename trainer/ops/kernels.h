@@ -39,10 +39,12 @@ struct attention {
     int64_t n;
     int heads, kv_heads, head_dim; /* head_dim at most ATTENTION_HEAD_MAX */
     int64_t window;                /* a query sees so many keys at most, its own among them; 0: all before it */
-    const struct segments *seg;
-    const float *q;      /* [N, H, D] */
-    const float *k, *v;  /* [N, G, D]; with a cache [S, cap, G, D] */
-    const int32_t *past; /* [S], or NULL */
+    int rank, ranks;               /* ranks > 1: q, o, lse and their gradients are of tokens rank, rank + ranks, ... of
+                                    * the pack alone, their rows in that order; those behind its end are left alone */
+    const struct segments *seg;    /* of the whole pack */
+    const float *q;                /* [N, H, D] */
+    const float *k, *v;            /* [N, G, D]; with a cache [S, cap, G, D] */
+    const int32_t *past;           /* [S], or NULL */
     int64_t cap;
     float *o;            /* [N, H, D] */
     float *lse;          /* [N, H], or NULL */
@@ -50,6 +52,11 @@ struct attention {
     float *dq, *dk, *dv; /* backward: any may be NULL */
 };
 enum { ATTENTION_HEAD_MAX = 256 };
+/* Rows of q that belong to the pack's tokens before `token`. */
+static inline int64_t attention_rows(const struct attention *a, int64_t token)
+{
+    return a->ranks > 1 ? (token + a->ranks - 1 - a->rank) / a->ranks : token;
+}
 
 /* What a part of the vocabulary says of a token, to be merged with the other parts; u = z - most. */
 struct logprob_part {

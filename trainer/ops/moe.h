@@ -39,6 +39,9 @@ struct route_watch {
     int32_t *count;
     double *balance;
     float balance_weight; /* backward adds the gradient of so many times the balance loss; f is constant */
+    /* With a context (tape_context) the N tokens are those of all its ranks; `padding` of this rank's, the last ones,
+     * do not count. */
+    int64_t padding;
 };
 
 /* x, y [N, C]. Each product is one fused multiply-add chain, as in op_linear: bits depend on no grouping and no thread

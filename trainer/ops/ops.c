@@ -4,6 +4,7 @@
  * Invariants: a dry pass takes exactly the memory of a training pass, so kernels and backward never allocate; an op
  * records itself only if its output has a gradient; what backward reads lives in the arena, in parameters, or in what
  * the caller keeps (ids, segments). */
+#include "trainer/ops/context.h"
 #include "trainer/ops/op.h"
 #include "trainer/ops/spread.h"
 
@@ -259,11 +260,21 @@ static void attention_backward(struct tape *t, const struct tape_record *base, u
     a.dq = r->q->grad;
     a.dk = r->k->grad;
     a.dv = r->v->grad;
+    if (t->context) {
+        context_keys(t, r->k, r->v, &a);
+        context_gradients(t, r->k, r->v, &a);
+    }
+    if (t->error)
+        return;
     t->kernels->attention_bwd(t->workers, &a);
+    if (t->context)
+        context_sum(t, r->k, r->v, &a);
 }
 
-static status *check_segments(const struct segments *seg, int64_t n)
+static status *check_segments(const struct tape *t, const struct segments *seg, int64_t n)
 {
+    if (t->context)
+        return context_check(t, seg, n);
     if (seg->offset[0] != 0 || seg->offset[seg->count] != n)
         return ERR(INVALID, "op_attention: %d segments run from %d to %d, the pack has %lld tokens", seg->count,
                    seg->offset[0], seg->offset[seg->count], (long long)n);
@@ -281,8 +292,8 @@ static status *check_segments(const struct segments *seg, int64_t n)
 static status *check_cache(const struct tape *t, const struct kv_cache *c, const struct tensor *k,
                            const struct segments *seg)
 {
-    if (t->mode == TAPE_TRAIN)
-        return ERR(INVALID, "op_attention: a cache in a training pass");
+    if (t->mode == TAPE_TRAIN || t->context)
+        return ERR(INVALID, "op_attention: a cache in a %s", t->context ? "pack that ranks share" : "training pass");
     if (c->kv_heads != k->dim[1] || c->head_dim != k->dim[2])
         return ERR(INVALID, "op_attention: the cache has [%d, %d], k %s", c->kv_heads, c->head_dim, text_of(k).s);
     if (!runs(t))
@@ -332,7 +343,7 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
     const char *why = attention_misfit(q, k, v);
     if (why)
         return misfit(t, "op_attention", why, q, same_shape(k, v) ? k : v);
-    status *st = runs(t) ? check_segments(seg, q->dim[0]) : NULL;
+    status *st = runs(t) ? check_segments(t, seg, q->dim[0]) : NULL;
     if (!st && cache)
         st = check_cache(t, cache, k, seg);
     if (st)
@@ -340,7 +351,7 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
     struct tensor *o = make_like(t, q, learns(t, q) || learns(t, k) || learns(t, v));
     float *lse = o && o->grad ? take_floats(t, q->dim[0] * q->dim[1]) : NULL;
     int32_t *past = cache ? take(t, (size_t)cache->segments, sizeof *past) : NULL;
-    if (t->error)
+    if (t->error || (t->context && !context_room(t, k)))
         return NULL;
     struct attention a = attention_of(q, k, v, seg);
     a.window = window;
@@ -348,7 +359,9 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
     a.lse = lse;
     if (cache && runs(t))
         append(cache, seg, past, &a);
-    if (runs(t))
+    if (t->context && runs(t))
+        context_keys(t, k, v, &a);
+    if (runs(t) && !t->error)
         t->kernels->attention(t->workers, &a);
     struct attention_record *r = o->grad ? record(t, sizeof *r, attention_backward) : NULL;
     if (r) {

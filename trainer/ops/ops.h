@@ -18,8 +18,9 @@
 /* Where sequences lie in a pack: segment s is tokens [offset[s], offset[s+1]). Borrowed; must outlive backward. */
 struct segments {
     int32_t count;
-    const int32_t *offset;   /* [S + 1], offset[0] = 0, ascending */
-    const int32_t *position; /* [N] position of each token in its sequence: rope angles and the causal order */
+    const int32_t *offset; /* [S + 1], offset[0] = 0, ascending; of the whole pack, also where ranks share its tokens */
+    const int32_t *position; /* [N] position of each token in its sequence: rope angles and the causal order; of this
+                              * rank's tokens */
 };
 
 /* Keys and values of earlier tokens, one cache a layer; k, v are [S, cap, G, D] f32, the first len[s] tokens of segment
@@ -109,9 +110,11 @@ struct tensor *op_block_attention(struct tape *t, block_fn *run, const void *arg
  *   o = softmax(q k^T / sqrt(D)) v over keys whose position is <= the query's.   q, o [N, H, D], k, v [N, G, D]
  * Tiled with running maximum and sum (Milakov, Gimelshein 2018; Dao et al. 2022); no [N, N] matrix is stored; keeps
  * log-sum-exp [N, H]. Positions must ascend inside a segment (INVALID), so that their order is the tokens'. D is at
- * most 256. window > 0: a query sees its own key and the window - 1 before it (sliding-window attention, Beltagy et al.
- * 2020, arXiv:2004.05150); 0: all. cache (TAPE_FORWARD only, else INVALID; TAPE_DRY leaves it alone): k, v are appended
- * to it first and queries see everything in it. A token decoded this way gets the bits of a full pass. */
+ * most 256. On a tape with a context (tape_context) q, k and v are of this rank's tokens, keys of all tokens are seen,
+ * seg->offset is of the whole pack, there is no cache, and rows behind its end are 0. window > 0: a query sees its own
+ * key and the window - 1 before it (sliding-window attention, Beltagy et al. 2020, arXiv:2004.05150); 0: all. cache
+ * (TAPE_FORWARD only, else INVALID; TAPE_DRY leaves it alone): k, v are appended to it first and queries see everything
+ * in it. A token decoded this way gets the bits of a full pass. */
 struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, struct tensor *v,
                             const struct segments *seg, int64_t window, struct kv_cache *cache);
 
@@ -142,6 +145,10 @@ struct logprob_stats {
 struct tensor *op_logits(struct tape *t, struct tensor *x, struct tensor *w);
 /* All rows of x on every rank, where x may be cut by tokens. No backward then: INVALID in TAPE_TRAIN. */
 struct tensor *op_whole(struct tape *t, struct tensor *x);
+/* Where context-parallel ranks share a pack of `tokens` tokens (tape_context): of x, log-probabilities of this rank's
+ * tokens, and *stats, if not NULL, those of all tokens on every rank, in order. Backward takes this rank's part of dy:
+ * every rank makes all of it. Else x. */
+struct tensor *op_all_tokens(struct tape *t, struct tensor *x, int64_t tokens, struct logprob_stats *stats);
 
 /* op_logprob with the same bits, which also fills *stats. NULL: op_logprob. */
 struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target,

@@ -1,4 +1,5 @@
 /* ops_moe: routed experts: route, dispatch (dispatch.h), products of each expert's rows, combine. */
+#include "trainer/ops/context.h"
 #include "trainer/ops/dispatch.h"
 #include "trainer/ops/op.h"
 #include "trainer/ops/spread.h"
@@ -23,11 +24,17 @@ static void route_backward(struct tape *t, const struct tape_record *base, unsig
 }
 
 /* Tell the watch; dshare [E]: the gradient of each token's shares. */
-static void watch_load(const struct route *r, const int64_t *begin, const struct route_watch *watch, float *dshare)
+static void watch_load(struct tape *t, const struct route *r, const int64_t *begin, const struct route_watch *watch,
+                       float *dshare)
 {
-    int64_t experts = r->how->experts;
-    double mean[EXPERTS_MAX] = { 0 }, loss = 0, n = (double)r->n;
-    for (int64_t i = 0; i < r->n; i++) {
+    int64_t experts = r->how->experts, own = r->n - watch->padding;
+    double sums[2 * EXPERTS_MAX + 1] = { 0 }, loss = 0, *mean = sums + 1, *count = mean + experts;
+    sums[0] = (double)own;
+    for (int64_t e = 0; e < experts; e++)
+        count[e] = (double)(begin[e + 1] - begin[e]);
+    for (int64_t i = own * r->how->top; i < r->n * r->how->top; i++)
+        count[r->expert[i]]--;
+    for (int64_t i = 0; i < own; i++) {
         const float *s = r->score + i * experts;
         double sum = 0;
         for (int64_t e = 0; r->how->sigmoid && e < experts; e++)
@@ -35,12 +42,14 @@ static void watch_load(const struct route *r, const int64_t *begin, const struct
         for (int64_t e = 0; e < experts; e++)
             mean[e] += r->how->sigmoid ? (double)s[e] / sum : (double)s[e];
     }
+    context_add(t, sums, (size_t)(2 * experts + 1));
+    double n = sums[0];
     for (int64_t e = 0; e < experts; e++) {
-        double count = (double)(begin[e + 1] - begin[e]), slope = r->n ? (double)experts * count / n / n : 0;
+        double slope = n > 0 ? (double)experts * count[e] / n / n : 0;
         loss += slope * mean[e];
         dshare[e] = (float)((double)watch->balance_weight * slope);
         if (watch->count)
-            watch->count[e] = (int32_t)(begin[e + 1] - begin[e]);
+            watch->count[e] = (int32_t)count[e];
     }
     if (watch->balance)
         *watch->balance = loss;
@@ -68,7 +77,7 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
         routing_sort(t, g);
     }
     if (t->mode == TAPE_TRAIN && watch && !t->error) {
-        watch_load(&r, g->begin, watch, dshare);
+        watch_load(t, &r, g->begin, watch, dshare);
         bool counts =
             watch->balance_weight > 0 && (!t->tp || t->tp->rank == 0); /* all have the same loss: one adds it */
         r.dshare = counts ? dshare : NULL;
@@ -78,6 +87,7 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
         rec->z = z;
         rec->weight = weight;
         rec->r = r;
+        rec->r.n -= watch ? watch->padding : 0; /* no gradient comes to it */
     }
     return t->error ? NULL : weight;
 }

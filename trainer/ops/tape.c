@@ -2,6 +2,7 @@
 #include "trainer/ops/tape.h"
 
 #include "comm/base/mem.h"
+#include "comm/comm.h"
 #include "trainer/ops/kernels.h"
 
 enum { BLOCK_BYTES = 4 << 20 };
@@ -57,6 +58,11 @@ void tape_experts(struct tape *t, struct comm *ep)
     t->ep = ep;
 }
 
+void tape_context(struct tape *t, struct comm *context)
+{
+    t->context = context && context->size > 1 ? context : NULL;
+}
+
 void tape_begin(struct tape *t, enum tape_mode mode)
 {
     status_free(t->error);
@@ -66,6 +72,8 @@ void tape_begin(struct tape *t, enum tape_mode mode)
     t->outside = t->inside = NULL;
     t->room = NULL;
     t->room_floats = 0;
+    t->context_part = NULL;
+    t->context_floats = 0;
     t->block_bytes = 0;
     t->mode = mode;
     arena_reset(&t->arena);

@@ -99,7 +99,10 @@ struct tape {
     float *room;
     int64_t room_floats;
 
-    struct comm *ep; /* tape_experts */
+    struct comm *ep;      /* tape_experts */
+    struct comm *context; /* tape_context; NULL: every pack is whole */
+    float *context_part;  /* since tape_begin: room for the keys and values of all tokens */
+    int64_t context_floats;
 };
 
 /* kernels NULL: the CPU's. cap_bytes 0: no cap on activations. */
@@ -117,6 +120,9 @@ void tape_spread(struct tape *t, struct comm *tp, bool sequence);
 /* From now on experts (op_moe) are cut over the ranks of ep, which all run passes of the same layers, with tokens of
  * their own or none; borrowed. NULL: every rank has all. */
 void tape_experts(struct tape *t, struct comm *ep);
+/* From now on the ranks of this communicator share the tokens of every pack (context.h); borrowed; NULL or of one rank:
+ * packs are whole. */
+void tape_context(struct tape *t, struct comm *context);
 /* Forget all records and tensors of before. */
 void tape_begin(struct tape *t, enum tape_mode mode);
 /* Take the tape's first error. After TAPE_DRY the tensors are gone, and the arena is one block that holds as much as

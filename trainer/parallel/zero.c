@@ -2,6 +2,7 @@
 
 #include "comm/agree.h"
 #include "comm/base/mem.h"
+#include "comm/ordered.h"
 #include "trainer/ops/kernels.h"
 #include "trainer/parallel/shared_grads.h"
 #include "trainer/parallel/treesum.h"
@@ -173,6 +174,11 @@ static status *open_messages(struct zero *z)
     z->recv_bytes = nodes > leaves ? nodes : leaves;
     z->recv = over ? NULL : mem_block(z->recv_bytes, 4096);
     z->xfer = mem_array(NULL, (reduce > gather ? reduce : gather) + 1, sizeof *z->xfer);
+    if (z->o.cp) {
+        z->cp_room = mem_array(NULL, ordered_room(z->o.cp, ordered_slice(z->o.cp, longest)) + 1, sizeof *z->cp_room);
+        if (!z->cp_room)
+            return ERR(NO_MEMORY, "sums of %llu gradients over parallel.cp", (unsigned long long)longest);
+    }
     z->norm = mem_calloc((size_t)z->dp->size * z->norm_cap, sizeof *z->norm);
     z->cursor = mem_calloc((size_t)z->dp->size, sizeof *z->cursor);
     if (!z->recv || !z->xfer || !z->norm || !z->cursor)
@@ -251,6 +257,8 @@ status *zero_open(const struct zero_options *o, struct params *p, struct comm *d
     }
     if (!st)
         st = comm_agree(dp, open_all(z));
+    if (o->cp)
+        st = comm_agree(o->cp, st);
     if (o->tp)
         st = comm_agree(o->tp, st);
     if (!st)
@@ -277,6 +285,7 @@ void zero_close(struct zero *z)
     mem_free(z->scalar);
     mem_free(z->cursor);
     mem_free(z->norm);
+    mem_free(z->cp_room);
     mem_free(z->xfer);
     mem_block_free(z->recv, z->recv_bytes);
     while (z->buffers)

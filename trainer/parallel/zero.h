@@ -28,6 +28,8 @@ struct zero_options {
     bool deterministic;
     int lanes;              /* deterministic: a power of two, 1..64; INVALID if there are more groups */
     uint64_t bucket_elems;  /* multiple of PARAM_ALIGN; 0: 4 Mi */
+    struct comm *cp;        /* ranks that hold the same parameters, each with summands of all gradients; NULL: none.
+                             * Borrowed */
     struct comm *tp;        /* ranks that hold the other parts of the parameters; NULL: none. Borrowed */
     struct comm *pp;        /* ranks that hold the other stages' parameters, in their order; NULL: none. Borrowed */
     bool sums_only;         /* no update: no moments, values are not looked at (tied.h) */
@@ -45,8 +47,9 @@ struct zero_moments {
     uint64_t run_count;
 };
 
-/* Collective over dp, tp and pp. With stages 0 and 1 params must have values and gradients, with 2 values; else they
- * get their memory here, and tensors point into it until zero_close. Both are borrowed. All memory is taken here. */
+/* Collective over dp, cp, tp and pp. With stages 0 and 1 params must have values and gradients, with 2 values; else
+ * they get their memory here, and tensors point into it until zero_close. Both are borrowed. All memory is taken here.
+ */
 status *zero_open(const struct zero_options *o, struct params *p, struct comm *dp, struct zero **out) WARN_UNUSED;
 void zero_close(struct zero *z); /* NULL is fine; collective */
 struct zero_moments zero_moments(struct zero *z);
@@ -74,10 +77,11 @@ status *zero_added(struct zero *z, uint32_t micro_batch) WARN_UNUSED;
  * and 1, or a model of one chunk. */
 status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk) WARN_UNUSED;
 status *zero_idle(struct zero *z) WARN_UNUSED; /* a pass without micro-batch. Collective over the replica's shards */
-/* Sum gradients over all ranks, and over those of tp where several hold summands (shared_grads.h); each rank then has
- * its shard's runs. *norm = global L2 norm of the whole model: f64 sums of squares of aligned 1,024-element blocks up a
- * dyadic tree over the blocks of all pipeline stages, the same bits on any dp and pp; over tp in order of ranks, what
- * several hold once. norm NULL: no norm. Collective over dp and tp, with a norm over pp too. */
+/* Sum gradients over all ranks, over those of cp in their order, and over those of tp where several hold summands
+ * (shared_grads.h); each rank then has its shard's runs. *norm = global L2 norm of the whole model: f64 sums of squares
+ * of aligned 1,024-element blocks up a dyadic tree over the blocks of all pipeline stages, the same bits on any dp and
+ * pp; over tp in order of ranks, what several hold once. norm NULL: no norm. Collective over dp, cp and tp, with a norm
+ * over pp too. */
 status *zero_reduce(struct zero *z, double *norm) WARN_UNUSED;
 /* The norm alone, of what zero_reduce has left in the shard's runs. Collective over dp, tp and pp. */
 status *zero_norm(struct zero *z, double *norm) WARN_UNUSED;

@@ -76,6 +76,7 @@ struct zero {
     float *recv; /* other ranks' leaves or nodes of the run being added */
     size_t recv_bytes;
     struct comm_xfer *xfer;
+    float *cp_room; /* of sums over cp */
 
     double *norm;         /* [dp][norm_cap]: sums of squares of each rank's norm nodes */
     uint64_t norm_cap;    /* most norm nodes of a rank */

@@ -1,5 +1,6 @@
 /* zero_sum: gradients of micro-batches become sums over all ranks, and their norm. See zero_impl.h. */
 #include "comm/base/mem.h"
+#include "comm/ordered.h"
 #include "trainer/ops/kernels.h"
 #include "trainer/parallel/shared_grads.h"
 #include "trainer/parallel/treesum.h"
@@ -428,6 +429,11 @@ status *zero_reduce(struct zero *z, double *norm)
     CHECK(z->sum.stack.n == z->own_parts, "%d nodes where %d are due", z->sum.stack.n, z->own_parts);
     for (uint64_t b = 0; b < z->k->n; b++)
         TRY(reduce_bucket(z, b));
+    for (uint64_t b = 0; z->o.cp && b < z->k->n; b++) {
+        struct zero_run run = own_part(z, b);
+        if (run_elems(run))
+            TRY(ordered_allreduce(z->o.cp, field(z) + field_at(z, b, run.begin), run_elems(run), z->cp_room));
+    }
     TRY(shared_grads_sum(z->shared, field(z)));
     TRY(spread_over_replicas(z));
     return norm ? zero_norm(z, norm) : NULL;

@@ -4,9 +4,10 @@
  *
  * Tiles are counted from the segment's first token, products are the GEMM's chains, and row sums run over 16 lanes: a
  * segment's bits depend neither on threads nor on what else is in the pack, and a token decoded alone against a cache
- * gets those of a full pass. Forward: one task a (segment, head, query tile). Backward: one task a (segment, key/value
- * head), which owns all gradients it adds to; it takes key tiles in order, and for each the heads of the group and
- * their query tiles in order. Buffers are on the task's stack. */
+ * gets those of a full pass. Queries may be every ranks-th token of the pack only (context parallelism: Brandon et al.
+ * 2023, arXiv:2311.09431, deal tokens like that); keys are always all. Forward: one task a (segment, head, query tile).
+ * Backward: one task a (segment, key/value head), which owns all gradients it adds to; it takes key tiles in order, and
+ * for each the heads of the group and their query tiles in order. Buffers are on the task's stack. */
 #include "trainer/ops/cpu/cpu.h"
 
 #include <math.h>
@@ -70,16 +71,38 @@ static void multiply(const struct att_job *t, float *c, int64_t ldc, const float
 
 /* Where a segment's keys and queries are. */
 struct span {
-    int64_t first, count, past; /* queries [first, first + count) of the pack; keys before them */
+    int64_t first, count; /* queries: rows [first, first + count) of q */
+    int64_t past, step;   /* the first one's own key is number `past` of the segment; from one to the next */
+    int64_t at, keys;     /* keys: the pack's tokens [at, at + keys), without a cache */
     const float *k, *v;
 };
 
 static struct span span_of(const struct att_job *t, int64_t s)
 {
     const struct attention *a = t->a;
-    int64_t first = a->seg->offset[s], from = a->past ? s * a->cap : first;
-    return (struct span){ first, a->seg->offset[s + 1] - first, a->past ? a->past[s] : 0, a->k + from * t->kv_ld,
-                          a->v + from * t->kv_ld };
+    int64_t at = a->seg->offset[s], end = a->seg->offset[s + 1], from = a->past ? s * a->cap : at;
+    int64_t first = attention_rows(a, at), step = a->ranks > 1 ? a->ranks : 1;
+    int64_t own = a->ranks > 1 ? first * step + a->rank - at : 0;
+    return (struct span){ .first = first,
+                          .count = attention_rows(a, end) - first,
+                          .past = a->past ? a->past[s] : own,
+                          .step = step,
+                          .at = at,
+                          .keys = end - at,
+                          .k = a->k + from * t->kv_ld,
+                          .v = a->v + from * t->kv_ld };
+}
+
+/* Keys up to and with the own one of query i. */
+static int64_t visible_to(const struct span *p, int64_t i)
+{
+    return p->past + i * p->step + 1;
+}
+
+/* The first query whose own key is number `key` or a later one. */
+static int64_t first_seeing(const struct span *p, int64_t key)
+{
+    return key > p->past ? (key - p->past + p->step - 1) / p->step : 0;
 }
 
 /* Of a tile's keys, those [first, end) that a row sees: the `visible` ones from the tile's first on (the causal order;
@@ -103,11 +126,11 @@ static void mask(float *row, struct seen seen)
 
 /* One tile of scores becomes probabilities; the running maximum, sum and output of its rows are brought up to date. */
 static void softmax_tile(const struct att_job *t, float *score, float *out, float *top, float *sum, int64_t rows,
-                         int64_t keys, int64_t visible)
+                         int64_t keys, int64_t visible, int64_t step)
 {
     for (int64_t i = 0; i < rows; i++) {
         float *s = score + i * TILE;
-        struct seen seen = seen_in(t, visible + i, keys);
+        struct seen seen = seen_in(t, visible + i * step, keys);
         mask(s, seen);
         if (seen.first == seen.end)
             continue;
@@ -137,12 +160,13 @@ static void query_tile(const struct att_job *t, const struct span *p, int64_t he
         memset(out + i * t->wide, 0, (size_t)t->wide * sizeof(float));
     }
     pack_rows(t, qs, a->q + (p->first + q0) * t->q_ld + head * d, t->q_ld, rows, d);
-    int64_t left = a->window ? p->past + q0 + 1 - a->window : 0; /* the first key that the first row sees */
-    for (int64_t k0 = left > 0 ? left / TILE * TILE : 0; k0 < p->past + q0 + rows; k0 += TILE) {
-        int64_t n = min64(TILE, p->past + q0 + rows - k0);
+    int64_t left = a->window ? visible_to(p, q0) - a->window : 0; /* the first key that the first row sees */
+    int64_t end = visible_to(p, q0 + rows - 1);
+    for (int64_t k0 = left > 0 ? left / TILE * TILE : 0; k0 < end; k0 += TILE) {
+        int64_t n = min64(TILE, end - k0);
         pack_columns(t, keys, p->k + k0 * t->kv_ld + from, t->kv_ld, n, d);
         multiply(t, score, TILE, qs, rows, keys, n, d, false);
-        softmax_tile(t, score, out, top, sum, rows, n, p->past + q0 - k0 + 1);
+        softmax_tile(t, score, out, top, sum, rows, n, visible_to(p, q0) - k0, p->step);
         pack_rows(t, weights, score, TILE, rows, n);
         pack_columns_across(values, p->v + k0 * t->kv_ld + from, t->kv_ld, d, n);
         multiply(t, out, t->wide, weights, rows, values, d, n, true);
@@ -176,7 +200,7 @@ void cpu_attention(struct workers *w, const struct attention *a)
     struct att_job t = att_job(a);
     size_t tasks = 0;
     for (int32_t s = 0; s < a->seg->count; s++)
-        tasks += task_count(a->seg->offset[s + 1] - a->seg->offset[s], TILE) * (size_t)a->heads;
+        tasks += task_count(span_of(&t, s).count, TILE) * (size_t)a->heads;
     workers_for(w, tasks, forward_task, &t);
 }
 
@@ -192,12 +216,12 @@ struct key_tile {
 
 /* P and dS of a (query tile, key tile) from recomputed scores and dP = dO V^T; masked entries are 0. */
 static void score_gradients(const struct att_job *t, const struct key_tile *kt, float *score, float *dp, int64_t token,
-                            int64_t rows, int64_t visible, int64_t head)
+                            int64_t rows, int64_t visible, int64_t step, int64_t head)
 {
     const struct attention *a = t->a;
     for (int64_t i = 0; i < rows; i++) {
         int64_t row = (token + i) * t->q_ld + head * t->d;
-        struct seen seen = seen_in(t, visible + i, kt->n);
+        struct seen seen = seen_in(t, visible + i * step, kt->n);
         float *p = score + i * TILE, *ds = dp + i * TILE;
         float delta = t->isa->dot(a->d_o + row, a->o + row, t->d);
         int64_t n = seen.end - seen.first;
@@ -217,7 +241,7 @@ static void tile_pair(const struct att_job *t, const struct span *p, struct key_
     multiply(t, score, TILE, left, rows, kt->keys, kt->n, d, false);
     pack_rows(t, left, a->d_o + at, t->q_ld, rows, d);
     multiply(t, dp, TILE, left, rows, kt->values, kt->n, d, false);
-    score_gradients(t, kt, score, dp, token, rows, q0 - kt->k0 + 1, head);
+    score_gradients(t, kt, score, dp, token, rows, visible_to(p, q0) - kt->k0, p->step, head);
     if (a->dv) { /* dV += P^T dO */
         pack_rows_across(left, score, TILE, kt->n, rows);
         pack_columns_across(right, a->d_o + at, t->q_ld, d, rows);
@@ -246,21 +270,22 @@ static void backward_task(void *arg, size_t index)
     int64_t g = (int64_t)index % a->kv_heads, from = g * t->d, group = a->heads / a->kv_heads;
     struct span p = span_of(t, (int64_t)index / a->kv_heads);
     struct key_tile kt;
-    for (kt.k0 = 0; kt.k0 < p.count; kt.k0 += TILE) {
-        kt.n = min64(TILE, p.count - kt.k0);
+    for (kt.k0 = 0; kt.k0 < p.keys; kt.k0 += TILE) {
+        kt.n = min64(TILE, p.keys - kt.k0);
         int64_t at = kt.k0 * t->kv_ld + from;
         pack_columns(t, kt.keys, p.k + at, t->kv_ld, kt.n, t->d);
         pack_columns(t, kt.values, p.v + at, t->kv_ld, kt.n, t->d);
         pack_columns_across(kt.keys_across, p.k + at, t->kv_ld, t->d, kt.n);
         memset(kt.dk, 0, (size_t)(kt.n * t->wide) * sizeof(float));
         memset(kt.dv, 0, (size_t)(kt.n * t->wide) * sizeof(float));
-        /* queries from here on see none of these keys */
-        int64_t last = a->window ? min64(p.count, kt.k0 + kt.n - 1 + a->window) : p.count;
+        /* queries before `begin` and from `last` on see none of these keys */
+        int64_t begin = first_seeing(&p, kt.k0) / TILE * TILE;
+        int64_t last = a->window ? min64(p.count, first_seeing(&p, kt.k0 + kt.n - 1 + a->window)) : p.count;
         for (int64_t head = g * group; head < (g + 1) * group; head++)
-            for (int64_t q0 = kt.k0; q0 < last; q0 += TILE)
+            for (int64_t q0 = begin; q0 < last; q0 += TILE)
                 tile_pair(t, &p, &kt, head, q0);
         for (int64_t i = 0; i < kt.n; i++) {
-            int64_t row = (p.first + kt.k0 + i) * t->kv_ld + from;
+            int64_t row = (p.at + kt.k0 + i) * t->kv_ld + from;
             if (a->dk)
                 t->isa->add(a->dk + row, a->dk + row, kt.dk + i * t->wide, t->d);
             if (a->dv)
