@@ -82,6 +82,8 @@ static const struct option train_rows[] = {
         "wall-clock limit: save and stop once the run is this old; 0: none"),
     ROW(OPT_BOOL, train_config, deterministic, "deterministic", "true", 0, 0, NULL, "",
         "the same bits for any number of ranks up to lanes"),
+    ROW(OPT_ENUM, train_config, dtype, "dtype", "f32", 0, 0, "f32|bf16", "",
+        "bf16: matrix products of weights are of factors rounded to bf16, with f32 sums; all that is stored stays f32"),
     ROW(OPT_LIST, train_config, freeze, "freeze", "", 0, 0, NULL, "",
         "patterns of the parameters that stay as they are, [\"model.embed_tokens.*\"]; empty: all train"),
 };

@@ -43,10 +43,12 @@ struct algo_choice {
 };
 enum { REFERENCE_PRECOMPUTED, REFERENCE_LIVE, REFERENCE_BASE };
 
+enum { TRAIN_F32, TRAIN_BF16 };
 struct train_config {
     int64_t steps, global_batch, micro_batch, lanes, eval_every, log_every;
     double max_seconds;
     bool deterministic;
+    int dtype;
     char *freeze;
 };
 

@@ -153,6 +153,7 @@ static status *open_model(struct trainer *t, int ranks_here)
     for (int i = 0; i < pipe_tapes(t->pipe); i++) {
         tape_spread(pipe_tape(t->pipe, i), t->tp, at.sequence);
         tape_context(pipe_tape(t->pipe, i), t->cp);
+        tape_bf16(pipe_tape(t->pipe, i), t->cfg->train.dtype == TRAIN_BF16);
         tape_recompute(pipe_tape(t->pipe, i), (enum tape_recompute)t->cfg->memory.recompute);
     }
     t->tape = pipe_tape(t->pipe, 0);
@@ -230,6 +231,7 @@ static status *open_zero(struct trainer *t)
                               .tp = t->tp,
                               .pp = t->pp,
                               .shards = (int)c->parallel.dp_shard,
+                              .workers = t->workers,
                               .micro_batches = (uint32_t)(c->train.global_batch / c->train.micro_batch) };
     TRY(zero_open(&o, &t->model->params, t->dp, &t->zero));
     TRY(tied_open(&o, t->model, t->dp, t->pp, &t->tied));

@@ -64,6 +64,25 @@ static void another_model_is_refused(void **state)
     status_free(st);
 }
 
+/* train.dtype: bf16 computes something else, but not much, and that alike on any ranks. */
+static void products_in_bf16(void **state)
+{
+    (void)state;
+    char text[2048];
+    const char *o[] = { "train.dtype=f32", "checkpoint.url=", "optim.lr=3e-3" };
+    make_config(text, sizeof text, "f32");
+    uint32_t f32 = run(text, 1, 3, o).weights;
+    o[0] = "train.dtype=bf16";
+    make_config(text, sizeof text, "bf16");
+    uint32_t bf16 = run(text, 1, 3, o).weights;
+    assert_int_equal(run(text, 3, 3, o).weights, bf16);
+    assert_int_not_equal(bf16, f32);
+    for (int step = 1; step <= 9; step++) {
+        double want = metric("f32", step, "loss"), got = metric("bf16", step, "loss");
+        assert_true(fabs(got - want) < 0.01 * want);
+    }
+}
+
 /* A loss that wants means over the whole step: the same ones however the step is cut. */
 static void batch_statistics_do_not_depend_on_ranks(void **state)
 {
@@ -276,6 +295,7 @@ int main(void)
         cmocka_unit_test(resumes_on_other_ranks_with_the_same_bits),
         cmocka_unit_test(a_run_that_is_done_changes_nothing),
         cmocka_unit_test(another_model_is_refused),
+        cmocka_unit_test(products_in_bf16),
         cmocka_unit_test(batch_statistics_do_not_depend_on_ranks),
         cmocka_unit_test(other_seeds_give_other_weights),
         cmocka_unit_test(the_first_step_is_at_the_reference),

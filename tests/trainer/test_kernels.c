@@ -228,6 +228,110 @@ static void logprob_chunks(void **state)
     tape_close(t);
 }
 
+/* Logits that are kept and logits that are made again, chunk by chunk: the same bits of tokens, and of their gradients;
+ * those of the weights are the same sums in parts. Both halves of backward at once, and one after the other. */
+static void logits_kept_or_not(void **state)
+{
+    (void)state;
+    enum { N = 150, C = 6, V = 400 };
+    static float dx[4][N * C], dw[4][V * C], logp[4][N];
+    static int32_t target[N];
+    fill_big();
+    for (int i = 0; i < N; i++)
+        target[i] = i % 11 ? i * 331 % V : -1;
+    for (int run = 0; run < 4; run++) {
+        struct tape *t;
+        bool kept = run < 2;
+        assert_null(tape_open(NULL, NULL, kept ? 0 : 900000, &t)); /* a quarter is less than N V floats */
+        struct tensor x = { .dtype = DTYPE_F32, .ndim = 2, .dim = { N, C }, .data = big[0], .grad = dx[run] };
+        struct tensor w = { .dtype = DTYPE_F32, .ndim = 2, .dim = { V, C }, .data = big[1], .grad = dw[run] };
+        tape_begin(t, TAPE_TRAIN);
+        struct tensor *y = op_logprob(t, &x, &w, target, 0.7f);
+        assert_null(tape_end(t));
+        memcpy(logp[run], y->data, sizeof logp[run]);
+        assert_null(tape_backward(t, y, big[2], run % 2 ? TAPE_BACKWARD_INPUT : TAPE_BACKWARD_ALL));
+        if (run % 2)
+            assert_null(tape_backward(t, y, NULL, TAPE_BACKWARD_WEIGHT));
+        tape_close(t);
+        assert_memory_equal(logp[run], logp[0], sizeof logp[0]);
+        assert_memory_equal(dx[run], dx[0], sizeof dx[0]);
+        assert_memory_equal(dw[run], dw[kept ? 0 : 2], sizeof dw[0]);
+    }
+    double most = 0;
+    for (int i = 0; i < V * C; i++)
+        most = fmax(most, fabs((double)dw[0][i]));
+    for (int i = 0; i < V * C; i++)
+        assert_true(fabs((double)dw[0][i] - (double)dw[2][i]) < 1e-6 * most);
+    assert_true(most > 0.1);
+}
+
+/* A tape that multiplies in bf16: every product of a linear layer is gemm_ref's, forward and backward; the
+ * log-probabilities and their gradients are those of rounded factors. */
+static void products_in_bf16(void **state)
+{
+    (void)state;
+    enum { N = 21, K = 40, M = 27 };
+    static float dx[N * K], dw[M * K], want[N * K + N * M + M * K], wide[2][N * K + M * K], dl[2][N * K + M * K];
+    static int32_t target[N];
+    fill_big();
+    memset(dx, 0, sizeof dx);
+    memset(dw, 0, sizeof dw);
+    struct tensor x = { .dtype = DTYPE_F32, .ndim = 2, .dim = { N, K }, .data = big[0], .grad = dx };
+    struct tensor w = { .dtype = DTYPE_F32, .ndim = 2, .dim = { M, K }, .data = big[1], .grad = dw };
+    struct tape *t;
+    assert_null(tape_open(NULL, NULL, 0, &t));
+    tape_bf16(t, true);
+    tape_begin(t, TAPE_TRAIN);
+    struct tensor *y = op_linear(t, &x, &w, NULL);
+    assert_null(tape_end(t));
+    assert_null(tape_backward(t, y, big[2], TAPE_BACKWARD_ALL));
+    struct gemm g = { N, M, K, .a = big[0], .lda = K, .b = big[1], .b_dtype = DTYPE_F32, .ldb = K, .b_trans = true };
+    g.c = want;
+    g.ldc = M;
+    g.bf16 = true;
+    gemm_ref(&g);
+    assert_memory_equal(y->data, want, N * M * sizeof *want);
+    g = (struct gemm){ N, K, M, .a = big[2], .lda = M, .b = big[1], .b_dtype = DTYPE_F32, .ldb = K, .c = want };
+    g.ldc = K;
+    g.bf16 = true;
+    gemm_ref(&g);
+    assert_memory_equal(dx, want, sizeof dx);
+    g = (struct gemm){ M, K, N, .a = big[2], .lda = M, .a_trans = true, .b = big[0], .b_dtype = DTYPE_F32, .ldb = K };
+    g.c = want;
+    g.ldc = K;
+    g.bf16 = true;
+    gemm_ref(&g);
+    assert_memory_equal(dw, want, sizeof dw);
+    for (int i = 0; i < N; i++)
+        target[i] = i * 5 % M;
+    for (int i = 0; i < N * K; i++)
+        wide[0][i] = bf16_to_f32(bf16_from_f32(big[0][i]));
+    for (int i = 0; i < M * K; i++)
+        wide[1][i] = bf16_to_f32(bf16_from_f32(big[1][i]));
+    float logp[2][N];
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        x = (struct tensor){ .dtype = DTYPE_F32, .ndim = 2, .dim = { N, K }, .data = bf16 ? big[0] : wide[0] };
+        w = (struct tensor){ .dtype = DTYPE_F32, .ndim = 2, .dim = { M, K }, .data = bf16 ? big[1] : wide[1] };
+        x.grad = dl[bf16];
+        w.grad = dl[bf16] + N * K;
+        tape_bf16(t, bf16);
+        tape_begin(t, TAPE_TRAIN);
+        y = op_logprob(t, &x, &w, target, 1.0f);
+        assert_null(tape_end(t));
+        memcpy(logp[bf16], y->data, sizeof logp[0]);
+        assert_null(tape_backward(t, y, big[2], TAPE_BACKWARD_ALL));
+    }
+    for (int i = 0; i < N; i++)
+        assert_true(fabs((double)logp[0][i] - (double)logp[1][i]) < 1e-5 * fabs((double)logp[0][i]));
+    double most = 0;
+    for (int i = 0; i < N * K + M * K; i++)
+        most = fmax(most, fabs((double)dl[0][i]));
+    assert_true(memcmp(dl[0], dl[1], sizeof dl[0]) != 0);
+    for (int i = 0; i < N * K + M * K; i++) /* gradients of logits are rounded */
+        assert_true(fabs((double)dl[0][i] - (double)dl[1][i]) < 0.01 * most);
+    tape_close(t);
+}
+
 static void bf16_weights(void **state)
 {
     (void)state;
@@ -466,6 +570,8 @@ int main(void)
         cmocka_unit_test(norm_and_act_against_plain),
         cmocka_unit_test(logprob_against_plain),
         cmocka_unit_test(logprob_chunks),
+        cmocka_unit_test(logits_kept_or_not),
+        cmocka_unit_test(products_in_bf16),
         cmocka_unit_test(logprob_stats_against_plain),
         cmocka_unit_test(logprob_stats_of_ties),
         cmocka_unit_test(bf16_weights),

@@ -34,7 +34,7 @@ struct train_options {
 static const struct option rows[] = {
     { "model", OPT_ENUM, "all", 0, 0, "all|124m|135m|tiny", "",
       "124m: 12 layers of 768, vocabulary 50,257; 135m: SmolLM2, 30 layers of 576; all: both", AT(model) },
-    { "dtype", OPT_ENUM, "all", 0, 0, "all|f32", "", "of the matrix products", AT(dtype) },
+    { "dtype", OPT_ENUM, "all", 0, 0, "all|f32|bf16", "", "of the matrix products", AT(dtype) },
     { "sequences", OPT_INT, "4", 1, 1e4, NULL, "", "in a step", AT(sequences) },
     { "tokens", OPT_INT, "0", 0, 1e5, NULL, "tokens", "of a sequence; 0: 64, and then 256", AT(tokens) },
     { "threads", OPT_INT, "2", 1, 1024, NULL, "", "of ours and of the peer", AT(threads) },
@@ -60,7 +60,7 @@ static const struct sizes shapes[] = {
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes, TINY = SHAPES - 1 };
 
-static const char *const dtypes[] = { "all", "f32" };
+static const char *const dtypes[] = { "all", "f32", "bf16" };
 enum { DTYPES = sizeof dtypes / sizeof *dtypes };
 
 /* One model at work. */
@@ -210,15 +210,17 @@ static status *open_tokens(struct train_bench *t, int64_t length)
 static status *open_ours(struct train_bench *t, int64_t length)
 {
     struct pipe_work w = work_of(t);
-    const struct zero_options zero = { .micro_batches = 1 };
+    bool bf16 = !strcmp(t->dtype, "bf16");
     TRY(workers_open((int)t->o->threads, &t->workers));
+    const struct zero_options zero = { .micro_batches = 1, .workers = t->workers };
     TRY(open_model(t));
     TRY(open_tokens(t, length));
     TRY(pipe_open(NULL, PIPE_1F1B, 1, 1, t->m->width, t->workers, 0, &t->pipe));
+    tape_bf16(pipe_tape(t->pipe, 0), bf16);
     TRY(zero_open(&zero, &t->m->params, t->b->world, &t->zero));
     TRY(pipe_dry(t->pipe, t->in.tokens, &w));
     struct zero_moments z = zero_moments(t->zero);
-    t->ceiling = (struct ceiling){ t->m, t->workers, t->in.tokens, .moment = z.m, .v = z.v };
+    t->ceiling = (struct ceiling){ t->m, t->workers, t->in.tokens, bf16, .moment = z.m, .v = z.v };
     return ceiling_open(&t->ceiling);
 }
 

@@ -36,17 +36,13 @@ void ceiling_close(struct ceiling *c)
 static void products(struct ceiling *c, const struct tensor *w)
 {
     int64_t n = c->tokens, k = w->dim[1], m = w->dim[0];
-    struct gemm y = {
-        n, m, k, .a = c->x, .lda = k, .b = w->data, .b_dtype = w->dtype, .ldb = k, .b_trans = true, .c = c->y, .ldc = m
-    };
-    struct gemm dx = { n,        k,          m,        .a = c->y,  .lda = m, .b = w->data, .b_dtype = w->dtype,
-                       .ldb = k, .c = c->dx, .ldc = k, .add = true };
-    struct gemm dw = { m,         k,
-                       n,         .a = c->y,
-                       .lda = m,  .a_trans = true,
-                       .b = c->x, .b_dtype = DTYPE_F32,
-                       .ldb = k,  .c = w->grad,
-                       .ldc = k,  .add = true };
+    struct gemm y = { n, m, k, .a = c->x, .lda = k, .b = w->data, .b_dtype = w->dtype, .ldb = k, .c = c->y, .ldc = m };
+    struct gemm dx = { n, k, m, .a = c->y, .lda = m, .b = w->data, .b_dtype = w->dtype, .ldb = k, .c = c->dx };
+    struct gemm dw = { m, k, n, .a = c->y, .lda = m, .b = c->x, .b_dtype = DTYPE_F32, .ldb = k, .c = w->grad };
+    dx.ldc = dw.ldc = k;
+    dx.add = dw.add = true;
+    y.b_trans = dw.a_trans = true;
+    y.bf16 = dx.bf16 = dw.bf16 = c->bf16;
     kernels_cpu.gemm(c->workers, &y);
     kernels_cpu.gemm(c->workers, &dx);
     kernels_cpu.gemm(c->workers, &dw);

@@ -10,11 +10,12 @@ struct ceiling {
     struct model *m; /* borrowed, with gradients; what is computed in them has no meaning afterwards */
     struct workers *workers;
     int64_t tokens;
+    bool bf16;
     float *x, *y, *dx; /* [tokens, widest input or output] */
     float *v, *moment; /* borrowed: AdamW's, [params.total] */
 };
 
-/* Memory of c, whose first three fields and moments are set. */
+/* Memory of c, whose first four fields and moments are set. */
 status *ceiling_open(struct ceiling *c) WARN_UNUSED;
 void ceiling_close(struct ceiling *c);
 /* All of it once. The parameters stay as they are, but for paddings: the update's learning rate is 0. */

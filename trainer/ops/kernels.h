@@ -17,7 +17,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* C[i, j] = sum_k A(i, k) B(k, j), i < m, j < n, k < K: one fused multiply-add chain over k ascending, from 0. */
+/* C[i, j] = sum_k A(i, k) B(k, j), i < m, j < n, k < K: one fused multiply-add chain over k ascending, from 0.
+ * bf16: of A and B rounded to bf16 (to nearest, ties to even; subnormals are 0), the chain in f32 over k in the order
+ * 1, 0, 3, 2, 5, 4, ..., which is that of the instruction VDPBF16PS; a sum that is subnormal may be taken as 0. */
 struct gemm {
     int64_t m, n, k;
     const float *a; /* A(i, k) = a[i * lda + k], or a[k * lda + i] if a_trans */
@@ -31,6 +33,7 @@ struct gemm {
     int64_t ldc;
     const float *bias; /* [n], added after the chain; or NULL */
     bool add;          /* the finished chain is added to c, instead of overwriting it */
+    bool bf16;
 };
 
 /* Causal attention over the pack's segments (op_attention). Keys of segment s are at k_base + s * k_segment when `past`
@@ -67,6 +70,9 @@ struct logprob_part {
     int64_t top;   /* index of the first one equal to raw, in the whole vocabulary; of no meaning without stats */
 };
 
+/* Of all tokens, from the forward kernel to the backward ones. */
+enum logprob_kept { LOGPROB_NOTHING, LOGPROB_LOGITS, LOGPROB_GRADIENTS };
+
 /* op_logprob: rows with target >= 0 are gathered `chunk` at a time. */
 struct logprob {
     int64_t n, c, v, chunk;
@@ -86,6 +92,8 @@ struct logprob {
     float *dx, *dw;             /* backward: either may be NULL */
     float *rows, *drows;        /* scratch [chunk, C] each; drows only for dx */
     float *logits;              /* scratch [chunk, V] */
+    enum logprob_kept *kept;    /* NULL, or what is in them: only if the chunk is all, and nobody writes them between */
+    bool bf16;                  /* products as of gemm.bf16 */
     int32_t *index;             /* scratch [chunk] */
 };
 

@@ -126,8 +126,9 @@ struct tensor *op_scale(struct tape *t, struct tensor *x, float s);        /* y 
 struct tensor *op_sum(struct tape *t, struct tensor *x); /* y [1] = sum of all elements; f64 accumulation, fixed tree */
 
 /* logp[n] = log softmax(x[n] w^T / temperature)[target[n]], 0 where target[n] < 0.  x [N, C], w [V, C], target [N],
- * logp [N]. Logits exist for one chunk of tokens at a time; keeps log-sum-exp [N]; backward recomputes the chunk's
- * logits: dlogit[n, v] = dlogp[n] (1{v = target[n]} - softmax[n, v]) / temperature. Tokens with target < 0 cost
+ * logp [N]. Keeps log-sum-exp [N], and the logits [N, V] if they have at most 64 Mi elements and take no more than a
+ * quarter of a cap on activations; else they exist for one chunk of tokens at a time, and backward makes them again:
+ * dlogit[n, v] = dlogp[n] (1{v = target[n]} - softmax[n, v]) / temperature. Tokens with target < 0 cost
  * nothing. Log-sum-exp is computed in f32 with f64 for the final log; tokens' bits do not depend on the chunking.
  * w cut by rows: the ranks exchange each token's maximum, sums and target logit (struct logprob_part), never logits. */
 struct tensor *op_logprob(struct tape *t, struct tensor *x, struct tensor *w, const int32_t *target, float temperature);

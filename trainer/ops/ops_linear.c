@@ -12,6 +12,7 @@ static void multiply(struct tape *t, int64_t m, int64_t n, int64_t k, struct gem
     g.lda = g.a_trans ? m : k;
     g.ldb = g.b_trans ? k : n;
     g.ldc = n;
+    g.bf16 = t->bf16;
     t->kernels->gemm(t->workers, &g);
 }
 

@@ -3,10 +3,9 @@
 #include "trainer/ops/op.h"
 #include "trainer/ops/spread.h"
 
-enum {
-    LOGPROB_CHUNK = 128,
-    LOGPROB_ELEMS = 8 << 20
-}; /* tokens of a chunk at most; logits of a chunk at most (32 MiB) */
+/* Tokens of a chunk, and logits of one (32 MiB), at most; and logits that are kept for backward at most (256 MiB), all
+ * or none. */
+enum { LOGPROB_CHUNK = 128, LOGPROB_ELEMS = 8 << 20, LOGPROB_KEPT = 64 << 20 };
 
 struct logprob_record {
     struct tape_record base;
@@ -25,16 +24,29 @@ static void logprob_backward(struct tape *t, const struct tape_record *base, uns
         t->kernels->logprob_bwd(t->workers, &p);
 }
 
+/* Whether backward finds the logits of all tokens. A cap on activations is not there to be filled with them. */
+static bool keeps_logits(const struct tape *t, const struct logprob *p)
+{
+    size_t cap = t->arena.cap_bytes / 4 / sizeof(float);
+    int64_t most = cap && cap < LOGPROB_KEPT ? (int64_t)cap : LOGPROB_KEPT;
+    return p->n <= most / (p->v > 0 ? p->v : 1);
+}
+
 static bool take_logprob_scratch(struct tape *t, struct logprob *p, bool train)
 {
     int64_t chunk = LOGPROB_ELEMS / (p->v > 0 ? p->v : 1);
     chunk = chunk < 1 ? 1 : chunk > LOGPROB_CHUNK ? LOGPROB_CHUNK : chunk;
-    p->chunk = chunk < p->n ? chunk : p->n;
+    bool keep = train && keeps_logits(t, p);
+    p->bf16 = t->bf16;
+    p->chunk = chunk < p->n && !keep ? chunk : p->n;
+    p->kept = keep ? take(t, 1, sizeof *p->kept) : NULL;
     p->lse = take_floats(t, p->n);
     p->rows = take_floats(t, p->chunk * p->c);
     p->drows = train ? take_floats(t, p->chunk * p->c) : NULL;
     p->logits = take_floats(t, p->chunk * p->v);
     p->index = take(t, (size_t)p->chunk, sizeof *p->index);
+    if (p->kept)
+        *p->kept = LOGPROB_NOTHING;
     return !t->error;
 }
 
@@ -163,7 +175,8 @@ struct tensor *op_logits(struct tape *t, struct tensor *x, struct tensor *w)
                                                  .ldb = x->dim[1],
                                                  .b_trans = true,
                                                  .c = own,
-                                                 .ldc = w->cut->count });
+                                                 .ldc = w->cut->count,
+                                                 .bf16 = t->bf16 });
     status *st = comm_allgather(t->tp, own, all, stride * sizeof *own, NULL);
     if (st)
         return tape_fail(t, status_wrap(st, "op_logits"));

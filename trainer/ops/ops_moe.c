@@ -153,6 +153,8 @@ static void multiply(struct tape *t, const struct grouped_record *r, enum produc
                                                                .ldc = k,
                                                                .add = true };
     }
+    for (size_t i = 0; i < count; i++)
+        r->room[i].bf16 = t->bf16;
     t->kernels->gemms(t->workers, r->room, count);
 }
 

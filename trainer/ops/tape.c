@@ -37,6 +37,11 @@ void tape_close(struct tape *t)
     mem_free(t);
 }
 
+void tape_bf16(struct tape *t, bool bf16)
+{
+    t->bf16 = bf16;
+}
+
 void tape_recompute(struct tape *t, enum tape_recompute what)
 {
     t->recompute = what;

@@ -88,6 +88,7 @@ struct tape {
     status *error;            /* first error since tape_begin */
 
     enum tape_recompute recompute;    /* tape_recompute */
+    bool bf16;                        /* tape_bf16 */
     const struct tape_blocks *blocks; /* tape_blocks; may be NULL */
     size_t block_bytes;               /* with it, the most that a block has taken since tape_begin */
 
@@ -112,6 +113,9 @@ void tape_close(struct tape *t); /* NULL is fine */
  * runs each again. The same bits, for a second forward pass of these and the memory of one's activations instead of
  * all. */
 void tape_recompute(struct tape *t, enum tape_recompute what);
+/* From now on the products of op_linear, of experts and of op_logprob, forward and backward, are of factors rounded to
+ * bf16, added up in f32 (kernels.h, gemm.bf16); all else, and what is stored, stays f32. */
+void tape_bf16(struct tape *t, bool bf16);
 /* From now on call these around each block; borrowed; NULL: none. */
 void tape_blocks(struct tape *t, const struct tape_blocks *b);
 /* From now on weights may be cut (tensor.cut) over the ranks of tp, which all run the same passes; borrowed. sequence:

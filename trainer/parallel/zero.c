@@ -369,7 +369,7 @@ static void update_run(const struct zero *z, const struct adamw *a, struct zero_
         end = end < run.end ? end : run.end;
         uint64_t at = begin - run.begin;
         if (begin < end)
-            adamw_update(NULL, w + at, g + at, m + at, v + at, end - begin, a->lr, a->beta1, a->beta2, a->eps,
+            adamw_update(z->o.workers, w + at, g + at, m + at, v + at, end - begin, a->lr, a->beta1, a->beta2, a->eps,
                          p->decay ? a->weight_decay : 0, a->step, a->grad_scale);
     }
 }

@@ -26,15 +26,16 @@ struct shards;
 struct zero_options {
     int stage; /* 0 to 3 */
     bool deterministic;
-    int lanes;              /* deterministic: a power of two, 1..64; INVALID if there are more groups */
-    uint64_t bucket_elems;  /* multiple of PARAM_ALIGN; 0: 4 Mi */
-    struct comm *cp;        /* ranks that hold the same parameters, each with summands of all gradients; NULL: none.
-                             * Borrowed */
-    struct comm *tp;        /* ranks that hold the other parts of the parameters; NULL: none. Borrowed */
-    struct comm *pp;        /* ranks that hold the other stages' parameters, in their order; NULL: none. Borrowed */
-    bool sums_only;         /* no update: no moments, values are not looked at (tied.h) */
-    int shards;             /* 0: dp; INVALID if it does not divide dp */
-    uint32_t micro_batches; /* a step has at most so many, 0: any number. If no lane has two, a buffer is saved */
+    int lanes;               /* deterministic: a power of two, 1..64; INVALID if there are more groups */
+    uint64_t bucket_elems;   /* multiple of PARAM_ALIGN; 0: 4 Mi */
+    struct comm *cp;         /* ranks that hold the same parameters, each with summands of all gradients; NULL: none.
+                              * Borrowed */
+    struct comm *tp;         /* ranks that hold the other parts of the parameters; NULL: none. Borrowed */
+    struct comm *pp;         /* ranks that hold the other stages' parameters, in their order; NULL: none. Borrowed */
+    bool sums_only;          /* no update: no moments, values are not looked at (tied.h) */
+    int shards;              /* 0: dp; INVALID if it does not divide dp */
+    uint32_t micro_batches;  /* a step has at most so many, 0: any number. If no lane has two, a buffer is saved */
+    struct workers *workers; /* for norms and updates; may be NULL. Borrowed */
 };
 
 struct zero; /* opaque but for the moments */

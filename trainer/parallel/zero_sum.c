@@ -110,7 +110,7 @@ void zero_begin(struct zero *z, uint32_t k)
     for (int c = 0; c < params_chunks(z->p); c++)
         z->chunk[c] = (struct chunk_sum){ 0, z->sum };
     if (!is_cut(z))
-        memset(z->p->grad, 0, z->p->total * sizeof(float));
+        kernels_cpu.zero(z->o.workers, z->p->grad, (int64_t)z->p->total);
 }
 
 /* ---- leaves come to their shards ---- */
@@ -338,6 +338,8 @@ static bool counts(const struct zero *z, uint64_t at, int *i)
     return !z->o.tp || p[owner].share <= 1 || z->o.tp->rank % p[owner].share == 0;
 }
 
+enum { NORM_BLOCKS = 1024 }; /* whose sums are made at a time */
+
 /* Sums of squares of the aligned nodes of this rank's runs, bucket by bucket. */
 static void norm_nodes(const struct zero *z, double *out)
 {
@@ -347,11 +349,13 @@ static void norm_nodes(const struct zero *z, double *out)
             uint64_t block;
             struct tree t = { 0 };
             piece = norm_piece(z, run, &chunk, &block);
-            for (uint64_t at = piece.begin; at < piece.end; at += PARAM_ALIGN) {
-                double squares = 0;
-                if (counts(z, at, &param))
-                    block_sums(NULL, field(z) + field_at(z, b, at), PARAM_ALIGN, true, &squares);
-                tree_push(&t, 0, block++, squares);
+            double squares[NORM_BLOCKS];
+            for (uint64_t at = piece.begin, i = 0; at < piece.end; at += PARAM_ALIGN, i++) {
+                uint64_t left = piece.end - at, most = (uint64_t)NORM_BLOCKS * PARAM_ALIGN;
+                if (i % NORM_BLOCKS == 0)
+                    block_sums(z->o.workers, field(z) + field_at(z, b, at), (int64_t)(left < most ? left : most), true,
+                               squares);
+                tree_push(&t, 0, block++, counts(z, at, &param) ? squares[i % NORM_BLOCKS] : 0);
             }
             for (int i = 0; i < t.n; i++)
                 *out++ = t.node[i].value;

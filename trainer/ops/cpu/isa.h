@@ -1,7 +1,9 @@
 /* isa: what is written once per instruction set: the GEMM micro-kernel, a transposing copy, and loops over one row.
  *
- * One table each for AVX-512, AVX2 and portable C; isa_best picks at run time. ALL GIVE THE SAME BITS:
+ * One table each for AVX-512 with BF16 and without, AVX2 and portable C; isa_best picks at run time. ALL GIVE THE SAME
+ * BITS:
  *  - the micro-kernel makes each output one chain of fused multiply-adds over k ascending, whatever the vector width;
+ *    that of bf16 takes two k at a time, the second one first, as VDPBF16PS does (which takes subnormals as 0);
  *  - row loops (rows_body.h, compiled once per set) use + - * / on 16 fixed lanes, never fused (-ffp-contract=off,
  * which -std=c11 implies), lane l taking elements l, l + 16, ...; sums over lanes go up one fixed tree (8, 4, 2, 1
  * apart). Panels: A is [k][PANEL_M], B is [k][PANEL_N], zero-padded where a matrix ends. */
@@ -24,8 +26,16 @@ struct isa {
     /* c[i][j] (+)= sum_k a[k][i] b[k][j], i < rows <= PANEL_M, j < PANEL_N; load: the chain goes on from c, else from
      * 0. c needs room for PANEL_N columns. */
     void (*micro)(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load);
+    /* The same for k pairs: an element of a panel is two values of bf16, of an even k in its low half and of the k
+     * after it in its high half. */
+    void (*micro_bf16)(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load);
     /* dst[p * width + r] = src[r * ld + p] for p < k; 0 for r in [count, width). width is PANEL_M or PANEL_N. */
     void (*transpose)(float *dst, int width, const float *src, int64_t ld, int64_t count, int64_t k);
+
+    /* Pairs of bf16 (gemm.bf16): of x[2 i] and x[2 i + 1] for i < (n + 1) / 2; of x[i] and next[i] for i < n. What is
+     * not there (x[n], next NULL) is 0. */
+    void (*pairs)(float *dst, const float *x, int64_t n);
+    void (*pairs_across)(float *dst, const float *x, const float *next, int64_t n);
 
     /* Rows of n elements. No aliasing but in place where only one pointer is written. */
     float (*dot)(const float *a, const float *b, int64_t n);

@@ -28,30 +28,72 @@ INLINE void micro_rows(const int rows, int64_t k, const float *a, const float *b
     }
 }
 
-static void micro(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load_c)
+INLINE __m256 high_half(__m256 x)
 {
-    for (int i = 0; i < rows; i += 4) {
-        for (int j = 0; j < PANEL_N; j += 16) {
-            float *cij = c + i * ldc + j;
-            switch (rows - i) {
-            case 1:
-                micro_rows(1, k, a + i, b + j, cij, ldc, load_c);
-                break;
-            case 2:
-                micro_rows(2, k, a + i, b + j, cij, ldc, load_c);
-                break;
-            case 3:
-                micro_rows(3, k, a + i, b + j, cij, ldc, load_c);
-                break;
-            default:
-                micro_rows(4, k, a + i, b + j, cij, ldc, load_c);
-                break;
-            }
-        }
-    }
+    return (__m256)_mm256_and_si256((__m256i)x, _mm256_set1_epi32((int32_t)0xffff0000));
 }
 
-const struct isa isa_avx2 = { .name = "avx2", .micro = micro, .transpose = transpose, ISA_ROWS };
+INLINE __m256 low_half(__m256 x)
+{
+    return (__m256)_mm256_slli_epi32((__m256i)x, 16);
+}
+
+INLINE void micro_bf16_rows(const int rows, int64_t k, const float *a, const float *b, float *c, int64_t ldc,
+                            bool load_c)
+{
+    __m256 acc[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+        acc[i] = load_c ? _mm256_loadu_ps(c + i * ldc) : _mm256_setzero_ps();
+    for (int64_t p = 0; p < k; p++, a += PANEL_M, b += PANEL_N) {
+        __m256 two = _mm256_loadu_ps(b), odd = high_half(two), even = low_half(two);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) {
+            __m256 x = _mm256_set1_ps(a[i]);
+            acc[i] = _mm256_fmadd_ps(high_half(x), odd, acc[i]);
+            acc[i] = _mm256_fmadd_ps(low_half(x), even, acc[i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+        _mm256_storeu_ps(c + i * ldc, acc[i]);
+}
+
+/* The tile in parts of 4 rows and `width` columns. */
+#define BY_ROWS(tile, width)                                                                                           \
+    for (int i = 0; i < rows; i += 4) {                                                                                \
+        for (int j = 0; j < PANEL_N; j += (width)) {                                                                   \
+            float *cij = c + i * ldc + j;                                                                              \
+            switch (rows - i) {                                                                                        \
+            case 1:                                                                                                    \
+                tile(1, k, a + i, b + j, cij, ldc, load_c);                                                            \
+                break;                                                                                                 \
+            case 2:                                                                                                    \
+                tile(2, k, a + i, b + j, cij, ldc, load_c);                                                            \
+                break;                                                                                                 \
+            case 3:                                                                                                    \
+                tile(3, k, a + i, b + j, cij, ldc, load_c);                                                            \
+                break;                                                                                                 \
+            default:                                                                                                   \
+                tile(4, k, a + i, b + j, cij, ldc, load_c);                                                            \
+                break;                                                                                                 \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+static void micro(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load_c)
+{
+    BY_ROWS(micro_rows, 16)
+}
+
+static void micro_bf16(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load_c)
+{
+    BY_ROWS(micro_bf16_rows, 8)
+}
+
+const struct isa isa_avx2 = {
+    .name = "avx2", .micro = micro, .micro_bf16 = micro_bf16, .transpose = transpose, ISA_ROWS
+};
 
 #else
 typedef int isa_avx2_not_built; /* another machine's compiler: isa.c does not ask for the table */

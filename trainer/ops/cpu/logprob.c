@@ -1,5 +1,6 @@
 /* logprob: log-probabilities of given tokens under softmax(x w^T / temperature), a chunk of scored tokens at a time, so
- * that logits [tokens, vocabulary] never exist. Backward makes a chunk's logits again from the same chains.
+ * that logits [tokens, vocabulary] exist only where they are few. Backward makes a chunk's logits again from the same
+ * chains, if it cannot keep them.
  *
  * A token's logits are GEMM chains and its sum runs over its own row: its bits do not depend on which chunk it falls
  * in. The weight's gradient gets one chain a chunk. */
@@ -32,7 +33,8 @@ static void chunk_logits(struct workers *w, const struct logprob *p, int64_t cou
                                 .ldb = p->c,
                                 .b_trans = true,
                                 .c = p->logits,
-                                .ldc = p->v });
+                                .ldc = p->v,
+                                .bf16 = p->bf16 });
 }
 
 struct row_job {
@@ -162,6 +164,8 @@ void cpu_logprob(struct workers *w, const struct logprob *p)
         chunk_logits(w, p, count);
         workers_for(w, (size_t)count, p->part ? score_part : score_row, &t);
     }
+    if (p->kept)
+        *p->kept = LOGPROB_LOGITS;
 }
 
 /* logits become their gradients: dlogp (1{target} - softmax) / temperature. */
@@ -181,8 +185,12 @@ void cpu_logprob_bwd(struct workers *w, const struct logprob *p)
 {
     struct row_job t = { isa_best(), p };
     for (int64_t next = 0, count; (count = gather(p, &next)) > 0;) {
-        chunk_logits(w, p, count);
-        workers_for(w, (size_t)count, score_row_bwd, &t);
+        if (!p->kept || *p->kept == LOGPROB_NOTHING)
+            chunk_logits(w, p, count);
+        if (!p->kept || *p->kept != LOGPROB_GRADIENTS)
+            workers_for(w, (size_t)count, score_row_bwd, &t);
+        if (p->kept)
+            *p->kept = LOGPROB_GRADIENTS;
         if (p->dx) {
             cpu_gemm(w, &(struct gemm){ .m = count,
                                         .n = p->c,
@@ -193,7 +201,8 @@ void cpu_logprob_bwd(struct workers *w, const struct logprob *p)
                                         .b_dtype = p->w_dtype,
                                         .ldb = p->c,
                                         .c = p->drows,
-                                        .ldc = p->c });
+                                        .ldc = p->c,
+                                        .bf16 = p->bf16 });
             for (int64_t i = 0; i < count; i++)
                 t.isa->add(p->dx + p->index[i] * p->c, p->dx + p->index[i] * p->c, p->drows + i * p->c, p->c);
         }
@@ -209,6 +218,7 @@ void cpu_logprob_bwd(struct workers *w, const struct logprob *p)
                                         .ldb = p->c,
                                         .c = p->dw,
                                         .ldc = p->c,
-                                        .add = true });
+                                        .add = true,
+                                        .bf16 = p->bf16 });
     }
 }

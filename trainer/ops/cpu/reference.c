@@ -9,14 +9,21 @@ static float weight_at(const void *w, enum dtype t, int64_t i)
     return t == DTYPE_BF16 ? bf16_to_f32(((const uint16_t *)w)[i]) : ((const float *)w)[i];
 }
 
+static float as_bf16(float x)
+{
+    return fabsf(x) < 0x1p-126f ? copysignf(0, x) : bf16_to_f32(bf16_from_f32(x));
+}
+
 void gemm_ref(const struct gemm *g)
 {
     for (int64_t i = 0; i < g->m; i++) {
         for (int64_t j = 0; j < g->n; j++) {
             float sum = 0;
-            for (int64_t k = 0; k < g->k; k++) {
-                float a = g->a[g->a_trans ? k * g->lda + i : i * g->lda + k];
-                sum = fmaf(a, weight_at(g->b, g->b_dtype, g->b_trans ? j * g->ldb + k : k * g->ldb + j), sum);
+            for (int64_t at = 0; at < g->k + (g->bf16 && g->k % 2); at++) {
+                int64_t k = g->bf16 ? at ^ 1 : at;
+                float a = k < g->k ? g->a[g->a_trans ? k * g->lda + i : i * g->lda + k] : 0;
+                float b = k < g->k ? weight_at(g->b, g->b_dtype, g->b_trans ? j * g->ldb + k : k * g->ldb + j) : 0;
+                sum = g->bf16 ? fmaf(as_bf16(a), as_bf16(b), sum) : fmaf(a, b, sum);
             }
             float *c = g->c + i * g->ldc + j;
             *c = g->add ? *c + sum : g->bias ? sum + g->bias[j] : sum;

@@ -18,6 +18,8 @@
 
 typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint64_t W __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t J __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float H __attribute__((vector_size(32), aligned(4), may_alias));  /* half a V */
 typedef double D __attribute__((vector_size(64), aligned(8), may_alias)); /* 8 lanes */
 
@@ -105,6 +107,72 @@ INLINE V exp_vector(V x)
     I half = n >> 1, rest = n - half;
     return p * (V)((half + 127) << 23) * (V)((rest + 127) << 23);
 }
+
+#if defined(__AVX512BF16__)
+
+/* The instruction rounds as below. */
+static void row_pairs(float *dst, const float *x, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        _mm512_storeu_ps(dst + i / 2, (__m512)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i)));
+    if (i < n) {
+        uint32_t there = (1u << (n - i)) - 1;
+        __m512 low = _mm512_maskz_loadu_ps((__mmask16)there, x + i);
+        __m512 high = _mm512_maskz_loadu_ps((__mmask16)(there >> 16), n - i > 16 ? x + i + 16 : x + i);
+        _mm512_mask_storeu_ps(dst + i / 2, (__mmask16)((1u << (n - i + 1) / 2) - 1),
+                              (__m512)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+static void row_pairs_across(float *dst, const float *x, const float *next, int64_t n)
+{
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 there = (__mmask16)(n - i < 16 ? (1u << (n - i)) - 1 : 0xffff);
+        __m512 low = _mm512_maskz_loadu_ps(there, x + i);
+        __m512 high = next ? _mm512_maskz_loadu_ps(there, next + i) : _mm512_setzero_ps();
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        _mm512_mask_storeu_ps(dst + i, there, (__m512)_mm512_permutexvar_epi16(order, both));
+    }
+}
+
+#else
+
+/* The upper 16 bits of each lane: bf16, rounded to nearest, ties to even; a NaN stays one, subnormals become 0. */
+INLINE I rounded(V x)
+{
+    I bits = (I)x, magnitude = bits & 0x7fffffff;
+    I up = bits + 0x7fff + ((bits >> 16) & 1);
+    up = (I)choose(magnitude > 0x7f800000, (V)(bits | 0x400000), (V)up);
+    return (I)choose(magnitude < 0x800000, (V)(bits & (int32_t)0x80000000), (V)up);
+}
+
+static void row_pairs(float *dst, const float *x, int64_t n)
+{
+    EACH_VECTOR(i, n, {
+        W two = (W)rounded(LOAD(x + i));
+        J pair = __builtin_convertvector((two >> 32 & 0xffff0000) | (two & 0xffffffff) >> 16, J);
+        if (whole)
+            *(J *)(dst + i / 2) = pair;
+        else
+            memcpy(dst + i / 2, &pair, (size_t)(left + 1) / 2 * sizeof *dst);
+    });
+}
+
+static void row_pairs_across(float *dst, const float *x, const float *next, int64_t n)
+{
+    EACH_VECTOR(i, n, {
+        I low = rounded(LOAD(x + i));
+        I high = { 0 };
+        if (next)
+            high = rounded(LOAD(next + i));
+        STORE(dst + i, (V)((high & (int32_t)0xffff0000) | (low >> 16 & 0xffff)));
+    });
+}
+
+#endif
 
 static float row_dot(const float *a, const float *b, int64_t n)
 {
@@ -338,8 +406,8 @@ static void row_adamw(float *p, const float *g, float *m, float *v, const struct
 }
 
 #define ISA_ROWS                                                                                                       \
-    .dot = row_dot, .dot3 = row_dot3, .max = row_max, .exp = row_exp, .exp_sum = row_exp_sum,                          \
-    .exp_sum_wide = row_exp_sum_wide, .exp_sums_wide = row_exp_sums_wide, .exp_scaled = row_exp_scaled,                \
-    .softmax_bwd = row_softmax_bwd, .scale = row_scale, .axpy = row_axpy, .add = row_add,                              \
-    .mul_scaled = row_mul_scaled, .mul_add = row_mul_add, .rmsnorm_bwd = row_rmsnorm_bwd, .rotate = row_rotate,        \
-    .swiglu = row_swiglu, .swiglu_bwd = row_swiglu_bwd, .sum = row_sum, .adamw = row_adamw
+    .pairs = row_pairs, .pairs_across = row_pairs_across, .dot = row_dot, .dot3 = row_dot3, .max = row_max,            \
+    .exp = row_exp, .exp_sum = row_exp_sum, .exp_sum_wide = row_exp_sum_wide, .exp_sums_wide = row_exp_sums_wide,      \
+    .exp_scaled = row_exp_scaled, .softmax_bwd = row_softmax_bwd, .scale = row_scale, .axpy = row_axpy,                \
+    .add = row_add, .mul_scaled = row_mul_scaled, .mul_add = row_mul_add, .rmsnorm_bwd = row_rmsnorm_bwd,              \
+    .rotate = row_rotate, .swiglu = row_swiglu, .swiglu_bwd = row_swiglu_bwd, .sum = row_sum, .adamw = row_adamw
