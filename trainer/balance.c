@@ -3,6 +3,7 @@
 #include "trainer/balance.h"
 
 #include "comm/base/mem.h"
+#include "trainer/parallel/shards.h"
 
 #include <string.h>
 
@@ -97,21 +98,44 @@ static void measure(const struct balance *b, uint32_t k, struct load_metrics *ou
     }
 }
 
-/* Of the layers that are here. */
-static status *move_biases(const struct balance *b, status *(*fence)(void *arg, const void *addr, size_t bytes),
-                           void *arg)
+/* Experts [first, end) of a layer's biases, which lie at `bias`. */
+static status *move_some(const struct balance *b, const uint64_t *count, uint64_t first, uint64_t end, float *bias,
+                         status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg)
+{
+    uint64_t sum = sum_of(count, b->load.experts), experts = (uint64_t)b->load.experts;
+    float rate = (float)b->m->moe.rate;
+    TRY(fence(arg, bias, (end - first) * sizeof *bias));
+    for (uint64_t e = first; e < end; e++)
+        bias[e - first] += count[e] * experts < sum ? rate : count[e] * experts > sum ? -rate : 0;
+    return NULL;
+}
+
+/* Of the layers that are here; where ZeRO cuts values (s, else NULL), what this shard has of them. */
+static status *move_biases(const struct balance *b, const struct shards *s,
+                           status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg)
 {
     const struct params *ps = &b->m->params;
+    bool cut = s && shards_cut_values(s);
+    if (b->m->moe.rate > 0 && cut) /* who has no part of them: a first call may be collective */
+        TRY(fence(arg, shards_own(s, true).value, 0));
     for (int i = 0; b->m->moe.rate > 0 && i < ps->count; i++) {
         const struct param *p = &ps->p[i];
         if (!p->buffer || p->away)
             continue;
         const uint64_t *count = b->count + p->block * b->load.experts;
-        uint64_t sum = sum_of(count, b->load.experts), experts = (uint64_t)b->load.experts;
-        float *bias = p->value.data, rate = (float)b->m->moe.rate;
-        TRY(fence(arg, bias, experts * sizeof *bias));
-        for (uint64_t e = 0; e < experts; e++)
-            bias[e] += count[e] * experts < sum ? rate : count[e] * experts > sum ? -rate : 0;
+        uint64_t end = p->offset + (uint64_t)b->load.experts;
+        if (!cut) {
+            TRY(move_some(b, count, 0, end - p->offset, p->value.data, fence, arg));
+            continue;
+        }
+        struct shard_runs own = shards_own(s, true);
+        float *value = own.value;
+        for (uint64_t r = 0; r < own.runs; value += run_elems(own.run[r]), r++) {
+            uint64_t lo = own.run[r].begin > p->offset ? own.run[r].begin : p->offset,
+                     hi = own.run[r].end < end ? own.run[r].end : end;
+            if (lo < hi)
+                TRY(move_some(b, count, lo - p->offset, hi - p->offset, value + (lo - own.run[r].begin), fence, arg));
+        }
     }
     return NULL;
 }
@@ -126,5 +150,5 @@ status *balance_finish(struct balance *b, struct zero *z, uint32_t k, struct com
     if (pp)
         TRY(comm_allreduce(pp, b->loss, (size_t)b->load.layers, COMM_F64, COMM_SUM, NULL));
     measure(b, k, out);
-    return move_biases(b, fence, arg);
+    return move_biases(b, zero_shards(z), fence, arg);
 }

@@ -47,7 +47,31 @@ struct scoring {
     struct pack *p;
     double *sums, *loss;
     const double *ref;
+    uint32_t end; /* of this rank's chunks */
 };
+
+static bool micro_batch(void *arg, uint32_t pass, uint32_t *k)
+{
+    const struct scoring *s = arg;
+    *k = pass;
+    return pass < s->end;
+}
+
+/* Where parameters are cut over ranks. */
+static status *begin(void *arg, unsigned halves)
+{
+    const struct scoring *s = arg;
+    struct shards *shards = trainer_shards(s->t, s->m);
+    (void)halves;
+    return shards ? shards_begin(shards, false) : NULL;
+}
+
+static status *idle(void *arg, unsigned halves)
+{
+    const struct scoring *s = arg;
+    (void)halves;
+    return shards_idle(trainer_shards(s->t, s->m));
+}
 
 static int64_t prepare(void *arg, uint32_t k)
 {
@@ -79,27 +103,26 @@ static status *share(struct trainer *t, double *value, uint64_t n)
     return passes_share(t, value, n);
 }
 
-static status *pass_of_chunk(const struct scoring *s, uint32_t k, const struct pipe_work *w)
-{
-    TRY(trainer_begin_pass(s->t, s->m, false));
-    return pipe_forward(s->t->pipe, k, k + 1, w);
-}
-
 static status *evaluate_rows(struct scoring *s)
 {
     struct trainer *t = s->t;
-    uint64_t mb = (uint64_t)t->cfg->train.micro_batch, rows = s->d->rows, chunks = (rows + mb - 1) / mb, begin, end,
+    uint64_t mb = (uint64_t)t->cfg->train.micro_batch, rows = s->d->rows, chunks = (rows + mb - 1) / mb, first, end,
              values = rows * (uint64_t)s->d->sequences;
-    struct pipe_work w = { prepare, forward, keep, NULL, s };
+    const struct pipe_work w = { .micro_batch = micro_batch,
+                                 .begin = begin,
+                                 .idle = idle,
+                                 .prepare = prepare,
+                                 .forward = forward,
+                                 .result = keep,
+                                 .arg = s };
     memset(s->sums, 0, values * sizeof *s->sums);
     if (s->loss)
         memset(s->loss, 0, rows * sizeof *s->loss);
-    layout_cut(chunks, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &begin, &end);
+    layout_cut(chunks, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &first, &end);
     uint64_t most = (chunks + (uint64_t)t->dp->size - 1) / (uint64_t)t->dp->size; /* of any rank */
+    s->end = (uint32_t)end;
     trainer_hooks(t, s->m);
-    status *st = trainer_shards(t, s->m) ? NULL : pipe_forward(t->pipe, (uint32_t)begin, (uint32_t)end, &w);
-    for (uint64_t k = begin; trainer_shards(t, s->m) && k < begin + most && !st; k++)
-        st = k < end ? pass_of_chunk(s, (uint32_t)k, &w) : trainer_idle_pass(t, s->m);
+    status *st = pipe_forward(t->pipe, (uint32_t)first, (uint32_t)(trainer_shards(t, s->m) ? first + most : end), &w);
     if (st && (t->tp || t->cp || t->pp || trainer_shards(t, s->m))) /* others wait for it in the same pass */
         trainer_abort(t, st);
     TRY(comm_agree(t->dp, st));
@@ -109,7 +132,7 @@ static status *evaluate_rows(struct scoring *s)
 
 status *evaluate_logps(struct trainer *t, struct model *m, const struct dataset *d, struct pack *p, double *sums)
 {
-    return evaluate_rows(&(struct scoring){ t, m, d, p, sums, NULL, NULL });
+    return evaluate_rows(&(struct scoring){ t, m, d, p, sums, NULL, NULL, 0 });
 }
 
 struct model *reference_begin(struct trainer *t)
@@ -213,7 +236,7 @@ status *evaluate_pairs(struct trainer *t, struct evaluation *out)
     t->ref_heldout_known = t->ref_live;
     const double *now = t->heldout_sums, *ref = t->ref_heldout.rows ? t->ref_heldout.logp : NULL;
     bool loss = has_loss(t);
-    struct scoring all = { t, t->model, d, &t->heldout_pack, t->heldout_sums, loss ? t->heldout_loss : NULL, ref };
+    struct scoring all = { t, t->model, d, &t->heldout_pack, t->heldout_sums, loss ? t->heldout_loss : NULL, ref, 0 };
     TRY(evaluate_rows(&all));
     uint8_t *right = mem_calloc(d->rows, 1);
     TRY(comm_agree(t->world, right ? NULL : ERR(NO_MEMORY, "evaluation of %llu rows", (unsigned long long)d->rows)));

@@ -19,22 +19,8 @@ struct shards *trainer_shards(const struct trainer *t, const struct model *m)
 void trainer_hooks(struct trainer *t, const struct model *m)
 {
     struct shards *s = trainer_shards(t, m);
-    tape_blocks(t->tape, s ? shards_hooks(s) : NULL);
-}
-
-status *trainer_begin_pass(struct trainer *t, const struct model *m, bool training)
-{
-    struct shards *s = trainer_shards(t, m);
-    trainer_hooks(t, m);
-    if (training)
-        tied_begin_pass(t->tied);
-    return s ? shards_begin(s, training) : NULL;
-}
-
-status *trainer_idle_pass(struct trainer *t, const struct model *m)
-{
-    struct shards *s = trainer_shards(t, m);
-    return s ? shards_idle(s, false) : NULL;
+    for (int i = 0; i < pipe_tapes(t->pipe); i++)
+        tape_blocks(pipe_tape(t->pipe, i), s ? shards_hooks(s) : NULL);
 }
 
 /* ---- passes ---- */
@@ -61,6 +47,7 @@ struct passing {
     struct trainer *t;
     struct phase *p;
     struct model *m;
+    uint32_t k;    /* micro-batches */
     bool training; /* packs for `loss`, else for `statistic`: algo_ops.data says which sequences these are */
     const struct batch_counts *counts;
     struct logprob_stats tok;
@@ -92,32 +79,51 @@ static struct tensor *forward_with_stats(void *arg, struct tape *tape, int chunk
     return trainer_forward(g->t, g->m, &g->p->pack, tape, chunk, x, &g->tok);
 }
 
-static status *idle(struct trainer *t, struct model *m, bool training)
+static bool micro_batch(void *arg, uint32_t pass, uint32_t *k)
 {
-    if (!training)
-        return trainer_idle_pass(t, m);
-    TRY(zero_idle(t->zero));
-    return tied_idle(t->tied);
+    const struct passing *g = arg;
+    return zero_micro_batch(g->t->zero, g->k, pass, k);
 }
 
-/* This rank's passes of a step of k micro-batches. */
-static status *pass_all(const struct passing *g, uint32_t k, bool training, const struct pipe_work *w)
+static bool makes_gradients(unsigned halves)
+{
+    return halves & (unsigned)TAPE_BACKWARD_WEIGHT;
+}
+
+/* Around a pass where parameters or gradients are cut over ranks. */
+static status *begin(void *arg, unsigned halves)
+{
+    const struct passing *g = arg;
+    struct shards *s = trainer_shards(g->t, g->m);
+    if (makes_gradients(halves))
+        tied_begin_pass(g->t->tied);
+    return s ? shards_begin(s, makes_gradients(halves)) : NULL;
+}
+
+static status *idle(void *arg, unsigned halves)
+{
+    const struct passing *g = arg;
+    struct shards *s = trainer_shards(g->t, g->m);
+    if (!halves)
+        return shards_idle(s);
+    if (!makes_gradients(halves))
+        return shards_idle_backward(s, false);
+    TRY(zero_idle(g->t->zero));
+    return tied_idle(g->t->tied);
+}
+
+/* This rank's passes of a step. */
+static status *pass_all(struct passing *g, bool training, struct pipe_work w)
 {
     struct trainer *t = g->t;
-    uint32_t passes = zero_passes(t->zero, k), first, i;
-    (void)zero_micro_batch(t->zero, k, 0, &first);
-    if (t->pp) /* stages 0 and 1: a run of micro-batches, several at a time */
-        return training ? pipe_train(t->pipe, first, first + passes, w)
-                        : pipe_forward(t->pipe, first, first + passes, w);
-    for (uint32_t pass = 0; pass < passes; pass++) {
-        if (!zero_micro_batch(t->zero, k, pass, &i)) {
-            TRY(idle(t, g->m, training));
-            continue;
-        }
-        TRY(trainer_begin_pass(t, g->m, training));
-        TRY(training ? pipe_train(t->pipe, i, i + 1, w) : pipe_forward(t->pipe, i, i + 1, w));
-    }
-    return NULL;
+    uint32_t passes = zero_passes(t->zero, g->k);
+    w.micro_batch = micro_batch;
+    w.begin = begin;
+    w.idle = idle;
+    w.prepare = prepare;
+    w.arg = g;
+    trainer_hooks(t, g->m);
+    return training ? pipe_train(t->pipe, 0, passes, &w) : pipe_forward(t->pipe, 0, passes, &w);
 }
 
 /* ---- references ---- */
@@ -134,15 +140,14 @@ static void keep_sums(void *arg, uint32_t k, struct tensor *logp)
 }
 
 /* The live reference's sums of this rank's micro-batches. */
-static status *live_references(const struct passing *like, uint32_t k)
+static status *live_references(const struct passing *like)
 {
     struct trainer *t = like->t;
     struct passing g = *like;
-    struct pipe_work w = { prepare, forward, keep_sums, NULL, &g };
     if (!t->ref_live)
         return NULL;
     g.m = reference_begin(t);
-    status *st = pass_all(&g, k, false, &w);
+    status *st = pass_all(&g, false, (struct pipe_work){ .forward = forward, .result = keep_sums });
     reference_done(t);
     return st;
 }
@@ -192,13 +197,12 @@ static void must_pass(struct trainer *t, status *st)
 status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double sums[ALGO_STATISTICS],
                           struct batch_counts *counts)
 {
-    struct passing g = { .t = t, .p = p, .m = t->model };
-    struct pipe_work w = { prepare, forward, keep_statistics, NULL, &g };
+    struct passing g = { .t = t, .p = p, .m = t->model, .k = k };
     int n = algo_statistics(p->algo, p->algo_config);
     if (!n)
         return NULL;
-    must_pass(t, live_references(&g, k));
-    must_pass(t, pass_all(&g, k, false, &w));
+    must_pass(t, live_references(&g));
+    must_pass(t, pass_all(&g, false, (struct pipe_work){ .forward = forward, .result = keep_statistics }));
     counts->statistic = sums;
     return sum_scalars(t, k, n, sums);
 }
@@ -224,12 +228,12 @@ static status *added(void *arg, uint32_t k, int chunk)
 status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
                      double sums[ALGO_METRICS])
 {
-    struct passing g = { .t = t, .p = p, .m = t->model, .training = true, .counts = counts };
-    struct pipe_work w = { prepare, forward_with_stats, take_loss, added, &g };
+    struct passing g = { .t = t, .p = p, .m = t->model, .k = k, .training = true, .counts = counts };
     zero_begin(t->zero, k);
     tied_begin(t->tied, k);
     if (algo_needs_reference(p->algo, p->algo_config))
-        must_pass(t, live_references(&g, k));
-    must_pass(t, pass_all(&g, k, true, &w));
+        must_pass(t, live_references(&g));
+    must_pass(t, pass_all(&g, true,
+                          (struct pipe_work){ .forward = forward_with_stats, .result = take_loss, .added = added }));
     return sum_scalars(t, k, p->algo->metric_count, sums);
 }

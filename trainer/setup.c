@@ -138,12 +138,10 @@ static status *open_model(struct trainer *t, int ranks_here)
                                    optim->kind == OPTIM_MUON ? optim->muon : NULL };
     TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->model));
     int64_t zero = t->training ? t->cfg->parallel.zero : 0; /* what that cuts gets its memory in open_zero */
-    if (zero < 3)
-        TRY(model_alloc(t->model, zero < 2));
+    TRY(zero < 3 ? model_alloc(t->model, zero < 2) : model_alloc_tied(t->model, false));
     if (t->cfg->algo.reference == REFERENCE_LIVE && algo_needs_reference(t->cfg->algo_ops, t->cfg->algo_own)) {
         TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->ref_model));
-        if (zero < 3)
-            TRY(model_alloc(t->ref_model, false));
+        TRY(zero < 3 ? model_alloc(t->ref_model, false) : model_alloc_tied(t->ref_model, false));
     }
     uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
     if (t->training)
@@ -318,7 +316,7 @@ static void init_params(struct trainer *t)
 {
     struct shards *s = trainer_shards(t, t->model);
     uint64_t seed = (uint64_t)t->cfg->run.seed;
-    if (s && shards_own(s))
+    if (s && shards_cut_values(s))
         shards_init(s, seed);
     else
         params_init(&t->model->params, seed);
@@ -346,8 +344,8 @@ static status *open_all(struct trainer *t)
     TRY(open_checkpoint(t, false));
     TRY(state_resume(t));
     TRY(init_weights(t));
-    TRY(tied_share(t->ref_model, t->pp));
-    return tied_share(t->model, t->pp);
+    TRY(tied_share(t->ref_model, t->ref_shards, t->pp));
+    return tied_share(t->model, trainer_shards(t, t->model), t->pp);
 }
 
 /* One phase without data: the algorithm, for its sums and its loss. */
@@ -379,7 +377,7 @@ static status *open_for_eval(struct trainer *t)
     TRY(comm_agree(t->world, dry_run(t, &t->heldout_pack)));
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
     TRY(init_weights(t));
-    TRY(tied_share(t->model, t->pp));
+    TRY(tied_share(t->model, NULL, t->pp));
     return open_checkpoint(t, true);
 }
 

@@ -60,24 +60,20 @@ static struct tessera_tensor part_of(const char *part, const struct param *p)
     return d;
 }
 
-/* What ZeRO leaves this rank of p in `n` blocks (moments, parameters), which get names of their own: each run meets p
- * in at most one piece. d: what is the same for all. */
-static status *add_runs(struct trainer *t, const struct param *p, struct tessera_tensor d, int n, float *const *block,
-                        const char *const *name)
+/* What ZeRO leaves this rank of p in `block`, whose elements are those of run[runs]: each run meets p in at most one
+ * piece. d: what is the same for all. */
+static status *add_runs(struct trainer *t, const struct param *p, struct tessera_tensor d, const struct zero_run *run,
+                        uint64_t runs, float *block)
 {
-    struct zero_moments z = zero_moments(t->zero);
     uint64_t begin = p->offset, end = begin + box_volume(p->shape.ndim, &p->box), held = 0;
-    for (uint64_t r = 0; r < z.run_count; held += z.run[r].end - z.run[r].begin, r++) {
-        uint64_t lo = z.run[r].begin > begin ? z.run[r].begin : begin, hi = z.run[r].end < end ? z.run[r].end : end;
+    for (uint64_t r = 0; r < runs; held += run_elems(run[r]), r++) {
+        uint64_t lo = run[r].begin > begin ? run[r].begin : begin, hi = run[r].end < end ? run[r].end : end;
         if (lo >= hi)
             continue;
         d.run_begin = lo - begin;
         d.run_end = hi - begin;
-        for (int i = 0; i < n; i++) {
-            d.name = name[i];
-            d.data = block[i] + held + (lo - z.run[r].begin);
-            TRY(tessera_state_add_tensor(t->state, &d));
-        }
+        d.data = block + held + (lo - run[r].begin);
+        TRY(tessera_state_add_tensor(t->state, &d));
     }
     return NULL;
 }
@@ -85,20 +81,25 @@ static status *add_runs(struct trainer *t, const struct param *p, struct tessera
 static status *add_moments(struct trainer *t, const struct param *p)
 {
     struct zero_moments z = zero_moments(t->zero);
-    char m[PARAM_NAME_BYTES + 16], v[PARAM_NAME_BYTES + 16];
-    snprintf(m, sizeof m, "%s.%s", p->name, p->muon ? "momentum" : "exp_avg");
-    snprintf(v, sizeof v, "%s.exp_avg_sq", p->name);
+    char name[PARAM_NAME_BYTES + 16];
     struct tessera_tensor d = part_of("optim", p);
+    d.name = name;
     d.dtype = TESSERA_F32;
-    return add_runs(t, p, d, p->muon ? 1 : 2, (float *[]){ z.m, z.v }, (const char *[]){ m, v });
+    snprintf(name, sizeof name, "%s.%s", p->name, p->muon ? "momentum" : "exp_avg");
+    TRY(add_runs(t, p, d, z.run, z.run_count, z.m));
+    if (p->muon)
+        return NULL;
+    snprintf(name, sizeof name, "%s.exp_avg_sq", p->name);
+    return add_runs(t, p, d, z.run, z.run_count, z.v);
 }
 
-/* Parameters as this rank holds them: whole parts, or with ZeRO 3 runs of `own`. */
-static status *add_values(struct trainer *t, const struct param *p, struct tessera_tensor d, float *own)
+/* Parameters as this rank holds them: whole parts, or with ZeRO 3 this shard's runs. */
+static status *add_values(struct trainer *t, const struct param *p, struct tessera_tensor d, const struct shards *s)
 {
-    if (!own || p->alias >= 0)
+    if (!s || !shards_cut_values(s) || p->alias >= 0)
         return tessera_state_add_tensor(t->state, &d);
-    return add_runs(t, p, d, 1, &own, (const char *[]){ p->name });
+    struct shard_runs own = shards_own(s, p->frozen);
+    return add_runs(t, p, d, own.run, own.runs, own.value);
 }
 
 static status *add_param(struct trainer *t, const struct params *ps, const struct param *p)
@@ -109,8 +110,7 @@ static status *add_param(struct trainer *t, const struct params *ps, const struc
         d.alias_of = ps->p[p->alias].name;
         d.data = NULL;
     }
-    struct shards *s = trainer_shards(t, t->model);
-    return add_values(t, p, d, s ? shards_own(s) : NULL);
+    return add_values(t, p, d, trainer_shards(t, t->model));
 }
 
 static status *add_ref(struct trainer *t, const char *prefix, struct ref_logps *r)
@@ -145,7 +145,7 @@ static status *add_ref_model(struct trainer *t)
         if (ps->p[i].alias >= 0 || ps->p[i].away)
             continue;
         d.frozen = (ps->p[i].frozen && !ps->p[i].buffer) || t->cfg->algo.ref_sync_steps == 0;
-        TRY(add_values(t, &ps->p[i], d, t->ref_shards ? shards_own(t->ref_shards) : NULL));
+        TRY(add_values(t, &ps->p[i], d, t->ref_shards));
     }
     return NULL;
 }
@@ -202,7 +202,7 @@ static status *put_blobs(struct trainer *t)
 status *state_weights_crc(struct trainer *t, uint32_t *crc)
 {
     struct shards *s = trainer_shards(t, t->model);
-    if (s && shards_own(s))
+    if (s && shards_cut_values(s))
         return shards_crc(s, crc);
     *crc = crc32c(0, t->model->params.data, params_bytes(&t->model->params));
     return NULL;
@@ -378,7 +378,7 @@ status *state_load_weights(struct trainer *t, uint64_t step, bool of_ref)
             st = add_param(t, ps, &ps->p[i]);
     TRY(comm_agree(t->world, st));
     TRY(tessera_load_parts(t->ckpt, t->state, step, &o));
-    return tied_share(t->model, t->pp);
+    return tied_share(t->model, trainer_shards(t, t->model), t->pp);
 }
 
 /* --- resuming */

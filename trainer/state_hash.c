@@ -36,15 +36,15 @@ static bool first_of_sharers(const struct trainer *t, const struct param *p)
 }
 
 /* Parameter p's elements in the runs that ZeRO leaves this rank, of `block`. */
-static uint64_t hash_runs(const struct trainer *t, const struct param *p, uint64_t salt, const float *block)
+static uint64_t hash_runs(const struct param *p, uint64_t salt, const struct zero_run *run, uint64_t runs,
+                          const float *block)
 {
-    struct zero_moments z = zero_moments(t->zero);
     uint64_t sum = 0, begin = p->offset, end = begin + param_elems(p);
-    for (uint64_t r = 0; r < z.run_count; r++) {
-        uint64_t lo = z.run[r].begin > begin ? z.run[r].begin : begin, hi = z.run[r].end < end ? z.run[r].end : end;
+    for (uint64_t r = 0; r < runs; r++) {
+        uint64_t lo = run[r].begin > begin ? run[r].begin : begin, hi = run[r].end < end ? run[r].end : end;
         if (lo < hi)
-            sum += hash_run(p, salt, lo - begin, hi - begin, block + (lo - z.run[r].begin));
-        block += z.run[r].end - z.run[r].begin;
+            sum += hash_run(p, salt, lo - begin, hi - begin, block + (lo - run[r].begin));
+        block += run_elems(run[r]);
     }
     return sum;
 }
@@ -56,14 +56,17 @@ static bool first_replica(const struct trainer *t, bool cut)
     return t->dp->rank < shards && (!t->cp || t->cp->rank == 0);
 }
 
-/* own: with ZeRO 3, what this rank holds of them. */
-static uint64_t own_weights(const struct trainer *t, const struct params *ps, const float *own)
+/* s: what they are cut into, or NULL. */
+static uint64_t own_weights(const struct trainer *t, const struct params *ps, const struct shards *s)
 {
+    bool cut = s && shards_cut_values(s);
     uint64_t sum = 0;
-    for (int i = 0; first_replica(t, own) && i < ps->count; i++) {
+    for (int i = 0; first_replica(t, cut) && i < ps->count; i++) {
         const struct param *p = &ps->p[i];
+        struct shard_runs own = cut ? shards_own(s, p->frozen) : (struct shard_runs){ 0 };
         if (first_of_sharers(t, p))
-            sum += own ? hash_runs(t, p, 0, own) : hash_run(p, 0, 0, param_elems(p), p->value.data);
+            sum +=
+                cut ? hash_runs(p, 0, own.run, own.runs, own.value) : hash_run(p, 0, 0, param_elems(p), p->value.data);
     }
     return sum;
 }
@@ -74,16 +77,15 @@ static uint64_t own_moments(const struct trainer *t, const struct params *ps)
     uint64_t sum = 0;
     for (int i = 0; first_replica(t, t->cfg->parallel.zero) && i < ps->count; i++)
         if (first_of_sharers(t, &ps->p[i]))
-            sum += hash_runs(t, &ps->p[i], 1, z.m) + hash_runs(t, &ps->p[i], 2, z.v);
+            sum += hash_runs(&ps->p[i], 1, z.run, z.run_count, z.m) + hash_runs(&ps->p[i], 2, z.run, z.run_count, z.v);
     return sum;
 }
 
 status *state_hashes(struct trainer *t, struct state_hashes *out)
 {
     const struct params *ps = &t->model->params;
-    float *ref = t->ref_shards ? shards_own(t->ref_shards) : NULL;
-    uint64_t hash[3] = { own_weights(t, ps, zero_moments(t->zero).w), own_moments(t, ps),
-                         t->ref_live && t->ref_model ? own_weights(t, &t->ref_model->params, ref) : 0 };
+    uint64_t hash[3] = { own_weights(t, ps, trainer_shards(t, t->model)), own_moments(t, ps),
+                         t->ref_live && t->ref_model ? own_weights(t, &t->ref_model->params, t->ref_shards) : 0 };
     TRY(comm_allreduce(t->world, hash, 3, COMM_U64, COMM_SUM, NULL));
     *out = (struct state_hashes){ hash[0], hash[1], hash[2] };
     return NULL;

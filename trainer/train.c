@@ -39,13 +39,21 @@ int trainer_phase_at(const struct trainer *t, uint64_t step)
 
 /* --- phases */
 
-/* The live reference's values, as far as this rank holds them: *n floats; *theta: those of the model beside them. */
-static float *reference_values(const struct trainer *t, float **theta, uint64_t *n)
+/* The live reference's values that train, or frozen ones, as far as this rank holds them: *n floats; *theta: those of
+ * the model beside them. */
+static float *reference_values(const struct trainer *t, bool frozen, float **theta, uint64_t *n)
 {
-    struct zero_moments z = zero_moments(t->zero);
-    *n = z.w ? z.elems : params_bytes(&t->model->params) / sizeof **theta;
-    *theta = z.w ? z.w : t->model->params.data;
-    return z.w ? shards_own(t->ref_shards) : t->ref_model->params.data;
+    const struct params *ps = &t->model->params;
+    uint64_t at = frozen ? ps->total : 0;
+    if (t->ref_shards) {
+        struct shard_runs own = shards_own(trainer_shards(t, t->model), frozen);
+        *n = own.elems;
+        *theta = own.value;
+        return shards_own(t->ref_shards, frozen).value;
+    }
+    *n = frozen ? ps->frozen : ps->total;
+    *theta = ps->data + at;
+    return t->ref_model->params.data + at;
 }
 
 static void reference_changed(struct trainer *t)
@@ -61,15 +69,14 @@ static status *copy_reference(struct trainer *t)
 {
     status *st = t->heldout ? ref_logps_init(&t->ref_heldout, t->heldout) : NULL;
     TRY(comm_agree(t->world, st));
-    if (t->ref_model) {
+    for (int frozen = 0; t->ref_model && frozen < 2; frozen++) {
         uint64_t n;
-        float *theta, *ref = reference_values(t, &theta, &n);
+        float *theta, *ref = reference_values(t, frozen, &theta, &n);
         memcpy(ref, theta, n * sizeof *ref);
     }
-    TRY(tied_share(t->ref_model, t->pp));
     t->ref_live = true;
     reference_changed(t);
-    return NULL;
+    return tied_share(t->ref_model, t->ref_shards, t->pp);
 }
 
 static status *compute_references(struct trainer *t)
@@ -146,14 +153,13 @@ static status *sync_reference(struct trainer *t)
     if (!t->ref_live || !t->ref_model || !c->ref_sync_steps || t->optimiser_step % (uint64_t)c->ref_sync_steps)
         return NULL;
     uint64_t n;
-    float *theta, *ref = reference_values(t, &theta, &n);
-    n = n > t->model->params.total ? t->model->params.total : n; /* what is frozen is the same in both */
+    float *theta, *ref = reference_values(t, false, &theta, &n); /* what is frozen is the same in both */
     TRY(comm_agree(t->world, before_overwrite(t, ref, n * sizeof *ref)));
     double a = c->ref_sync_alpha;
     for (uint64_t i = 0; i < n; i++)
         ref[i] = (float)(a * (double)theta[i] + (1 - a) * (double)ref[i]);
     reference_changed(t);
-    return tied_share(t->ref_model, t->pp);
+    return tied_share(t->ref_model, t->ref_shards, t->pp);
 }
 
 struct step_result {
@@ -185,7 +191,7 @@ static status *optimise(struct trainer *t, const struct phase *p, struct step_re
     if (t->owners)
         TRY(owners_step(t->owners, &muon, before_overwrite, t));
     TRY(zero_update(t->zero, &a, before_overwrite, t));
-    return t->tied ? tied_share(t->model, t->pp) : NULL;
+    return t->tied ? tied_share(t->model, trainer_shards(t, t->model), t->pp) : NULL;
 }
 
 static status *train_step(struct trainer *t, struct step_result *r)

@@ -116,12 +116,9 @@ status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struc
                      double sums[ALGO_METRICS]) WARN_UNUSED;
 /* From the last pipeline stage to all. Collective over pp. */
 status *passes_share(struct trainer *t, double *value, size_t count) WARN_UNUSED;
-/* What surrounds a pass where parameters or gradients are cut over ranks (shards.h). Collective over the
- * ranks of a replica: who has no rows for a pass that others make calls trainer_idle_pass. */
-struct shards *trainer_shards(const struct trainer *t, const struct model *m); /* NULL: nothing is cut */
-void trainer_hooks(struct trainer *t, const struct model *m);                  /* the tape's, for a pass of m */
-status *trainer_begin_pass(struct trainer *t, const struct model *m, bool training) WARN_UNUSED;
-status *trainer_idle_pass(struct trainer *t, const struct model *m) WARN_UNUSED; /* forward only */
+/* What parameters or gradients of m are cut into (shards.h); NULL: nothing is. The tapes' hooks, for passes of m. */
+struct shards *trainer_shards(const struct trainer *t, const struct model *m);
+void trainer_hooks(struct trainer *t, const struct model *m);
 
 /* evaluate.c */
 /* Sums of scored log-probabilities of every sequence of d under the weights of m: sums[rows * sequences], the same on

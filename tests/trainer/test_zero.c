@@ -348,6 +348,7 @@ static status *run_micro_batches(struct zero *z, struct params *ps, uint32_t ste
     zero_begin(z, k);
     for (uint32_t pass = 0; pass < zero_passes(z, k); pass++) {
         if (!zero_micro_batch(z, k, pass, &i)) {
+            TRY(shards_idle(zero_shards(z)));
             TRY(zero_idle(z));
         } else if (zero_shards(z)) {
             TRY(windowed_pass(z, ps, step, i, data));

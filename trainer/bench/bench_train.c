@@ -118,7 +118,7 @@ static status *added(void *arg, uint32_t k, int chunk)
 
 static struct pipe_work work_of(struct train_bench *t)
 {
-    return (struct pipe_work){ prepare, forward, loss, added, t };
+    return (struct pipe_work){ .prepare = prepare, .forward = forward, .result = loss, .added = added, .arg = t };
 }
 
 static status *train_step(struct train_bench *t)

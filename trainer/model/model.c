@@ -365,9 +365,14 @@ static status *keep_apart(struct model *m, const struct tp_place *at)
 
 status *model_alloc(struct model *m, bool with_grad)
 {
+    TRY(params_alloc(&m->params, with_grad));
+    return model_alloc_tied(m, with_grad);
+}
+
+status *model_alloc_tied(struct model *m, bool with_grad)
+{
     struct params *own = &m->tied;
     size_t bytes = own->total * sizeof(float);
-    TRY(params_alloc(&m->params, with_grad));
     if (!own->count)
         return NULL;
     struct param *use = find_tied(m), *p = own->p;

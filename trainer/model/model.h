@@ -194,6 +194,8 @@ status *model_lookup(const char *name, const struct model_ops **out) WARN_UNUSED
 status *model_open(const struct model_ops *ops, const void *config, int64_t vocab, struct model **out) WARN_UNUSED;
 /* Memory of params and tied; with_grad false: values only. */
 status *model_alloc(struct model *m, bool with_grad) WARN_UNUSED;
+/* The same of tied alone: values only where its target is on another stage. */
+status *model_alloc_tied(struct model *m, bool with_grad) WARN_UNUSED;
 /* model_open, cut for a place: INVALID (alike on all ranks) if the model cannot be cut so. */
 status *model_open_at(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
                       struct model **out) WARN_UNUSED;

@@ -3,36 +3,43 @@
 
 #include "comm/base/mem.h"
 
-/* Has no gradient, or another name has it. */
-static bool passed_over(const struct param *p)
+/* Parameters of one kind, in the elements of the flat block that are theirs. */
+struct kind {
+    const struct params *p;
+    bool units, frozen;
+    uint64_t begin, end;
+};
+
+/* Of another kind, or elements that another name or another pipeline stage has. */
+static bool passed_over(const struct kind *k, const struct param *p)
 {
-    return p->alias >= 0 || p->frozen;
+    return p->alias >= 0 || p->away || p->frozen != k->frozen;
 }
 
 /* The end of the stretch of one unit that begins at `begin`, where parameter *i lies, and that unit; *i moves on. */
-static uint64_t stretch(const struct params *p, bool units, uint64_t begin, int *i, int *unit)
+static uint64_t stretch(const struct kind *k, uint64_t begin, int *i, int *unit)
 {
-    if (!units) {
-        *unit = 0;
-        return begin < p->total ? p->total : begin;
-    }
-    while (*i < p->count && (passed_over(&p->p[*i]) || p->p[*i].offset < begin))
+    const struct params *p = k->p;
+    *unit = 0;
+    if (!k->units)
+        return k->end;
+    while (*i < p->count && (passed_over(k, &p->p[*i]) || p->p[*i].offset < begin))
         ++*i;
     *unit = *i < p->count ? p->p[*i].block + 1 : 0;
     for (; *i < p->count; ++*i)
-        if (!passed_over(&p->p[*i]) && (p->p[*i].block + 1 != *unit || (!*unit && p->p[*i].offset > begin)))
+        if (!passed_over(k, &p->p[*i]) && (p->p[*i].block + 1 != *unit || (!*unit && p->p[*i].offset > begin)))
             return p->p[*i].offset;
-    return p->total;
+    return k->end;
 }
 
 /* Buckets in order; b NULL: counted only. */
-static uint64_t list_buckets(const struct params *p, uint64_t elems, bool units, struct bucket *b)
+static uint64_t list_buckets(const struct kind *k, uint64_t elems, struct bucket *b)
 {
     uint64_t n = 0;
     int i = 0;
-    for (uint64_t at = 0; at < p->total;) {
+    for (uint64_t at = k->begin; at < k->end;) {
         int unit;
-        uint64_t end = stretch(p, units, at, &i, &unit);
+        uint64_t end = stretch(k, at, &i, &unit);
         while (at < end) {
             uint64_t left = end - at, size = left < elems ? left : elems;
             if (b)
@@ -44,20 +51,22 @@ static uint64_t list_buckets(const struct params *p, uint64_t elems, bool units,
     return n;
 }
 
-status *buckets_open(const struct params *p, uint64_t elems, bool units, int ranks, int shards, int rank,
+status *buckets_open(const struct params *p, uint64_t elems, bool units, bool frozen, int ranks, int shards, int rank,
                      struct buckets *out)
 {
+    uint64_t begin = frozen ? p->total : 0, end = frozen ? p->total + p->frozen : p->total;
+    const struct kind kind = { p, units, frozen, begin, end };
     *out = (struct buckets){ .shards = shards, .reps = ranks / shards, .shard = rank % shards, .rep = rank / shards };
     out->units = 1;
     for (int i = 0; units && i < p->count; i++)
         if (p->p[i].block + 2 > out->units)
             out->units = p->p[i].block + 2;
-    out->n = list_buckets(p, elems, units, NULL);
+    out->n = list_buckets(&kind, elems, NULL);
     out->b = mem_array(NULL, out->n + 1, sizeof *out->b);
     out->unit_elems = mem_calloc((size_t)out->units, sizeof *out->unit_elems);
     if (!out->b || !out->unit_elems)
         return ERR(NO_MEMORY, "%llu buckets", (unsigned long long)out->n);
-    list_buckets(p, elems, units, out->b);
+    list_buckets(&kind, elems, out->b);
     for (uint64_t b = 0; b < out->n; b++) {
         struct bucket *k = &out->b[b];
         uint64_t own = run_elems(bucket_run(out, b, out->shard));

@@ -1,4 +1,5 @@
-/* buckets: which rank owns which part of a model's flat block of parameters (model.h). Pure.
+/* buckets: which rank owns which part of a model's flat block of parameters (model.h): of those that train, or of the
+ * frozen ones behind them. Pure.
  *
  * The block is cut into buckets, in order. A bucket lies in one unit: unit 0 is all that is used outside of the model's
  * blocks, unit 1 + i is block i (param.block); without units there is one. dp ranks are reps x shards, shards fastest:
@@ -35,8 +36,8 @@ struct buckets {
 
 /* Buckets of `elems` elements (a multiple of PARAM_ALIGN) or less, for rank `rank` of `ranks` that `shards` divide.
  * units: buckets end where units do, and where parameters of unit 0 do: those of a parameter there are the same ones
- * wherever it lies. NO_MEMORY. */
-status *buckets_open(const struct params *p, uint64_t elems, bool units, int ranks, int shards, int rank,
+ * wherever it lies. frozen: of frozen parameters, else of those that train. NO_MEMORY. */
+status *buckets_open(const struct params *p, uint64_t elems, bool units, bool frozen, int ranks, int shards, int rank,
                      struct buckets *out) WARN_UNUSED;
 void buckets_fini(struct buckets *k); /* {0} is fine */
 /* The run of a shard in bucket b; the part of it that replica `rep` of that shard sums. */

@@ -175,6 +175,16 @@ static status *wait_sent(struct pipe *p)
 
 /* ---- passes ---- */
 
+/* Before a pass, or instead of one that has no micro-batch: then *k is UINT32_MAX. */
+static status *begin_pass(const struct pipe_work *w, uint32_t pass, unsigned halves, uint32_t *k)
+{
+    *k = pass;
+    bool any = !w->micro_batch || w->micro_batch(w->arg, pass, k);
+    status *(*first)(void *, unsigned) = any ? w->begin : w->idle;
+    *k = any ? *k : UINT32_MAX;
+    return first ? first(w->arg, halves) : NULL;
+}
+
 static status *run_forward(struct pipe *p, uint32_t k, int chunk, struct slot *s, enum tape_mode mode,
                            const struct pipe_work *w)
 {
@@ -226,11 +236,16 @@ static struct slot *slot_of(struct pipe *p, uint32_t k, int chunk)
     CHECK(false, "micro-batch %u of chunk %d has no tape", k, chunk);
 }
 
-static status *run_op(struct pipe *p, uint32_t k, const struct pipe_op *op, const struct pipe_work *w)
+static status *run_op(struct pipe *p, uint32_t pass, const struct pipe_op *op, const struct pipe_work *w)
 {
-    static const unsigned halves[] = { [PIPE_PASS_BACKWARD] = TAPE_BACKWARD_ALL,
+    static const unsigned halves[] = { [PIPE_PASS_FORWARD] = 0,
+                                       [PIPE_PASS_BACKWARD] = TAPE_BACKWARD_ALL,
                                        [PIPE_PASS_INPUT] = TAPE_BACKWARD_INPUT,
                                        [PIPE_PASS_WEIGHT] = TAPE_BACKWARD_WEIGHT };
+    uint32_t k;
+    TRY(begin_pass(w, pass, halves[op->pass], &k));
+    if (k == UINT32_MAX)
+        return NULL;
     if (op->pass != PIPE_PASS_FORWARD)
         return run_backward(p, slot_of(p, k, op->chunk), halves[op->pass], w);
     struct slot *s = free_slot(p);
@@ -257,10 +272,13 @@ status *pipe_train(struct pipe *p, uint32_t first, uint32_t end, const struct pi
 status *pipe_forward(struct pipe *p, uint32_t first, uint32_t end, const struct pipe_work *w)
 {
     uint32_t group = p->s.chunks > 1 ? group_of(p) : 1, pass = 0;
-    for (uint32_t k = first; k < end; k += group)
+    for (uint32_t begin = first; begin < end; begin += group)
         for (int chunk = 0; chunk < p->s.chunks; chunk++)
-            for (uint32_t i = 0; i < group && i < end - k; i++, pass++)
-                TRY(run_forward(p, k + i, chunk, &p->slot[pass % (uint32_t)p->slots], TAPE_FORWARD, w));
+            for (uint32_t i = 0, k; i < group && i < end - begin; i++, pass++) {
+                TRY(begin_pass(w, begin + i, 0, &k));
+                if (k != UINT32_MAX)
+                    TRY(run_forward(p, k, chunk, &p->slot[pass % (uint32_t)p->slots], TAPE_FORWARD, w));
+            }
     return wait_sent(p);
 }
 

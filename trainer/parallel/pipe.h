@@ -13,9 +13,16 @@
 
 struct pipe;
 
-/* What is done with micro-batch k. A micro-batch is prepared before its forward and again before its backward pass, so
- * that one place holds the ids and offsets that both read. */
+/* What is done in a pass, with micro-batch k. A micro-batch is prepared before its forward and again before its
+ * backward pass, so that one place holds the ids and offsets that both read.
+ *
+ * Of ranks that gather and sum together (shards.h) each makes as many passes as the others: without micro-batch it has
+ * `idle` called where others run theirs, in the order of the schedule. */
 struct pipe_work {
+    bool (*micro_batch)(void *arg, uint32_t pass, uint32_t *k); /* false: none; NULL: k is the pass */
+    /* Before a pass runs, and instead of it. halves: 0 forward, else of backward (tape_backward). NULL: nothing */
+    status *(*begin)(void *arg, unsigned halves);
+    status *(*idle)(void *arg, unsigned halves);
     int64_t (*prepare)(void *arg, uint32_t k); /* its tokens */
     /* A chunk of the model, on t; x: from the stage before, NULL on the first. Errors stick to the tape. */
     struct tensor *(*forward)(void *arg, struct tape *t, int chunk, struct tensor *x);
@@ -39,7 +46,7 @@ bool pipe_ends(const struct pipe *p, int chunk); /* is this chunk the last stage
 /* Dry passes of a micro-batch of `tokens` on all tapes: what it needs is taken now. Not collective. */
 status *pipe_dry(struct pipe *p, int64_t tokens, const struct pipe_work *w) WARN_UNUSED;
 
-/* Micro-batches [first, end), at most `most`, the same on all stages. Collective over pp; a rank's error leaves the
+/* Passes [first, end), at most `most`, the same on all stages. Collective over pp; a rank's error leaves the
  * others waiting. No allocation after dry passes of the largest shapes. */
 status *pipe_train(struct pipe *p, uint32_t first, uint32_t end, const struct pipe_work *w) WARN_UNUSED;
 /* Forward only, any number; `added` is not called. */

@@ -13,22 +13,31 @@
 enum { WINDOWS = 3 };
 
 struct window {
-    uint64_t elems;
-    float *data, *grad; /* NULL: not cut */
+    uint64_t elems, grad_elems; /* of values: those that train, then frozen ones */
+    float *data, *grad;         /* NULL: not cut */
     int holds;
     bool flying;
     struct comm_req req;
     struct comm_xfer *xfer;
 };
 
+/* Parameters that train, or frozen ones, which have no gradient. */
+enum { TRAINED, FROZEN, KINDS };
+
+struct kind {
+    struct buckets k;
+    float *own;           /* [k.own_elems]; NULL: they are whole */
+    struct zero_run *run; /* what lies in it */
+    uint64_t runs;
+};
+
 struct shards {
     struct shards_options o;
     struct params *p; /* borrowed */
     struct comm *comm;
-    struct buckets k;
+    struct kind kind[KINDS]; /* values whole: the first only */
     struct window window[WINDOWS];
-    float *own;  /* [k.own_elems] */
-    float *held; /* [p->total] between hold and release */
+    float *held; /* [all elements] between hold and release */
     struct tape_blocks hooks;
     status *(*collect)(void *arg, int unit);
     void *arg;
@@ -41,12 +50,36 @@ static struct window *window_of(struct shards *s, int unit)
 
 /* ---- open ---- */
 
-/* Where the element of the flat block that parameter p starts at lies in a copy of its unit. */
+static uint64_t elems_of(const struct kind *k, int unit)
+{
+    return k->k.unit_elems ? k->k.unit_elems[unit] : 0;
+}
+
+static int units(const struct shards *s)
+{
+    return s->kind[TRAINED].k.units;
+}
+
+/* Does this stage hold any of it? */
+static bool is_here(const struct shards *s, int unit)
+{
+    return elems_of(&s->kind[TRAINED], unit) + elems_of(&s->kind[FROZEN], unit) > 0;
+}
+
+/* Where a bucket begins in its unit's window of values: frozen ones lie behind the others. */
+static uint64_t place_of_bucket(const struct shards *s, int kind, uint64_t b)
+{
+    const struct bucket *k = &s->kind[kind].k.b[b];
+    return (kind == FROZEN ? elems_of(&s->kind[TRAINED], k->unit) : 0) + k->at;
+}
+
+/* Where the element of the flat block that parameter p starts at lies in its unit's window of values. */
 static uint64_t place_of(const struct shards *s, const struct param *p)
 {
-    for (uint64_t b = 0; b < s->k.n; b++)
-        if (p->offset < s->k.b[b].end)
-            return s->k.b[b].at + (p->offset - s->k.b[b].begin);
+    const struct buckets *k = &s->kind[p->frozen ? FROZEN : TRAINED].k;
+    for (uint64_t b = 0; b < k->n; b++)
+        if (p->offset < k->b[b].end)
+            return place_of_bucket(s, p->frozen ? FROZEN : TRAINED, b) + (p->offset - k->b[b].begin);
     CHECK(false, "parameter %s lies in no bucket", p->name);
 }
 
@@ -55,12 +88,12 @@ static void point(struct shards *s, bool grads)
     for (int i = 0; i < s->p->count; i++) {
         struct param *p = &s->p->p[i];
         struct window *w = window_of(s, p->block + 1);
-        if (p->frozen)
+        if (p->away || (p->frozen && !s->o.data))
             continue;
         uint64_t at = place_of(s, p);
         if (s->o.data)
             p->value.data = s->held ? s->held + p->offset : w->data + at;
-        if (grads)
+        if (grads && !p->frozen)
             p->value.grad = w->grad + at;
         p->value.cut = p->part.total ? &p->part : NULL;
     }
@@ -68,30 +101,50 @@ static void point(struct shards *s, bool grads)
 
 static status *open_window(struct shards *s, struct window *w)
 {
-    size_t bytes = w->elems * sizeof(float), peers = (size_t)s->k.shards - 1;
+    size_t bytes = w->elems * sizeof(float), peers = (size_t)s->kind[TRAINED].k.shards - 1;
     if (s->o.data)
         w->data = mem_block(bytes, 4096);
     if (s->o.grad)
-        w->grad = mem_block(bytes, 4096);
-    w->xfer = mem_array(NULL, 2 * peers * s->k.n + 1, sizeof *w->xfer);
+        w->grad = mem_block(w->grad_elems * sizeof(float), 4096);
+    w->xfer = mem_array(NULL, 2 * peers * (s->kind[TRAINED].k.n + s->kind[FROZEN].k.n) + 1, sizeof *w->xfer);
     w->holds = -1;
     return w->xfer && (w->data || !s->o.data) && (w->grad || !s->o.grad)
                ? NULL
                : ERR(NO_MEMORY, "a window of %zu bytes for parameters or gradients", bytes);
 }
 
+static status *open_kind(struct shards *s, int kind, const struct comm *dp)
+{
+    struct kind *k = &s->kind[kind];
+    TRY(buckets_open(s->p, s->o.bucket_elems, true, kind == FROZEN, dp->size, s->o.shards, dp->rank, &k->k));
+    if (!s->o.data)
+        return NULL;
+    k->own = mem_block(k->k.own_elems * sizeof(float), 4096);
+    k->run = mem_array(NULL, k->k.n + 1, sizeof *k->run);
+    if (!k->own || !k->run)
+        return ERR(NO_MEMORY, "%llu parameters of a shard", (unsigned long long)k->k.own_elems);
+    for (uint64_t b = 0; b < k->k.n; b++) {
+        struct zero_run r = bucket_run(&k->k, b, k->k.shard);
+        if (run_elems(r))
+            k->run[k->runs++] = r;
+    }
+    return NULL;
+}
+
 static status *open_all(struct shards *s, const struct comm *dp)
 {
-    TRY(buckets_open(s->p, s->o.bucket_elems, true, dp->size, s->o.shards, dp->rank, &s->k));
-    for (int u = 0; u < s->k.units; u++) {
+    TRY(open_kind(s, TRAINED, dp));
+    if (s->o.data)
+        TRY(open_kind(s, FROZEN, dp));
+    for (int u = 0; u < units(s); u++) {
         struct window *w = window_of(s, u);
-        w->elems = s->k.unit_elems[u] > w->elems ? s->k.unit_elems[u] : w->elems;
+        uint64_t trained = elems_of(&s->kind[TRAINED], u), all = trained + elems_of(&s->kind[FROZEN], u);
+        w->grad_elems = trained > w->grad_elems ? trained : w->grad_elems;
+        w->elems = all > w->elems ? all : w->elems;
     }
     for (int w = 0; w < WINDOWS; w++)
         TRY(open_window(s, &s->window[w]));
-    s->own = s->o.data ? mem_block(s->k.own_elems * sizeof(float), 4096) : NULL;
-    return s->own || !s->o.data ? NULL
-                                : ERR(NO_MEMORY, "%llu parameters of a shard", (unsigned long long)s->k.own_elems);
+    return NULL;
 }
 
 static status *enter(void *arg, int64_t block, bool backward);
@@ -127,18 +180,21 @@ void shards_close(struct shards *s)
     for (int i = 0; i < WINDOWS; i++) {
         struct window *w = &s->window[i];
         mem_block_free(w->data, w->elems * sizeof(float));
-        mem_block_free(w->grad, w->elems * sizeof(float));
+        mem_block_free(w->grad, w->grad_elems * sizeof(float));
         mem_free(w->xfer);
     }
-    mem_block_free(s->own, s->k.own_elems * sizeof(float));
+    for (int k = 0; k < KINDS; k++) {
+        mem_block_free(s->kind[k].own, s->kind[k].k.own_elems * sizeof(float));
+        mem_free(s->kind[k].run);
+        buckets_fini(&s->kind[k].k);
+    }
     comm_close(s->comm);
-    buckets_fini(&s->k);
     mem_free(s);
 }
 
 const struct buckets *shards_buckets(const struct shards *s)
 {
-    return &s->k;
+    return &s->kind[TRAINED].k;
 }
 
 struct comm *shards_comm(const struct shards *s)
@@ -146,23 +202,29 @@ struct comm *shards_comm(const struct shards *s)
     return s->comm;
 }
 
-float *shards_own(const struct shards *s)
+struct shard_runs shards_own(const struct shards *s, bool frozen)
 {
-    return s->own;
+    const struct kind *k = &s->kind[frozen ? FROZEN : TRAINED];
+    return (struct shard_runs){ k->own, k->own ? k->k.own_elems : 0, k->run, k->runs };
+}
+
+bool shards_cut_values(const struct shards *s)
+{
+    return s->o.data;
 }
 
 float *shards_grad(const struct shards *s, uint64_t b)
 {
-    int unit = s->k.b[b].unit;
-    return s->window[unit ? 1 + (unit - 1) % 2 : 0].grad + s->k.b[b].at;
+    const struct bucket *k = &s->kind[TRAINED].k.b[b];
+    return s->window[k->unit ? 1 + (k->unit - 1) % 2 : 0].grad + k->at;
 }
 
 uint64_t shards_window_bytes(const struct shards *s)
 {
     uint64_t n = 0;
     for (int w = 0; w < WINDOWS; w++)
-        n += s->window[w].elems * sizeof(float);
-    return n * (uint64_t)(s->o.data + s->o.grad);
+        n += (s->o.data ? s->window[w].elems : 0) + (s->o.grad ? s->window[w].grad_elems : 0);
+    return n * sizeof(float);
 }
 
 void shards_collect(struct shards *s, status *(*collect)(void *arg, int unit), void *arg)
@@ -174,17 +236,17 @@ void shards_collect(struct shards *s, status *(*collect)(void *arg, int unit), v
 /* ---- parameters ---- */
 
 /* Bucket b of all shards into `to`, where its first element is; this shard's run is copied now. */
-static size_t gather_messages(struct shards *s, uint64_t b, float *to, struct comm_xfer *x)
+static size_t gather_messages(const struct kind *kind, uint64_t b, float *to, struct comm_xfer *x)
 {
-    const struct bucket *k = &s->k.b[b];
-    struct zero_run mine = bucket_run(&s->k, b, s->k.shard);
+    const struct bucket *k = &kind->k.b[b];
+    struct zero_run mine = bucket_run(&kind->k, b, kind->k.shard);
     size_t n = 0;
-    memcpy(to + (mine.begin - k->begin), s->own + k->own, run_elems(mine) * sizeof(float));
-    for (int r = 0; r < s->k.shards; r++) {
-        struct zero_run theirs = bucket_run(&s->k, b, r);
-        if (r == s->k.shard)
+    memcpy(to + (mine.begin - k->begin), kind->own + k->own, run_elems(mine) * sizeof(float));
+    for (int r = 0; r < kind->k.shards; r++) {
+        struct zero_run theirs = bucket_run(&kind->k, b, r);
+        if (r == kind->k.shard)
             continue;
-        x[n++] = (struct comm_xfer){ r, 0, true, s->own + k->own, run_elems(mine) * sizeof(float) };
+        x[n++] = (struct comm_xfer){ r, 0, true, kind->own + k->own, run_elems(mine) * sizeof(float) };
         x[n++] = (struct comm_xfer){ r, 0, false, to + (theirs.begin - k->begin), run_elems(theirs) * sizeof(float) };
     }
     return n;
@@ -197,9 +259,10 @@ static status *start_gather(struct shards *s, int unit)
     if (!s->o.data || s->held || w->holds == unit)
         return NULL;
     CHECK(!w->flying, "unit %d is on its way where unit %d is wanted", w->holds, unit);
-    for (uint64_t b = 0; b < s->k.n; b++)
-        if (s->k.b[b].unit == unit)
-            n += gather_messages(s, b, w->data + s->k.b[b].at, w->xfer + n);
+    for (int kind = 0; kind < KINDS; kind++)
+        for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
+            if (s->kind[kind].k.b[b].unit == unit)
+                n += gather_messages(&s->kind[kind], b, w->data + place_of_bucket(s, kind, b), w->xfer + n);
     w->holds = unit;
     w->flying = true;
     return comm_iexchange(s->comm, w->xfer, n, NULL, &w->req);
@@ -235,7 +298,7 @@ void shards_changed(struct shards *s)
 static void clear_grad(struct window *w)
 {
     if (w->grad)
-        memset(w->grad, 0, w->elems * sizeof(float));
+        memset(w->grad, 0, w->grad_elems * sizeof(float));
 }
 
 static status *enter(void *arg, int64_t block, bool backward)
@@ -245,7 +308,7 @@ static status *enter(void *arg, int64_t block, bool backward)
     TRY(gather(s, unit));
     if (backward)
         clear_grad(window_of(s, unit));
-    return next > 0 && next < s->k.units ? start_gather(s, next) : NULL;
+    return next > 0 && next < units(s) && is_here(s, next) ? start_gather(s, next) : NULL;
 }
 
 static status *leave(void *arg, int64_t block, bool backward)
@@ -277,49 +340,58 @@ status *shards_end(struct shards *s)
     return s->o.grad && s->collect ? s->collect(s->arg, 0) : NULL;
 }
 
-status *shards_idle(struct shards *s, bool training)
+status *shards_idle(struct shards *s)
 {
-    int blocks = s->k.units - 1;
-    TRY(shards_begin(s, training));
-    for (int i = 0; i < blocks; i++) {
-        TRY(enter(s, i, false));
-        TRY(leave(s, i, false));
+    TRY(shards_begin(s, false));
+    for (int unit = 1; unit < units(s); unit++)
+        if (is_here(s, unit)) {
+            TRY(enter(s, unit - 1, false));
+            TRY(leave(s, unit - 1, false));
+        }
+    return NULL;
+}
+
+status *shards_idle_backward(struct shards *s, bool weights)
+{
+    TRY(shards_begin(s, weights));
+    for (int unit = units(s) - 1; unit > 0; unit--) {
+        if (is_here(s, unit))
+            TRY(enter(s, unit - 1, true));
+        if (is_here(s, unit) && weights)
+            TRY(leave(s, unit - 1, true));
     }
-    for (int i = blocks; training && i-- > 0;) {
-        TRY(enter(s, i, true));
-        TRY(leave(s, i, true));
-    }
-    return training ? shards_end(s) : NULL;
+    return weights ? shards_end(s) : NULL;
 }
 
 /* ---- all at once, or one after another ---- */
 
 /* What this shard keeps of bucket b, from a place where the bucket is whole. */
-static void keep_own(struct shards *s, uint64_t b, const float *from)
+static void keep_own(const struct kind *k, uint64_t b, const float *from)
 {
-    struct zero_run mine = bucket_run(&s->k, b, s->k.shard);
-    memcpy(s->own + s->k.b[b].own, from + (mine.begin - s->k.b[b].begin), run_elems(mine) * sizeof(float));
+    struct zero_run mine = bucket_run(&k->k, b, k->k.shard);
+    memcpy(k->own + k->k.b[b].own, from + (mine.begin - k->k.b[b].begin), run_elems(mine) * sizeof(float));
 }
 
 void shards_init(struct shards *s, uint64_t seed)
 {
-    for (int unit = 0; unit < s->k.units; unit++) {
+    for (int unit = 0; unit < units(s); unit++) {
         struct window *w = window_of(s, unit);
         memset(w->data, 0, w->elems * sizeof(float)); /* paddings */
         for (int i = 0; i < s->p->count; i++)
-            if (s->p->p[i].alias < 0 && s->p->p[i].block + 1 == unit)
+            if (s->p->p[i].alias < 0 && !s->p->p[i].away && s->p->p[i].block + 1 == unit)
                 param_init(&s->p->p[i], seed);
-        for (uint64_t b = 0; b < s->k.n; b++)
-            if (s->k.b[b].unit == unit)
-                keep_own(s, b, w->data + s->k.b[b].at);
+        for (int kind = 0; kind < KINDS; kind++)
+            for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
+                if (s->kind[kind].k.b[b].unit == unit)
+                    keep_own(&s->kind[kind], b, w->data + place_of_bucket(s, kind, b));
     }
     shards_changed(s);
 }
 
-static status *gather_bucket(struct shards *s, uint64_t b, float *to)
+static status *gather_bucket(struct shards *s, const struct kind *k, uint64_t b, float *to)
 {
     struct comm_xfer *x = s->window[0].xfer;
-    return comm_exchange(s->comm, x, gather_messages(s, b, to, x), NULL);
+    return comm_exchange(s->comm, x, gather_messages(k, b, to, x), NULL);
 }
 
 status *shards_crc(struct shards *s, uint32_t *crc)
@@ -328,12 +400,13 @@ status *shards_crc(struct shards *s, uint32_t *crc)
     for (int w = 0; w < WINDOWS; w++)
         TRY(finish_gather(&s->window[w]));
     shards_changed(s); /* the windows' contents are overwritten */
-    for (uint64_t b = 0; b < s->k.n; b++) {
-        const struct bucket *k = &s->k.b[b];
-        float *to = window_of(s, k->unit)->data + k->at;
-        TRY(gather_bucket(s, b, to));
-        *crc = crc32c(*crc, to, (k->end - k->begin) * sizeof(float));
-    }
+    for (int kind = 0; kind < KINDS; kind++)
+        for (uint64_t b = 0; b < s->kind[kind].k.n; b++) {
+            const struct bucket *k = &s->kind[kind].k.b[b];
+            float *to = window_of(s, k->unit)->data + place_of_bucket(s, kind, b);
+            TRY(gather_bucket(s, &s->kind[kind], b, to));
+            *crc = crc32c(*crc, to, (k->end - k->begin) * sizeof(float));
+        }
     return NULL;
 }
 
@@ -343,12 +416,12 @@ status *shards_hold(struct shards *s)
         return NULL;
     for (int w = 0; w < WINDOWS; w++)
         TRY(finish_gather(&s->window[w]));
-    s->held = mem_block(s->p->total * sizeof(float), 4096);
-    TRY(comm_agree(s->comm, s->held ? NULL
-                                    : ERR(NO_MEMORY, "%llu bytes for all parameters at once",
-                                          (unsigned long long)(s->p->total * sizeof(float)))));
-    for (uint64_t b = 0; b < s->k.n; b++)
-        TRY(gather_bucket(s, b, s->held + s->k.b[b].begin));
+    s->held = mem_block(params_bytes(s->p), 4096);
+    TRY(comm_agree(s->comm,
+                   s->held ? NULL : ERR(NO_MEMORY, "%zu bytes for all parameters at once", params_bytes(s->p))));
+    for (int kind = 0; kind < KINDS; kind++)
+        for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
+            TRY(gather_bucket(s, &s->kind[kind], b, s->held + s->kind[kind].k.b[b].begin));
     point(s, false); /* those of a tied weight may lie elsewhere (tied.h) */
     return NULL;
 }
@@ -357,9 +430,10 @@ void shards_release(struct shards *s, bool keep)
 {
     if (!s->held)
         return;
-    for (uint64_t b = 0; keep && b < s->k.n; b++)
-        keep_own(s, b, s->held + s->k.b[b].begin);
-    mem_block_free(s->held, s->p->total * sizeof(float));
+    for (int kind = 0; keep && kind < KINDS; kind++)
+        for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
+            keep_own(&s->kind[kind], b, s->held + s->kind[kind].k.b[b].begin);
+    mem_block_free(s->held, params_bytes(s->p));
     s->held = NULL;
     point(s, false);
     if (keep)

@@ -1,5 +1,5 @@
-/* shards: parameters (ZeRO 3) and gradients (ZeRO 2 and 3) that a rank keeps its shard's runs of only, and windows in
- * which the whole ones of a few units at a time appear.
+/* shards: parameters (ZeRO 3), frozen ones too, and gradients (ZeRO 2 and 3) that a rank keeps its shard's runs of
+ * only, and windows in which the whole ones of a few units at a time appear.
  *
  * A window is memory of a fixed place: one for unit 0 (what is used outside of the model's blocks), and two that blocks
  * share in turn, even and odd ones. Tensors point into their unit's window for good. So a pass goes
@@ -10,8 +10,9 @@
  *     shards_end(s);                                       // `collect` when it is done, unit 0's here
  *
  * Gathers are exchanges among the shards of a replica, so all of them make the same passes; who has nothing to compute
- * calls shards_idle. What a window holds stays good until the parameters change (shards_changed). No allocation after
- * shards_open, but for shards_hold. */
+ * calls shards_idle and shards_idle_backward. On a pipeline passes of several micro-batches take turns: a backward pass
+ * then has a shards_begin (training) of its own. What a window holds stays good until the parameters change
+ * (shards_changed). No allocation after shards_open, but for shards_hold. */
 #ifndef TESSERA_TRAINER_PARALLEL_SHARDS_H
 #define TESSERA_TRAINER_PARALLEL_SHARDS_H
 
@@ -32,8 +33,16 @@ void shards_close(struct shards *s); /* NULL is fine */
 const struct buckets *shards_buckets(const struct shards *s);
 /* The ranks of this replica, in order of shards. */
 struct comm *shards_comm(const struct shards *s);
-/* This shard's parameters, bucket after bucket (bucket.own); NULL: they are whole. */
-float *shards_own(const struct shards *s);
+/* Are values cut? Else gradients are alone. */
+bool shards_cut_values(const struct shards *s);
+/* This shard's parameters that train, or frozen ones: run after run, bucket after bucket (bucket.own). */
+struct shard_runs {
+    float *value; /* NULL: they are whole */
+    uint64_t elems;
+    const struct zero_run *run; /* in flat-block elements, in order */
+    uint64_t runs;
+};
+struct shard_runs shards_own(const struct shards *s, bool frozen);
 /* Bucket b's gradients in its unit's window. */
 float *shards_grad(const struct shards *s, uint64_t b);
 /* Bytes of windows. */
@@ -47,7 +56,10 @@ status *shards_begin(struct shards *s, bool training) WARN_UNUSED;
 void shards_clear(struct shards *s); /* of shards_begin in training, what clears unit 0's gradients. Not collective */
 const struct tape_blocks *shards_hooks(struct shards *s);
 status *shards_end(struct shards *s) WARN_UNUSED;
-status *shards_idle(struct shards *s, bool training) WARN_UNUSED; /* a whole pass without computing anything */
+/* A forward or a backward pass without computing anything; weights: what makes gradients of weights, else of
+ * activations only (tape_backward), which gathers alone. */
+status *shards_idle(struct shards *s) WARN_UNUSED;
+status *shards_idle_backward(struct shards *s, bool weights) WARN_UNUSED;
 /* The shards' parameters have changed. Not between shards_begin and shards_end. */
 void shards_changed(struct shards *s);
 

@@ -13,8 +13,8 @@ struct tied {
     struct zero *head;        /* the head's gradient; NULL: it is on another stage */
     float *from, *to, *slice; /* gradients of the head and of the embedding, NULL where they are not; room to receive */
     uint64_t elems;
-    uint64_t offset; /* of the embedding in the model's block */
-    bool cut;        /* ZeRO 2 and 3: a shard has its runs of both gradients, and adds these */
+    uint64_t offset, all; /* of the embedding in the model's block, and its elements */
+    bool cut;             /* ZeRO 2 and 3: a shard has its runs of both gradients, and adds these */
 };
 
 /* The alias that is the head's name, or NULL. */
@@ -40,14 +40,15 @@ static bool last_stage(const struct comm *pp)
 static status *open_part(struct tied *t, struct model *m, const struct param *target)
 {
     t->offset = target->offset;
-    if (t->cut)
+    t->all = t->elems = last_stage(t->pp) ? param_elems(m->tied.p) : param_elems(target);
+    if (!t->cut) {
+        t->from = last_stage(t->pp) ? m->tied.grad : NULL;
+        t->to = first_stage(t->pp) ? target->value.grad : NULL;
+    }
+    if (last_stage(t->pp))
         return NULL;
-    t->elems = last_stage(t->pp) ? param_elems(m->tied.p) : param_elems(target);
-    t->from = last_stage(t->pp) ? m->tied.grad : NULL;
-    t->to = first_stage(t->pp) ? target->value.grad : NULL;
-    if (t->from || !t->to)
-        return NULL;
-    t->slice = mem_array(NULL, t->elems < SLICE_ELEMS ? t->elems : SLICE_ELEMS, sizeof *t->slice);
+    uint64_t most = t->elems + PARAM_ALIGN; /* a shard's runs have the padding, too */
+    t->slice = mem_array(NULL, most < SLICE_ELEMS ? most : SLICE_ELEMS, sizeof *t->slice);
     return t->slice ? NULL : ERR(NO_MEMORY, "a slice of a tied weight's gradient");
 }
 
@@ -65,14 +66,14 @@ status *tied_open(const struct zero_options *o, struct model *m, struct comm *dp
         st = open_part(t, m, &m->params.p[name->alias]);
     }
     st = comm_agree(dp, st);
-    if (!st && t && (t->from || t->cut)) {
+    if (!st && t && last_stage(pp)) {
         struct zero_options sums = *o;
         sums.stage = t->cut ? 2 : 0;
         sums.sums_only = true;
         sums.tp = sums.pp = NULL; /* no part of it is on two tensor-parallel ranks */
         st = zero_open(&sums, &m->tied, dp, &t->head);
     }
-    if (!st && t && t->cut) /* it has its window now */
+    if (!st && t && t->cut && t->head) /* it has its window now */
         m->params.p[name - m->params.p].value.grad = m->tied.p->value.grad;
     if (pp)
         st = comm_agree(pp, st);
@@ -101,7 +102,7 @@ void tied_begin(struct tied *t, uint32_t k)
 
 void tied_begin_pass(struct tied *t)
 {
-    if (t && t->cut)
+    if (t && t->cut && t->head)
         shards_clear(zero_shards(t->head));
 }
 
@@ -140,15 +141,14 @@ status *tied_sum(struct tied *t, struct zero *z)
 {
     if (!t)
         return NULL;
-    if (t->cut) {
+    if (t->head)
         TRY(zero_reduce(t->head, NULL));
-        zero_add(z, t->head, t->offset);
-        return NULL;
-    }
-    if (t->head) {
-        TRY(zero_reduce(t->head, NULL));
+    if (t->head && !t->cut)
         TRY(zero_gather(t->head));
-    }
+    if (t->cut && t->head)
+        t->from = zero_own_sums(t->head, 0, t->all, &t->elems);
+    if (t->cut && first_stage(t->pp))
+        t->to = zero_own_sums(z, t->offset, t->all, &t->elems);
     if (t->from && t->to) {
         add(t->to, t->from, t->elems);
         return NULL;
@@ -164,11 +164,13 @@ status *tied_sum(struct tied *t, struct zero *z)
     return NULL;
 }
 
-status *tied_share(struct model *m, struct comm *pp)
+status *tied_share(struct model *m, struct shards *s, struct comm *pp)
 {
     const struct param *name = m ? tied_name(m) : NULL;
     if (!name || !pp || !(first_stage(pp) || last_stage(pp)))
         return NULL;
+    if (s && first_stage(pp))
+        TRY(shards_begin(s, false)); /* the embedding, too, which stays until the next pass */
     const struct param *p = last_stage(pp) ? m->tied.p : &m->params.p[name->alias];
     struct comm_xfer x = { last_stage(pp) ? 0 : pp->size - 1, TIED_TAG, !last_stage(pp), p->value.data,
                            param_elems(p) * sizeof(float) };

@@ -28,8 +28,9 @@ status *tied_sum(struct tied *t, struct zero *z) WARN_UNUSED;
 uint64_t tied_sent_bytes(const struct tied *t);                /* zero_sent_bytes, without those of dp itself */
 void tied_memory(const struct tied *t, struct zero_memory *m); /* adds to it what is held for the head's gradient */
 
-/* After the first stage's values have changed: give them to the last stage. Collective over pp; NULL, or a model
+/* After the first stage's values have changed: give them to the last stage, which holds them whole at any ZeRO stage.
+ * s: what m's are cut into (shards.h), or NULL. Collective over pp, and over the first stage's shards; NULL, or a model
  * without a tied weight: nothing to do. */
-status *tied_share(struct model *m, struct comm *pp) WARN_UNUSED;
+status *tied_share(struct model *m, struct shards *s, struct comm *pp) WARN_UNUSED;
 
 #endif

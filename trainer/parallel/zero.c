@@ -61,11 +61,10 @@ static status *check_options(const struct zero_options *o, const struct params *
     if (o->bucket_elems % PARAM_ALIGN)
         return ERR(INVALID, "buckets of %llu elements are no multiple of %d", (unsigned long long)o->bucket_elems,
                    PARAM_ALIGN);
-    if (o->stage == 3 && p->frozen)
-        return ERR(UNSUPPORTED, "parallel.zero: 3 does not cut frozen parameters (lora.targets, train.freeze): legal "
-                                "beside them are 0, 1 and 2");
-    if (o->stage > 1 && o->pp)
-        return ERR(UNSUPPORTED, "parallel.zero: %d does not go with parallel.pp above 1 (legal: zero 0 or 1, or pp 1)",
+    if (o->stage > 1 && params_chunks(p) > 1)
+        return ERR(UNSUPPORTED,
+                   "parallel.zero: %d does not go with parallel.schedule: interleaved (legal: zero 0 or 1, or schedule "
+                   "1f1b or zero-bubble)",
                    o->stage);
     if ((o->stage < 3 && !p->data && !o->sums_only) || (o->stage < 2 && !p->grad))
         return ERR(INVALID, "parameters have no %s", p->data ? "gradients" : "memory");
@@ -108,7 +107,7 @@ static status *open_moments(struct zero *z)
     for (uint64_t i = 0; i < m->run_count; i++)
         m->elems += run_elems(z->run[i]);
     m->run = z->run;
-    m->w = z->shards ? shards_own(z->shards) : NULL;
+    m->w = z->shards ? shards_own(z->shards, false).value : NULL;
     m->m = mem_block(m->elems * sizeof(float), 4096);
     m->v = mem_block(m->elems * sizeof(float), 4096);
     return m->m && m->v ? NULL : ERR(NO_MEMORY, "AdamW's moments of %llu elements", (unsigned long long)m->elems);
@@ -218,7 +217,7 @@ static status *open_cut(struct zero *z)
     z->group = is_cut(z) ? z->rep : z->dp;
     if (!is_cut(z)) {
         z->k = &z->own_k;
-        return comm_agree(z->dp, buckets_open(z->p, elems, false, z->dp->size, shards, z->dp->rank, &z->own_k));
+        return comm_agree(z->dp, buckets_open(z->p, elems, false, false, z->dp->size, shards, z->dp->rank, &z->own_k));
     }
     struct shards_options o = { z->o.stage == 3, true, elems, shards };
     TRY(shards_open(&o, z->p, z->dp, &z->shards));
@@ -314,9 +313,11 @@ uint64_t zero_sent_bytes(const struct zero *z)
 
 struct zero_memory zero_memory(const struct zero *z)
 {
-    uint64_t whole = z->p->total * sizeof(float);
+    uint64_t whole = z->p->total * sizeof(float), own = 0;
+    for (int frozen = 0; z->o.stage == 3 && frozen < 2; frozen++)
+        own += shards_own(z->shards, frozen).elems * sizeof(float);
     return (struct zero_memory){
-        .parameters = z->o.stage == 3 ? z->k->own_elems * sizeof(float) : params_bytes(z->p),
+        .parameters = z->o.stage == 3 ? own : params_bytes(z->p),
         .gradients = (is_cut(z) ? 0 : whole) + (uint64_t)z->buffers * z->field_elems * sizeof(float),
         .moments = 2 * z->moments.elems * sizeof(float),
         .windows = z->shards ? shards_window_bytes(z->shards) : 0,

@@ -77,7 +77,8 @@ status *zero_added(struct zero *z, uint32_t micro_batch) WARN_UNUSED;
 /* The same of one chunk of the model (params.chunk), which come one by one and each in order of micro-batches. Stages 0
  * and 1, or a model of one chunk. */
 status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk) WARN_UNUSED;
-status *zero_idle(struct zero *z) WARN_UNUSED; /* a pass without micro-batch. Collective over the replica's shards */
+/* A backward pass without micro-batch, after shards_idle. Collective over the replica's shards. */
+status *zero_idle(struct zero *z) WARN_UNUSED;
 /* Sum gradients over all ranks, over those of cp in their order, and over those of tp where several hold summands
  * (shared_grads.h); each rank then has its shard's runs. *norm = global L2 norm of the whole model: f64 sums of squares
  * of aligned 1,024-element blocks up a dyadic tree over the blocks of all pipeline stages, the same bits on any dp and
@@ -88,9 +89,9 @@ status *zero_reduce(struct zero *z, double *norm) WARN_UNUSED;
 status *zero_norm(struct zero *z, double *norm) WARN_UNUSED;
 /* Stages 0 and 1, after zero_reduce: every rank's runs of the gradients to every rank. Collective over dp. */
 status *zero_gather(struct zero *z) WARN_UNUSED;
-/* Stages 2 and 3, after zero_reduce of both: add the sums of `from`, which is of one parameter, to those of z's
- * parameter of unit 0 at `offset`. */
-void zero_add(struct zero *z, const struct zero *from, uint64_t offset);
+/* Stages 2 and 3: where this shard's runs of the sums of a parameter of unit 0 lie, one after another: *n elements. The
+ * same ones of a parameter of that shape wherever it is. */
+float *zero_own_sums(const struct zero *z, uint64_t offset, uint64_t elems, uint64_t *n);
 
 struct adamw {
     double lr, beta1, beta2, eps, weight_decay, grad_scale;

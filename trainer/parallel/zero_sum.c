@@ -176,24 +176,30 @@ status *collect_unit(void *arg, int unit)
     return NULL;
 }
 
-static status *end_pass(struct zero *z)
+/* A pass is done: its leaves count. A stage where nothing trains has no bucket, but the same nodes. */
+static status *count_pass(struct zero *z)
 {
-    TRY(shards_end(z->shards));
+    uint32_t k;
     TRY(finish_collecting(z));
+    for (int r = 0; !z->k->n && r < z->k->shards && micro_batch_at(z, z->kk, z->pass, r, &k); r++)
+        add_leaf(z, &z->after, k, z->buffer[0], false, 0, 0);
     z->sum = z->after;
     z->pass++;
     return NULL;
+}
+
+static status *end_pass(struct zero *z)
+{
+    TRY(shards_end(z->shards));
+    return count_pass(z);
 }
 
 status *zero_idle(struct zero *z)
 {
     uint32_t k;
     CHECK(is_cut(z) && !zero_micro_batch(z, z->kk, z->pass, &k), "there is a micro-batch to run");
-    TRY(shards_idle(z->shards, true));
-    TRY(finish_collecting(z));
-    z->sum = z->after;
-    z->pass++;
-    return NULL;
+    TRY(shards_idle_backward(z->shards, true)); /* ends the pass */
+    return count_pass(z);
 }
 
 status *zero_added(struct zero *z, uint32_t micro_batch)
@@ -443,17 +449,15 @@ status *zero_reduce(struct zero *z, double *norm)
     return norm ? zero_norm(z, norm) : NULL;
 }
 
-void zero_add(struct zero *z, const struct zero *from, uint64_t offset)
+float *zero_own_sums(const struct zero *z, uint64_t offset, uint64_t elems, uint64_t *n)
 {
-    for (uint64_t b = 0, at = 0; b < from->k->n; b++) {
-        struct zero_run theirs = own_run(from, b);
-        while (z->k->b[at].begin < offset + from->k->b[b].begin)
-            at++;
-        struct zero_run mine = own_run(z, at);
-        CHECK(mine.begin == offset + theirs.begin && mine.end == offset + theirs.end,
-              "buckets of a tied weight differ");
-        if (run_elems(mine))
-            add_to(field(z) + field_at(z, at, mine.begin), field(from) + field_at(from, b, theirs.begin),
-                   run_elems(mine));
+    float *sums = NULL;
+    *n = 0;
+    for (uint64_t b = 0; b < z->k->n; b++) {
+        if (z->k->b[b].begin < offset || z->k->b[b].begin >= offset + elems)
+            continue;
+        sums = sums ? sums : field(z) + z->k->b[b].own;
+        *n += run_elems(own_run(z, b));
     }
+    return sums;
 }
