@@ -34,8 +34,7 @@ struct maker {
     const struct metadata *m;
     const uint8_t *elem; /* [pieces] bytes of an element */
     int ranks;
-    const int32_t *reader; /* [pieces] as given, or NULL */
-    uint64_t run_bytes;
+    struct load_reading how;
     struct load_plan *p;
     struct holders *holders; /* tag: slot */
     struct rank_state *rank; /* [ranks] */
@@ -45,8 +44,9 @@ struct maker {
     struct stretch last;     /* what was assigned last */
     uint32_t **received;     /* [rounds][slots] bytes, or INT32_MAX: that or more */
     uint64_t rounds, round_cap;
-    uint32_t *first_slot; /* [sets] its members have slots from here on, one after another, or NO_SLOT */
-    struct full *full;    /* [sets] */
+    uint32_t everybody, node_set; /* sets of all ranks; of those of node 0, and behind it of the others */
+    uint32_t *first_slot;         /* [sets] its members have slots from here on, one after another, or NO_SLOT */
+    struct full *full;            /* [sets] */
 };
 
 /* ---- readers */
@@ -123,34 +123,48 @@ static bool is_wanted_by(const struct maker *k, const struct load_block *b, int 
     return false;
 }
 
+/* What one reads is as good as in the other one's memory, beside the request that it spares. */
+static bool shares_node(const struct maker *k, int a, int b)
+{
+    return k->how.node_of && k->how.node_of[a] == k->how.node_of[b];
+}
+
 /* The one of those that want it that reads the least; another one only when that one has more than its share; but the
  * reader of what lies before it, while neither that nor what it reads more is much: one read of 2 MiB is faster than
  * two of 1 MiB. */
 static status *choose_reader(struct maker *k, const struct load_block *b, uint64_t bytes,
-                             const struct holder_load *load, uint32_t everybody, int *out)
+                             const struct holder_load *load, int *out)
 {
     struct holders *h = k->holders;
     const struct meta_piece *piece = &k->m->piece[b->piece];
     const struct stretch *last = &k->last;
-    bool goes_on = last->bytes && last->file == piece->file && last->bytes + bytes <= k->run_bytes &&
+    bool goes_on = last->bytes && last->file == piece->file && last->bytes + bytes <= k->how.run_bytes &&
                    last->end == piece->offset + (uint64_t)b->block * META_BLOCK_BYTES;
     int best;
     uint32_t at;
-    if (k->reader) {
-        *out = k->reader[b->piece];
+    if (k->how.reader) {
+        *out = k->how.reader[b->piece];
         return NULL;
     }
     TRY(least_of_wanting(k, b, load, &best));
     *out = last->reader;
-    if (goes_on && reads(k, last->reader) < reads(k, best) + k->run_bytes && is_wanted_by(k, b, last->reader))
+    bool may = goes_on && (shares_node(k, last->reader, best) || is_wanted_by(k, b, last->reader));
+    if (may && reads(k, last->reader) < reads(k, best) + k->how.run_bytes)
         return NULL;
+    if (k->how.node_of) {
+        uint32_t set = k->node_set + (uint32_t)k->how.node_of[best];
+        TRY(holders_least(h, set, load, &at));
+        int least = h->holder[h->set[set].first + at].rank;
+        if (reads(k, best) >= reads(k, least) + k->how.run_bytes / 2)
+            best = least;
+    }
     if (goes_on && k->assigned[best] >= k->fair)
         return NULL;
     *out = best;
     if (k->assigned[best] < k->fair)
         return NULL;
-    TRY(holders_least(h, everybody, load, &at));
-    int least = h->holder[h->set[everybody].first + at].rank;
+    TRY(holders_least(h, k->everybody, load, &at));
+    int least = h->holder[h->set[k->everybody].first + at].rank;
     if (k->assigned[least] < k->assigned[best])
         *out = least;
     return NULL;
@@ -165,20 +179,46 @@ static void lengthen(struct stretch *last, const struct load_block *b, const str
     *last = (struct stretch){ b->reader, p->file, offset + bytes, goes_on ? last->bytes + bytes : bytes };
 }
 
-/* A set of all ranks, for who has the least to read of all. */
-static status *add_everybody(struct maker *k, uint32_t *out)
+/* A set of those of `rank` [count] behind the holders in use. */
+static status *add_set(struct holders *h, uint64_t first, uint32_t count)
+{
+    TRY(array_room(&h->set, h->sets, &h->set_cap, sizeof *h->set));
+    h->set[h->sets++] = (struct holder_set){ .first = first, .count = count };
+    return NULL;
+}
+
+/* Sets of all ranks, and of each node's, for who has the least to read of them. */
+static status *add_everybody(struct maker *k)
 {
     struct holders *h = k->holders;
-    struct holder *more = mem_array(h->holder, h->used + (uint64_t)k->ranks, sizeof *more);
+    const int32_t *node_of = k->how.node_of;
+    uint64_t ranks = (uint64_t)k->ranks, at = h->used + ranks;
+    int32_t nodes = 0;
+    struct holder *more = mem_array(h->holder, h->used + 2 * ranks, sizeof *more);
     if (!more)
         return ERR(NO_MEMORY, "%d ranks", k->ranks);
     h->holder = more;
-    for (int r = 0; r < k->ranks; r++)
+    for (int r = 0; r < k->ranks; r++) {
         more[h->used + (uint64_t)r] = (struct holder){ .rank = r };
-    TRY(array_room(&h->set, h->sets, &h->set_cap, sizeof *h->set));
-    h->set[h->sets] = (struct holder_set){ .first = h->used, .count = (uint32_t)k->ranks };
-    *out = (uint32_t)h->sets++;
-    return NULL;
+        nodes = node_of && node_of[r] >= nodes ? node_of[r] + 1 : nodes;
+    }
+    k->everybody = (uint32_t)h->sets;
+    TRY(add_set(h, h->used, (uint32_t)ranks));
+    k->node_set = (uint32_t)h->sets;
+    uint64_t *end = mem_calloc((size_t)nodes + 1, sizeof *end); /* of each node's members, counted from `at` */
+    if (!end)
+        return ERR(NO_MEMORY, "%d nodes", nodes);
+    for (int r = 0; node_of && r < k->ranks; r++)
+        end[node_of[r] + 1]++;
+    status *st = NULL;
+    for (int32_t n = 0; !st && n < nodes; n++) {
+        st = add_set(h, at + end[n], (uint32_t)end[n + 1]);
+        end[n + 1] += end[n];
+    }
+    for (int r = 0; !st && node_of && r < k->ranks; r++)
+        more[at + end[node_of[r]]++] = (struct holder){ .rank = r };
+    mem_free(end);
+    return st;
 }
 
 /* ---- rounds */
@@ -276,7 +316,7 @@ static status *choose_round(struct maker *k, const struct load_block *b, uint64_
     for (uint64_t round = next_round(k, b, reader->round);; round = next_round(k, b, round + 1)) {
         TRY(have_round(k, round));
         uint64_t read = round == reader->round ? reader->read : 0, sent = round == reader->round ? reader->send : 0;
-        if (read && (read + bytes > 2 * k->run_bytes || sent + send > ROUND_SEND_BYTES))
+        if (read && (read + bytes > 2 * k->how.run_bytes || sent + send > ROUND_SEND_BYTES))
             continue;
         bool fits = true;
         for (uint32_t i = 0; fits && i < b->uses; i++) {
@@ -344,8 +384,7 @@ static status *assign(struct maker *k)
 {
     struct load_plan *p = k->p;
     const struct holder_load load = { .bytes = k->assigned };
-    uint32_t everybody;
-    TRY(add_everybody(k, &everybody));
+    TRY(add_everybody(k));
     find_alone(k);
     k->fair = p->totals.storage_bytes / (uint64_t)k->ranks + READ_AHEAD_BYTES;
     for (uint64_t i = 0; i < p->blocks; i++) {
@@ -356,8 +395,8 @@ static status *assign(struct maker *k)
         int lone = lone_rank(k, b);
         if (lone >= 0)
             k->alone[lone] -= bytes;
-        TRY(choose_reader(k, b, bytes, &load, everybody, &b->reader));
-        lengthen(&k->last, b, &k->m->piece[b->piece], bytes, k->run_bytes);
+        TRY(choose_reader(k, b, bytes, &load, &b->reader));
+        lengthen(&k->last, b, &k->m->piece[b->piece], bytes, k->how.run_bytes);
         TRY(choose_round(k, b, bytes, elem, &round));
         b->round = (uint32_t)round;
         k->assigned[b->reader] += bytes;
@@ -415,11 +454,10 @@ static status *make(struct maker *k)
     return order_blocks(k->p, k->ranks);
 }
 
-status *load_assign(const struct metadata *m, const uint8_t *elem, int ranks, const int32_t *reader, uint64_t run_bytes,
+status *load_assign(const struct metadata *m, const uint8_t *elem, int ranks, const struct load_reading *how,
                     struct holders *h, struct load_plan *p)
 {
-    struct maker k = { .m = m, .elem = elem, .ranks = ranks, .reader = reader, .holders = h, .p = p };
-    k.run_bytes = run_bytes;
+    struct maker k = { .m = m, .elem = elem, .ranks = ranks, .how = *how, .holders = h, .p = p };
     status *st = make(&k);
     mem_free(k.rank);
     mem_free(k.assigned);

@@ -6,9 +6,9 @@
 #include "ckpt/loadplan.h"
 
 /* p: everything but readers and rounds is there, blocks in the order of the files, totals.storage_bytes their sum.
- * elem: [the metadata's pieces] bytes of an element. reader: as in load_plan_make_from; run_bytes: what lies behind one
- * another goes to one reader up to that. h: the groups' holders, whose tags are overwritten; a set is added. */
-status *load_assign(const struct metadata *m, const uint8_t *elem, int ranks, const int32_t *reader, uint64_t run_bytes,
+ * elem: [the metadata's pieces] bytes of an element. h: the groups' holders, whose tags are overwritten; a set is
+ * added. */
+status *load_assign(const struct metadata *m, const uint8_t *elem, int ranks, const struct load_reading *how,
                     struct holders *h, struct load_plan *p) WARN_UNUSED;
 
 #endif

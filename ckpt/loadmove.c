@@ -2,13 +2,15 @@
  *
  *   reader threads    run: read into a slot that the node sees, and verify -> what stays here to its place, what goes
  *                     to other nodes into messages
- *   calling thread    open rounds -> send a round's messages when its last run is packed -> unpack -> open the next;
+ *   calling thread    open trips -> send a trip's messages when its last run is packed -> unpack -> open the next;
  *                     and from the slots of others on the node to the places here, as they are filled
  *
- * Up to MOVE_ROUNDS rounds are open: one is read while those before it travel. No rank waits for another one but for
- * its messages and for its slots. A run whose bytes are wanted here just as they are stored is read into its place, and
- * copied nowhere else here. Where slots could not have huge pages, runs are read into private memory that has and
- * copied to slots: direct reads into pages of 4 KiB take twice as long as that.
+ * A round in which this rank sends or receives messages is a trip. Up to MOVE_ROUNDS trips are open: one is read while
+ * those before it travel; what comes before the next one may be read at any time. No rank waits for another one but for
+ * its messages and for its slots: the oldest round that is not over is the oldest of all its ranks. A run whose bytes
+ * are wanted here just as they are stored is read into its place, and copied nowhere else here. Where slots could not
+ * have huge pages, runs are read into private memory that has and copied to slots: direct reads into pages of 4 KiB
+ * take twice as long as that.
  *
  * Invariants: (1) only the calling thread calls comm; messages of a pair go in the order of rounds; (2) what a run
  * packs and places belongs to it alone, so readers share nothing but `synced`; (3) a rank that fails goes on taking
@@ -26,12 +28,13 @@
 #include <stdio.h>
 #include <string.h>
 
+enum { NO_TRIP = UINT32_MAX };
 enum { LOAD_TAG = 2, ALIGN = 4096, SLOT_BYTES = MOVE_RUN_BYTES + ALIGN, POLL_NS = 100000 };
 
-/* An open round. */
+/* An open trip. */
 struct flight {
-    uint64_t round, left; /* left: runs that are not packed yet; synced */
-    size_t *place;        /* where in `send` each part goes: by block and use, of those that travel */
+    uint64_t trip, left; /* left: runs that are not packed yet; synced */
+    size_t *place;       /* where in `send` each part goes: by block and use, of those that travel */
     unsigned char *send, *receive;
     size_t *send_at, *receive_at; /* [size + 1] by peer */
     struct comm_req sending, receiving;
@@ -60,7 +63,8 @@ struct move {
     struct load_run *run;           /* this rank's, in the order of rounds */
     uint64_t *round_run;            /* [rounds + 1] the first one of a round */
     uint64_t runs;
-    struct flight flight[MOVE_ROUNDS]; /* round r: [r % MOVE_ROUNDS] */
+    uint64_t *trip, trips;             /* the rounds that are trips, ascending */
+    struct flight flight[MOVE_ROUNDS]; /* trip t: [t % MOVE_ROUNDS] */
     struct comm_xfer *xfer;            /* [size] */
     struct reader reader[MOVE_READERS_MOST];
     int readers;
@@ -68,7 +72,8 @@ struct move {
     struct {
         pthread_mutex_t lock;
         pthread_cond_t work;
-        uint64_t next, open; /* runs taken, runs of open rounds */
+        uint64_t next, open; /* runs taken, and that may be */
+        uint64_t over;       /* runs that were carried out */
         uint64_t bad;        /* the first run that failed; UINT64_MAX: none */
         status *st;          /* its error */
         bool quit;
@@ -172,8 +177,7 @@ static status *make_runs(struct move *v)
             unsigned char *home = block_home(v, b);
             uint64_t offset = block_offset(v->m, b);
             if (v->runs == v->round_run[r] || !joins(v, &v->run[v->runs - 1], b, home))
-                v->run[v->runs++] =
-                    (struct load_run){ .block = b, .round = (uint32_t)r, .offset = offset, .home = home };
+                v->run[v->runs++] = (struct load_run){ .block = b, .trip = NO_TRIP, .offset = offset, .home = home };
             struct load_run *run = &v->run[v->runs - 1];
             if (run->blocks && !goes_on(run, offset, home))
                 run->home = NULL;
@@ -214,12 +218,22 @@ static uint64_t measure(const struct move *v, uint64_t round, struct flight *f)
     return parts;
 }
 
-/* Give every part that the round's runs send its place. send_at is as measured before and after. */
+static uint64_t first_run(const struct move *v, uint64_t trip)
+{
+    return v->round_run[v->trip[trip]];
+}
+
+static uint64_t end_run(const struct move *v, uint64_t trip)
+{
+    return v->round_run[v->trip[trip] + 1];
+}
+
+/* Give every part that the trip's runs send its place. send_at is as measured before and after. */
 static void give_places(struct move *v, struct flight *f)
 {
     size_t n = (size_t)v->c->size;
     uint64_t at = 0;
-    for (uint64_t i = v->round_run[f->round]; i < v->round_run[f->round + 1]; i++) {
+    for (uint64_t i = first_run(v, f->trip); i < end_run(v, f->trip); i++) {
         struct load_run *r = &v->run[i];
         r->first_place = at;
         for (const struct part_block *b = r->block; b < r->block + r->blocks; b++)
@@ -242,7 +256,8 @@ struct spread {
     struct report_clock pack, place;
 };
 
-/* From a block to its place here, unless it was read there, and into messages. Returns the parts packed. */
+/* From a block to its place here, unless it was read there, and into messages (f NULL: there are none). Returns the
+ * parts packed. */
 static uint64_t spread_block(const struct move *v, const struct flight *f, const struct part_block *b,
                              const unsigned char *src, const size_t *place, struct spread *took)
 {
@@ -316,11 +331,13 @@ static status *fetch(const struct move *v, const struct load_run *r, unsigned ch
 
 static void spread(const struct move *v, const struct load_run *r, const unsigned char *src)
 {
-    const struct flight *f = &v->flight[r->round % MOVE_ROUNDS];
-    uint64_t place = r->first_place;
+    const struct flight *f = r->trip == NO_TRIP ? NULL : &v->flight[r->trip % MOVE_ROUNDS];
+    const size_t *place = f ? f->place + r->first_place : NULL;
     struct spread took = { 0 };
-    for (const struct part_block *b = r->block; b < r->block + r->blocks; b++)
-        place += spread_block(v, f, b, src + (block_offset(v->m, b) - r->offset), f->place + place, &took);
+    for (const struct part_block *b = r->block; b < r->block + r->blocks; b++) {
+        uint64_t parts = spread_block(v, f, b, src + (block_offset(v->m, b) - r->offset), place, &took);
+        place = place ? place + parts : NULL;
+    }
     report_note_clock(v->from->cost, REPORT_EXCHANGE, &took.pack);
     report_note_clock(v->from->cost, REPORT_PLACE, &took.place);
 }
@@ -370,14 +387,12 @@ static status *do_run(struct reader *me, const struct load_run *r, bool skip)
 }
 
 /* How many of the runs that are open, from the first that nobody has, one reader takes: those that lie together, but
- * not more than its share of what is open at once and of what is left in the end, unless they are small. */
+ * not more than its share of them and of what is left in the end, unless they are small. */
 static uint64_t take_runs(struct move *v, struct reader *me)
 {
     uint64_t i = v->synced.next, n = 1, readers = (uint64_t)v->readers;
     struct load_run *first = &v->run[i];
-    uint64_t round = v->round_run[first->round + 1] - v->round_run[first->round];
-    uint64_t share = (MOVE_ROUNDS * round + readers - 1) / readers, rest = (v->runs - i + readers - 1) / readers;
-    uint64_t end = first->offset + first->bytes, most = share < rest ? share : rest;
+    uint64_t end = first->offset + first->bytes, most = (v->synced.open - i + readers - 1) / readers;
     for (; i + n < v->synced.open && (n < most || end - first->offset < v->from->request_bytes); n++) {
         const struct load_run *r = &v->run[i + n];
         if (v->m->piece[r->block->piece].file != v->m->piece[first->block->piece].file || r->offset < end ||
@@ -419,7 +434,9 @@ static status *reader_main(void *arg)
         } else {
             status_free(st);
         }
-        if (--v->flight[v->run[i].round % MOVE_ROUNDS].left == 0)
+        uint32_t trip = v->run[i].trip;
+        bool packed = trip != NO_TRIP && --v->flight[trip % MOVE_ROUNDS].left == 0;
+        if (++v->synced.over == v->runs || packed)
             ring_bell(&v->ring);
     }
     pthread_mutex_unlock(&v->synced.lock);
@@ -443,27 +460,34 @@ static status *post(struct move *v, const struct flight *f, bool send, struct co
     return comm_iexchange(v->c, v->xfer, n, NULL, req);
 }
 
-/* Let the readers have a round, and its messages arrive. */
-static status *open_round(struct move *v, uint64_t round)
+/* Let the readers have what comes before trip `next`. */
+static void open_runs(struct move *v, uint64_t next)
 {
-    struct flight *f = &v->flight[round % MOVE_ROUNDS];
-    f->round = round;
-    f->sent = f->unpacked = false;
-    measure(v, round, f);
-    give_places(v, f);
-    TRY(post(v, f, false, &f->receiving));
     pthread_mutex_lock(&v->synced.lock);
-    f->left = v->round_run[round + 1] - v->round_run[round];
-    v->synced.open = v->round_run[round + 1];
+    v->synced.open = next < v->trips ? first_run(v, next) : v->runs;
     pthread_cond_broadcast(&v->synced.work);
     pthread_mutex_unlock(&v->synced.lock);
+}
+
+/* Let the readers have a trip, and its messages arrive. */
+static status *open_trip(struct move *v, uint64_t trip)
+{
+    struct flight *f = &v->flight[trip % MOVE_ROUNDS];
+    f->trip = trip;
+    f->sent = f->unpacked = false;
+    measure(v, v->trip[trip], f);
+    give_places(v, f);
+    TRY(post(v, f, false, &f->receiving));
+    f->left = end_run(v, trip) - first_run(v, trip); /* no reader has one of them yet */
+    open_runs(v, trip + 1);
     return NULL;
 }
 
 static void unpack(const struct move *v, const struct flight *f)
 {
     const struct load_part *p = v->p;
-    for (const struct part_block *b = &p->block[p->round[f->round]]; b < &p->block[p->round[f->round + 1]]; b++) {
+    uint64_t round = v->trip[f->trip];
+    for (const struct part_block *b = &p->block[p->round[round]]; b < &p->block[p->round[round + 1]]; b++) {
         size_t elem = elem_bytes(v, b);
         uint64_t lo, hi;
         if (b->reader == v->c->rank || v->local[b->reader] >= 0)
@@ -513,7 +537,7 @@ static bool take_mail(struct move *v)
     return true;
 }
 
-/* Move an open round on as far as it goes without waiting. */
+/* Move an open trip on as far as it goes without waiting. */
 static status *move_on(struct move *v, struct flight *f, bool *moved)
 {
     bool done;
@@ -543,6 +567,14 @@ static void wait_for(struct move *v, uint64_t seen, bool messages, bool idle)
         report_note(v->from->cost, REPORT_EXCHANGE, begin, clock_ns() - begin, 0);
 }
 
+static bool all_over(struct move *v)
+{
+    pthread_mutex_lock(&v->synced.lock);
+    bool over = v->synced.over == v->runs;
+    pthread_mutex_unlock(&v->synced.lock);
+    return over;
+}
+
 static bool is_packed(struct move *v, const struct flight *f)
 {
     pthread_mutex_lock(&v->synced.lock);
@@ -552,21 +584,22 @@ static bool is_packed(struct move *v, const struct flight *f)
 }
 
 /* Only the transport's errors end it early. */
-static status *move_rounds(struct move *v)
+static status *move_all(struct move *v)
 {
-    uint64_t opened = 0, sent = 0, done = 0, rounds = v->p->rounds;
-    while (done < rounds || v->left) {
+    uint64_t opened = 0, sent = 0, done = 0;
+    open_runs(v, 0);
+    for (;;) {
         bool moved = false, messages = false;
         uint64_t bells = ring_bells(&v->ring);
-        while (opened < rounds && opened < done + MOVE_ROUNDS)
-            TRY(open_round(v, opened++));
+        while (opened < v->trips && opened < done + MOVE_ROUNDS)
+            TRY(open_trip(v, opened++));
         if (sent < opened && is_packed(v, &v->flight[sent % MOVE_ROUNDS])) {
             struct flight *f = &v->flight[sent++ % MOVE_ROUNDS];
             TRY(post(v, f, true, &f->sending));
             f->sent = moved = true;
         }
-        for (uint64_t r = done; r < opened; r++) {
-            struct flight *f = &v->flight[r % MOVE_ROUNDS];
+        for (uint64_t t = done; t < opened; t++) {
+            struct flight *f = &v->flight[t % MOVE_ROUNDS];
             TRY(move_on(v, f, &moved));
             messages = messages || comm_pending(&f->receiving) || comm_pending(&f->sending);
         }
@@ -575,10 +608,13 @@ static status *move_rounds(struct move *v)
             done++;
             moved = true;
         }
-        if (!take_mail(v) && !moved)
-            wait_for(v, bells, messages, sent == opened);
+        moved = take_mail(v) || moved;
+        bool over = all_over(v);
+        if (done == v->trips && !v->left && over)
+            return NULL;
+        if (!moved)
+            wait_for(v, bells, messages, over);
     }
-    return NULL;
 }
 
 /* ---- memory and threads */
@@ -646,25 +682,40 @@ static status *find_takes(struct move *v)
     return NULL;
 }
 
+/* Which rounds are trips, and what the largest one needs. */
+static void find_trips(struct move *v, size_t *send, size_t *receive, uint64_t *parts)
+{
+    const struct flight *f = &v->flight[0];
+    size_t n = (size_t)v->c->size;
+    for (uint64_t r = 0; r < v->p->rounds; r++) {
+        uint64_t k = measure(v, r, &v->flight[0]);
+        if (!f->send_at[n] && !f->receive_at[n])
+            continue;
+        *parts = k > *parts ? k : *parts;
+        *send = f->send_at[n] > *send ? f->send_at[n] : *send;
+        *receive = f->receive_at[n] > *receive ? f->receive_at[n] : *receive;
+        v->trip[v->trips++] = r;
+        for (struct load_run *run = &v->run[v->round_run[r]]; run < &v->run[v->round_run[r + 1]]; run++)
+            run->trip = (uint32_t)(v->trips - 1);
+    }
+}
+
 static status *allocate(struct move *v)
 {
     size_t n = (size_t)v->c->size, send = 0, receive = 0;
-    uint64_t parts = 0, flights = v->p->rounds < MOVE_ROUNDS ? v->p->rounds : MOVE_ROUNDS;
+    uint64_t parts = 0;
     v->xfer = mem_calloc(n, sizeof *v->xfer);
-    for (uint64_t i = 0; i < flights; i++) {
+    v->trip = mem_array(NULL, v->p->rounds + 1, sizeof *v->trip);
+    for (uint64_t i = 0; i < MOVE_ROUNDS; i++) {
         v->flight[i].send_at = mem_calloc(n + 1, sizeof(size_t));
         v->flight[i].receive_at = mem_calloc(n + 1, sizeof(size_t));
         if (!v->flight[i].send_at || !v->flight[i].receive_at)
             return ERR(NO_MEMORY, "exchange with %zu ranks", n);
     }
-    for (uint64_t r = 0; r < v->p->rounds; r++) {
-        const struct flight *f = &v->flight[0];
-        uint64_t k = measure(v, r, &v->flight[0]);
-        parts = k > parts ? k : parts;
-        send = f->send_at[n] > send ? f->send_at[n] : send;
-        receive = f->receive_at[n] > receive ? f->receive_at[n] : receive;
-    }
-    for (uint64_t i = 0; i < flights; i++) {
+    if (!v->trip)
+        return ERR(NO_MEMORY, "%llu rounds", (unsigned long long)v->p->rounds);
+    find_trips(v, &send, &receive, &parts);
+    for (uint64_t i = 0; i < MOVE_ROUNDS && i < v->trips; i++) {
         struct flight *f = &v->flight[i];
         f->place = mem_array(NULL, parts + 1, sizeof *f->place);
         f->send = mem_calloc(send + 1, 1); /* zeroed: what a rank that fails sends is defined */
@@ -740,6 +791,7 @@ static void stop(struct move *v)
     mem_free(v->xfer);
     mem_free(v->run);
     mem_free(v->round_run);
+    mem_free(v->trip);
     pthread_mutex_destroy(&v->synced.lock);
     pthread_cond_destroy(&v->synced.work);
 }
@@ -776,7 +828,7 @@ status *load_move(const struct nodes *n, const struct metadata *m, const struct 
     synced_init(&v);
     status *st = share_slots(&v, n->node);
     st = comm_agree(v.c, st ? st : ready(&v));
-    status *broken = st ? NULL : move_rounds(&v);
+    status *broken = st ? NULL : move_all(&v);
     stop(&v);
     if (st || broken) {
         status_free(v.synced.st);

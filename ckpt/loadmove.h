@@ -16,7 +16,8 @@ enum { MOVE_READERS = 2, MOVE_READERS_MOST = 8, MOVE_ROUNDS = 3, MOVE_RUN_BYTES 
 /* Blocks of one round that lie behind one another in a file, read at once; the padding between them too. */
 struct load_run {
     const struct part_block *block;
-    uint32_t blocks, round;
+    uint32_t blocks;
+    uint32_t trip; /* of those that send or bring messages, the one that it belongs to (loadmove.c) */
     uint64_t offset, bytes;
     unsigned char *home; /* where this rank wants just these bytes, or NULL */
     uint64_t first_place;

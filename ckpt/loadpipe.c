@@ -32,15 +32,15 @@ static status *join_wants(const struct nodes_message *m, int ranks, struct load_
 }
 
 /* Rank 0: everybody's part. */
-static status *plan_parts(const struct metadata *m, const struct nodes_message *wants, int ranks, const int32_t *reader,
-                          uint64_t run_bytes, struct nodes_message **out)
+static status *plan_parts(const struct metadata *m, const struct nodes_message *wants, int ranks,
+                          const struct load_reading *how, struct nodes_message **out)
 {
     struct load_want *all = NULL;
     uint64_t *first = NULL;
     struct load_plan plan = { 0 };
     status *st = join_wants(wants, ranks, &all, &first);
     if (!st)
-        st = load_plan_make_from(m, all, first[ranks], ranks, reader, run_bytes, &plan);
+        st = load_plan_make_from(m, all, first[ranks], ranks, how, &plan);
     if (!st)
         st = load_parts_pack(&plan, all, first, ranks, out);
     load_plan_free(&plan);
@@ -50,7 +50,7 @@ static status *plan_parts(const struct metadata *m, const struct nodes_message *
 }
 
 /* This rank's part. mine: as for loadpipe_from. Collective; the error is agreed. */
-static status *plan_load(const struct nodes *n, const struct metadata *m, const int32_t *reader, uint64_t run_bytes,
+static status *plan_load(const struct nodes *n, const struct metadata *m, const struct load_reading *how,
                          const struct load_want *want, uint64_t count, status *mine, struct load_part *out)
 {
     struct nodes_message *wants = NULL, *parts = NULL;
@@ -61,7 +61,7 @@ static status *plan_load(const struct nodes *n, const struct metadata *m, const 
     if (!st)
         st = nodes_gather(n, want, count * sizeof *want, &wants, &buf, &bytes);
     if (!st)
-        st = comm_agree(n->all, n->all->rank == 0 ? plan_parts(m, wants, ranks, reader, run_bytes, &parts) : NULL);
+        st = comm_agree(n->all, n->all->rank == 0 ? plan_parts(m, wants, ranks, how, &parts) : NULL);
     mem_free(buf);
     mem_free(wants);
     buf = NULL;
@@ -182,9 +182,13 @@ status *loadpipe_from(const struct nodes *n, const struct metadata *m, const str
                       struct load_totals *out)
 {
     struct load_part part = { 0 };
+    /* a source with dear requests wants them long */
+    const struct load_reading how = { .reader = reader,
+                                      .run_bytes = from->ahead_bytes,
+                                      .node_of = from->ahead_bytes ? n->node_of : NULL };
     for (uint64_t i = 0; i < count; i++)
         want[i].rank = n->all->rank;
-    TRY(plan_load(n, m, reader, from->ahead_bytes, want, count, mine, &part));
+    TRY(plan_load(n, m, &how, want, count, mine, &part));
     status *st = load_move(n, m, want, &part, from);
     *out = part.totals;
     load_part_free(&part);

@@ -32,8 +32,7 @@ struct maker {
     const struct load_want *want;
     uint64_t wants;
     int ranks;
-    const int32_t *reader; /* [pieces] as given, or NULL */
-    uint64_t run_bytes;
+    struct load_reading how;
     struct load_plan *p;
     struct holders holders;   /* tag: index into want */
     struct reshard_list list; /* of the tensor at hand */
@@ -315,21 +314,22 @@ static status *make(struct maker *k)
         return ERR(UNSUPPORTED, "%llu stored and %llu wanted pieces", (ull)k->m->piece_count, (ull)k->wants);
     TRY(add_copies(k));
     TRY(add_blocks(k));
-    return load_assign(k->m, k->elem, k->ranks, k->reader, k->run_bytes, &k->holders, k->p);
+    return load_assign(k->m, k->elem, k->ranks, &k->how, &k->holders, k->p);
 }
 
 status *load_plan_make(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
                        struct load_plan *out)
 {
-    return load_plan_make_from(m, want, count, ranks, NULL, 0, out);
+    const struct load_reading how = { 0 };
+    return load_plan_make_from(m, want, count, ranks, &how, out);
 }
 
 status *load_plan_make_from(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
-                            const int32_t *reader, uint64_t run_bytes, struct load_plan *out)
+                            const struct load_reading *how, struct load_plan *out)
 {
     struct load_plan p = { 0 };
-    struct maker k = { .m = m, .want = want, .wants = count, .ranks = ranks, .reader = reader, .p = &p };
-    k.run_bytes = run_bytes > READ_RUN_BYTES ? run_bytes : READ_RUN_BYTES;
+    struct maker k = { .m = m, .want = want, .wants = count, .ranks = ranks, .how = *how, .p = &p };
+    k.how.run_bytes = how->run_bytes > READ_RUN_BYTES ? how->run_bytes : READ_RUN_BYTES;
     status *st = make(&k);
     holders_free(&k.holders);
     reshard_list_free(&k.list);

@@ -61,10 +61,16 @@ struct load_plan {
 /* want: in any order; must stay where it is while the plan is made. */
 status *load_plan_make(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
                        struct load_plan *out) WARN_UNUSED;
-/* The same where stored piece p is read by rank reader[p]; NULL: by whom the planner chooses. run_bytes: instead of
- * READ_RUN_BYTES, if it is more; a round then has room for two of them. */
+/* How blocks are read. Zeroed: from a disk, by whom the planner chooses. */
+struct load_reading {
+    const int32_t *reader; /* [pieces] the rank that reads a stored piece; NULL: the planner chooses */
+    uint64_t run_bytes;    /* instead of READ_RUN_BYTES, if it is more; a round then has room for two of them */
+    /* [ranks] Requests are dear: what lies behind one another is read by one rank, up to run_bytes, also where other
+     * ranks of its node want it. NULL: a block is read by one that wants it, for balance alone by others */
+    const int32_t *node_of;
+};
 status *load_plan_make_from(const struct metadata *m, const struct load_want *want, uint64_t count, int ranks,
-                            const int32_t *reader, uint64_t run_bytes, struct load_plan *out) WARN_UNUSED;
+                            const struct load_reading *how, struct load_plan *out) WARN_UNUSED;
 void load_plan_free(struct load_plan *p);
 
 /* The group that a use serves. */

@@ -72,11 +72,11 @@ status *nodes_open(struct comm *c, const char *host, struct nodes *out)
     return NULL;
 }
 
-int nodes_share(const struct nodes *n, int a_core, int least)
+int nodes_share(const struct nodes *n, int most, int least)
 {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    long share = (cores > 0 ? cores : 1) * a_core / n->node->size;
-    share = share < a_core ? share : a_core;
+    long share = (cores > 0 ? cores : 1) * most / (2 * n->node->size);
+    share = share < most ? share : most;
     return share > least ? (int)share : least;
 }
 

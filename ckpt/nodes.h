@@ -18,9 +18,9 @@ status *nodes_open(struct comm *c, const char *host, struct nodes *out) WARN_UNU
 /* Zeroed is fine. Collective. */
 void nodes_close(struct nodes *n);
 
-/* Of `a_core` requests at once for each core of this host, this rank's share: at most a_core, at least `least`. With
- * more than the cores keep going all get slower. */
-int nodes_share(const struct nodes *n, int a_core, int least);
+/* How many requests at once a rank has: up to `most`, as far as there are half as many for each core of this host (with
+ * more than the cores keep going all get slower), and at least `least`. */
+int nodes_share(const struct nodes *n, int most, int least);
 
 struct nodes_message {
     const unsigned char *data;

@@ -129,7 +129,7 @@ struct tessera_options {
      * staged at once */
     uint64_t chunk_bytes;
     int writers; /* writer threads of this rank, at most 64; 0: 2; on object storage, where each has a request of its
-                  * own under way, 8 a core shared by the ranks of a node, at least 2 and at most 8 a rank */
+                  * own under way, 4 a core shared by the ranks of a node, at least 2 and at most 8 a rank */
     uint32_t lease_seconds; /* a job that has not renewed its lease for this long is taken for dead; 0: 30 */
     const char *build;      /* text stored as the writer's identity, for people; may be NULL */
     int mesh[5]; /* sizes of pp, dp, ep, cp, tp stored for information; all zeros: dp = all ranks, else 0 is 1

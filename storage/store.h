@@ -94,7 +94,7 @@ struct store_ops {
     void (*abort)(struct store_writer *w);                 /* nothing stays; frees impl */
     struct store_direct (*direct)(struct store_writer *w); /* NULL: {0, 0} */
     bool sequential;                                       /* wants writes in file order */
-    int streams;            /* requests at once that its rate comes from, a core; 0: a disk, which few fill */
+    int streams;            /* requests at once, of a rank with cores of its own, that its rate comes from; 0: a disk */
     uint64_t request_bytes; /* longer streams cost little less a byte; 0: no stream does */
     bool retries;           /* has its own: what it calls UNAVAILABLE is final */
 };

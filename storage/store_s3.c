@@ -16,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PUT_MOST = 1 << 30, STREAMS = 8, READ_BYTES = 8 << 20 };
+enum { PUT_MOST = 1 << 30, STREAMS = 8, READ_BYTES = 16 << 20 };
 
 /* ---- Opening */
 

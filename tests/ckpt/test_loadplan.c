@@ -470,6 +470,35 @@ static void test_stretches(void **state)
     load_plan_free(&p);
 }
 
+/* Two ranks want every other 2 MiB of a file. Where requests are dear and both are on one node, they take turns with
+ * long stretches of what both want. On two nodes, or from a disk, neither reads for the other. */
+static void test_long_stretches(void **state)
+{
+    (void)state;
+    enum { BLOCKS = 64, RUN = 8 };
+    static struct fixture f;
+    const int32_t together[RANKS] = { 1, 1, 0, 0, 2 }, apart[RANKS] = { 0, 1, 2, 2, 2 };
+    const int32_t *const node[] = { together, apart, NULL };
+    for (int n = 0; n < 3; n++) {
+        struct load_plan p;
+        init(&f);
+        add_tensor(&f, BLOCKS * 256, 1024, 1);
+        for (int r = 0; r < 2; r++)
+            for (uint64_t i = (uint64_t)r; i < BLOCKS / 2; i += 2)
+                add_want(&f, 0, r, i * 512, 512, 0, 1024);
+        add_tensor(&f, BLOCKS / 2 * 256 * 3, 1024, 3); /* and the others have as much to read */
+        for (int r = 2; r < RANKS; r++)
+            add_want(&f, 1, r, (uint64_t)(r - 2) * BLOCKS / 2 * 256, BLOCKS / 2 * 256, 0, 1024);
+        const struct load_reading how = { .run_bytes = RUN * META_BLOCK_BYTES, .node_of = node[n] };
+        assert_null(load_plan_make_from(&f.m, f.want, f.wants, RANKS, &how, &p));
+        check_blocks(&f, &p);
+        check_complete(&f, &p);
+        for (const struct load_block *b = p.block; b < p.block + p.blocks; b++)
+            assert_int_equal(b->reader, b->piece == 0 ? b->block / (n == 0 ? RUN : 2) % 2 : b->piece + 1);
+        load_plan_free(&p);
+    }
+}
+
 /* Everybody wants 60 MiB of its own, in files one after another: nobody reads for another, whoever comes first. */
 static void test_no_help_needed(void **state)
 {
@@ -566,14 +595,14 @@ static void test_much_received(void **state)
     for (int i = 0; i < TIMES; i++)
         want[i] = f.want[0];
     want[TIMES] = f.want[1];
-    assert_null(load_plan_make_from(&f.m, want, TIMES + 1, RANKS, reader, 0, &p));
+    assert_null(load_plan_make_from(&f.m, want, TIMES + 1, RANKS, &(struct load_reading){ .reader = reader }, &p));
     assert_int_equal(p.rounds, 2);
     assert_int_equal(p.blocks, 2);
     assert_true(p.block[0].piece == 0 && p.block[1].piece == 1);
     assert_int_equal(p.totals.wire_bytes, (uint64_t)(TIMES + 1) << 20);
     load_plan_free(&p);
     const int32_t own[] = { 0, 2 }; /* what it reads for itself is not sent, however often it wants it */
-    assert_null(load_plan_make_from(&f.m, want, TIMES + 1, RANKS, own, 0, &p));
+    assert_null(load_plan_make_from(&f.m, want, TIMES + 1, RANKS, &(struct load_reading){ .reader = own }, &p));
     assert_int_equal(p.totals.wire_bytes, 1 << 20);
     load_plan_free(&p);
     mem_free(want);
@@ -588,6 +617,7 @@ int main(void)
         cmocka_unit_test(test_random),         cmocka_unit_test(test_amplification),
         cmocka_unit_test(test_any_order),      cmocka_unit_test(test_missing),
         cmocka_unit_test(test_no_help_needed), cmocka_unit_test(test_stretches),
+        cmocka_unit_test(test_long_stretches),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
