@@ -6,7 +6,8 @@ import shutil
 
 import make_logits
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, AutoModelForCausalLM
+from transformers import (Dots1Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig,
+                          AutoModelForCausalLM)
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fixtures")
 SMALL = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -30,6 +31,12 @@ MODELS = {
                          rope_parameters=rope(rope_type="default")),
     "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
                          rope_parameters=rope(rope_type="yarn", factor=2.0, original_max_position_embeddings=32)),
+    "qwen3_moe": Qwen3MoeConfig(**{**SMALL, "num_hidden_layers": 3}, num_key_value_heads=2, head_dim=8, num_experts=4,
+                                num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True, mlp_only_layers=[1],
+                                tie_word_embeddings=True, rope_parameters=rope(rope_type="default")),
+    "dots1": Dots1Config(**SMALL, num_key_value_heads=2, head_dim=8, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3,
+                         moe_intermediate_size=8, norm_topk_prob=True, first_k_dense_replace=1, routed_scaling_factor=2.5, n_group=4,
+                         topk_group=2, sliding_window=None, rope_parameters=rope(rope_type="default")),
 }
 
 for name, config in MODELS.items():
@@ -40,7 +47,10 @@ for name, config in MODELS.items():
     with torch.no_grad():
         for p in model.parameters():  # larger than usual, so that no part of the model drowns
             p.copy_(torch.randn(p.shape) * (0.3 if p.ndim > 1 else 0.5) + (1.0 if p.ndim == 1 else 0.0))
-    model.save_pretrained(folder, max_shard_size="9KB" if name == "qwen3" else "5GB")
+        for n, b in model.named_buffers():
+            if n.endswith("e_score_correction_bias"):
+                b.copy_(torch.randn(b.shape) * 0.1)
+    model.save_pretrained(folder, max_shard_size="9KB" if name.startswith("qwen3") else "5GB")
     for extra in ("generation_config.json",):
         if os.path.exists(os.path.join(folder, extra)):
             os.remove(os.path.join(folder, extra))

@@ -19,7 +19,7 @@ import job  # noqa: E402
 
 tmp = job.workspace()
 fixtures = sorted((here / "fixtures").iterdir())
-TIED = {"smollm2", "qwen3"}
+TIED = {"smollm2", "qwen3", "qwen3_moe"}
 
 
 def parse(path):
@@ -61,7 +61,8 @@ def view(root, want):
     step = job.committed(root)[-1]
     with h5py.File(job.step_dir(root, step) / "view.h5", "r") as f:
         for name, (dtype, shape, raw) in want.items():
-            d = f[f"model/{name}"]
+            expert = re.search(r"\.experts\.(\d+)\.", name)  # one tensor of all experts
+            d = f[f"model/{name.replace(expert[0], '.experts.')}"][int(expert[1])] if expert else f[f"model/{name}"]
             job.check(list(d.shape) == shape, f"view of {name}: {d.shape}")
             if dtype == "F32":
                 job.check(d[()].tobytes() == raw, f"view of {name}: values")
@@ -157,7 +158,7 @@ def adapters(data):
 
 
 def refusals(data):
-    base = fixtures[0]
+    base = here / "fixtures" / "linear"
 
     def broken(name, **keys):
         shutil.copytree(base, tmp / name)
@@ -167,7 +168,12 @@ def refusals(data):
         return tmp / name
 
     for keys, words in (
-            ({"model_type": "qwen3_moe"}, 'model_type "qwen3_moe" is not built: experts are missing'),
+            ({"model_type": "mixtral"}, 'model_type "mixtral" is not built'),
+            ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, 'model_type "deepseek_v3" is not built: multi-head latent attention is missing'),
+            ({"model_type": "qwen3_moe"}, "key num_experts_per_tok is missing"),
+            ({"model_type": "deepseek", "kv_lora_rank": 512}, "multi-head latent attention (kv_lora_rank) is not built"),
+            ({"model_type": "qwen3_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
+             "missing model.layers.0.mlp.experts.0.gate_proj.weight; missing model.layers.0.mlp.experts.1.gate_proj.weight"),
             ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not built'),
             ({"hidden_size": "gone"}, "key hidden_size is missing"),
             ({"hidden_size": "wide"}, "key hidden_size is not a whole number"),

@@ -71,7 +71,8 @@ struct export
 {
     tessera *t;
     uint64_t step, count;
-    struct safetensors_spec *list; /* names are ours */
+    struct safetensors_spec *list; /* names are ours, the texts too */
+    uint64_t experts;              /* of tensors that are written one an expert */
     struct safetensors_writer *w;
     unsigned char *buf;
     char *config;              /* of the step, as stored; "" if it has none */
@@ -113,31 +114,58 @@ static status *open_root(struct export *e, const struct words *w)
     return st;
 }
 
-/* The tensors of the part; tied names are one tensor, as transformers has them. */
+/* A stored tensor, or expert number `expert` of it, is to be written. */
+static status *list_one(struct export *e, const struct tessera_tensor *d, uint64_t expert, enum dtype dtype)
+{
+    bool one = d->ndim == 3;
+    char theirs[PARAM_NAME_BYTES];
+    struct safetensors_spec *t = &e->list[e->count];
+    t->dtype = dtype != DTYPE_NONE && is_float((enum dtype)d->dtype) ? dtype : (enum dtype)d->dtype;
+    t->shape.ndim = one ? 2 : d->ndim;
+    for (int k = 0; k < t->shape.ndim; k++)
+        t->shape.dim[k] = d->shape[one ? k + 1 : k];
+    if (one)
+        hf_name(d->name, expert, theirs);
+    const char *given = one ? theirs : d->name;
+    size_t bytes = strlen(prefix_of(e)) + strlen(given) + 1;
+    char *name = mem_alloc(bytes);
+    if (!name)
+        return ERR(NO_MEMORY, "the name of a tensor");
+    snprintf(name, bytes, "%s%s", prefix_of(e), given);
+    t->name = name;
+    e->count++;
+    return NULL;
+}
+
+/* Tensors of the file that tensor i of the step makes: none of another part or of a tied name. */
+static status *count_of(const struct export *e, uint64_t i, struct tessera_tensor *d, uint64_t *n)
+{
+    *d = (struct tessera_tensor)TESSERA_TENSOR;
+    TRY(tessera_stored_at(e->t, i, d));
+    *n = strcmp(d->part, e->part) || d->alias_of ? 0 : d->ndim == 3 ? d->shape[0] : 1;
+    return NULL;
+}
+
+/* The tensors of the part; tied names are one tensor, as transformers has them, and experts one each. */
 static status *list_model(struct export *e, enum dtype dtype)
 {
     struct tessera_step s = { .size = sizeof s };
+    struct tessera_tensor d;
+    uint64_t all = 0, n;
     TRY(tessera_get_step(e->t, &s));
-    e->list = mem_calloc(s.tensors + 1, sizeof *e->list);
-    if (!e->list)
-        return ERR(NO_MEMORY, "a list of %" PRIu64 " tensors", s.tensors);
     for (uint64_t i = 0; i < s.tensors; i++) {
-        struct tessera_tensor d = TESSERA_TENSOR;
-        TRY(tessera_stored_at(e->t, i, &d));
-        if (strcmp(d.part, e->part) || d.alias_of)
-            continue;
-        struct safetensors_spec *t = &e->list[e->count];
-        t->dtype = dtype != DTYPE_NONE && is_float((enum dtype)d.dtype) ? dtype : (enum dtype)d.dtype;
-        t->shape.ndim = d.ndim;
-        for (int k = 0; k < d.ndim; k++)
-            t->shape.dim[k] = d.shape[k];
-        size_t bytes = strlen(prefix_of(e)) + strlen(d.name) + 1;
-        char *name = mem_alloc(bytes);
-        if (!name)
-            return ERR(NO_MEMORY, "the name of a tensor");
-        snprintf(name, bytes, "%s%s", prefix_of(e), d.name);
-        t->name = name;
-        e->count++;
+        TRY(count_of(e, i, &d, &n));
+        if (n && d.ndim == 3)
+            e->experts = n;
+        all += n;
+    }
+    e->list = mem_calloc(all + 1, sizeof *e->list);
+    if (!e->list)
+        return ERR(NO_MEMORY, "a list of %" PRIu64 " tensors", all);
+    for (uint64_t i = 0; i < s.tensors; i++) {
+        TRY(count_of(e, i, &d, &n));
+        for (uint64_t k = 0; k < n; k++)
+            TRY(list_one(e, &d, k, dtype));
     }
     return e->count ? NULL : ERR(INVALID, "step %" PRIu64 " has no tensors in part %s", e->step, e->part);
 }
@@ -174,7 +202,10 @@ static status *make_config(const struct export *e, char **json)
 static status *add_run(const struct export *e, tessera_state *s, const struct safetensors_spec *t, enum dtype dtype,
                        uint64_t begin, uint64_t end, void *to)
 {
-    struct tessera_tensor d = hf_tensor(t->name + strlen(prefix_of(e)), dtype, &t->shape);
+    char ours[PARAM_NAME_BYTES];
+    int64_t expert = e->experts ? hf_expert(t->name + strlen(prefix_of(e)), ours) : -1;
+    const char *name = expert < 0 ? t->name + strlen(prefix_of(e)) : ours;
+    struct tessera_tensor d = hf_part(name, dtype, &t->shape, expert, e->experts);
     d.part = e->part;
     d.run_begin = begin;
     d.run_end = end;
@@ -378,19 +409,31 @@ static status *settings_text(struct import *in, const struct hf_config *c)
     return NULL;
 }
 
+/* expert -1: all of p. */
+static status *add_tensor(struct import *in, const struct param *p, int64_t expert)
+{
+    const struct params *ps = &in->m->params;
+    char name[PARAM_NAME_BYTES];
+    snprintf(name, sizeof name, "%s", p->alias < 0 ? p->name : ps->p[p->alias].name);
+    if (expert >= 0)
+        hf_name(p->name, (uint64_t)expert, name);
+    const struct safetensor *t = safetensors_find(in->s, name);
+    struct tessera_tensor d = hf_part(p->name, t->dtype, &t->shape, expert, p->shape.dim[0]);
+    d.data = (unsigned char *)in->map[t->file].at + t->at; /* read only: saving reads */
+    if (p->alias >= 0) {
+        d.alias_of = ps->p[p->alias].name;
+        d.data = NULL;
+    }
+    return tessera_state_add_tensor(in->state, &d);
+}
+
 static status *add_tensors(struct import *in)
 {
     const struct params *ps = &in->m->params;
     for (int i = 0; i < ps->count; i++) {
         const struct param *p = &ps->p[i];
-        const struct safetensor *t = safetensors_find(in->s, p->alias < 0 ? p->name : ps->p[p->alias].name);
-        struct tessera_tensor d = hf_tensor(p->name, t->dtype, &t->shape);
-        d.data = (unsigned char *)in->map[t->file].at + t->at; /* read only: saving reads */
-        if (p->alias >= 0) {
-            d.alias_of = ps->p[p->alias].name;
-            d.data = NULL;
-        }
-        TRY(tessera_state_add_tensor(in->state, &d));
+        for (uint64_t e = 0; e < (p->experts ? p->shape.dim[0] : 1); e++)
+            TRY(add_tensor(in, p, p->experts ? (int64_t)e : -1));
     }
     return tessera_state_add_blob(in->state, "extra", "config", 0, in->config, strlen(in->config));
 }

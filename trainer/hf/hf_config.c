@@ -28,6 +28,24 @@ static const struct same {
 };
 enum { SAME = sizeof same / sizeof *same };
 
+/* The same of families with experts; those of qwen3_moe have a name of their own for the number of experts. */
+static const struct same of_experts[] = {
+    { "num_experts_per_tok", "experts_per_token", NULL, 'i' },
+    { "moe_intermediate_size", "expert_ffn", NULL, 'i' },
+    { "norm_topk_prob", "router_norm", "false", 'b' },
+}, of_deepseek[] = {
+    { "n_routed_experts", "experts", NULL, 'i' },
+    { "first_k_dense_replace", "first_dense", "0", 'i' },
+    { "routed_scaling_factor", "router_scale", "1", 'f' },
+    { "n_shared_experts", "shared_experts", "0", 'i' },
+    { "n_group", "router_groups", "1", 'i' },
+    { "topk_group", "router_top_groups", "1", 'i' },
+}, of_qwen[] = {
+    { "num_experts", "experts", NULL, 'i' }, /* or num_local_experts (transformers 5) */
+    { "decoder_sparse_step", "sparse_step", "1", 'i' },
+};
+#define COUNT(a) (sizeof(a) / sizeof *(a))
+
 /* What is being read, for messages. */
 struct reading {
     const char *name;
@@ -184,8 +202,21 @@ static status *take_layer_types(const struct reading *r, const json_t *types)
     return put(r->out, "window_from", text);
 }
 
+/* dots1: layers from max_window_layers on have a window, if there are any. */
+static status *refuse_window(const struct reading *r)
+{
+    const json_t *from = value_of(r->root, "max_window_layers"), *types = value_of(r->root, "layer_types");
+    double layers = json_number_value(value_of(r->root, "num_hidden_layers"));
+    bool some = value_of(r->root, "sliding_window") && layers > (from ? json_number_value(from) : 62);
+    for (size_t i = 0; i < json_array_size(types); i++)
+        some = some || !strcmp(json_string_value(json_array_get(types, i)) ?: "", "sliding_attention");
+    return some ? NOT_BUILT(r, "%s", "dots1 with sliding_attention is not built") : NULL;
+}
+
 static status *take_window(const struct reading *r, const char *family)
 {
+    if (!strcmp(family, "dots1"))
+        return refuse_window(r);
     const json_t *window = value_of(r->root, "sliding_window"), *types = value_of(r->root, "layer_types"),
                  *from = value_of(r->root, "max_window_layers");
     bool qwen = !strncmp(family, "qwen", 4);
@@ -215,9 +246,64 @@ static status *refuse_rest(const struct reading *r)
     return act && strcmp(act, "silu") ? NOT_BUILT(r, "hidden_act \"%s\" is not built (legal: silu)", text) : NULL;
 }
 
+/* ---- experts ---- */
+
+static status *take_same(const struct reading *r, const struct same *keys, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const json_t *v = value_of(r->root, keys[i].theirs);
+        if (!v && !strcmp(keys[i].theirs, "num_experts"))
+            v = value_of(r->root, "num_local_experts");
+        if (!v && !keys[i].def)
+            return ERR(INVALID, "%s: key %s is missing", r->name, keys[i].theirs);
+        TRY(v ? put_number(r, keys[i].theirs, keys[i].ours, v, keys[i].type) : put(r->out, keys[i].ours, keys[i].def));
+    }
+    return NULL;
+}
+
+static status *take_dense_layers(const struct reading *r, const json_t *layers)
+{
+    char text[HF_VALUE_BYTES] = "";
+    size_t used = 0;
+    for (size_t i = 0; i < json_array_size(layers); i++) {
+        const json_t *n = json_array_get(layers, i);
+        if (!json_is_integer(n))
+            return ERR(INVALID, "%s: key mlp_only_layers is no list of whole numbers", r->name);
+        int more = snprintf(text + used, sizeof text - used, "%s%lld", i ? "," : "", (long long)json_integer_value(n));
+        if (more < 0 || (size_t)more >= sizeof text - used)
+            return NOT_BUILT(r, "more than %zu mlp_only_layers are not built", i);
+        used += (size_t)more;
+    }
+    return *text ? put(r->out, "dense_layers", text) : NULL;
+}
+
+static status *take_experts(const struct reading *r, const char *family)
+{
+    bool qwen = !strcmp(family, "qwen3_moe"), dots = !strcmp(family, "dots1");
+    if (!qwen && !dots && strcmp(family, "deepseek") != 0)
+        return NULL;
+    if (json_number_value(value_of(r->root, "kv_lora_rank")) > 0)
+        return NOT_BUILT(r, "%s", "multi-head latent attention (kv_lora_rank) is not built");
+    const json_t *freq = value_of(r->root, "moe_layer_freq");
+    if (freq && json_integer_value(freq) != 1)
+        return NOT_BUILT(r, "%s", "moe_layer_freq other than 1 is not built");
+    TRY(take_same(r, of_experts, COUNT(of_experts)));
+    TRY(qwen ? take_same(r, of_qwen, COUNT(of_qwen)) : take_same(r, of_deepseek, COUNT(of_deepseek)));
+    if (json_is_true(value_of(r->root, "output_router_logits")) && value_of(r->root, "router_aux_loss_coef"))
+        TRY(put_number(r, "router_aux_loss_coef", "balance_loss", value_of(r->root, "router_aux_loss_coef"), 'f'));
+    if (qwen)
+        return take_dense_layers(r, value_of(r->root, "mlp_only_layers"));
+    const char *scores = json_string_value(value_of(r->root, "scoring_func"));
+    bool sigmoid = dots || (scores && !strcmp(scores, "sigmoid"));
+    if (scores && strcmp(scores, "sigmoid") && strcmp(scores, "softmax"))
+        return NOT_BUILT(r, "%s", "scoring_func other than softmax and sigmoid is not built");
+    TRY(put(r->out, "router", sigmoid ? "sigmoid" : "softmax"));
+    return put(r->out, "router_bias", dots ? "true" : "false");
+}
+
 static status *take_family(const struct reading *r, const char **family)
 {
-    static const char *const families[] = { "llama", "mistral", "qwen2", "qwen3" };
+    static const char *const families[] = { "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek", "dots1" };
     const char *type = json_string_value(value_of(r->root, "model_type"));
     char text[40];
     safetensors_text(type ? type : "", text, sizeof text);
@@ -226,8 +312,9 @@ static status *take_family(const struct reading *r, const char **family)
             *family = families[i];
             return NULL;
         }
-    return NOT_BUILT(r, "model_type \"%s\" is not built%s (legal: llama, mistral, qwen2, qwen3)", text,
-                     strstr(text, "moe") || strstr(text, "mixtral") ? ": experts are missing" : "");
+    return NOT_BUILT(
+        r, "model_type \"%s\" is not built%s (legal: llama, mistral, qwen2, qwen3, qwen3_moe, deepseek, dots1)", text,
+        value_of(r->root, "kv_lora_rank") ? ": multi-head latent attention is missing" : "");
 }
 
 static status *take_all(const struct reading *r)
@@ -236,12 +323,8 @@ static status *take_all(const struct reading *r)
     TRY(take_family(r, &family));
     TRY(refuse_rest(r));
     TRY(put(r->out, "kind", "llama"));
-    for (size_t i = 0; i < SAME; i++) {
-        const json_t *v = value_of(r->root, same[i].theirs);
-        if (!v && !same[i].def)
-            return ERR(INVALID, "%s: key %s is missing", r->name, same[i].theirs);
-        TRY(v ? put_number(r, same[i].theirs, same[i].ours, v, same[i].type) : put(r->out, same[i].ours, same[i].def));
-    }
+    TRY(take_same(r, same, SAME));
+    TRY(take_experts(r, family));
     const json_t *dim = value_of(r->root, "head_dim");
     if (dim)
         TRY(put_number(r, "head_dim", "head_dim", dim, 'i'));
@@ -249,7 +332,7 @@ static status *take_all(const struct reading *r)
         TRY(put(r->out, "head_dim", "128")); /* Qwen3Config's default */
     if (!strcmp(family, "qwen2"))
         TRY(put(r->out, "qkv_bias", "true"));
-    if (!strcmp(family, "qwen3"))
+    if (!strncmp(family, "qwen3", 5) || !strcmp(family, "dots1"))
         TRY(put(r->out, "qk_norm", "true"));
     TRY(take_rope(r));
     return take_window(r, family);
@@ -345,12 +428,38 @@ static json_t *scaling_json(const struct hf_config *c)
     return s;
 }
 
+/* A model of the three, or none. */
+static status *family_of_experts(const struct hf_config *c, const char **type, const char **class)
+{
+    bool norm = is(c, "qk_norm", "true"), bias = is(c, "router_bias", "true"), sigmoid = is(c, "router", "sigmoid"),
+         plain = !is(c, "qkv_bias", "true") && number(c, "sliding_window", 0) <= 0,
+         lists = *(hf_config_get(c, "dense_layers") ?: "") || number(c, "sparse_step", 1) > 1,
+         qwen = !bias && !sigmoid && number(c, "shared_experts", 0) < 1 && number(c, "router_groups", 1) < 2 &&
+                !(fabs(number(c, "router_scale", 1) - 1) > 0);
+    if (plain && norm && qwen)
+        *type = "qwen3_moe";
+    else if (plain && norm && bias && sigmoid && !lists)
+        *type = "dots1";
+    else if (plain && !norm && !bias && !lists)
+        *type = "deepseek";
+    else
+        return ERR(UNSUPPORTED,
+                   "no Hugging Face family has these experts: qwen3_moe has qk_norm and a softmax, without "
+                   "shared experts, groups and biases; dots1 has qk_norm and a sigmoid with router_bias; "
+                   "deepseek has neither; none has qkv_bias or sliding_window, and only qwen3_moe has "
+                   "dense_layers and sparse_step");
+    *class = !strcmp(*type, "qwen3_moe") ? "Qwen3MoeForCausalLM"
+             : !strcmp(*type, "dots1")   ? "Dots1ForCausalLM"
+                                         : "DeepseekForCausalLM";
+    return NULL;
+}
+
 static status *family_of(const struct hf_config *c, const char **type, const char **class)
 {
     bool norm = is(c, "qk_norm", "true"), bias = is(c, "qkv_bias", "true");
     double window = number(c, "sliding_window", 0), from = number(c, "window_from", 0);
     if (number(c, "experts", 0) > 0)
-        return ERR(UNSUPPORTED, "model.experts: a config.json of experts is not built");
+        return family_of_experts(c, type, class);
     if (norm && bias)
         return ERR(UNSUPPORTED, "no Hugging Face family has both model.qk_norm and model.qkv_bias");
     if (!norm && !bias && window > 0 && from > 0)
@@ -363,6 +472,50 @@ static status *family_of(const struct hf_config *c, const char **type, const cha
     return NULL;
 }
 
+static void add_same(json_t *o, const struct hf_config *c, const struct same *keys, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        double v = number(c, keys[i].ours, keys[i].def ? strtod(keys[i].def, NULL) : 0);
+        json_object_set_new(o, keys[i].theirs,
+                            keys[i].type == 'b'   ? json_boolean(is(c, keys[i].ours, "true"))
+                            : keys[i].type == 'i' ? whole(v)
+                                                  : json_real(v));
+    }
+}
+
+/* Layers without experts, first_dense among them, in order. */
+static json_t *dense_layers(const struct hf_config *c)
+{
+    json_t *all = json_array();
+    double first = number(c, "first_dense", 0), layers = number(c, "layers", 0);
+    for (double i = 0; i < first && i < layers; i++)
+        json_array_append_new(all, whole(i));
+    for (const char *at = hf_config_get(c, "dense_layers") ?: ""; *at; at += strcspn(at, ","), at += *at == ',')
+        if (strtod(at, NULL) >= first)
+            json_array_append_new(all, whole(strtod(at, NULL)));
+    return all;
+}
+
+static void add_experts(json_t *o, const struct hf_config *c, const char *type)
+{
+    bool qwen = !strcmp(type, "qwen3_moe"), sigmoid = is(c, "router", "sigmoid");
+    if (number(c, "experts", 0) < 1)
+        return;
+    add_same(o, c, of_experts, COUNT(of_experts));
+    if (qwen) {
+        add_same(o, c, of_qwen, COUNT(of_qwen));
+        json_object_set_new(o, "mlp_only_layers", dense_layers(c));
+    } else {
+        add_same(o, c, of_deepseek, COUNT(of_deepseek));
+        json_object_set_new(o, "scoring_func", json_string(sigmoid ? "sigmoid" : "softmax"));
+        json_object_set_new(o, "moe_layer_freq", whole(1));
+    }
+    if (number(c, "balance_loss", 0) > 0) {
+        json_object_set_new(o, "router_aux_loss_coef", json_real(number(c, "balance_loss", 0)));
+        json_object_set_new(o, "output_router_logits", json_true());
+    }
+}
+
 static json_t *config_json(const struct hf_config *c, const char *dtype, const char *type, const char *class)
 {
     double heads = number(c, "heads", 0), kv = number(c, "kv_heads", 0), dim = number(c, "head_dim", 0),
@@ -373,13 +526,8 @@ static json_t *config_json(const struct hf_config *c, const char *dtype, const c
                           : !strcmp(dtype, "F64") ? "float64"
                                                   : "float32",
                           "hidden_act", "silu");
-    for (size_t i = 0; i < SAME; i++) {
-        double v = number(c, same[i].ours, same[i].def ? strtod(same[i].def, NULL) : 0);
-        json_object_set_new(o, same[i].theirs,
-                            same[i].type == 'b'   ? json_boolean(is(c, same[i].ours, "true"))
-                            : same[i].type == 'i' ? whole(v)
-                                                  : json_real(v));
-    }
+    add_same(o, c, same, SAME);
+    add_experts(o, c, type);
     json_object_set_new(o, "num_key_value_heads", whole(kv > 0 ? kv : heads));
     json_object_set_new(o, "head_dim", whole(dim > 0 || heads < 1 ? dim : floor(hidden / heads)));
     json_object_set_new(o, "rope_theta", json_real(number(c, "rope_theta", 10000)));

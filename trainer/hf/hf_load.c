@@ -6,6 +6,7 @@
 
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 struct tessera_tensor hf_tensor(const char *name, enum dtype dtype, const struct shape *shape)
@@ -23,6 +24,57 @@ struct tessera_tensor hf_tensor(const char *name, enum dtype dtype, const struct
 enum { BATCH_BYTES = 256 << 20, LIST_BYTES = 768 };
 
 /* ---- names ---- */
+
+static const char among[] = ".experts.";
+
+void hf_name(const char *ours, uint64_t e, char out[PARAM_NAME_BYTES])
+{
+    const char *at = strstr(ours, among);
+    size_t head = at ? (size_t)(at - ours) + sizeof among - 1 : 0;
+    if (at)
+        snprintf(out, PARAM_NAME_BYTES, "%.*s%" PRIu64 ".%s", (int)head, ours, e, ours + head);
+    else
+        snprintf(out, PARAM_NAME_BYTES, "%s", ours);
+}
+
+int64_t hf_expert(const char *theirs, char ours[PARAM_NAME_BYTES])
+{
+    const char *at = strstr(theirs, among);
+    size_t head = at ? (size_t)(at - theirs) + sizeof among - 1 : 0, digits = strspn(theirs + head, "0123456789");
+    bool one = at && digits > 0 && digits < 10 && theirs[head + digits] == '.';
+    if (one)
+        snprintf(ours, PARAM_NAME_BYTES, "%.*s%s", (int)head, theirs, theirs + head + digits + 1);
+    else
+        snprintf(ours, PARAM_NAME_BYTES, "%s", theirs);
+    return one ? strtoll(theirs + head, NULL, 10) : -1;
+}
+
+struct tessera_tensor hf_part(const char *ours, enum dtype dtype, const struct shape *theirs, int64_t e,
+                              uint64_t experts)
+{
+    struct shape stack = { 3, { experts, theirs->dim[0], theirs->dim[1] } };
+    if (e < 0)
+        return hf_tensor(ours, dtype, theirs);
+    struct tessera_tensor d = hf_tensor(ours, dtype, &stack);
+    d.offset[0] = (uint64_t)e;
+    d.length[0] = 1;
+    return d;
+}
+
+/* Tensors of a folder that make p. */
+static uint64_t parts_of(const struct param *p)
+{
+    return p->experts ? p->shape.dim[0] : 1;
+}
+
+static const struct safetensor *part_at(const struct safetensors *s, const struct param *p, uint64_t e)
+{
+    char name[PARAM_NAME_BYTES];
+    if (!p->experts)
+        return safetensors_find(s, p->name);
+    hf_name(p->name, e, name);
+    return safetensors_find(s, name);
+}
 
 /* A list of complaints, cut off where it becomes long. */
 struct complaints {
@@ -49,24 +101,42 @@ static bool is_float(enum dtype t)
     return t == DTYPE_F64 || t == DTYPE_F32 || t == DTYPE_F16 || t == DTYPE_BF16;
 }
 
-static void match_one(const struct safetensors *s, const struct param *p, struct complaints *c)
+static void match_one(const struct safetensors *s, const struct param *p, uint64_t e, struct complaints *c)
 {
-    const struct safetensor *t = safetensors_find(s, p->name);
-    char have[64], want[64], what[224];
+    const struct safetensor *t = part_at(s, p, e), *first = part_at(s, p, 0);
+    struct shape shape = p->shape;
+    char have[64], want[64], what[224], name[PARAM_NAME_BYTES];
+    hf_name(p->name, e, name);
+    if (p->experts)
+        shape = (struct shape){ 2, { p->shape.dim[1], p->shape.dim[2] } };
+    else
+        snprintf(name, sizeof name, "%s", p->name);
     if (!t) {
-        complain(c, "missing ", p->name);
+        complain(c, "missing ", name);
         return;
     }
-    if (t->shape.ndim != p->shape.ndim ||
-        memcmp(t->shape.dim, p->shape.dim, (size_t)p->shape.ndim * sizeof t->shape.dim[0])) {
+    if (t->shape.ndim != shape.ndim || memcmp(t->shape.dim, shape.dim, (size_t)shape.ndim * sizeof t->shape.dim[0])) {
         dims_text(t->shape.ndim, t->shape.dim, have, sizeof have);
-        dims_text(p->shape.ndim, p->shape.dim, want, sizeof want);
+        dims_text(shape.ndim, shape.dim, want, sizeof want);
         snprintf(what, sizeof what, "%s, not %s, is the shape of ", have, want);
-        complain(c, what, p->name);
+        complain(c, what, name);
     } else if (!is_float(t->dtype)) {
         snprintf(what, sizeof what, "%s is no type of weights: ", safetensors_dtype(t->dtype));
-        complain(c, what, p->name);
+        complain(c, what, name);
+    } else if (first && first->dtype != t->dtype) {
+        snprintf(what, sizeof what, "%s, not expert 0's %s, is the type of ", safetensors_dtype(t->dtype),
+                 safetensors_dtype(first->dtype));
+        complain(c, what, name);
     }
+}
+
+/* Does the model have a tensor of that name? */
+static bool expected(const struct params *ps, const char *name)
+{
+    char ours[PARAM_NAME_BYTES];
+    int64_t e = hf_expert(name, ours);
+    const struct param *p = params_find(ps, e < 0 ? name : ours);
+    return p && p->experts == (e >= 0) && (e < 0 || (uint64_t)e < p->shape.dim[0]);
 }
 
 static bool ignored(const char *name)
@@ -80,10 +150,10 @@ status *hf_match(const struct safetensors *s, const struct params *ps)
 {
     struct complaints c = { .used = 0 };
     for (int i = 0; i < ps->count; i++)
-        if (ps->p[i].alias < 0 && !ps->p[i].adapter)
-            match_one(s, &ps->p[i], &c);
+        for (uint64_t e = 0; ps->p[i].alias < 0 && !ps->p[i].adapter && e < parts_of(&ps->p[i]); e++)
+            match_one(s, &ps->p[i], e, &c);
     for (uint64_t i = 0; i < s->count; i++)
-        if (!params_find(ps, s->tensor[i].name) && !ignored(s->tensor[i].name))
+        if (!expected(ps, s->tensor[i].name) && !ignored(s->tensor[i].name))
             complain(&c, "unexpected ", s->tensor[i].name);
     if (!c.used)
         return NULL;
@@ -103,16 +173,17 @@ struct loading {
 };
 
 /* This rank's 1/n of p: read, and added to `from`. The bytes live at buf. */
-static status *add_read(const struct loading *l, const struct param *p, tessera_state *from, unsigned char *buf,
-                        size_t *used)
+static status *add_read(const struct loading *l, const struct param *p, uint64_t e, tessera_state *from,
+                        unsigned char *buf, size_t *used)
 {
-    const struct safetensor *t = safetensors_find(l->s, p->name);
+    const struct safetensor *t = part_at(l->s, p, e);
     struct piece part = piece_whole(&t->shape);
     layout_cut(part.end, (uint64_t)l->world->size, (uint64_t)l->world->rank, &part.begin, &part.end);
     if (part.begin == part.end)
         return NULL;
     TRY(safetensors_read(l->s, t, &part, buf + *used));
-    struct tessera_tensor d = hf_tensor(p->name, t->dtype, &t->shape);
+    struct tessera_tensor d =
+        hf_part(p->name, t->dtype, &t->shape, p->experts ? (int64_t)e : -1, p->experts ? p->shape.dim[0] : 0);
     d.run_begin = part.begin;
     d.run_end = part.end;
     d.data = buf + *used;
@@ -150,7 +221,8 @@ static status *load_batch(const struct loading *l, int first, int end, size_t by
     for (int i = first; i < end && !st; i++) {
         if (l->ps->p[i].alias >= 0 || l->ps->p[i].adapter)
             continue;
-        st = add_read(l, &l->ps->p[i], from, buf, &used);
+        for (uint64_t e = 0; e < parts_of(&l->ps->p[i]) && !st; e++)
+            st = add_read(l, &l->ps->p[i], e, from, buf, &used);
         if (!st && !l->ps->p[i].away)
             st = add_wanted(&l->ps->p[i], to);
     }
@@ -168,8 +240,8 @@ static status *load_batch(const struct loading *l, int first, int end, size_t by
 /* Room for a rank's share of p, at most. */
 static size_t share_of(const struct loading *l, const struct param *p)
 {
-    const struct safetensor *t = p->alias < 0 ? safetensors_find(l->s, p->name) : NULL;
-    return t ? t->bytes / (uint64_t)l->world->size + 128 : 0;
+    const struct safetensor *t = p->alias < 0 ? part_at(l->s, p, 0) : NULL;
+    return t ? parts_of(p) * (t->bytes / (uint64_t)l->world->size + 128) : 0;
 }
 
 static status *load_all(const struct loading *l)

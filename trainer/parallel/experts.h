@@ -1,0 +1,37 @@
+/* experts: expert parallelism: experts lie on the ranks of ep, each rank's tokens of the step go to them and back
+ * (ops/dispatch.h; Lepikhin et al. 2020, arXiv:2006.16668).
+ *
+ * Micro-batches are dealt to dp x ep ranks. Parameters that all tokens use are replicated over these, experts over dp
+ * alone. So the block of parameters (model.h) has two parts, each of which has its own ZeRO: `dense` at its front, and
+ * the experts behind. A pass is made by all ranks of ep together, each with its micro-batch or none: gradients of
+ * experts are of a pass, not of a micro-batch, and are added in order of passes and dp ranks. */
+#ifndef TESSERA_TRAINER_PARALLEL_EXPERTS_H
+#define TESSERA_TRAINER_PARALLEL_EXPERTS_H
+
+#include "trainer/parallel/zero.h"
+
+struct experts {
+    struct params dense, own;  /* views of the model's: what is not theirs counts as frozen there */
+    struct zero *zero;         /* of own; NULL: none of them trains here */
+    struct comm *dp, *ep, *pp; /* borrowed; dp: ranks with the same experts; pp NULL: one stage */
+    double *norm;              /* [max(ep, pp)] */
+    uint32_t first;            /* of the step: the first pass of this rank, as `zero` counts them */
+};
+
+/* After the parameters have memory; before the ZeRO of `dense`. o: of that. Collective over dp, ep, o->tp and o->pp. */
+status *experts_open(const struct zero_options *o, struct params *p, struct comm *dp, struct comm *ep,
+                     struct experts **out) WARN_UNUSED;
+void experts_close(struct experts *e); /* NULL is fine; collective */
+/* A step in which every rank makes `passes` of them; then after each experts_added, with its number from 0. */
+void experts_begin(struct experts *e, uint32_t passes);
+status *experts_added(struct experts *e, uint32_t pass) WARN_UNUSED;
+/* Sum gradients; *norm, of `dense`, becomes that of the whole model. Collective over dp, ep, tp and pp. */
+status *experts_reduce(struct experts *e, double *norm) WARN_UNUSED;
+/* zero_update of the experts. Collective over dp. */
+status *experts_update(struct experts *e, const struct adamw *a,
+                       status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg) WARN_UNUSED;
+/* The ZeRO that trains parameter *p of the model, `zero` being that of `dense`; *p: the parameter as it knows it. e
+ * NULL: no expert parallelism. */
+struct zero *experts_zero(const struct experts *e, struct zero *zero, const struct params *ps, const struct param **p);
+
+#endif
