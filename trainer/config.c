@@ -3,6 +3,7 @@
 #include "comm/agree.h"
 #include "comm/base/mem.h"
 #include "trainer/hf/hf_config.h"
+#include "trainer/ops/moe.h"
 #include "trainer/parallel/schedule.h"
 
 #include <stdlib.h>
@@ -86,6 +87,8 @@ static const struct option train_rows[] = {
         "bf16: matrix products of weights are of factors rounded to bf16, with f32 sums; all that is stored stays f32"),
     ROW(OPT_LIST, train_config, freeze, "freeze", "", 0, 0, NULL, "",
         "patterns of the parameters that stay as they are, [\"model.embed_tokens.*\"]; empty: all train"),
+    ROW(OPT_STRING, train_config, routes, "routes", "", 0, 0, NULL, "",
+        "to compare meshes: record:PATH writes down which experts tokens take, on one rank; replay:PATH takes these"),
 };
 static const struct option parallel_rows[] = {
     ROW(OPT_INT, parallel_config, pp, "pp", "1", 1, 1024, NULL, "ranks",
@@ -100,7 +103,8 @@ static const struct option parallel_rows[] = {
         "counted as layers"),
     ROW(OPT_INT, parallel_config, dp, "dp", "0", 0, 1 << 20, NULL, "ranks",
         "data-parallel ranks; 0: all that mpirun started"),
-    ROW(OPT_INT, parallel_config, ep, "ep", "1", 1, 1, NULL, "ranks", "expert-parallel ranks"),
+    ROW(OPT_INT, parallel_config, ep, "ep", "1", 1, EXPERTS_MAX, NULL, "ranks",
+        "expert-parallel ranks: each has as many of every layer's experts, and micro-batches of its own"),
     ROW(OPT_INT, parallel_config, cp, "cp", "1", 1, CP_MAX, NULL, "ranks",
         "context-parallel ranks: they share the tokens of each micro-batch"),
     ROW(OPT_INT, parallel_config, tp, "tp", "1", 1, TP_MAX, NULL, "ranks",
@@ -550,6 +554,15 @@ static status *check_together(struct config *c, const char *name)
             "%s: parallel.pp: %lld does not go with data.tasks: completions are made on whole models only (legal: "
             "parallel.pp 1, or no data.tasks)",
             name, (long long)c->parallel.pp);
+    if (c->parallel.ep > 1 && *c->data.tasks)
+        return ERR(INVALID,
+                   "%s: parallel.ep: %lld does not go with data.tasks: completions are made on whole models only "
+                   "(legal: parallel.ep 1, or no data.tasks)",
+                   name, (long long)c->parallel.ep);
+    if (c->parallel.ep > 1 && c->parallel.zero > 1)
+        return ERR(INVALID,
+                   "%s: parallel.zero: %lld does not go with parallel.ep above 1 (legal: zero 0 or 1, or ep 1)", name,
+                   (long long)c->parallel.zero);
     if (c->parallel.pp == 1 && *c->parallel.stages)
         return ERR(INVALID, "%s: parallel.stages: \"%.100s\" needs parallel.pp above 1", name, c->parallel.stages);
     if (c->parallel.schedule != PIPE_INTERLEAVED && c->parallel.chunks > 1)

@@ -49,7 +49,7 @@ struct train_config {
     double max_seconds;
     bool deterministic;
     int dtype;
-    char *freeze;
+    char *freeze, *routes;
 };
 
 struct parallel_config {

@@ -47,14 +47,14 @@ struct scoring {
     struct pack *p;
     double *sums, *loss;
     const double *ref;
-    uint32_t end; /* of this rank's chunks */
+    uint32_t end; /* of this rank's chunks; with expert parallelism passes behind it are empty */
 };
 
 static bool micro_batch(void *arg, uint32_t pass, uint32_t *k)
 {
     const struct scoring *s = arg;
     *k = pass;
-    return pass < s->end;
+    return pass < s->end || s->t->ep;
 }
 
 /* Where parameters are cut over ranks. */
@@ -76,7 +76,7 @@ static status *idle(void *arg, unsigned halves)
 static int64_t prepare(void *arg, uint32_t k)
 {
     const struct scoring *s = arg;
-    pack_build(s->p, s->p->row, chunk_rows(s->t, s->d, k, s->p->row));
+    pack_build(s->p, s->p->row, k < s->end ? chunk_rows(s->t, s->d, k, s->p->row) : 0);
     return s->p->own.tokens;
 }
 
@@ -89,6 +89,8 @@ static struct tensor *forward(void *arg, struct tape *tape, int chunk, struct te
 static void keep(void *arg, uint32_t k, struct tensor *logp)
 {
     const struct scoring *s = arg;
+    if (k >= s->end)
+        return;
     const struct phase *now = &s->t->phase[s->t->phases - 1]; /* the algorithm's own sums, in its warm-up too */
     uint64_t row = k * (uint64_t)s->t->cfg->train.micro_batch, at = row * (uint64_t)s->d->sequences;
     algo_sums(now->algo, now->algo_config, s->p, logp->data, s->sums + at);
@@ -122,8 +124,9 @@ static status *evaluate_rows(struct scoring *s)
     uint64_t most = (chunks + (uint64_t)t->dp->size - 1) / (uint64_t)t->dp->size; /* of any rank */
     s->end = (uint32_t)end;
     trainer_hooks(t, s->m);
-    status *st = pipe_forward(t->pipe, (uint32_t)first, (uint32_t)(trainer_shards(t, s->m) ? first + most : end), &w);
-    if (st && (t->tp || t->cp || t->pp || trainer_shards(t, s->m))) /* others wait for it in the same pass */
+    bool together = trainer_shards(t, s->m) || t->ep; /* every rank makes as many passes */
+    status *st = pipe_forward(t->pipe, (uint32_t)first, (uint32_t)(together ? first + most : end), &w);
+    if (st && (t->tp || t->cp || t->pp || together)) /* others wait for it in the same pass */
         trainer_abort(t, st);
     TRY(comm_agree(t->dp, st));
     TRY(share(t, s->sums, values));

@@ -25,9 +25,18 @@ void trainer_hooks(struct trainer *t, const struct model *m)
 
 /* ---- passes ---- */
 
+/* How often a live reference has moved. */
+static uint64_t reference_age(const struct trainer *t)
+{
+    int64_t every = t->cfg->algo.ref_sync_steps;
+    return every ? t->optimiser_step / (uint64_t)every : 0;
+}
+
 struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *p, struct tape *tape, int chunk,
                                struct tensor *x, struct logprob_stats *tok)
 {
+    if (t->routes)
+        t->routes->step = m == t->ref_model || m->adapters_off ? reference_age(t) : t->step;
     p->own.x = x;
     p->own.chunk = chunk;
     struct tensor *h = m->ops->forward(m, tape, &p->own);
@@ -51,7 +60,13 @@ struct passing {
     bool training; /* packs for `loss`, else for `statistic`: algo_ops.data says which sequences these are */
     const struct batch_counts *counts;
     struct logprob_stats tok;
+    uint32_t end; /* with expert parallelism, of this rank's micro-batches: passes behind it are empty */
 };
+
+static bool is_empty(const struct passing *g, uint32_t k)
+{
+    return g->t->ep && k >= g->end;
+}
 
 static int64_t prepare(void *arg, uint32_t k)
 {
@@ -59,7 +74,9 @@ static int64_t prepare(void *arg, uint32_t k)
     struct phase *p = g->p;
     uint32_t mb = p->stream.micro_batch;
     const uint64_t *row = p->stream.row + (size_t)k * mb;
-    if (p->data->kind == DATASET_LABELLED)
+    if (is_empty(g, k))
+        pack_build(&p->pack, NULL, 0);
+    else if (p->data->kind == DATASET_LABELLED)
         pack_build_sides(&p->pack, row, mb, g->training ? 0 : 1, 1);
     else
         pack_build(&p->pack, row, mb);
@@ -82,7 +99,7 @@ static struct tensor *forward_with_stats(void *arg, struct tape *tape, int chunk
 static bool micro_batch(void *arg, uint32_t pass, uint32_t *k)
 {
     const struct passing *g = arg;
-    return zero_micro_batch(g->t->zero, g->k, pass, k);
+    return zero_micro_batch(g->t->zero, g->k, pass, k) || g->t->ep;
 }
 
 static bool makes_gradients(unsigned halves)
@@ -117,6 +134,13 @@ static status *pass_all(struct passing *g, bool training, struct pipe_work w)
 {
     struct trainer *t = g->t;
     uint32_t passes = zero_passes(t->zero, g->k);
+    if (t->ep) { /* every rank makes as many */
+        (void)zero_micro_batch(t->zero, g->k, 0, &g->end);
+        g->end += passes;
+        passes = zero_most_passes(t->zero, g->k);
+        if (training)
+            experts_begin(t->experts, passes);
+    }
     w.micro_batch = micro_batch;
     w.begin = begin;
     w.idle = idle;
@@ -136,6 +160,8 @@ static double *live_sums(const struct trainer *t, uint32_t k)
 static void keep_sums(void *arg, uint32_t k, struct tensor *logp)
 {
     const struct passing *g = arg;
+    if (is_empty(g, k))
+        return;
     algo_sums(g->p->algo, g->p->algo_config, &g->p->pack, logp->data, live_sums(g->t, k));
 }
 
@@ -176,6 +202,8 @@ static void keep_statistics(void *arg, uint32_t k, struct tensor *logp)
     const struct passing *g = arg;
     const struct algo_ops *a = g->p->algo;
     size_t n = (size_t)algo_statistics(a, g->p->algo_config);
+    if (is_empty(g, k))
+        return;
     a->statistic(g->p->algo_config, &g->p->pack, logp->data, references(g, k), g->t->scratch, g->t->scalar + k * n);
 }
 
@@ -213,6 +241,8 @@ static void take_loss(void *arg, uint32_t k, struct tensor *logp)
 {
     struct passing *g = arg;
     const struct algo_ops *a = g->p->algo;
+    if (is_empty(g, k))
+        return;
     double *metric = g->t->scalar + (size_t)k * (size_t)a->metric_count;
     a->loss(g->p->algo_config, &g->p->pack, logp->data, &g->tok, references(g, k), g->counts, g->t->scratch, logp->grad,
             metric);
@@ -221,6 +251,8 @@ static void take_loss(void *arg, uint32_t k, struct tensor *logp)
 static status *added(void *arg, uint32_t k, int chunk)
 {
     const struct passing *g = arg;
+    if (is_empty(g, k))
+        return NULL;
     TRY(zero_added_chunk(g->t->zero, k, chunk));
     return pipe_ends(g->t->pipe, chunk) ? tied_added(g->t->tied, k) : NULL;
 }

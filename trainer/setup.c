@@ -116,6 +116,19 @@ static int chunks_of(const struct trainer *t)
     return c->chunks ? (int)c->chunks : 2;
 }
 
+static status *open_routes(struct trainer *t)
+{
+    TRY(routes_open(t->cfg->train.routes, &t->routes));
+    if (t->routes && !t->routes->replay && t->world->size > 1)
+        return ERR(INVALID, "train.routes: routes are recorded on one rank, not on %d", t->world->size);
+    t->model->routes = t->routes;
+    if (t->ref_model) {
+        t->ref_model->routes = t->routes;
+        t->ref_model->role = 1;
+    }
+    return NULL;
+}
+
 static status *open_model(struct trainer *t, int ranks_here)
 {
     static const char *const devices[] = { "cpu", "cuda" };
@@ -132,7 +145,9 @@ static status *open_model(struct trainer *t, int ranks_here)
                            .stages = t->pp ? t->pp->size : 1,
                            .stage = t->pp ? t->pp->rank : 0,
                            .chunks = chunks_of(t),
-                           .list = t->cfg->parallel.stages };
+                           .list = t->cfg->parallel.stages,
+                           .experts = t->ep ? t->ep->size : 1,
+                           .expert = t->ep ? t->ep->rank : 0 };
     const struct optim_config *optim = &t->cfg->optim;
     const struct tuning tuning = { &t->cfg->lora, t->cfg->train.freeze,
                                    optim->kind == OPTIM_MUON ? optim->muon : NULL };
@@ -144,6 +159,7 @@ static status *open_model(struct trainer *t, int ranks_here)
         TRY(zero < 3 ? model_alloc(t->ref_model, false) : model_alloc_tied(t->ref_model, false));
     }
     uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
+    TRY(open_routes(t));
     if (t->training)
         TRY(balance_open(t->model, t->model->ops->layers(t->model), most, &t->balance));
     TRY(pipe_open(t->pp, (enum pipe_schedule)t->cfg->parallel.schedule, at.chunks, most, t->model->width, t->workers,
@@ -152,6 +168,7 @@ static status *open_model(struct trainer *t, int ranks_here)
         tape_spread(pipe_tape(t->pipe, i), t->tp, at.sequence);
         tape_context(pipe_tape(t->pipe, i), t->cp);
         tape_bf16(pipe_tape(t->pipe, i), t->cfg->train.dtype == TRAIN_BF16);
+        tape_experts(pipe_tape(t->pipe, i), t->ep);
         tape_recompute(pipe_tape(t->pipe, i), (enum tape_recompute)t->cfg->memory.recompute);
     }
     t->tape = pipe_tape(t->pipe, 0);
@@ -210,7 +227,11 @@ static status *open_mesh(struct trainer *t)
     t->mesh = (struct mesh){ { (int)c->parallel.pp, (int)c->parallel.dp, (int)c->parallel.ep, (int)c->parallel.cp,
                                (int)c->parallel.tp } };
     TRY(mesh_init(&t->mesh, t->world->size));
-    TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->dp));
+    TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP | 1u << MESH_EP, &t->dp));
+    if (t->mesh.size[MESH_EP] > 1) {
+        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_EP, &t->ep));
+        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->ep_dp));
+    }
     if (t->mesh.size[MESH_PP] > 1)
         TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_PP, &t->pp));
     if (t->mesh.size[MESH_CP] > 1)
@@ -231,10 +252,13 @@ static status *open_zero(struct trainer *t)
                               .shards = (int)c->parallel.dp_shard,
                               .workers = t->workers,
                               .micro_batches = (uint32_t)(c->train.global_batch / c->train.micro_batch) };
-    TRY(zero_open(&o, &t->model->params, t->dp, &t->zero));
+    if (t->ep)
+        TRY(experts_open(&o, &t->model->params, t->ep_dp, t->ep, &t->experts));
+    struct params *dense = t->experts ? &t->experts->dense : &t->model->params;
+    TRY(zero_open(&o, dense, t->dp, &t->zero));
     TRY(tied_open(&o, t->model, t->dp, t->pp, &t->tied));
     if (c->optim.kind == OPTIM_MUON)
-        TRY(comm_agree(t->world, owners_open(&t->model->params, zero_moments(t->zero), t->dp, t->workers, &t->owners)));
+        TRY(comm_agree(t->world, owners_open(dense, zero_moments(t->zero), t->dp, t->workers, &t->owners)));
     if (!t->ref_model || o.stage < 3)
         return NULL;
     struct shards_options ref = { true, false, o.bucket_elems, o.shards ? o.shards : t->dp->size };
@@ -421,6 +445,7 @@ status *trainer_close(struct trainer *t)
     balance_close(t->balance);
     shards_close(t->ref_shards);
     zero_close(t->zero);
+    experts_close(t->experts);
     task_eval_close(t);
     pipe_close(t->pipe);
     model_close(t->ref_model);
@@ -430,6 +455,8 @@ status *trainer_close(struct trainer *t)
     comm_close(t->pp);
     comm_close(t->tp);
     comm_close(t->cp);
+    comm_close(t->ep);
+    comm_close(t->ep_dp);
     comm_close(t->dp);
     for (int i = 0; i < t->phases; i++) {
         pack_fini(&t->phase[i].pack);
@@ -447,6 +474,7 @@ status *trainer_close(struct trainer *t)
     mem_free(t->heldout_sums);
     mem_free(t->heldout_loss);
     metrics_close(t->metrics);
+    st = status_first(st, routes_close(t->routes));
     mem_free(t);
     return st;
 }

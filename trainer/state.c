@@ -80,7 +80,7 @@ static status *add_runs(struct trainer *t, const struct param *p, struct tessera
 
 static status *add_moments(struct trainer *t, const struct param *p)
 {
-    struct zero_moments z = zero_moments(t->zero);
+    struct zero_moments z = zero_moments(experts_zero(t->experts, t->zero, &t->model->params, &p));
     char name[PARAM_NAME_BYTES + 16];
     struct tessera_tensor d = part_of("optim", p);
     d.name = name;

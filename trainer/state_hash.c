@@ -50,10 +50,15 @@ static uint64_t hash_runs(const struct param *p, uint64_t salt, const struct zer
 }
 
 /* Of the ranks that hold the same runs, one adds them. */
-static bool first_replica(const struct trainer *t, bool cut)
+static bool first_replica(const struct trainer *t, const struct param *p, bool cut)
 {
+    if (t->cp && t->cp->rank > 0)
+        return false;
+    if (t->ep && p->experts)
+        return !cut || !t->cfg->parallel.dp_shard ? cut || t->ep_dp->rank == 0
+                                                  : t->ep_dp->rank * t->ep->size < t->cfg->parallel.dp_shard;
     int64_t shards = !cut ? 1 : t->cfg->parallel.dp_shard ? t->cfg->parallel.dp_shard : t->dp->size;
-    return t->dp->rank < shards && (!t->cp || t->cp->rank == 0);
+    return t->dp->rank < shards;
 }
 
 /* s: what they are cut into, or NULL. */
@@ -61,10 +66,10 @@ static uint64_t own_weights(const struct trainer *t, const struct params *ps, co
 {
     bool cut = s && shards_cut_values(s);
     uint64_t sum = 0;
-    for (int i = 0; first_replica(t, cut) && i < ps->count; i++) {
+    for (int i = 0; i < ps->count; i++) {
         const struct param *p = &ps->p[i];
         struct shard_runs own = cut ? shards_own(s, p->frozen) : (struct shard_runs){ 0 };
-        if (first_of_sharers(t, p))
+        if (first_replica(t, p, cut) && first_of_sharers(t, p))
             sum +=
                 cut ? hash_runs(p, 0, own.run, own.runs, own.value) : hash_run(p, 0, 0, param_elems(p), p->value.data);
     }
@@ -73,11 +78,14 @@ static uint64_t own_weights(const struct trainer *t, const struct params *ps, co
 
 static uint64_t own_moments(const struct trainer *t, const struct params *ps)
 {
-    struct zero_moments z = zero_moments(t->zero);
     uint64_t sum = 0;
-    for (int i = 0; first_replica(t, t->cfg->parallel.zero) && i < ps->count; i++)
-        if (first_of_sharers(t, &ps->p[i]))
-            sum += hash_runs(&ps->p[i], 1, z.run, z.run_count, z.m) + hash_runs(&ps->p[i], 2, z.run, z.run_count, z.v);
+    for (int i = 0; i < ps->count; i++) {
+        const struct param *p = &ps->p[i];
+        if (p->frozen || !first_replica(t, p, t->cfg->parallel.zero) || !first_of_sharers(t, p))
+            continue;
+        struct zero_moments z = zero_moments(experts_zero(t->experts, t->zero, ps, &p));
+        sum += hash_runs(p, 1, z.run, z.run_count, z.m) + hash_runs(p, 2, z.run, z.run_count, z.v);
+    }
     return sum;
 }
 

@@ -100,6 +100,8 @@ status *trainer_enter_phase(struct trainer *t, int phase)
     t->current = phase;
     t->optimiser_step = 0;
     zero_reset_moments(t->zero);
+    if (t->experts && t->experts->zero)
+        zero_reset_moments(t->experts->zero);
     if (algo_needs_reference(t->phase[phase].algo, t->phase[phase].algo_config)) {
         TRY(compute_references(t));
         TRY(evaluate_heldout(t));
@@ -166,7 +168,7 @@ struct step_result {
     double metric[ALGO_METRICS]; /* divided by their counts */
     double norm, lr, seconds;
     struct load_metrics load;
-    uint64_t tokens, allocations, dp_sent, cp_sent, tp_sent,
+    uint64_t tokens, allocations, dp_sent, ep_sent, cp_sent, tp_sent,
         pp_sent; /* bytes that this rank gave to others of the axis */
 };
 
@@ -176,6 +178,7 @@ static status *optimise(struct trainer *t, const struct phase *p, struct step_re
     TRY(zero_reduce(t->zero, NULL));
     TRY(tied_sum(t->tied, t->zero));
     TRY(zero_norm(t->zero, &r->norm));
+    TRY(experts_reduce(t->experts, &r->norm));
     if (!isfinite(r->norm))
         return ERR(INVALID, "the gradient is not finite at step %" PRIu64 ": try a smaller optim.lr", t->step + 1);
     r->lr = schedule_lr(o, p->peak_lr, t->step - p->first_step, p->steps);
@@ -190,7 +193,8 @@ static status *optimise(struct trainer *t, const struct phase *p, struct step_re
                          (enum muon_scale)o->muon_scale };
     if (t->owners)
         TRY(owners_step(t->owners, &muon, before_overwrite, t));
-    TRY(zero_update(t->zero, &a, before_overwrite, t));
+    status *st = zero_update(t->zero, &a, before_overwrite, t);
+    TRY(status_first(st, experts_update(t->experts, &a, before_overwrite, t)));
     return t->tied ? tied_share(t->model, trainer_shards(t, t->model), t->pp) : NULL;
 }
 
@@ -284,6 +288,7 @@ static void report(struct trainer *t, const struct step_result *r)
     metrics_integer(t->metrics, "samples", t->samples[trainer_phase_at(t, t->step - 1)]);
     metrics_integer(t->metrics, "allocations", r->allocations);
     metrics_integer(t->metrics, "dp_sent_bytes", r->dp_sent);
+    metrics_integer(t->metrics, "ep_sent_bytes", r->ep_sent);
     metrics_integer(t->metrics, "cp_sent_bytes", r->cp_sent);
     metrics_integer(t->metrics, "tp_sent_bytes", r->tp_sent);
     metrics_integer(t->metrics, "pp_sent_bytes", r->pp_sent);
@@ -340,18 +345,22 @@ static uint64_t sent_by(const struct comm *c)
 
 static uint64_t dp_sent(const struct trainer *t)
 {
-    return zero_sent_bytes(t->zero) + tied_sent_bytes(t->tied);
+    uint64_t experts = t->experts && t->experts->zero ? zero_sent_bytes(t->experts->zero) : 0;
+    return zero_sent_bytes(t->zero) + tied_sent_bytes(t->tied) + experts;
 }
 
 static status *one_step(struct trainer *t)
 {
     uint64_t began = clock_ns();
     bool saving = t->save_started != UINT64_MAX;
-    struct step_result r = {
-        .dp_sent = dp_sent(t), .cp_sent = sent_by(t->cp), .tp_sent = sent_by(t->tp), .pp_sent = sent_by(t->pp)
-    };
+    struct step_result r = { .dp_sent = dp_sent(t),
+                             .ep_sent = sent_by(t->ep),
+                             .cp_sent = sent_by(t->cp),
+                             .tp_sent = sent_by(t->tp),
+                             .pp_sent = sent_by(t->pp) };
     TRY(train_step(t, &r));
     r.dp_sent = dp_sent(t) - r.dp_sent;
+    r.ep_sent = sent_by(t->ep) - r.ep_sent;
     r.cp_sent = sent_by(t->cp) - r.cp_sent;
     r.tp_sent = sent_by(t->tp) - r.tp_sent;
     r.pp_sent = sent_by(t->pp) - r.pp_sent;
@@ -406,6 +415,13 @@ static void say_memory(struct trainer *t)
 {
     struct zero_memory m = zero_memory(t->zero);
     tied_memory(t->tied, &m);
+    if (t->experts && t->experts->zero) {
+        struct zero_memory e = zero_memory(t->experts->zero);
+        m.parameters += e.parameters;
+        m.gradients += e.gradients;
+        m.moments += e.moments;
+        m.messages += e.messages;
+    }
     double mib = 1 << 20;
     metrics_integer(t->metrics, "parameter_bytes", m.parameters);
     metrics_integer(t->metrics, "gradient_bytes", m.gradients);

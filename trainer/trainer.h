@@ -11,6 +11,8 @@
 #include "trainer/balance.h"
 #include "trainer/config.h"
 #include "trainer/metrics.h"
+#include "trainer/ops/routes.h"
+#include "trainer/parallel/experts.h"
 #include "trainer/parallel/owners.h"
 #include "trainer/parallel/pipe.h"
 #include "trainer/parallel/shards.h"
@@ -36,7 +38,8 @@ struct trainer {
     struct comm *world;
     const struct log *log;
     struct mesh mesh;
-    struct comm *dp, *cp, *tp, *pp; /* the ranks of this one's axes; cp, tp, pp NULL: there is one */
+    struct comm *dp, *cp, *tp, *pp; /* the ranks of this one's axes; cp, tp, pp NULL: there is one; dp: of dp x ep */
+    struct comm *ep, *ep_dp;        /* of ep, NULL: there is one; with it, of dp alone */
     bool training; /* not an evaluation alone: those hold whole parameters, whatever parallel.zero says */
     struct device *device;
     struct workers *workers;
@@ -49,10 +52,12 @@ struct trainer {
 
     struct model *model;
     struct pipe *pipe;
-    struct tape *tape; /* the pipeline's first, for what is not its business */
-    struct zero *zero;
+    struct tape *tape;       /* the pipeline's first, for what is not its business */
+    struct zero *zero;       /* with expert parallelism: of all but the experts */
+    struct experts *experts; /* NULL: no expert parallelism, or no training */
     struct tied *tied;       /* NULL: no weight whose uses are kept apart has a part here */
     struct owners *owners;   /* NULL: no Muon */
+    struct routes *routes;   /* NULL: no train.routes */
     struct balance *balance; /* NULL: no experts, or no training */
 
     struct ref_logps ref, ref_heldout; /* rows 0 until the main phase of an algorithm that needs them */

@@ -10,6 +10,8 @@
 
 #include "tests/trainer/thread_jobs.h"
 
+#include <pthread.h>
+
 enum { STEPS = 4 };
 
 struct mesh_case {
@@ -25,10 +27,62 @@ static const char *const kinds[][9] = {
       "model.shared_experts=2", "model.router=sigmoid", "model.router_bias=true", "model.balance_rate=0.01" },
 };
 
+/* Tensors of a whole model, put together from what ranks hold. */
+struct whole {
+    char name[96];
+    float *x;
+    uint64_t n;
+};
+struct wholes {
+    pthread_mutex_t lock;
+    struct whole t[64];
+    int count;
+};
+static struct wholes gradients = { .lock = PTHREAD_MUTEX_INITIALIZER }; /* AdamW's first moments of the last run */
+
+static void forget_gradients(void)
+{
+    while (gradients.count)
+        free(gradients.t[--gradients.count].x);
+}
+
+static struct whole *whole_of(const struct param *p)
+{
+    for (int i = 0; i < gradients.count; i++)
+        if (!strcmp(gradients.t[i].name, p->name))
+            return &gradients.t[i];
+    struct whole *w = &gradients.t[gradients.count++];
+    bool ok;
+    assert_true(gradients.count <= 64);
+    snprintf(w->name, sizeof w->name, "%s", p->name);
+    w->n = shape_volume(&p->shape, &ok);
+    w->x = calloc(w->n, sizeof *w->x);
+    return w;
+}
+
+static status *keep_gradients(struct trainer *t)
+{
+    pthread_mutex_lock(&gradients.lock);
+    for (int i = 0; i < t->model->params.count; i++) {
+        const struct param *p = &t->model->params.p[i];
+        if (p->alias >= 0 || p->away || p->frozen)
+            continue;
+        struct zero_moments z = zero_moments(experts_zero(t->experts, t->zero, &t->model->params, &p));
+        uint64_t held = 0, elems = box_volume(p->shape.ndim, &p->box);
+        for (uint64_t r = 0; r < z.run_count; held += z.run[r].end - z.run[r].begin, r++)
+            for (uint64_t e = 0; e < elems; e++)
+                if (p->offset + e >= z.run[r].begin && p->offset + e < z.run[r].end)
+                    whole_of(p)->x[box_element(&p->shape, &p->box, e)] = z.m[held + p->offset + e - z.run[r].begin];
+    }
+    pthread_mutex_unlock(&gradients.lock);
+    return NULL;
+}
+
 static struct job run_case(const char *name, int kind, const struct mesh_case *c, const char *const *more)
 {
     char text[2048];
-    struct job j = { .config = text };
+    struct job j = { .config = text, .after = keep_gradients };
+    forget_gradients();
     make_config(text, sizeof text, name);
     static const char *const common[] = { "threads=1",      "train.steps=4", "algo.warmup_sft_steps=2",
                                           "optim.clip=0.3", "optim.lr=2e-3", NULL };
@@ -112,6 +166,124 @@ static void tensor_parallel(void **state)
     }
 }
 
+/* ---- experts on several ranks ---- */
+
+static void routes_option(char text[160], const char *what, int number)
+{
+    snprintf(text, 160, "train.routes=%s:%s/routes-%d", what, root, number);
+}
+
+static void expect_near(const char *name, const char *want_run, int step, const char *key)
+{
+    double got = metric(name, step, key), want = metric(want_run, step, key);
+    if (!(fabs(got - want) <= 1e-5 * fmax(fabs(want), 0.1)))
+        fail_msg("%s: step %d: %s is %.12g, not %.12g", name, step, key, got, want);
+}
+
+/* ||g - want|| / ||want|| of every tensor. */
+static void expect_gradients(struct whole *want, int count)
+{
+    assert_int_equal(gradients.count, count);
+    for (int i = 0; i < count; i++) {
+        const struct whole *got = NULL;
+        double off = 0, all = 0;
+        for (int k = 0; k < gradients.count; k++)
+            got = strcmp(gradients.t[k].name, want[i].name) ? got : &gradients.t[k];
+        assert_true(got && got->n == want[i].n);
+        for (uint64_t e = 0; e < want[i].n; e++) {
+            double d = (double)got->x[e] - (double)want[i].x[e];
+            off += d * d;
+            all += (double)want[i].x[e] * (double)want[i].x[e];
+        }
+        if (!(all > 0 && sqrt(off / all) <= 1e-5))
+            fail_msg("%s: gradients differ by %.3g of %.3g", want[i].name, sqrt(off), sqrt(all));
+    }
+}
+
+static const struct mesh_case spreads[] = {
+    { 2, { "parallel.ep=2", "parallel.zero=0" } },
+    { 4, { "parallel.ep=4", "parallel.zero=1" } },
+    { 4, { "parallel.ep=2", "parallel.dp=2", "parallel.zero=1", "memory.recompute=block" } },
+    { 4, { "parallel.ep=2", "parallel.tp=2", "parallel.sequence=true" } },
+    { 4, { "parallel.ep=2", "parallel.pp=2", "parallel.schedule=zero-bubble" } },
+    { 8, { "parallel.ep=4", "parallel.dp=2", "train.deterministic=false" } },
+    { 4, { "parallel.ep=2", "parallel.pp=2", "parallel.schedule=interleaved" } },
+    { 4, { "parallel.ep=2", "parallel.cp=2", "parallel.zero=1" } },
+};
+enum { SPREADS = sizeof spreads / sizeof *spreads };
+
+/* Losses and norms of some steps; and the gradient of every tensor in one of 4 micro-batches, so that of 8 ranks some
+ * have none. */
+static void expert_parallel(void **state)
+{
+    (void)state;
+    for (int kind = 0; kind < 2; kind++) {
+        char record[160], replay[160];
+        routes_option(record, "record", kind);
+        routes_option(replay, "replay", kind);
+        (void)run_case("whole", kind, NULL, (const char *[]){ "checkpoint.url=", record, NULL });
+        for (int c = 0; c < SPREADS; c++) {
+            (void)run_case("spread", kind, &spreads[c], (const char *[]){ "checkpoint.url=", replay, NULL });
+            for (int step = 1; step <= STEPS; step++)
+                for (size_t k = 0; k < KEYS; k++)
+                    expect_near("spread", "whole", step, keys[k]);
+            assert_true(metric("spread", STEPS, "ep_sent_bytes") > 0);
+        }
+        struct wholes want;
+        const char *one_step[] = { "checkpoint.url=",     record, "train.steps=1", "algo.warmup_sft_steps=0",
+                                   "train.micro_batch=2", NULL };
+        (void)run_case("whole", kind, NULL, one_step);
+        want = gradients;
+        gradients.count = 0;
+        one_step[1] = replay;
+        for (int c = 0; c < SPREADS; c++) {
+            (void)run_case("spread", kind, &spreads[c], one_step);
+            expect_gradients(want.t, want.count);
+        }
+        forget_gradients();
+        memcpy(gradients.t, want.t, sizeof want.t);
+        gradients.count = want.count;
+        forget_gradients();
+    }
+}
+
+/* Saved with experts on two ranks, resumed on one and four: every tensor bit for bit. */
+static void resumes_with_other_experts(void **state)
+{
+    (void)state;
+    static const struct mesh_case from = { 4, { "parallel.ep=2", "parallel.dp=2", "parallel.bucket=8K" } },
+                                  to[] = { { 1, { "parallel.zero=0" } },
+                                           { 4, { "parallel.ep=4", "parallel.zero=1" } },
+                                           { 4, { "parallel.pp=2", "parallel.ep=2", "parallel.zero=0" } } };
+    static const char *const hashes[] = { "weights_hash", "moments_hash", "ref_hash" };
+    for (int kind = 0; kind < 2; kind++) {
+        const char *name = kind ? "dealt-1" : "dealt-0";
+        char saved[32], got[32], record[160], replay[160];
+        routes_option(record, "record", kind);
+        routes_option(replay, "replay", kind);
+        (void)run_case("whole", kind, NULL, (const char *[]){ "checkpoint.url=", record, NULL });
+        const char *const all[] = { "checkpoint.every=1", "checkpoint.keep_last=0", "checkpoint.state_hash=true",
+                                    replay, NULL },
+                          *const rest[] = { "checkpoint.every=1",
+                                            "checkpoint.keep_last=0",
+                                            "checkpoint.resume=3",
+                                            "checkpoint.rewind=true",
+                                            "checkpoint.state_hash=true",
+                                            replay,
+                                            NULL };
+        (void)run_case(name, kind, &from, all);
+        for (size_t c = 0; c < sizeof to / sizeof *to; c++) {
+            assert_int_equal(run_case(name, kind, &to[c], rest).resumed_from, 3);
+            for (int h = 0; h < 3; h++) {
+                last_value(name, "save_start", 3, hashes[h], saved);
+                last_value(name, "resume", 3, hashes[h], got);
+                assert_string_equal(got, saved);
+            }
+            expect_near(name, "whole", STEPS, "loss");
+        }
+    }
+}
+
 /* Saved at one mesh, resumed at another: the same weights and moments (biases are weights), and the same bits after. */
 static void resumes(void **state)
 {
@@ -166,6 +338,15 @@ static void refusals(void **state)
         { 2,
           { "model.experts=4", "model.experts_per_token=2", "model.expert_ffn=9", "parallel.tp=2" },
           "model.expert_ffn: 9 (this model can be cut over 1 ranks)" },
+        { 2, { "parallel.ep=2" }, "the model has no experts" },
+        { 3,
+          { "model.experts=8", "model.experts_per_token=2", "model.expert_ffn=8", "parallel.ep=3" },
+          "parallel.ep: 3 does not divide model.experts: 8 (legal: 1, 2, 4, 8)" },
+        { 2,
+          { "model.experts=8", "model.experts_per_token=2", "model.expert_ffn=8", "parallel.ep=2", "parallel.zero=3" },
+          "parallel.zero: 3 does not go with parallel.ep above 1" },
+        { 1, { "train.routes=play:it" }, "\"play:it\" is none of record:PATH, replay:PATH" },
+        { 2, { "train.routes=record:nowhere" }, "on one rank, not on 2" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         refused(bad[i].ranks, bad[i].o, bad[i].words);
@@ -174,8 +355,13 @@ static void refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(refusals),        cmocka_unit_test(same_bits), cmocka_unit_test(loads_become_equal),
-        cmocka_unit_test(tensor_parallel), cmocka_unit_test(resumes),
+        cmocka_unit_test(refusals),
+        cmocka_unit_test(same_bits),
+        cmocka_unit_test(loads_become_equal),
+        cmocka_unit_test(tensor_parallel),
+        cmocka_unit_test(resumes),
+        cmocka_unit_test(expert_parallel),
+        cmocka_unit_test(resumes_with_other_experts),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
 }

@@ -175,7 +175,7 @@ static void pass(const struct problem *p, struct inputs *in, struct tape *t, enu
                  unsigned first, unsigned second, struct seen *out)
 {
     struct expert_weights w = weights_of(p, in);
-    struct route_watch watch = { out->count, &out->balance, p->balance_weight, 0 };
+    struct route_watch watch = { .count = out->count, .balance = &out->balance, .balance_weight = p->balance_weight };
     memset(in->grad, 0, sizeof in->grad);
     tape_begin(t, mode);
     struct tensor *y = op_moe(t, &in->t[X], &w, &p->how, &watch);

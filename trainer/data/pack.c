@@ -1,4 +1,5 @@
 /* pack: rows of a dataset laid end to end for a model. See stream.h. */
+#include "comm/base/bytes.h"
 #include "comm/base/mem.h"
 #include "trainer/data/stream.h"
 
@@ -74,6 +75,9 @@ status *pack_share(struct pack *p, int rank, int ranks)
 /* What this rank sees of the pack. */
 static void take_share(struct pack *p)
 {
+    uint64_t content[] = { hash64(p->token, (size_t)p->in.tokens * sizeof *p->token),
+                           hash64(p->offset, ((size_t)p->in.seg.count + 1) * sizeof *p->offset) };
+    p->in.content = hash64(content, sizeof content);
     p->own = p->in;
     p->own_target = p->target;
     if (p->ranks == 1)

@@ -167,6 +167,11 @@ status *model_tune(struct model *m, const struct tuning *how)
     bool some = *how->lora->targets || *how->freeze, muon = how->muon && *how->muon;
     if (*how->lora->targets && *how->freeze)
         return ERR(INVALID, "train.freeze: with lora.targets all parameters but the adapters are frozen");
+    if (*how->lora->targets && m->moe.rate > 0)
+        return ERR(INVALID,
+                   "model.balance_rate: %g would change the biases of a base that lora.targets leaves as it is "
+                   "(legal: 0)",
+                   m->moe.rate);
     bool *mark = mem_calloc((size_t)m->params.count + 1, sizeof *mark);
     status *st = mark ? NULL : ERR(NO_MEMORY, "a list of %d parameters", m->params.count);
     if (!st && some)

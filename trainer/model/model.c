@@ -88,6 +88,11 @@ static void place(struct param *p, const struct tp_place *at)
         p->part =
             (struct tensor_cut){ dim, (int64_t)p->box.off[dim], (int64_t)p->box.len[dim], (int64_t)p->shape.dim[dim] };
     }
+    if (p->experts && at->experts > 1) {
+        layout_cut(p->shape.dim[0], (uint64_t)at->experts, (uint64_t)at->expert, &p->box.off[0], &p->box.len[0]);
+        p->box.len[0] -= p->box.off[0];
+        p->value.dim[0] = (int64_t)p->box.len[0];
+    }
     p->partial = !p->frozen && p->share > 1 && (dim >= 0 || p->on_heads || at->sequence);
 }
 
@@ -135,6 +140,26 @@ static bool unit_here(const struct params *ps, int unit)
     return false;
 }
 
+/* Experts are dealt evenly. */
+static status *check_experts(const struct params *ps, int ranks)
+{
+    uint64_t experts = 0;
+    for (int i = 0; i < ps->count && !experts; i++)
+        experts = ps->p[i].experts ? ps->p[i].shape.dim[0] : 0;
+    if (!experts)
+        return ERR(INVALID, "parallel.ep: %d ranks, but the model has no experts (legal: 1, or model.experts above 0)",
+                   ranks);
+    char legal[256] = "";
+    for (uint64_t n = 1, used = 0; n <= experts && used + 24 < sizeof legal; n++)
+        if (experts % n == 0)
+            used += (uint64_t)snprintf(legal + used, sizeof legal - used, "%s%llu", used ? ", " : "",
+                                       (unsigned long long)n);
+    if (experts % (uint64_t)ranks)
+        return ERR(INVALID, "parallel.ep: %d does not divide model.experts: %llu (legal: %s)", ranks,
+                   (unsigned long long)experts, legal);
+    return NULL;
+}
+
 static bool is_away(const struct params *ps, const struct param *p)
 {
     return !unit_here(ps, p->alias < 0 ? p->unit : ps->p[p->alias].unit);
@@ -165,27 +190,32 @@ status *params_spread(struct params *ps, const struct tp_place *at)
     for (int i = 0; i < ps->count; i++)
         if (!fits(&ps->p[i], at->size))
             return does_not_fit(ps, &ps->p[i], at->size);
-    uint64_t end[2] = { 0, 0 }; /* of those that train, and then of all */
+    enum { DENSE, EXPERTS, FROZEN, KINDS };
+    bool apart = at->experts > 1;
+    uint64_t end = 0, begin[KINDS];
+    if (apart)
+        TRY(check_experts(ps, at->experts));
     for (int c = 0; c < ps->chunks; c++)
         ps->chunk[c].before = ps->chunk[c].begin = 0;
-    for (int frozen = 0; frozen < 2; frozen++) {
-        end[frozen] = end[0];
+    for (int kind = 0; kind < KINDS; kind++) {
+        begin[kind] = end;
         for (int i = 0; i < ps->count; i++) {
             struct param *p = &ps->p[i];
-            if (p->frozen != frozen)
+            if (kind != (p->frozen ? FROZEN : apart && p->experts ? EXPERTS : DENSE))
                 continue;
             place(p, at);
             p->away = is_away(ps, p);
-            if (p->alias < 0 && !frozen)
+            if (p->alias < 0 && kind == DENSE)
                 count_before(ps, p);
             if (p->away)
                 leave_out(p);
-            p->offset = p->alias < 0 ? end[frozen] : ps->p[p->alias].offset;
-            end[frozen] += p->alias < 0 ? padded(p) : 0;
+            p->offset = p->alias < 0 ? end : ps->p[p->alias].offset;
+            end += p->alias < 0 ? padded(p) : 0;
         }
     }
-    ps->total = end[0];
-    ps->frozen = end[1] - end[0];
+    ps->total = begin[FROZEN];
+    ps->experts = begin[FROZEN] - begin[EXPERTS];
+    ps->frozen = end - begin[FROZEN];
     return NULL;
 }
 

@@ -63,12 +63,14 @@ enum { TP_MAX = 8 }; /* ranks that parallel.tp can be */
 
 /* A rank's place among those that a model is cut over. */
 struct tp_place {
-    int size, rank;    /* of tensor parallelism */
-    bool sequence;     /* activations between blocks are cut by tokens (parallel.sequence) */
-    bool apart;        /* a tied weight's uses have a gradient each (model.tied) even if one rank has both */
-    int stages, stage; /* of the pipeline: ranks, and which of them; stages 0 is 1 */
-    int chunks;        /* stages of the pipeline on each rank, `stages` apart; 0 is 1 */
-    const char *list;  /* stages.h; may be NULL. Borrowed for the call */
+    int size, rank;      /* of tensor parallelism */
+    bool sequence;       /* activations between blocks are cut by tokens (parallel.sequence) */
+    bool apart;          /* a tied weight's uses have a gradient each (model.tied) even if one rank has both */
+    int stages, stage;   /* of the pipeline: ranks, and which of them; stages 0 is 1 */
+    int chunks;          /* stages of the pipeline on each rank, `stages` apart; 0 is 1 */
+    const char *list;    /* stages.h; may be NULL. Borrowed for the call */
+    int experts, expert; /* ranks of expert parallelism, this one's number; 0 is 1. Above 1: what trains of experts lies
+                          * behind all else that trains */
 };
 
 /* A run of units on this pipeline rank. */
@@ -83,11 +85,12 @@ struct param_chunk {
 struct params {
     struct param *p;
     int count, cap;
-    uint64_t total;  /* elements that train, paddings included: of the block of gradients; a multiple of PARAM_ALIGN */
-    uint64_t frozen; /* further elements of the block of values: of frozen parameters; the same */
-    int unit;        /* for `declare`: of what is added next */
-    int chunks;      /* runs of units that are here; 0: all units, as one run */
-    struct param_chunk chunk[CHUNKS_MAX];
+    uint64_t total;   /* elements that train, paddings included: of the block of gradients; a multiple of PARAM_ALIGN */
+    uint64_t frozen;  /* further elements of the block of values: of frozen parameters; the same */
+    uint64_t experts; /* of total: of experts, at its end; 0: they lie among the others */
+    int unit;         /* for `declare`: of what is added next */
+    int chunks;       /* runs of units that are here; 0: all units, as one run */
+    struct param_chunk chunk[CHUNKS_MAX]; /* of what lies before `experts` */
     float *data, *grad;
 };
 
@@ -128,6 +131,7 @@ struct model_input {
     struct kv_cache *cache; /* [layers], or NULL */
     uint32_t micro_batch;   /* its number in the step, for model.load */
     int chunk;              /* of params.chunk, the one to run */
+    uint64_t content;       /* a hash of the whole pack's tokens and segments, for model.routes */
     int64_t padding;        /* so many of the tokens, the last ones, are none (pack.own) */
     struct tensor *x;       /* what the pipeline stage before has made of them (op_boundary); NULL on the first stage */
 };
@@ -177,6 +181,8 @@ struct model {
         double balance, rate; /* coefficient of the balance loss; what a step adds to or takes from a bias */
     } moe;
     const struct expert_load *load; /* borrowed; NULL: nobody looks */
+    struct routes *routes;          /* borrowed; NULL: none (ops/routes.h) */
+    uint32_t role;                  /* in these */
     void *impl;
     float lora_scale;  /* lora.h: a layer with an adapter is W + lora_scale B A; */
     bool adapters_off; /* or, while this is set, W */

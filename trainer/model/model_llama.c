@@ -14,6 +14,7 @@
 
 #include "comm/base/mem.h"
 #include "trainer/ops/moe.h"
+#include "trainer/ops/routes.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -436,7 +437,8 @@ static struct tensor *param(const struct pass *p, int index)
 /* A projection of x seen as heads, as many as are here: [N, heads, D]. */
 static struct tensor *heads(const struct pass *p, struct tensor *x, int w, int b)
 {
-    return op_view(p->t, model_linear(p->m, p->t, x, w, b), 3, (int64_t[]){ p->in->tokens, -1, p->l->c.head_dim });
+    int64_t here = param(p, w)->dim[0] / p->l->c.head_dim;
+    return op_view(p->t, model_linear(p->m, p->t, x, w, b), 3, (int64_t[]){ p->in->tokens, here, p->l->c.head_dim });
 }
 
 /* Queries and keys: normalised if the model does so, then turned. */
@@ -459,7 +461,7 @@ static struct tensor *attention_block(struct tape *t, const void *arg, int64_t i
     struct tensor *v = heads(p, h, l->v, l->v_bias);
     int64_t window = i >= c->window_from ? c->window : 0;
     struct tensor *o = op_attention(p->t, q, k, v, &p->in->seg, window, p->in->cache ? &p->in->cache[i] : NULL);
-    o = op_view(p->t, o, 2, (int64_t[]){ p->in->tokens, -1 });
+    o = op_view(p->t, o, 2, (int64_t[]){ p->in->tokens, param(p, l->o)->dim[1] });
     return op_add(p->t, x, model_linear(p->m, p->t, o, l->o, -1));
 }
 
@@ -474,14 +476,19 @@ static struct tensor *routed(const struct pass *p, struct tensor *h, int64_t i)
     const struct llama_layer *l = &p->l->layer[i];
     const struct expert_weights w = { param(p, l->router), param(p, l->bias), param(p, l->routed.gate),
                                       param(p, l->routed.up), param(p, l->routed.down) };
-    const struct expert_load *load = p->m->load;
-    struct route_watch watch = { .count = NULL };
+    const struct expert_load *load = p->in->tokens ? p->m->load : NULL;
+    struct route_watch watch = { .padding = p->in->padding };
     if (load) {
         int64_t slot = p->in->micro_batch * load->layers + i;
-        watch = (struct route_watch){ load->count + slot * load->experts, load->balance + slot, load->balance_weight,
-                                      p->in->padding };
+        watch.count = load->count + slot * load->experts;
+        watch.balance = load->balance + slot;
+        watch.balance_weight = load->balance_weight;
     }
-    return op_moe(p->t, h, &w, &p->l->how, load ? &watch : NULL);
+    if (p->m->routes && p->t->mode != TAPE_DRY && !p->in->cache) {
+        watch.routes = p->m->routes;
+        watch.key = routes_key(p->m->routes, 2 * p->m->role + p->m->adapters_off, i, p->in->content);
+    }
+    return op_moe(p->t, h, &w, &p->l->how, &watch);
 }
 
 static struct tensor *ffn_block(const struct pass *p, struct tensor *x, int64_t i)

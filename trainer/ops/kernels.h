@@ -103,6 +103,7 @@ struct route {
     const struct router *how;
     const float *z;       /* [N, E] */
     const float *bias;    /* [E], or NULL */
+    bool given;           /* experts are there already */
     float *score;         /* [N, E]: s */
     int32_t *expert;      /* [N, K], largest s + bias first, the smaller index among equal ones */
     float *weight;        /* [N, K] */

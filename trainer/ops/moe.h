@@ -10,6 +10,8 @@
 
 #include "trainer/ops/tape.h"
 
+struct routes; /* trainer/ops/routes.h */
+
 enum { EXPERTS_MAX = 1024, TOP_MAX = 64 };
 
 struct router {
@@ -42,6 +44,8 @@ struct route_watch {
     /* With a context (tape_context) the N tokens are those of all its ranks; `padding` of this rank's, the last ones,
      * do not count. */
     int64_t padding;
+    struct routes *routes; /* which experts are taken is written to it, or (replay) read from it, under this key */
+    uint64_t key;
 };
 
 /* x, y [N, C]. Each product is one fused multiply-add chain, as in op_linear: bits depend on no grouping and no thread

@@ -2,6 +2,7 @@
 #include "trainer/ops/context.h"
 #include "trainer/ops/dispatch.h"
 #include "trainer/ops/op.h"
+#include "trainer/ops/routes.h"
 #include "trainer/ops/spread.h"
 
 /* ---- route ---- */
@@ -55,6 +56,26 @@ static void watch_load(struct tape *t, const struct route *r, const int64_t *beg
         *watch->balance = loss;
 }
 
+/* Experts are chosen, or those of another run are taken; false: the tape has failed. */
+static bool choose(struct tape *t, struct route *r, const struct route_watch *watch)
+{
+    struct routes *routes = watch && r->n ? watch->routes : NULL;
+    int64_t choices = r->n * r->how->top;
+    r->given = routes && routes->replay;
+    int ranks = t->context ? t->context->size : 1, rank = t->context ? t->context->rank : 0;
+    status *st = r->given ? routes_get(routes, watch->key, r->expert, r->n, r->how->top, rank, ranks) : NULL;
+    for (int64_t i = 0; r->given && !st && i < choices; i++)
+        if (r->expert[i] < 0 || r->expert[i] >= r->how->experts)
+            st = ERR(INVALID, "recorded expert %d is none of %lld", r->expert[i], (long long)r->how->experts);
+    if (!st)
+        t->kernels->route(t->workers, r);
+    if (!st && routes && !routes->replay)
+        st = routes_put(routes, watch->key, r->expert, choices);
+    if (st)
+        tape_fail(t, st);
+    return !st;
+}
+
 /* Weights [N, K] of the experts that are chosen by z [N, E]. */
 static struct tensor *route(struct tape *t, struct tensor *z, const struct tensor *bias, struct routing *g,
                             const struct route_watch *watch)
@@ -72,10 +93,8 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
                        .score = score,
                        .expert = g->expert,
                        .weight = weight->data };
-    if (runs(t)) {
-        t->kernels->route(t->workers, &r);
+    if (runs(t) && choose(t, &r, watch))
         routing_sort(t, g);
-    }
     if (t->mode == TAPE_TRAIN && watch && !t->error) {
         watch_load(t, &r, g->begin, watch, dshare);
         bool counts =

@@ -19,7 +19,10 @@ static status *view(const struct params *p, bool experts, struct params *out)
     out->cap = p->count;
     out->total = experts ? p->experts : p->total - p->experts;
     out->frozen = experts ? 0 : p->frozen;
-    out->before = experts ? 0 : p->before;
+    if (experts) {
+        out->chunks = 0;
+        memset(out->chunk, 0, sizeof out->chunk);
+    }
     out->data = p->data + begin;
     out->grad = p->grad ? p->grad + begin : NULL;
     for (int i = 0; i < p->count; i++) {
@@ -79,13 +82,8 @@ void experts_begin(struct experts *e, uint32_t passes)
 {
     if (!e || !e->zero)
         return;
-    e->first = (uint32_t)e->dp->rank * passes;
+    e->passes = passes;
     zero_begin(e->zero, (uint32_t)e->dp->size * passes);
-}
-
-status *experts_added(struct experts *e, uint32_t pass)
-{
-    return e && e->zero ? zero_added(e->zero, e->first + pass) : NULL;
 }
 
 /* The sum of every rank's *square, in order of ranks. */
@@ -104,6 +102,8 @@ status *experts_reduce(struct experts *e, double *norm)
     double own = 0;
     if (!e)
         return NULL;
+    for (uint32_t i = 0; e->zero && i < e->passes; i++) /* all in one place, and there by now */
+        TRY(zero_added(e->zero, (uint32_t)e->dp->rank * e->passes + i));
     if (e->zero)
         TRY(zero_reduce(e->zero, &own));
     own *= own;
@@ -122,7 +122,7 @@ status *experts_update(struct experts *e, const struct adamw *a,
 
 struct zero *experts_zero(const struct experts *e, struct zero *zero, const struct params *ps, const struct param **p)
 {
-    if (!e || !(*p)->experts || (*p)->frozen)
+    if (!e || !e->zero || !(*p)->experts || (*p)->frozen)
         return zero;
     *p = &e->own.p[*p - ps->p];
     return e->zero;

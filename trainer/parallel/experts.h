@@ -15,16 +15,15 @@ struct experts {
     struct zero *zero;         /* of own; NULL: none of them trains here */
     struct comm *dp, *ep, *pp; /* borrowed; dp: ranks with the same experts; pp NULL: one stage */
     double *norm;              /* [max(ep, pp)] */
-    uint32_t first;            /* of the step: the first pass of this rank, as `zero` counts them */
+    uint32_t passes;           /* of the step */
 };
 
 /* After the parameters have memory; before the ZeRO of `dense`. o: of that. Collective over dp, ep, o->tp and o->pp. */
 status *experts_open(const struct zero_options *o, struct params *p, struct comm *dp, struct comm *ep,
                      struct experts **out) WARN_UNUSED;
 void experts_close(struct experts *e); /* NULL is fine; collective */
-/* A step in which every rank makes `passes` of them; then after each experts_added, with its number from 0. */
+/* A step in which every rank makes so many passes; before the first one. */
 void experts_begin(struct experts *e, uint32_t passes);
-status *experts_added(struct experts *e, uint32_t pass) WARN_UNUSED;
 /* Sum gradients; *norm, of `dense`, becomes that of the whole model. Collective over dp, ep, tp and pp. */
 status *experts_reduce(struct experts *e, double *norm) WARN_UNUSED;
 /* zero_update of the experts. Collective over dp. */

@@ -27,6 +27,14 @@ uint32_t zero_passes(const struct zero *z, uint32_t k)
     return passes_of(z, k, z->group->rank);
 }
 
+uint32_t zero_most_passes(const struct zero *z, uint32_t k)
+{
+    uint32_t most = 0;
+    for (int g = 0; g < z->group->size; g++)
+        most = passes_of(z, k, g) > most ? passes_of(z, k, g) : most;
+    return most;
+}
+
 bool zero_micro_batch(const struct zero *z, uint32_t k, uint32_t pass, uint32_t *micro_batch)
 {
     return micro_batch_at(z, k, pass, is_cut(z) ? z->k->shard : 0, micro_batch);
@@ -451,9 +459,7 @@ static status *scalar_room(struct zero *z, size_t cap)
 
 status *zero_sum_scalars(struct zero *z, const double *value, uint32_t k, uint32_t width, double *out)
 {
-    uint32_t first, end, i, most = 0, ranks = group_width(z);
-    for (int g = 0; g < z->group->size; g++)
-        most = passes_of(z, k, g) > most ? passes_of(z, k, g) : most;
+    uint32_t first, end, i, most = zero_most_passes(z, k), ranks = group_width(z);
     size_t cap = (size_t)most * width; /* of a rank's message */
     TRY(scalar_room(z, cap));
     double *mine = z->scalar + (size_t)z->dp->rank * cap;

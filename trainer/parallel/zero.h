@@ -68,6 +68,7 @@ struct zero_memory zero_memory(const struct zero *z);
  * of its replica have one. */
 uint32_t zero_passes(const struct zero *z, uint32_t k);
 bool zero_micro_batch(const struct zero *z, uint32_t k, uint32_t pass, uint32_t *micro_batch);
+uint32_t zero_most_passes(const struct zero *z, uint32_t k); /* of any rank */
 
 /* A step: zero_begin; for each pass: forward and backward between shards_begin and shards_end if there are shards, and
  * zero_added, or zero_idle; zero_reduce; zero_update. With stages 0 and 1 backward adds into params.grad. */

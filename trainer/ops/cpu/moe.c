@@ -89,7 +89,8 @@ static void route_tokens(void *arg, size_t index)
         float *s = r->score + n * how->experts;
         int32_t *expert = r->expert + n * how->top;
         scores_of(how, r->z + n * how->experts, s);
-        choose(how, s, r->bias, expert);
+        if (!r->given)
+            choose(how, s, r->bias, expert);
         double factor = (double)how->scale / (how->normalise ? sum_of_chosen(how, s, expert) : 1);
         for (int64_t j = 0; j < how->top; j++)
             r->weight[n * how->top + j] = (float)(factor * (double)s[expert[j]]);
