@@ -279,9 +279,21 @@ status *comm_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, stru
         c->sent_bytes += x[i].send && x[i].peer != c->rank ? x[i].bytes : 0;
     if (!messages)
         return NULL;
+    uint64_t began = clock_ns();
     TRY(c->ops->iexchange(c, x, n, req));
     req->ops = req->impl ? c->ops : NULL;
+    req->of = c;
+    req->began_ns = began;
     return NULL;
+}
+
+/* A request is done; waited_ns of its time somebody waited. */
+static void count_time(const struct comm_req *req, uint64_t waited_ns)
+{
+    if (!req->of)
+        return;
+    req->of->flight_ns += clock_ns() - req->began_ns;
+    req->of->wait_ns += waited_ns;
 }
 
 status *comm_exchange(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s)
@@ -300,6 +312,8 @@ status *comm_test(struct comm_req *req, bool *done)
 {
     bool finished = true;
     status *st = req->ops ? req->ops->test(req, &finished) : NULL;
+    if (!st && finished)
+        count_time(req, 0);
     if (st || finished)
         *req = (struct comm_req){ 0 };
     if (!st)
@@ -309,8 +323,11 @@ status *comm_test(struct comm_req *req, bool *done)
 
 status *comm_wait(struct comm_req *req)
 {
+    struct comm *of = req->of;
+    uint64_t began = of ? clock_ns() : 0;
     if (req->ops && req->ops->wait) {
         status *st = req->ops->wait(req);
+        count_time(req, clock_ns() - began);
         *req = (struct comm_req){ 0 };
         return st;
     }
@@ -318,6 +335,8 @@ status *comm_wait(struct comm_req *req)
     struct backoff pause = { .max_us = 200 };
     for (bool done = false;;) {
         TRY(comm_test(req, &done));
+        if (done && of)
+            of->wait_ns += clock_ns() - began;
         if (done)
             return NULL;
         backoff_wait(&pause);

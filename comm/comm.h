@@ -28,6 +28,8 @@ size_t comm_type_bytes(enum comm_type t); /* of one element; 0 for what is no ty
 struct comm_req {
     void *impl;
     const struct comm_ops *ops; /* NULL: nothing in flight */
+    struct comm *of;            /* whose times it counts in, NULL: none */
+    uint64_t began_ns;
 };
 
 enum { COMM_TAG_MAX = 32767 };
@@ -70,6 +72,8 @@ struct comm {
      * 2 (size - 1) / size of a reduction, (size - 1) times its own part of an all-gather. Other calls are not counted.
      */
     uint64_t sent_bytes;
+    /* Of exchanges: time from their start until they were found done, and of that what a thread has waited for it. */
+    uint64_t flight_ns, wait_ns;
     void *impl;
 };
 

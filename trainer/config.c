@@ -91,6 +91,9 @@ static const struct option train_rows[] = {
         "to compare meshes: record:PATH writes down which experts tokens take, on one rank; replay:PATH takes these"),
 };
 static const struct option parallel_rows[] = {
+    ROW(OPT_BOOL, parallel_config, automatic, "auto", "false", 0, 0, NULL, "",
+        "choose pp, dp, tp, zero, sequence and memory.recompute, as far as they are not set, and say why; "
+        "also written parallel: auto"),
     ROW(OPT_INT, parallel_config, pp, "pp", "1", 1, 1024, NULL, "ranks",
         "pipeline stages: each has a run of the model's layers"),
     ROW(OPT_ENUM, parallel_config, schedule, "schedule", "1f1b", 0, 0, "1f1b|zero-bubble|interleaved", "",
@@ -122,6 +125,8 @@ static const struct option parallel_rows[] = {
 static const struct option memory_rows[] = {
     ROW(OPT_SIZE, memory_config, activations, "activations", "0", 0, 0, NULL, "bytes",
         "cap on a rank's activations; 0: none"),
+    ROW(OPT_SIZE, memory_config, rank, "rank", "0", 0, 0, NULL, "bytes",
+        "with parallel: auto, what a rank may use in all; 0: the machine's memory, shared by its ranks"),
     ROW(OPT_ENUM, memory_config, recompute, "recompute", "none", 0, 0, "none|block|attention", "",
         "block: keep the outputs of the model's blocks alone, and run each again in backward; attention: of what is "
         "attention in a block the output alone"),
@@ -317,6 +322,12 @@ static status *assign_list(yaml_document_t *doc, const yaml_node_t *list, const 
     return st;
 }
 
+/* parallel: auto, where a section is expected. */
+static bool says_auto(const char *section, const char *key, const char *value)
+{
+    return !*section && !strcmp(key, "parallel") && !strcmp(value, "auto");
+}
+
 static status *walk_section(yaml_document_t *doc, const yaml_node_t *map, const char *section, const char *name,
                             struct assignments *out)
 {
@@ -327,7 +338,9 @@ static status *walk_section(yaml_document_t *doc, const yaml_node_t *map, const 
         if (k->type != YAML_SCALAR_NODE)
             return ERR(INVALID, "%s: a key must be a word", where);
         const char *key = (const char *)k->data.scalar.value;
-        if (v->type == YAML_SCALAR_NODE)
+        if (v->type == YAML_SCALAR_NODE && says_auto(section, key, scalar_text(v)))
+            TRY(assign(out, "parallel", "auto", "true", where, false));
+        else if (v->type == YAML_SCALAR_NODE)
             TRY(assign(out, section, key, scalar_text(v), where, false));
         else if (v->type == YAML_MAPPING_NODE && !*section)
             TRY(walk_section(doc, v, key, name, out));
@@ -607,9 +620,30 @@ static status *collect(yaml_document_t *doc, const char *name, int overrides, ch
             k = dot + 1;
         }
         snprintf(key, sizeof key, "%.*s", (int)(eq - k), k);
-        TRY(assign(l, section, key, eq + 1, "command line", true));
+        if (says_auto(section, key, eq + 1))
+            TRY(assign(l, "parallel", "auto", "true", "command line", true));
+        else
+            TRY(assign(l, section, key, eq + 1, "command line", true));
     }
     return NULL;
+}
+
+/* What parallel: auto leaves as it is. */
+static void note_fixed(struct config *c, const struct assignments *l)
+{
+    static const struct {
+        const char *section, *key;
+        unsigned bit;
+    } keys[] = { { "parallel", "pp", FIXED_PP },
+                 { "parallel", "dp", FIXED_DP },
+                 { "parallel", "tp", FIXED_TP },
+                 { "parallel", "zero", FIXED_ZERO },
+                 { "parallel", "sequence", FIXED_SEQUENCE },
+                 { "memory", "recompute", FIXED_RECOMPUTE } };
+    const char *where;
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        if (value_of(l, keys[i].section, keys[i].key, &where))
+            c->parallel.fixed |= keys[i].bit;
 }
 
 static status *fill(struct config *c, struct assignments *l, const char *name)
@@ -630,6 +664,7 @@ static status *fill(struct config *c, struct assignments *l, const char *name)
         TRY(options_set(&run_table, "dir", dir, &c->run, name));
     }
     TRY(check_lora(c, l, name));
+    note_fixed(c, l);
     return check_together(c, name);
 }
 

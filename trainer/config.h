@@ -52,7 +52,18 @@ struct train_config {
     char *freeze, *routes;
 };
 
+/* parallel_config.fixed: keys that the config sets, for parallel: auto */
+enum {
+    FIXED_PP = 1,
+    FIXED_DP = 2,
+    FIXED_TP = 4,
+    FIXED_ZERO = 8,
+    FIXED_SEQUENCE = 16,
+    FIXED_RECOMPUTE = 32,
+};
 struct parallel_config {
+    bool automatic; /* mesh_plan.h chooses what is not in `fixed` */
+    unsigned fixed;
     int64_t pp, dp, ep, cp, tp, zero, dp_shard;
     int schedule;   /* enum pipe_schedule */
     int64_t chunks; /* 0: as the schedule needs */
@@ -63,8 +74,8 @@ struct parallel_config {
 enum { CP_MAX = 64 };
 
 struct memory_config {
-    uint64_t activations;
-    int recompute; /* enum tape_recompute */
+    uint64_t activations, rank; /* rank: of all, for parallel: auto; 0: what the machine has */
+    int recompute;              /* enum tape_recompute */
 };
 
 struct eval_config { /* tessera eval */

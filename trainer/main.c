@@ -1,4 +1,4 @@
-/* tessera: the program. `tessera train|eval CONFIG [key=value ...]`, `tessera ckpt ...`, `tessera data ...`,
+/* tessera: the program. `tessera train|plan|eval CONFIG [key=value ...]`, `tessera ckpt ...`, `tessera data ...`,
  * `tessera bench ...`. Errors are printed here, once. */
 #include "ckpt/ckpt.h"
 #include "comm/agree.h"
@@ -6,6 +6,7 @@
 #include "trainer/config.h"
 #include "trainer/data/prepare.h"
 #include "trainer/hf/hf_cli.h"
+#include "trainer/mesh_plan.h"
 #include "trainer/trainer.h"
 
 #include <stdio.h>
@@ -16,6 +17,8 @@ static const char usage[] =
     "usage: tessera train CONFIG [key=value ...]     train, under mpirun or srun; resumes from "
     "the newest valid checkpoint\n"
     "       tessera train --help-config              every key of a config\n"
+    "       tessera plan CONFIG [ranks=N ...]        the meshes that N ranks can run it on, and the one parallel: auto "
+    "takes; runs nothing\n"
     "       tessera eval CONFIG [eval.step=best ...] score the held-out pairs under saved weights\n"
     "       tessera ckpt VERB URL ...                look at checkpoints, compare and tidy them (tessera ckpt --help)\n"
     "       tessera data prepare|show ...            make and look at training data\n"
@@ -130,14 +133,16 @@ int main(int argc, char **argv)
         return on(verify_on_ranks(words, word) ? "mpi" : NULL, ckpt, words, word);
     struct log log = { LOG_INFO, -1 };
     status *st = NULL;
-    if (!strcmp(verb, "data"))
+    if (!strcmp(verb, "plan"))
+        st = mesh_plan_cli(words, word);
+    else if (!strcmp(verb, "data"))
         st = data_cli(words, word);
     else if (!strcmp(verb, "--help") || !strcmp(verb, "help"))
         fputs(usage, stdout);
     else if (*verb)
-        st = ERR(INVALID, "unknown verb \"%s\" (legal: train, eval, ckpt, data, bench; tessera --help)", verb);
+        st = ERR(INVALID, "unknown verb \"%s\" (legal: train, plan, eval, ckpt, data, bench; tessera --help)", verb);
     else
-        st = ERR(INVALID, "which verb? (legal: train, eval, ckpt, data, bench; tessera --help)");
+        st = ERR(INVALID, "which verb? (legal: train, plan, eval, ckpt, data, bench; tessera --help)");
     log_status(&log, LOG_ERROR, st);
     int code = status_exit_code(st);
     status_free(st);

@@ -8,6 +8,7 @@
 #include "comm/base/mem.h"
 #include "trainer/data/tokenizer.h"
 #include "trainer/hf/hf_load.h"
+#include "trainer/mesh_plan.h"
 
 #include <inttypes.h>
 #include <string.h>
@@ -221,6 +222,24 @@ static status *dry_runs(struct trainer *t)
     return comm_agree(t->world, st);
 }
 
+/* parallel: auto: the least memory of any rank counts. Collective. */
+static status *choose_mesh(struct trainer *t, int ranks_here)
+{
+    uint64_t memory = mesh_plan_memory(t->cfg, ranks_here);
+    if (!t->cfg->parallel.automatic)
+        return NULL;
+    TRY(comm_allreduce(t->world, &memory, 1, COMM_U64, COMM_MIN, NULL));
+    status *st = mesh_plan_make(t->cfg, t->world->size, memory, &t->plan);
+    if (!st)
+        st = mesh_plan_take(t->plan, t->cfg);
+    return comm_agree(t->world, st);
+}
+
+static void say_line(void *arg, const char *line)
+{
+    metrics_say(arg, "%s", line);
+}
+
 static status *open_mesh(struct trainer *t)
 {
     const struct config *c = t->cfg;
@@ -350,9 +369,12 @@ static status *open_all(struct trainer *t)
 {
     int ranks_here = 1;
     t->training = true;
-    TRY(open_mesh(t));
     TRY(count_local_ranks(t->world, &ranks_here));
+    TRY(choose_mesh(t, ranks_here));
+    TRY(open_mesh(t));
     TRY(comm_agree(t->world, metrics_open(t->cfg->run.dir, t->world->rank == 0, &t->metrics)));
+    if (t->plan)
+        mesh_plan_print(t->plan, say_line, t->metrics);
     status *st = open_data(t);
     if (!st)
         st = open_phases(t);
@@ -392,8 +414,9 @@ static status *open_eval_data(struct trainer *t)
 static status *open_for_eval(struct trainer *t)
 {
     int ranks_here = 1;
-    TRY(open_mesh(t));
     TRY(count_local_ranks(t->world, &ranks_here));
+    TRY(choose_mesh(t, ranks_here));
+    TRY(open_mesh(t));
     status *st = open_eval_data(t);
     if (!st)
         st = open_model(t, ranks_here);
@@ -468,6 +491,7 @@ status *trainer_close(struct trainer *t)
     for (int kind = 0; kind < DATASET_KINDS; kind++)
         dataset_close(t->data[kind]);
     dataset_close(t->heldout);
+    mesh_plan_free(t->plan);
     mem_free(t->scratch);
     mem_free(t->live_sums);
     mem_free(t->scalar);

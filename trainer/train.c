@@ -167,6 +167,7 @@ static status *sync_reference(struct trainer *t)
 struct step_result {
     double metric[ALGO_METRICS]; /* divided by their counts */
     double norm, lr, seconds;
+    double dp_flight, dp_wait, tp_wait, pp_wait; /* of this rank's exchanges, in seconds */
     struct load_metrics load;
     uint64_t tokens, allocations, dp_sent, ep_sent, cp_sent, tp_sent,
         pp_sent; /* bytes that this rank gave to others of the axis */
@@ -292,6 +293,10 @@ static void report(struct trainer *t, const struct step_result *r)
     metrics_integer(t->metrics, "cp_sent_bytes", r->cp_sent);
     metrics_integer(t->metrics, "tp_sent_bytes", r->tp_sent);
     metrics_integer(t->metrics, "pp_sent_bytes", r->pp_sent);
+    metrics_number(t->metrics, "dp_flight_s", r->dp_flight);
+    metrics_number(t->metrics, "dp_wait_s", r->dp_wait);
+    metrics_number(t->metrics, "tp_wait_s", r->tp_wait);
+    metrics_number(t->metrics, "pp_wait_s", r->pp_wait);
     metrics_integer(t->metrics, "pp_in_flight", (uint64_t)pipe_peak(t->pipe));
     if (line.save_percent >= 0) {
         metrics_integer(t->metrics, "saving", line.save_step);
@@ -349,6 +354,25 @@ static uint64_t dp_sent(const struct trainer *t)
     return zero_sent_bytes(t->zero) + tied_sent_bytes(t->tied) + experts;
 }
 
+/* Seconds since *then, of which *then is set to now. */
+static double take_seconds(uint64_t *then, uint64_t now)
+{
+    double s = ns_to_s(now - *then);
+    *then = now;
+    return s;
+}
+
+/* What the step's exchanges took. */
+static void take_times(struct trainer *t, struct step_result *r)
+{
+    uint64_t flight = 0, wait = 0;
+    zero_times(t->zero, &flight, &wait);
+    r->dp_flight = take_seconds(&t->flight_ns, flight);
+    r->dp_wait = take_seconds(&t->wait_ns[0], wait);
+    r->tp_wait = take_seconds(&t->wait_ns[1], t->tp ? t->tp->wait_ns : 0);
+    r->pp_wait = take_seconds(&t->wait_ns[2], t->pp ? t->pp->wait_ns : 0);
+}
+
 static status *one_step(struct trainer *t)
 {
     uint64_t began = clock_ns();
@@ -358,7 +382,9 @@ static status *one_step(struct trainer *t)
                              .cp_sent = sent_by(t->cp),
                              .tp_sent = sent_by(t->tp),
                              .pp_sent = sent_by(t->pp) };
+    take_times(t, &r);
     TRY(train_step(t, &r));
+    take_times(t, &r);
     r.dp_sent = dp_sent(t) - r.dp_sent;
     r.ep_sent = sent_by(t->ep) - r.ep_sent;
     r.cp_sent = sent_by(t->cp) - r.cp_sent;

@@ -38,6 +38,7 @@ struct trainer {
     struct comm *world;
     const struct log *log;
     struct mesh mesh;
+    struct mesh_plan *plan;         /* of parallel: auto, else NULL */
     struct comm *dp, *cp, *tp, *pp; /* the ranks of this one's axes; cp, tp, pp NULL: there is one; dp: of dp x ep */
     struct comm *ep, *ep_dp;        /* of ep, NULL: there is one; with it, of dp alone */
     bool training; /* not an evaluation alone: those hold whole parameters, whatever parallel.zero says */
@@ -86,10 +87,11 @@ struct trainer {
 
     /* what a checkpoint remembers */
     uint64_t step, samples[PHASES], optimiser_step;
-    uint64_t tokens;       /* of all samples: not stored, their rows say it */
-    int current;           /* phase */
-    uint64_t resumed_from; /* UINT64_MAX: from the start */
-    uint64_t allocations;  /* mem_count() at the end of the last step */
+    uint64_t tokens;                /* of all samples: not stored, their rows say it */
+    int current;                    /* phase */
+    uint64_t resumed_from;          /* UINT64_MAX: from the start */
+    uint64_t allocations;           /* mem_count() at the end of the last step */
+    uint64_t flight_ns, wait_ns[3]; /* of exchanges, by then: of dp; of dp, tp, pp */
 };
 
 /* Everything but the first step: data, model, optimiser, checkpoint root, resume. Collective. */

@@ -319,6 +319,16 @@ uint64_t zero_sent_bytes(const struct zero *z)
            (z->shards ? shards_comm(z->shards)->sent_bytes : 0);
 }
 
+void zero_times(const struct zero *z, uint64_t *flight_ns, uint64_t *wait_ns)
+{
+    const struct comm *c[] = { z->dp, z->shard, z->rep, z->shards ? shards_comm(z->shards) : NULL };
+    for (size_t i = 0; i < sizeof c / sizeof *c; i++)
+        if (c[i]) {
+            *flight_ns += c[i]->flight_ns;
+            *wait_ns += c[i]->wait_ns;
+        }
+}
+
 struct zero_memory zero_memory(const struct zero *z)
 {
     uint64_t whole = z->p->total * sizeof(float), own = 0;

@@ -57,6 +57,8 @@ struct zero_moments zero_moments(struct zero *z);
 void zero_reset_moments(struct zero *z);          /* to zero: the optimiser restarts */
 struct shards *zero_shards(const struct zero *z); /* stages 2 and 3; else NULL */
 uint64_t zero_sent_bytes(const struct zero *z);   /* comm.sent_bytes of dp and all that it was split into */
+/* Of the same: time of exchanges in flight, and what of it was waited for (comm.h). */
+void zero_times(const struct zero *z, uint64_t *flight_ns, uint64_t *wait_ns);
 /* What a rank holds, in bytes. */
 struct zero_memory {
     uint64_t parameters, gradients, moments;
