@@ -583,9 +583,6 @@ static status *check_together(struct config *c, const char *name)
                    name, (long long)c->parallel.chunks);
     if (c->algo.ref_sync_steps && c->algo.reference != REFERENCE_LIVE)
         return ERR(INVALID, "%s: algo.ref_sync_steps needs algo.reference: live", name);
-    if (c->optim.kind == OPTIM_MUON && (c->parallel.zero != 1 || c->parallel.tp != 1 || c->parallel.dp_shard))
-        return ERR(INVALID,
-                   "%s: optim.kind: muon needs parallel.zero: 1, tp: 1 and dp_shard: 0: it wants whole matrices", name);
     if (!period_parse(c->checkpoint.every, &c->checkpoint.period))
         return ERR(INVALID,
                    "%s: checkpoint.every: \"%s\" is not one of a number of steps (100), of seconds (600s), or auto",

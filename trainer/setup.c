@@ -258,6 +258,14 @@ static status *open_mesh(struct trainer *t)
     return t->mesh.size[MESH_TP] > 1 ? mesh_comm(&t->mesh, t->world, 1u << MESH_TP, &t->tp) : NULL;
 }
 
+static status *open_muon(struct trainer *t, struct params *dense)
+{
+    if (t->tp)
+        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP | 1u << MESH_EP | 1u << MESH_TP, &t->dp_tp));
+    return comm_agree(t->world,
+                      owners_open(dense, t->zero, t->dp, t->tp, t->tp ? t->dp_tp : t->dp, t->workers, &t->owners));
+}
+
 static status *open_zero(struct trainer *t)
 {
     const struct config *c = t->cfg;
@@ -277,7 +285,7 @@ static status *open_zero(struct trainer *t)
     TRY(zero_open(&o, dense, t->dp, &t->zero));
     TRY(tied_open(&o, t->model, t->dp, t->pp, &t->tied));
     if (c->optim.kind == OPTIM_MUON)
-        TRY(comm_agree(t->world, owners_open(dense, zero_moments(t->zero), t->dp, t->workers, &t->owners)));
+        TRY(open_muon(t, dense));
     if (!t->ref_model || o.stage < 3)
         return NULL;
     struct shards_options ref = { true, false, o.bucket_elems, o.shards ? o.shards : t->dp->size };
@@ -475,6 +483,7 @@ status *trainer_close(struct trainer *t)
     model_close(t->model);
     workers_close(t->workers);
     device_close(t->device);
+    comm_close(t->dp_tp);
     comm_close(t->pp);
     comm_close(t->tp);
     comm_close(t->cp);

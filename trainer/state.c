@@ -90,7 +90,7 @@ static status *add_moments(struct trainer *t, const struct param *p)
     if (p->muon)
         return NULL;
     snprintf(name, sizeof name, "%s.exp_avg_sq", p->name);
-    return add_runs(t, p, d, z.run, z.run_count, z.v);
+    return add_runs(t, p, d, z.v_run, z.v_run_count, z.v);
 }
 
 /* Parameters as this rank holds them: whole parts, or with ZeRO 3 this shard's runs. */

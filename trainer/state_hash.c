@@ -84,7 +84,7 @@ static uint64_t own_moments(const struct trainer *t, const struct params *ps)
         if (p->frozen || !first_replica(t, p, t->cfg->parallel.zero) || !first_of_sharers(t, p))
             continue;
         struct zero_moments z = zero_moments(experts_zero(t->experts, t->zero, ps, &p));
-        sum += hash_runs(p, 1, z.run, z.run_count, z.m) + hash_runs(p, 2, z.run, z.run_count, z.v);
+        sum += hash_runs(p, 1, z.run, z.run_count, z.m) + hash_runs(p, 2, z.v_run, z.v_run_count, z.v);
     }
     return sum;
 }

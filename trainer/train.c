@@ -351,7 +351,7 @@ static uint64_t sent_by(const struct comm *c)
 static uint64_t dp_sent(const struct trainer *t)
 {
     uint64_t experts = t->experts && t->experts->zero ? zero_sent_bytes(t->experts->zero) : 0;
-    return zero_sent_bytes(t->zero) + tied_sent_bytes(t->tied) + experts;
+    return sent_by(t->dp_tp) + zero_sent_bytes(t->zero) + tied_sent_bytes(t->tied) + experts;
 }
 
 /* Seconds since *then, of which *then is set to now. */
@@ -448,6 +448,7 @@ static void say_memory(struct trainer *t)
         m.moments += e.moments;
         m.messages += e.messages;
     }
+    m.messages += owners_bytes(t->owners);
     double mib = 1 << 20;
     metrics_integer(t->metrics, "parameter_bytes", m.parameters);
     metrics_integer(t->metrics, "gradient_bytes", m.gradients);

@@ -58,6 +58,7 @@ struct trainer {
     struct experts *experts; /* NULL: no expert parallelism, or no training */
     struct tied *tied;       /* NULL: no weight whose uses are kept apart has a part here */
     struct owners *owners;   /* NULL: no Muon */
+    struct comm *dp_tp;      /* the owners, where there is a tp; else NULL */
     struct routes *routes;   /* NULL: no train.routes */
     struct balance *balance; /* NULL: no experts, or no training */
 

@@ -182,7 +182,6 @@ static void ranks_and_resumes_change_no_bit(void **state)
     o[3] = "train.steps=9";
     assert_int_equal(run(text, 5, 4, o).weights, want);
     static const char *const bad[][3] = {
-        { "optim.kind=muon", "parallel.zero=0", "optim.kind: muon needs parallel.zero: 1" },
         { "optim.kind=adamw", "train.steps=9", "optim.kind: muon -> adamw" },
         { "optim.kind=muon", "optim.muon=*.x", "optim.muon: \"*.x\" fits no linear layer" },
         { "optim.kind=muon", "lora.targets=*", "fits no linear layer that trains" },
@@ -193,6 +192,116 @@ static void ranks_and_resumes_change_no_bit(void **state)
     }
 }
 
+/* ---- on every mesh ---- */
+
+enum { MUON_STEPS = 5 };
+
+struct muon_case {
+    int ranks;
+    const char *o[6];
+};
+
+/* Matrices have no second moment, in memory either: AdamW's of embedding and norms alone. */
+static status *one_moment(struct trainer *t)
+{
+    struct zero_moments z = zero_moments(t->zero);
+    uint64_t others = 0;
+    for (int i = 0; i < t->model->params.count; i++) {
+        const struct param *p = &t->model->params.p[i];
+        if (!p->muon && p->alias < 0)
+            others += (param_elems(p) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
+    }
+    if (t->cfg->parallel.zero == 0 && z.v_elems != others)
+        return ERR(INTERNAL, "%llu second moments, not %llu", (unsigned long long)z.v_elems,
+                   (unsigned long long)others);
+    uint64_t sum = z.v_elems;
+    TRY(comm_allreduce(t->dp, &sum, 1, COMM_U64, COMM_SUM, NULL));
+    uint64_t holders = t->cfg->parallel.zero == 0      ? (uint64_t)t->dp->size
+                       : t->cfg->parallel.dp_shard > 0 ? (uint64_t)(t->dp->size / t->cfg->parallel.dp_shard)
+                                                       : 1;
+    return sum == others * holders ? NULL : ERR(INTERNAL, "%llu second moments in all", (unsigned long long)sum);
+}
+
+static struct job run_muon(const char *name, const struct muon_case *c, const char *steps, const char *url)
+{
+    char text[2048];
+    make_config(text, sizeof text, name);
+    struct job j = { .config = text, .after = one_moment };
+    const char *common[] = { "optim.kind=muon",
+                             "optim.muon_lr=0.01",
+                             "optim.weight_decay=0.1",
+                             "threads=1",
+                             steps,
+                             "model.layers=3",
+                             "checkpoint.every=1",
+                             url };
+    for (size_t i = 0; i < sizeof common / sizeof *common; i++)
+        j.overrides[j.override_count++] = common[i];
+    for (int i = 0; c->o[i]; i++)
+        j.overrides[j.override_count++] = c->o[i];
+    must(comm_threads_run(c->ranks, run_rank, &j));
+    return j;
+}
+
+static void expect_equal(const char *what, const struct job *got, const struct job *want)
+{
+    if (got->hashes.weights != want->hashes.weights || got->hashes.moments != want->hashes.moments)
+        fail_msg("%s: other weights or moments", what);
+}
+
+/* Matrices that are cut by rows, by columns and shared by ranks (one key/value head of two), one or several an owner.
+ */
+static void layouts_change_no_bit(void **state)
+{
+    (void)state;
+    static const struct muon_case whole = { 1, { "parallel.zero=1" } }, halves = { 2, { "parallel.tp=2" } },
+                                  cases[] = { { 2, { "parallel.zero=0" } },
+                                              { 4, { "parallel.dp_shard=2" } },
+                                              { 4, { "parallel.zero=2", "parallel.dp_shard=2" } },
+                                              { 3, { "parallel.zero=3", "memory.recompute=block" } },
+                                              { 6, { "parallel.pp=3", "parallel.zero=3" } },
+                                              { 4, { "parallel.pp=2", "parallel.zero=0" } } },
+                                  cut[] = { { 4, { "parallel.tp=2", "parallel.zero=0" } },
+                                            { 4, { "parallel.tp=2", "parallel.zero=3", "parallel.sequence=true" } },
+                                            { 8, { "parallel.tp=2", "parallel.pp=2", "parallel.zero=2" } } };
+    struct job want = run_muon("muon-whole", &whole, "train.steps=5", "checkpoint.url=");
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        struct job got = run_muon("muon-cut", &cases[c], "train.steps=5", "checkpoint.url=");
+        expect_equal(cases[c].o[0], &got, &want);
+    }
+    struct job tp = run_muon("muon-tp", &halves, "train.steps=5", "checkpoint.url=");
+    for (int step = 1; step <= MUON_STEPS; step++) {
+        double a = metric("muon-tp", step, "loss"), b = metric("muon-whole", step, "loss");
+        if (!(fabs(a - b) <= 1e-5 * b))
+            fail_msg("tp 2, step %d: loss %.9g, not %.9g", step, a, b);
+    }
+    for (size_t c = 0; c < sizeof cut / sizeof *cut; c++) {
+        struct job got = run_muon("muon-cut", &cut[c], "train.steps=5", "checkpoint.url=");
+        if (c != 1) /* sequence: sums of norms in another order */
+            expect_equal(cut[c].o[1], &got, &tp);
+        for (int step = 1; step <= MUON_STEPS; step++)
+            if (!(fabs(metric("muon-cut", step, "loss") - metric("muon-whole", step, "loss")) <= 1e-5))
+                fail_msg("%s: step %d: loss %.9g", cut[c].o[1], step, metric("muon-cut", step, "loss"));
+    }
+}
+
+static void a_checkpoint_goes_on_anywhere(void **state)
+{
+    (void)state;
+    static const struct muon_case whole = { 1, { "parallel.zero=1" } },
+                                  hops[] = { { 4, { "parallel.pp=2", "parallel.zero=3" } },
+                                             { 2, { "parallel.zero=0" } },
+                                             { 4, { "parallel.zero=2", "parallel.dp_shard=2" } } };
+    static const char *const until[] = { "train.steps=4", "train.steps=5", "train.steps=6" };
+    struct job want = run_muon("muon-whole", &whole, "train.steps=6", "checkpoint.url="), got = { 0 };
+    char url[160];
+    snprintf(url, sizeof url, "checkpoint.url=file:%s/muon-hops/ckpt", root);
+    for (int i = 0; i < 3; i++)
+        got = run_muon("muon-hops", &hops[i], until[i], url);
+    assert_int_equal(got.resumed_from, 5);
+    expect_equal("hops", &got, &want);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -201,6 +310,8 @@ int main(void)
         cmocka_unit_test(who_moves_how),
         cmocka_unit_test(clipped),
         cmocka_unit_test(ranks_and_resumes_change_no_bit),
+        cmocka_unit_test(layouts_change_no_bit),
+        cmocka_unit_test(a_checkpoint_goes_on_anywhere),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
 }

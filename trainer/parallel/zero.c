@@ -95,6 +95,42 @@ static void count_norm_nodes(struct zero *z)
     }
 }
 
+/* What of `run` is a matrix of Muon's, and its padding. */
+static struct zero_run muon_part(const struct param *p, struct zero_run run)
+{
+    uint64_t begin = p->offset, end = begin + (param_elems(p) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
+    begin = begin > run.begin ? begin : run.begin;
+    end = end < run.end ? end : run.end;
+    return p->muon && p->alias < 0 && !p->away && begin < end ? (struct zero_run){ begin, end }
+                                                              : (struct zero_run){ 0 };
+}
+
+/* Runs of all that is not Muon's: it has no second moments. */
+static status *list_second_moments(struct zero *z)
+{
+    struct zero_moments *m = &z->moments;
+    z->v_run = mem_array(NULL, m->run_count + (uint64_t)z->p->count + 1, sizeof *z->v_run);
+    if (!z->v_run)
+        return ERR(NO_MEMORY, "runs of %llu buckets", (unsigned long long)z->k->n);
+    for (uint64_t r = 0; r < m->run_count; r++) {
+        struct zero_run left = z->run[r];
+        for (int i = 0; i < z->p->count; i++) {
+            struct zero_run out = muon_part(&z->p->p[i], left);
+            if (!run_elems(out))
+                continue;
+            if (out.begin > left.begin)
+                z->v_run[m->v_run_count++] = (struct zero_run){ left.begin, out.begin };
+            left.begin = out.end;
+        }
+        if (run_elems(left))
+            z->v_run[m->v_run_count++] = left;
+    }
+    for (uint64_t r = 0; r < m->v_run_count; r++)
+        m->v_elems += run_elems(z->v_run[r]);
+    m->v_run = z->v_run;
+    return NULL;
+}
+
 static status *open_moments(struct zero *z)
 {
     struct zero_moments *m = &z->moments;
@@ -115,9 +151,10 @@ static status *open_moments(struct zero *z)
     for (uint64_t i = 0; i < m->run_count; i++)
         m->elems += run_elems(z->run[i]);
     m->run = z->run;
+    TRY(list_second_moments(z));
     m->w = z->shards ? shards_own(z->shards, false).value : NULL;
     m->m = mem_block(m->elems * sizeof(float), 4096);
-    m->v = mem_block(m->elems * sizeof(float), 4096);
+    m->v = mem_block(m->v_elems * sizeof(float), 4096);
     return m->m && m->v ? NULL : ERR(NO_MEMORY, "AdamW's moments of %llu elements", (unsigned long long)m->elems);
 }
 
@@ -298,9 +335,10 @@ void zero_close(struct zero *z)
     while (z->buffers)
         mem_block_free(z->buffer[--z->buffers], (z->field_elems + 1) * sizeof(float));
     mem_free(z->part);
-    mem_block_free(z->moments.v, z->moments.elems * sizeof(float));
+    mem_block_free(z->moments.v, z->moments.v_elems * sizeof(float));
     mem_block_free(z->moments.m, z->moments.elems * sizeof(float));
     mem_free(z->run);
+    mem_free(z->v_run);
     shards_close(z->shards);
     buckets_fini(&z->own_k);
     comm_close(z->rep);
@@ -337,7 +375,7 @@ struct zero_memory zero_memory(const struct zero *z)
     return (struct zero_memory){
         .parameters = z->o.stage == 3 ? own : params_bytes(z->p),
         .gradients = (is_cut(z) ? 0 : whole) + (uint64_t)z->buffers * z->field_elems * sizeof(float),
-        .moments = 2 * z->moments.elems * sizeof(float),
+        .moments = (z->moments.elems + z->moments.v_elems) * sizeof(float),
         .windows = z->shards ? shards_window_bytes(z->shards) : 0,
         .messages = z->recv_bytes,
     };
@@ -351,7 +389,7 @@ struct zero_moments zero_moments(struct zero *z)
 void zero_reset_moments(struct zero *z)
 {
     memset(z->moments.m, 0, z->moments.elems * sizeof(float));
-    memset(z->moments.v, 0, z->moments.elems * sizeof(float));
+    memset(z->moments.v, 0, z->moments.v_elems * sizeof(float));
 }
 
 /* ---- the update ---- */
@@ -371,25 +409,43 @@ status *zero_gather(struct zero *z)
 {
     for (uint64_t b = 0; b < z->k->n; b++)
         TRY(spread_bucket(z, z->dp, b, z->p->grad, 0, run_of_rank));
+    z->gathered = true;
     return NULL;
 }
 
-/* AdamW on `run`, whose parameters, gradients and moments start at w, g, m, v. Paddings between parameters stay as they
- * are; a shared parameter is updated under the name that owns its memory. */
+status *zero_spread_sums(struct zero *z)
+{
+    return z->o.stage == 0 ? zero_gather(z) : NULL;
+}
+
+float *zero_sums(const struct zero *z, struct zero_run run, uint64_t before)
+{
+    return field(z) + (is_cut(z) ? before : run.begin);
+}
+
+int zero_holders(const struct zero *z)
+{
+    return z->o.stage == 0 ? 1 : z->k->shards;
+}
+
+/* AdamW on `run`, whose parameters, gradients and moments start at w, g, m, v; v has nothing of Muon's matrices.
+ * Paddings between parameters stay as they are; a shared parameter is updated under the name that owns its memory. */
 static void update_run(const struct zero *z, const struct adamw *a, struct zero_run run, float *w, const float *g,
                        float *m, float *v)
 {
+    uint64_t skipped = 0; /* of the run so far: parameters lie in the order of the list */
     for (int i = 0; i < z->p->count; i++) {
         const struct param *p = &z->p->p[i];
         uint64_t begin = p->offset, end = p->offset + param_elems(p);
-        if (p->alias >= 0 || p->muon)
+        skipped += run_elems(muon_part(p, run));
+        if (p->alias >= 0 || p->muon || p->frozen)
             continue;
         begin = begin > run.begin ? begin : run.begin;
         end = end < run.end ? end : run.end;
         uint64_t at = begin - run.begin;
         if (begin < end)
-            adamw_update(z->o.workers, w + at, g + at, m + at, v + at, end - begin, a->lr, a->beta1, a->beta2, a->eps,
-                         p->decay ? a->weight_decay : 0, a->step, a->grad_scale);
+            adamw_update(z->o.workers, w + at, g + at, m + at, v + (at - skipped), end - begin, a->lr, a->beta1,
+                         a->beta2, a->eps, p->decay ? a->weight_decay : 0, a->step, a->grad_scale);
     }
 }
 
@@ -400,13 +456,18 @@ struct updated {
     struct zero_run run, changes; /* of AdamW; of the parameters here */
     float *w, *changed, *m, *v;   /* w, m, v: at run; changed: at `changes` */
     const float *g;
+    uint64_t v_elems;
 };
 
-static struct updated updated_by(const struct zero *z, uint64_t b, uint64_t moments)
+/* What of the run is AdamW's: v_elems; v_before: of the runs before. */
+static struct updated updated_by(const struct zero *z, uint64_t b, uint64_t moments, uint64_t v_before)
 {
     struct zero_run all = { z->k->b[b].begin, z->k->b[b].end };
-    struct updated u = { .m = z->moments.m + moments, .v = z->moments.v + moments };
+    struct updated u = { .m = z->moments.m + moments, .v = z->moments.v + v_before };
     u.run = z->o.stage == 0 ? all : own_run(z, b);
+    u.v_elems = run_elems(u.run);
+    for (int i = 0; i < z->p->count; i++)
+        u.v_elems -= run_elems(muon_part(&z->p->p[i], u.run));
     u.changes = z->o.stage == 3 ? u.run : all;
     u.changed = z->o.stage == 3 ? z->moments.w + moments : z->p->data + all.begin;
     u.w = z->o.stage == 3 ? u.changed : z->p->data + u.run.begin;
@@ -425,20 +486,21 @@ static status *announce(uint64_t b, const struct updated *u, fence_fn *fence, vo
     if (!run_elems(u->run))
         return NULL;
     TRY(fence(arg, u->m, run_elems(u->run) * sizeof(float)));
-    return fence(arg, u->v, run_elems(u->run) * sizeof(float));
+    return u->v_elems ? fence(arg, u->v, u->v_elems * sizeof(float)) : NULL;
 }
 
 status *zero_update(struct zero *z, const struct adamw *a, fence_fn *fence, void *arg)
 {
     status *failed = NULL; /* of a fence: this rank updates no more, but joins the exchanges that its peers wait in */
-    uint64_t at = 0;       /* moments before this bucket's */
+    uint64_t at = 0, v_at = 0; /* moments before this bucket's */
     for (uint64_t b = 0; b < z->k->n; b++) {
-        struct updated u = updated_by(z, b, at);
+        struct updated u = updated_by(z, b, at, v_at);
         status *st = NULL;
         at += run_elems(u.run);
+        v_at += u.v_elems;
         if (!failed)
             failed = announce(b, &u, fence, arg);
-        if (z->o.stage == 0)
+        if (z->o.stage == 0 && !z->gathered)
             st = spread_bucket(z, z->dp, b, z->p->grad, 0, run_of_shard);
         if (!failed && !st)
             update_run(z, a, u.run, u.w, u.g, u.m, u.v);

@@ -40,12 +40,15 @@ struct zero_options {
 
 struct zero; /* opaque but for the moments */
 struct zero_moments {
-    float *m, *v; /* stage 0: [params.total]; else the shard's runs one after another */
-    float *w;     /* stage 3: the parameters of the same runs; else NULL: they are where their tensors are */
-    uint64_t elems;
+    float *m; /* stage 0: [params.total]; else the shard's runs one after another */
+    float *v; /* the same but for Muon's matrices, which have no second moment */
+    float *w; /* stage 3: the parameters of m's runs; else NULL: they are where their tensors are */
+    uint64_t elems, v_elems;
     const struct zero_run
-        *run; /* what m, v and w hold, in flat-block elements, in order: stage 0: one run, the whole block */
+        *run; /* what m and w hold, in flat-block elements, in order: stage 0: one run, the whole block */
     uint64_t run_count;
+    const struct zero_run *v_run; /* and v */
+    uint64_t v_run_count;
 };
 
 /* Collective over dp, cp, tp and pp. With stages 0 and 1 params must have values and gradients, with 2 values; else
@@ -92,6 +95,13 @@ status *zero_reduce(struct zero *z, double *norm) WARN_UNUSED;
 status *zero_norm(struct zero *z, double *norm) WARN_UNUSED;
 /* Stages 0 and 1, after zero_reduce: every rank's runs of the gradients to every rank. Collective over dp. */
 status *zero_gather(struct zero *z) WARN_UNUSED;
+/* After zero_norm, for an optimiser of its own between that and zero_update: each rank then has the sums of all its
+ * runs (moments.run). Stage 0: collective over dp. */
+status *zero_spread_sums(struct zero *z) WARN_UNUSED;
+/* Where they lie: run is one of moments.run, `before` the elements of those before it. */
+float *zero_sums(const struct zero *z, struct zero_run run, uint64_t before);
+/* So many neighbours of dp hold the runs of all parameters together: the shards of a replica; stage 0: 1. */
+int zero_holders(const struct zero *z);
 /* Stages 2 and 3: where this shard's runs of the sums of a parameter of unit 0 lie, one after another: *n elements. The
  * same ones of a parameter of that shape wherever it is. */
 float *zero_own_sums(const struct zero *z, uint64_t offset, uint64_t elems, uint64_t *n);

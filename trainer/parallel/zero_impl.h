@@ -66,7 +66,8 @@ struct zero {
     struct comm *group; /* who exchanges sums: one rank of each group; dp or rep */
     uint32_t lanes;
     struct zero_moments moments;
-    struct zero_run *run;
+    struct zero_run *run, *v_run;
+    bool gathered; /* stage 0: gradients are whole already */
 
     struct part *part;
     int parts, own_parts;

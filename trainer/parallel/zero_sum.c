@@ -104,6 +104,7 @@ void zero_begin(struct zero *z, uint32_t k)
           z->o.micro_batches);
     z->kk = k;
     z->pass = 0;
+    z->gathered = false;
     z->sum = (struct lane_sum){ .lane = lane_of_group(z, z->group->rank) };
     close_empty(z, &z->sum, 0, 0);
     z->after = z->sum;
