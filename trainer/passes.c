@@ -122,7 +122,7 @@ static status *idle(void *arg, unsigned halves)
     const struct passing *g = arg;
     struct shards *s = trainer_shards(g->t, g->m);
     if (!halves)
-        return shards_idle(s);
+        return s ? shards_idle(s) : NULL; /* a live reference is whole with ZeRO 2 */
     if (!makes_gradients(halves))
         return shards_idle_backward(s, false);
     TRY(zero_idle(g->t->zero));
