@@ -601,6 +601,7 @@ static void refusals(void **state)
         set_all(config, &variants[0]);
         set(config, bad[i].key, bad[i].value);
         FAILS(ST_INVALID, bad[i].words, model_open(llama(), config, VOCAB, &m));
+        options_fini(llama()->options, config);
     }
     set_all(config, &variants[0]);
     set(config, "vocab", "64");
@@ -623,6 +624,7 @@ static void refusals(void **state)
     tape_close(t);
     model_close(m);
     model_close(NULL);
+    options_fini(llama()->options, config);
     mem_free(config);
 }
 
