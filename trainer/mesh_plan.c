@@ -82,7 +82,7 @@ static struct stage stage_of(const struct model *m)
     bool alias = out && out->alias >= 0; /* of the embedding, which is on another stage or counted with the first */
     s.work = blocks + head + (alias ? (double)(ps->p[out->alias].shape.dim[0] * ps->p[out->alias].shape.dim[1]) : 0);
     s.block = block;
-    s.outside = s.trained - blocks > 0 ? s.trained - blocks : 0;
+    s.outside = larger(s.trained + s.frozen - blocks, 0);
     return s;
 }
 
@@ -177,7 +177,7 @@ static void count_state(const struct mesh_plan *p, const struct stage *s, struct
     const struct config *c = p->c;
     double n = levels_of(c, r->dp, r->zero, p->micro_batches), dp = shards_of(c, r->dp), trained = s->trained;
     bool live = c->algo.reference == REFERENCE_LIVE;
-    double values = (r->zero == 3 ? trained / dp : trained) + s->frozen, own = r->zero ? trained / dp : trained;
+    double values = (trained + s->frozen) / (r->zero == 3 ? dp : 1), own = r->zero ? trained / dp : trained;
     double grads = r->zero < 2 ? 1 + n : (n > 1 ? n : 1) / dp;
     r->parameters = (uint64_t)(4 * (values * (live ? 2 : 1) + (r->pp > 1 ? s->tied : 0)));
     r->gradients = (uint64_t)(4 * grads * (trained + s->tied));
@@ -248,15 +248,16 @@ static bool may_be(const struct config *c, unsigned key, int64_t set, int64_t va
 }
 
 /* What other parts of the program refuse. */
-static bool legal(const struct mesh_plan *p, const struct stage *stage, const struct mesh_plan_row *r)
+static bool legal(const struct mesh_plan *p, const struct mesh_plan_row *r)
 {
     const struct config *c = p->c;
     int shards = shards_of(c, r->dp);
-    if (r->dp % shards || (r->zero > 1 && r->pp > 1) || (r->zero == 3 && stage->frozen > 0))
+    if (r->dp % shards)
         return false;
-    if (c->optim.kind == OPTIM_MUON && (r->zero != 1 || r->tp > 1))
+    if (r->zero > 1 && (c->parallel.ep > 1 || (r->pp > 1 && c->parallel.schedule == PIPE_INTERLEAVED)))
         return false;
-    if (c->train.deterministic && (r->zero < 2 ? r->dp : r->dp / shards) > c->train.lanes)
+    int64_t groups = (r->zero < 2 ? r->dp : r->dp / shards) * c->parallel.ep;
+    if (c->train.deterministic && groups > c->train.lanes)
         return false;
     return may_be(c, FIXED_ZERO, c->parallel.zero, r->zero) &&
            may_be(c, FIXED_RECOMPUTE, c->memory.recompute, r->recompute);
@@ -296,7 +297,7 @@ static status *add_meshes(struct mesh_plan *p, int pp, int dp, int tp, const str
         TRY(measure(p, layers, tp, recompute, &kept));
         for (int zero = 0; zero < ZEROS; zero++) {
             struct mesh_plan_row r = { .pp = pp, .dp = dp, .tp = tp, .zero = zero, .recompute = recompute };
-            if (!legal(p, stage, &r))
+            if (!legal(p, &r))
                 continue;
             weigh(p, stage, &kept, &r);
             TRY(add_row(p, &r));

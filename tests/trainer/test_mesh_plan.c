@@ -98,6 +98,50 @@ static void less_memory(void **state)
     assert_true(steps > 3);
 }
 
+/* Proposed is what the trainer runs: ZeRO 2 and 3 on pipelines too, with Muon and a frozen base, but not with
+ * interleaved stages; and not with dealt experts, however little memory there is. */
+static void what_runs_is_proposed(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *o[5];
+        bool runs;
+    } all[] = {
+        { { "parallel=auto", "parallel.zero=2", "parallel.pp=2" }, true },
+        { { "parallel=auto", "parallel.zero=3", "parallel.pp=2", "lora.targets=*_proj" }, true },
+        { { "parallel=auto", "parallel.zero=3", "parallel.tp=2", "optim.kind=muon" }, true },
+        { { "parallel=auto", "parallel.zero=2", "parallel.pp=1", "parallel.schedule=interleaved" }, true },
+        { { "parallel=auto", "parallel.zero=2", "parallel.pp=2", "parallel.schedule=interleaved" }, false },
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        int n = 0;
+        while (n < 5 && all[i].o[n])
+            n++;
+        struct config *c = parse(n, all[i].o);
+        struct mesh_plan *p = NULL;
+        status *st = mesh_plan_make(c, 8, UINT64_MAX, &p);
+        assert_int_equal(status_code(st), all[i].runs ? ST_OK : ST_INVALID);
+        assert_true(st || mesh_plan_best(p));
+        status_free(st);
+        mesh_plan_free(p);
+        config_free(c);
+    }
+    const char *const o[] = { "parallel=auto",      "parallel.ep=2", "model.experts=4", "model.experts_per_token=2",
+                              "model.expert_ffn=8", "parallel.pp=1", "parallel.tp=1",   "memory.recompute=none",
+                              "parallel.zero=1" };
+    uint64_t least = 0;
+    for (int n = 9; n >= 8; n--) { /* the last time ZeRO is free */
+        struct config *c = parse(n, o);
+        struct mesh_plan *p = NULL;
+        must(mesh_plan_make(c, 8, n == 9 ? UINT64_MAX : least - 1, &p));
+        const struct mesh_plan_row *r = mesh_plan_best(p);
+        assert_int_equal(r != NULL, n == 9);
+        least = r ? mesh_plan_need(r) : 0;
+        mesh_plan_free(p);
+        config_free(c);
+    }
+}
+
 static void refusals(void **state)
 {
     (void)state;
@@ -195,8 +239,8 @@ static void runs(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(bytes_are_the_formulas), cmocka_unit_test(less_memory), cmocka_unit_test(refusals),
-        cmocka_unit_test(meshes_that_do_not_go),  cmocka_unit_test(runs),
+        cmocka_unit_test(bytes_are_the_formulas), cmocka_unit_test(less_memory),           cmocka_unit_test(refusals),
+        cmocka_unit_test(what_runs_is_proposed),  cmocka_unit_test(meshes_that_do_not_go), cmocka_unit_test(runs),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
 }
