@@ -280,8 +280,7 @@ static void more_ranks_hold_longer_packs(void **state)
 
 /* ---- from one mesh to another ---- */
 
-static const char *const hashes[] = { "weights_hash", "moments_hash", "ref_hash" };
-enum { HASHES = sizeof hashes / sizeof *hashes, AT = 5 };
+enum { AT = 5 };
 
 static void resumes_at_another_mesh(void **state)
 {
@@ -294,7 +293,7 @@ static void resumes_at_another_mesh(void **state)
     };
     static const struct mesh_case from = { 4, { "parallel.cp=2", "parallel.dp=2", "parallel.zero=1" } };
     for (int live = 0; live < 2; live++) {
-        char text[2048], want[HASHES][32], got[32];
+        char text[2048], want[HASHES][32];
         const char *o[16] = { live ? "algo.reference=live" : "algo.reference=precomputed", "checkpoint.state_hash=true",
                               "checkpoint.keep_last=0", "checkpoint.every=1" };
         make_config(text, sizeof text, "undisturbed-cp");
@@ -307,8 +306,7 @@ static void resumes_at_another_mesh(void **state)
         make_config(text, sizeof text, name);
         o[n] = "train.steps=5";
         assert_int_equal(run(text, from.ranks, n + 1, o).saved, AT);
-        for (int h = 0; h < HASHES; h++)
-            last_value(name, "save_start", AT, hashes[h], want[h]);
+        state_hashes_of(name, "save_start", AT, want);
         assert_string_not_equal(want[0], want[1]);
         assert_string_not_equal(want[0], want[2]); /* the policy has left its reference */
         for (size_t c = 0; c < sizeof to / sizeof *to; c++) {
@@ -317,10 +315,7 @@ static void resumes_at_another_mesh(void **state)
             o[n + 1] = "checkpoint.resume=5";
             o[n + 2] = "checkpoint.rewind=true";
             assert_int_equal(run(text, to[c].ranks, n + 3, o).resumed_from, AT);
-            for (int h = 0; h < HASHES; h++) {
-                last_value(name, "resume", AT, hashes[h], got);
-                assert_string_equal(got, want[h]);
-            }
+            expect_resumed(name, AT, want);
             for (int step = AT + 1; step <= 8; step++)
                 expect_near(name, "undisturbed-cp", step, "loss");
         }

@@ -145,6 +145,23 @@ static inline void last_value(const char *run_name, const char *event, int step,
         fail_msg("%s: step %d has no %s in an event %s", run_name, step, key, event);
 }
 
+/* Hashes of weights, moments and reference that an event "save_start" or "resume" has (checkpoint.state_hash). */
+enum { HASHES = 3 };
+static inline void state_hashes_of(const char *run_name, const char *event, int step, char out[HASHES][32])
+{
+    static const char *const hashes[HASHES] = { "weights_hash", "moments_hash", "ref_hash" };
+    for (int h = 0; h < HASHES; h++)
+        last_value(run_name, event, step, hashes[h], out[h]);
+}
+/* The last resume from that step had what was saved there. */
+static inline void expect_resumed(const char *run_name, int step, char want[HASHES][32])
+{
+    char got[HASHES][32];
+    state_hashes_of(run_name, "resume", step, got);
+    for (int h = 0; h < HASHES; h++)
+        assert_string_equal(got[h], want[h]);
+}
+
 static const char *const algorithms[][4] = { { "algo.kind=dpo", "algo.loss=sigmoid" },
                                              { "algo.kind=dpo", "algo.loss=kto_pair" },
                                              { "algo.kind=dpo", "algo.ld_alpha=0.5" },
