@@ -22,7 +22,8 @@ static const char usage[] =
     "       tessera eval CONFIG [eval.step=best ...] score the held-out pairs under saved weights\n"
     "       tessera ckpt VERB URL ...                look at checkpoints, compare and tidy them (tessera ckpt --help)\n"
     "       tessera data prepare|show ...            make and look at training data\n"
-    "       tessera bench save|load|train ...        under mpirun: rates, and what saves cost; training steps\n";
+    "       tessera bench save|load|train ...        under mpirun: rates, and what saves cost; training steps\n"
+    "       tessera --version                        version and build, as checkpoints name it\n";
 
 /* comm: self is asked for before MPI could be: look for it among the overrides. */
 static const char *backend_of(int argc, char **argv)
@@ -139,6 +140,8 @@ int main(int argc, char **argv)
         st = data_cli(words, word);
     else if (!strcmp(verb, "--help") || !strcmp(verb, "help"))
         fputs(usage, stdout);
+    else if (!strcmp(verb, "--version"))
+        puts("tessera " TESSERA_VERSION " (build " TESSERA_BUILD_ID ")");
     else if (*verb)
         st = ERR(INVALID, "unknown verb \"%s\" (legal: train, plan, eval, ckpt, data, bench; tessera --help)", verb);
     else

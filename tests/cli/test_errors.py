@@ -4,6 +4,7 @@ mpirun and, where ranks could disagree, on two."""
 
 import os
 import pathlib
+import re
 import sys
 
 sys.dont_write_bytecode = True
@@ -173,5 +174,8 @@ for name, arguments, want, words in (
 
 job.check(job.last(job.events(tmp / "good"), "end")["step"] == 2, "one of the refused jobs has disturbed the good run's metrics")
 job.tool("ckpt", "verify", f"file:{tmp / 'good' / 'ckpt'}")
+version = re.fullmatch(r"tessera \d+\.\d+\.\d+ \(build (\S+)\)\n", job.tool("--version")[0])
+job.check(version and f"build tessera {version[1]}\n" in job.tool("ckpt", "show", tmp / "good" / "ckpt", 2)[0],
+          "tessera --version does not name the build that its checkpoints name")
 if failures:
     job.fail(f"{len(failures)} rows\n\n" + "\n".join(failures))
