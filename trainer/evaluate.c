@@ -58,19 +58,20 @@ static bool micro_batch(void *arg, uint32_t pass, uint32_t *k)
 }
 
 /* Where parameters are cut over ranks. */
-static status *begin(void *arg, unsigned halves)
+static status *begin(void *arg, int chunk, unsigned halves)
 {
     const struct scoring *s = arg;
     struct shards *shards = trainer_shards(s->t, s->m);
+    (void)chunk;
     (void)halves;
     return shards ? shards_begin(shards, false) : NULL;
 }
 
-static status *idle(void *arg, unsigned halves)
+static status *idle(void *arg, int chunk, unsigned halves)
 {
     const struct scoring *s = arg;
     (void)halves;
-    return shards_idle(trainer_shards(s->t, s->m));
+    return shards_idle(trainer_shards(s->t, s->m), chunk);
 }
 
 static int64_t prepare(void *arg, uint32_t k)

@@ -254,7 +254,7 @@ static bool legal(const struct mesh_plan *p, const struct mesh_plan_row *r)
     int shards = shards_of(c, r->dp);
     if (r->dp % shards)
         return false;
-    if (r->zero > 1 && (c->parallel.ep > 1 || (r->pp > 1 && c->parallel.schedule == PIPE_INTERLEAVED)))
+    if (r->zero > 1 && c->parallel.ep > 1)
         return false;
     int64_t groups = (r->zero < 2 ? r->dp : r->dp / shards) * c->parallel.ep;
     if (c->train.deterministic && groups > c->train.lanes)

@@ -108,25 +108,25 @@ static bool makes_gradients(unsigned halves)
 }
 
 /* Around a pass where parameters or gradients are cut over ranks. */
-static status *begin(void *arg, unsigned halves)
+static status *begin(void *arg, int chunk, unsigned halves)
 {
     const struct passing *g = arg;
     struct shards *s = trainer_shards(g->t, g->m);
-    if (makes_gradients(halves))
+    if (makes_gradients(halves) && pipe_ends(g->t->pipe, chunk))
         tied_begin_pass(g->t->tied);
     return s ? shards_begin(s, makes_gradients(halves)) : NULL;
 }
 
-static status *idle(void *arg, unsigned halves)
+static status *idle(void *arg, int chunk, unsigned halves)
 {
     const struct passing *g = arg;
     struct shards *s = trainer_shards(g->t, g->m);
     if (!halves)
-        return s ? shards_idle(s) : NULL; /* a live reference is whole with ZeRO 2 */
+        return s ? shards_idle(s, chunk) : NULL; /* a live reference is whole with ZeRO 2 */
     if (!makes_gradients(halves))
-        return shards_idle_backward(s, false);
-    TRY(zero_idle(g->t->zero));
-    return tied_idle(g->t->tied);
+        return shards_idle_backward(s, chunk, false);
+    TRY(zero_idle(g->t->zero, chunk));
+    return pipe_ends(g->t->pipe, chunk) ? tied_idle(g->t->tied) : NULL;
 }
 
 /* This rank's passes of a step. */

@@ -10,6 +10,8 @@
 #include <cmocka.h>
 
 #include "tests/trainer/thread_jobs.h"
+#include "trainer/model/stages.h"
+#include "trainer/parallel/schedule.h"
 #include "trainer/parallel/treesum.h"
 
 /* micro-batches; a tensor's elements are a multiple of ALIGN in memory */
@@ -90,6 +92,33 @@ static double of_table(int tp)
 
 /* ---- formulas, of all ranks and a step */
 
+/* Blocks that the stages of a pipeline gather in a step of n passes of ZeRO 3: those that are not in their window when
+ * a pass comes to them, in the order of the schedule. Block b has window b % 2. */
+static double gathered_blocks(const struct mesh_case *c, uint32_t n)
+{
+    double count = 0;
+    for (int stage = 0; stage < c->pp; stage++) {
+        struct pipe_shape shape = { c->chunks > 1 ? PIPE_INTERLEAVED : PIPE_1F1B, c->pp, stage, c->chunks };
+        uint64_t scratch[512];
+        struct pipe_op op[128];
+        int holds[2] = { -1, -1 };
+        assert_true(schedule_scratch(&shape, n) <= 512 && schedule_ops(&shape, n) <= 128);
+        size_t ops = schedule_make(&shape, n, scratch, op);
+        for (size_t i = 0; i < ops; i++) {
+            int first, end;
+            must(stages_cut(NULL, LAYERS, c->pp * c->chunks, c->chunks, op[i].chunk * c->pp + stage, &first, &end));
+            for (int u = 0; u < end - first; u++) { /* unit 0 is the embedding, the last one the head */
+                int block = (op[i].pass == PIPE_PASS_FORWARD ? first + u : end - 1 - u) - 1;
+                if (block < 0 || block >= LAYERS || holds[block % 2] == block)
+                    continue;
+                holds[block % 2] = block;
+                count++;
+            }
+        }
+    }
+    return count;
+}
+
 /* Tensors that the ranks of one (pp, tp) share are sent (dp - 1) times as often as they are large. */
 static double dp_bytes(const struct mesh_case *c)
 {
@@ -102,7 +131,9 @@ static double dp_bytes(const struct mesh_case *c)
         sum = others * passes * (all + apart);
     if (c->zero == 2)
         sum += others * all;
-    if (c->zero == 3) /* a window for each of two neighbours: what is in it when a pass turns is not sent again */
+    if (c->zero == 3 && c->pp > 1)
+        sum += others * (outside + layer * gathered_blocks(c, (uint32_t)passes));
+    else if (c->zero == 3) /* a window for each of two neighbours: what is in it when a pass turns is not sent again */
         sum += others * (outside + layer * (LAYERS + (2 * passes - 1) * (LAYERS - 2)));
     return 4 * c->tp * sum;
 }
@@ -144,6 +175,9 @@ static void counts_are_the_formulas(void **state)
         { .pp = 2, .dp = 1, .tp = 1, .zero = 1, .tied = true },
         { .pp = 2, .dp = 1, .tp = 1, .zero = 0, .chunks = 2 },
         { .pp = 2, .dp = 2, .tp = 2, .zero = 1 },
+        { .pp = 2, .dp = 2, .tp = 1, .zero = 3, .chunks = 1 },
+        { .pp = 2, .dp = 2, .tp = 1, .zero = 2, .chunks = 2 },
+        { .pp = 2, .dp = 2, .tp = 1, .zero = 3, .chunks = 2 },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const struct mesh_case *c = &cases[i];

@@ -348,8 +348,8 @@ static status *run_micro_batches(struct zero *z, struct params *ps, uint32_t ste
     zero_begin(z, k);
     for (uint32_t pass = 0; pass < zero_passes(z, k); pass++) {
         if (!zero_micro_batch(z, k, pass, &i)) {
-            TRY(shards_idle(zero_shards(z)));
-            TRY(zero_idle(z));
+            TRY(shards_idle(zero_shards(z), 0));
+            TRY(zero_idle(z, 0));
         } else if (zero_shards(z)) {
             TRY(windowed_pass(z, ps, step, i, data));
         } else {

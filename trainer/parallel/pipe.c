@@ -176,13 +176,13 @@ static status *wait_sent(struct pipe *p)
 /* ---- passes ---- */
 
 /* Before a pass, or instead of one that has no micro-batch: then *k is UINT32_MAX. */
-static status *begin_pass(const struct pipe_work *w, uint32_t pass, unsigned halves, uint32_t *k)
+static status *begin_pass(const struct pipe_work *w, uint32_t pass, int chunk, unsigned halves, uint32_t *k)
 {
     *k = pass;
     bool any = !w->micro_batch || w->micro_batch(w->arg, pass, k);
-    status *(*first)(void *, unsigned) = any ? w->begin : w->idle;
+    status *(*first)(void *, int, unsigned) = any ? w->begin : w->idle;
     *k = any ? *k : UINT32_MAX;
-    return first ? first(w->arg, halves) : NULL;
+    return first ? first(w->arg, chunk, halves) : NULL;
 }
 
 static status *run_forward(struct pipe *p, uint32_t k, int chunk, struct slot *s, enum tape_mode mode,
@@ -243,7 +243,7 @@ static status *run_op(struct pipe *p, uint32_t pass, const struct pipe_op *op, c
                                        [PIPE_PASS_INPUT] = TAPE_BACKWARD_INPUT,
                                        [PIPE_PASS_WEIGHT] = TAPE_BACKWARD_WEIGHT };
     uint32_t k;
-    TRY(begin_pass(w, pass, halves[op->pass], &k));
+    TRY(begin_pass(w, pass, op->chunk, halves[op->pass], &k));
     if (k == UINT32_MAX)
         return NULL;
     if (op->pass != PIPE_PASS_FORWARD)
@@ -275,7 +275,7 @@ status *pipe_forward(struct pipe *p, uint32_t first, uint32_t end, const struct 
     for (uint32_t begin = first; begin < end; begin += group)
         for (int chunk = 0; chunk < p->s.chunks; chunk++)
             for (uint32_t i = 0, k; i < group && i < end - begin; i++, pass++) {
-                TRY(begin_pass(w, begin + i, 0, &k));
+                TRY(begin_pass(w, begin + i, chunk, 0, &k));
                 if (k != UINT32_MAX)
                     TRY(run_forward(p, k, chunk, &p->slot[pass % (uint32_t)p->slots], TAPE_FORWARD, w));
             }

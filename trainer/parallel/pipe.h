@@ -20,9 +20,10 @@ struct pipe;
  * `idle` called where others run theirs, in the order of the schedule. */
 struct pipe_work {
     bool (*micro_batch)(void *arg, uint32_t pass, uint32_t *k); /* false: none; NULL: k is the pass */
-    /* Before a pass runs, and instead of it. halves: 0 forward, else of backward (tape_backward). NULL: nothing */
-    status *(*begin)(void *arg, unsigned halves);
-    status *(*idle)(void *arg, unsigned halves);
+    /* Before a pass of a chunk runs, and instead of it. halves: 0 forward, else of backward (tape_backward). NULL:
+     * nothing */
+    status *(*begin)(void *arg, int chunk, unsigned halves);
+    status *(*idle)(void *arg, int chunk, unsigned halves);
     int64_t (*prepare)(void *arg, uint32_t k); /* its tokens */
     /* A chunk of the model, on t; x: from the stage before, NULL on the first. Errors stick to the tape. */
     struct tensor *(*forward)(void *arg, struct tape *t, int chunk, struct tensor *x);

@@ -66,6 +66,22 @@ static bool is_here(const struct shards *s, int unit)
     return elems_of(&s->kind[TRAINED], unit) + elems_of(&s->kind[FROZEN], unit) > 0;
 }
 
+/* Does a pass of this chunk run it? unit > 0 */
+static bool is_in(const struct shards *s, int chunk, int unit)
+{
+    return is_here(s, unit) && params_hold(s->p, chunk, unit);
+}
+
+/* The chunk that unit 0 is used in: the first stage's, or the last one's, which are not on one rank. */
+static int chunk_outside(const struct params *ps)
+{
+    for (int i = 0; i < ps->count; i++)
+        for (int c = 0; ps->p[i].block < 0 && ps->p[i].alias < 0 && !ps->p[i].away && c < params_chunks(ps); c++)
+            if (params_hold(ps, c, ps->p[i].unit))
+                return c;
+    return 0;
+}
+
 /* Where a bucket begins in its unit's window of values: frozen ones lie behind the others. */
 static uint64_t place_of_bucket(const struct shards *s, int kind, uint64_t b)
 {
@@ -335,32 +351,32 @@ const struct tape_blocks *shards_hooks(struct shards *s)
     return &s->hooks;
 }
 
-status *shards_end(struct shards *s)
+status *shards_end(struct shards *s, int chunk)
 {
-    return s->o.grad && s->collect ? s->collect(s->arg, 0) : NULL;
+    return s->o.grad && s->collect && chunk == chunk_outside(s->p) ? s->collect(s->arg, 0) : NULL;
 }
 
-status *shards_idle(struct shards *s)
+status *shards_idle(struct shards *s, int chunk)
 {
     TRY(shards_begin(s, false));
     for (int unit = 1; unit < units(s); unit++)
-        if (is_here(s, unit)) {
+        if (is_in(s, chunk, unit)) {
             TRY(enter(s, unit - 1, false));
             TRY(leave(s, unit - 1, false));
         }
     return NULL;
 }
 
-status *shards_idle_backward(struct shards *s, bool weights)
+status *shards_idle_backward(struct shards *s, int chunk, bool weights)
 {
     TRY(shards_begin(s, weights));
     for (int unit = units(s) - 1; unit > 0; unit--) {
-        if (is_here(s, unit))
+        if (is_in(s, chunk, unit))
             TRY(enter(s, unit - 1, true));
-        if (is_here(s, unit) && weights)
+        if (is_in(s, chunk, unit) && weights)
             TRY(leave(s, unit - 1, true));
     }
-    return weights ? shards_end(s) : NULL;
+    return weights ? shards_end(s, chunk) : NULL;
 }
 
 /* ---- all at once, or one after another ---- */

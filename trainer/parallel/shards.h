@@ -7,12 +7,13 @@
  *     shards_begin(s, training);                           // unit 0 is gathered
  *     forward (tape_blocks(tape, shards_hooks(s)))         // block i is gathered before it runs, block i + 1 meanwhile
  *     tape_backward                                        // the same in reverse; a block's gradients are handed to
- *     shards_end(s);                                       // `collect` when it is done, unit 0's here
+ *     shards_end(s, chunk);                                // `collect` when it is done, unit 0's here
  *
  * Gathers are exchanges among the shards of a replica, so all of them make the same passes; who has nothing to compute
  * calls shards_idle and shards_idle_backward. On a pipeline passes of several micro-batches take turns: a backward pass
- * then has a shards_begin (training) of its own. What a window holds stays good until the parameters change
- * (shards_changed). No allocation after shards_open, but for shards_hold. */
+ * then has a shards_begin (training) of its own. Each is of one chunk of the model (params.chunk): of its units alone.
+ * What a window holds stays good until the parameters change (shards_changed). No allocation after shards_open, but for
+ * shards_hold. */
 #ifndef TESSERA_TRAINER_PARALLEL_SHARDS_H
 #define TESSERA_TRAINER_PARALLEL_SHARDS_H
 
@@ -55,11 +56,11 @@ void shards_collect(struct shards *s, status *(*collect)(void *arg, int unit), v
 status *shards_begin(struct shards *s, bool training) WARN_UNUSED;
 void shards_clear(struct shards *s); /* of shards_begin in training, what clears unit 0's gradients. Not collective */
 const struct tape_blocks *shards_hooks(struct shards *s);
-status *shards_end(struct shards *s) WARN_UNUSED;
+status *shards_end(struct shards *s, int chunk) WARN_UNUSED;
 /* A forward or a backward pass without computing anything; weights: what makes gradients of weights, else of
  * activations only (tape_backward), which gathers alone. */
-status *shards_idle(struct shards *s) WARN_UNUSED;
-status *shards_idle_backward(struct shards *s, bool weights) WARN_UNUSED;
+status *shards_idle(struct shards *s, int chunk) WARN_UNUSED;
+status *shards_idle_backward(struct shards *s, int chunk, bool weights) WARN_UNUSED;
 /* The shards' parameters have changed. Not between shards_begin and shards_end. */
 void shards_changed(struct shards *s);
 

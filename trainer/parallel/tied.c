@@ -113,7 +113,7 @@ status *tied_added(struct tied *t, uint32_t micro_batch)
 
 status *tied_idle(struct tied *t)
 {
-    return t && t->head ? zero_idle(t->head) : NULL;
+    return t && t->head ? zero_idle(t->head, 0) : NULL;
 }
 
 uint64_t tied_sent_bytes(const struct tied *t)

@@ -69,11 +69,6 @@ static status *check_options(const struct zero_options *o, const struct params *
     if (o->bucket_elems % PARAM_ALIGN)
         return ERR(INVALID, "buckets of %llu elements are no multiple of %d", (unsigned long long)o->bucket_elems,
                    PARAM_ALIGN);
-    if (o->stage > 1 && params_chunks(p) > 1)
-        return ERR(UNSUPPORTED,
-                   "parallel.zero: %d does not go with parallel.schedule: interleaved (legal: zero 0 or 1, or schedule "
-                   "1f1b or zero-bubble)",
-                   o->stage);
     if ((o->stage < 3 && !p->data && !o->sums_only) || (o->stage < 2 && !p->grad))
         return ERR(INVALID, "parameters have no %s", p->data ? "gradients" : "memory");
     return NULL;

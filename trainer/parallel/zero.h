@@ -80,11 +80,10 @@ uint32_t zero_most_passes(const struct zero *z, uint32_t k); /* of any rank */
 void zero_begin(struct zero *z, uint32_t k); /* clears gradients */
 /* This pass's gradients are there. Stages 2 and 3: collective over the replica's shards. */
 status *zero_added(struct zero *z, uint32_t micro_batch) WARN_UNUSED;
-/* The same of one chunk of the model (params.chunk), which come one by one and each in order of micro-batches. Stages 0
- * and 1, or a model of one chunk. */
+/* The same of one chunk of the model (params.chunk), which come one by one and each in order of micro-batches. */
 status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk) WARN_UNUSED;
-/* A backward pass without micro-batch, after shards_idle. Collective over the replica's shards. */
-status *zero_idle(struct zero *z) WARN_UNUSED;
+/* A backward pass of a chunk without micro-batch, after shards_idle. Collective over the replica's shards. */
+status *zero_idle(struct zero *z, int chunk) WARN_UNUSED;
 /* Sum gradients over all ranks, over those of cp in their order, and over those of tp where several hold summands
  * (shared_grads.h); each rank then has its shard's runs. *norm = global L2 norm of the whole model: f64 sums of squares
  * of aligned 1,024-element blocks up a dyadic tree over the blocks of all pipeline stages, the same bits on any dp and

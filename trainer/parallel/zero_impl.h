@@ -42,10 +42,11 @@ struct lane_sum {
     struct grad_stack stack; /* of closed lanes */
 };
 
-/* Passes of a chunk of the model, and their sum. */
+/* Passes of a chunk of the model, and their sum. Stages 2 and 3: sum is as of the pass before, after has this pass's
+ * leaves too. */
 struct chunk_sum {
     uint32_t pass;
-    struct lane_sum sum;
+    struct lane_sum sum, after;
 };
 
 /* An aligned node of one group's run of lanes: what that group sends. In order of lanes over all groups. */
@@ -89,10 +90,10 @@ struct zero {
     double *scalar; /* [dp][scalar_cap] of zero_sum_scalars */
     size_t scalar_cap;
 
-    /* of the step: micro-batches, passes done, what was added */
+    /* of the step: micro-batches, passes done, what was added; in the end all chunks' are as the first one's */
     uint32_t kk, pass;
-    struct lane_sum sum, after; /* stages 2 and 3: sum is as of the pass before, after has this pass's leaves too */
-    struct chunk_sum *chunk;    /* [chunks], stages 0 and 1: sum and pass are those of the first */
+    struct lane_sum sum;
+    struct chunk_sum *chunk; /* [chunks] */
     struct comm_req req;
     bool flying; /* leaves of bucket `collected` are on their way */
     uint64_t collected;
@@ -149,6 +150,18 @@ static inline bool part_empty(const struct zero *z, const struct part *t)
 static inline struct zero_run own_run(const struct zero *z, uint64_t bucket)
 {
     return bucket_run(z->k, bucket, z->k->shard);
+}
+
+static inline int chunk_of(const struct zero *z, uint64_t bucket)
+{
+    uint64_t begin, end;
+    int c = 0;
+    for (; c + 1 < params_chunks(z->p); c++) {
+        params_chunk_elems(z->p, c, &begin, &end);
+        if (z->k->b[bucket].begin < end)
+            break;
+    }
+    return c;
 }
 
 /* The part of `run` that is in one chunk with its beginning; *block: the number of its first block among the norm's

@@ -107,9 +107,8 @@ void zero_begin(struct zero *z, uint32_t k)
     z->gathered = false;
     z->sum = (struct lane_sum){ .lane = lane_of_group(z, z->group->rank) };
     close_empty(z, &z->sum, 0, 0);
-    z->after = z->sum;
     for (int c = 0; c < params_chunks(z->p); c++)
-        z->chunk[c] = (struct chunk_sum){ 0, z->sum };
+        z->chunk[c] = (struct chunk_sum){ 0, z->sum, z->sum };
     if (!is_cut(z))
         kernels_cpu.zero(z->o.workers, z->p->grad, (int64_t)z->p->total);
 }
@@ -120,8 +119,8 @@ void zero_begin(struct zero *z, uint32_t k)
 static size_t leaf_messages(struct zero *z, uint64_t b)
 {
     struct zero_run mine = own_run(z, b);
-    uint32_t k;
-    bool working = micro_batch_at(z, z->kk, z->pass, z->k->shard, &k);
+    uint32_t k, pass = z->chunk[chunk_of(z, b)].pass;
+    bool working = micro_batch_at(z, z->kk, pass, z->k->shard, &k);
     float *grad = shards_grad(z->shards, b), *to = z->recv;
     size_t n = 0;
     for (int r = 0; r < z->k->shards; r++) {
@@ -131,7 +130,7 @@ static size_t leaf_messages(struct zero *z, uint64_t b)
         if (working)
             z->xfer[n++] = (struct comm_xfer){ r, 1, true, grad + (theirs.begin - z->k->b[b].begin),
                                                run_elems(theirs) * sizeof(float) };
-        if (micro_batch_at(z, z->kk, z->pass, r, &k)) {
+        if (micro_batch_at(z, z->kk, pass, r, &k)) {
             z->xfer[n++] = (struct comm_xfer){ r, 1, false, to, run_elems(mine) * sizeof(float) };
             to += run_elems(mine);
         }
@@ -148,16 +147,17 @@ static status *finish_collecting(struct zero *z)
     TRY(comm_wait(&z->req));
     const struct bucket *b = &z->k->b[z->collected];
     struct zero_run mine = own_run(z, z->collected);
-    struct lane_sum s = z->sum;
+    struct chunk_sum *c = &z->chunk[chunk_of(z, z->collected)];
+    struct lane_sum s = c->sum;
     float *from = z->recv;
     uint32_t k;
-    for (int r = 0; r < z->k->shards && micro_batch_at(z, z->kk, z->pass, r, &k); r++) {
+    for (int r = 0; r < z->k->shards && micro_batch_at(z, z->kk, c->pass, r, &k); r++) {
         bool me = r == z->k->shard;
         float *leaf = me ? shards_grad(z->shards, z->collected) + (mine.begin - b->begin) : from;
         add_leaf(z, &s, k, leaf, false, b->own, run_elems(mine));
         from += me ? 0 : run_elems(mine);
     }
-    z->after = s;
+    c->after = s;
     return NULL;
 }
 
@@ -177,35 +177,40 @@ status *collect_unit(void *arg, int unit)
     return NULL;
 }
 
-/* A pass is done: its leaves count. A stage where nothing trains has no bucket, but the same nodes. */
-static status *count_pass(struct zero *z)
+/* A pass is done: its leaves count. A chunk where nothing trains has no bucket, but the same nodes. */
+static status *count_pass(struct zero *z, int chunk)
 {
+    struct chunk_sum *c = &z->chunk[chunk];
+    uint64_t begin, end;
     uint32_t k;
     TRY(finish_collecting(z));
-    for (int r = 0; !z->k->n && r < z->k->shards && micro_batch_at(z, z->kk, z->pass, r, &k); r++)
-        add_leaf(z, &z->after, k, z->buffer[0], false, 0, 0);
-    z->sum = z->after;
-    z->pass++;
+    params_chunk_elems(z->p, chunk, &begin, &end);
+    for (int r = 0; begin == end && r < z->k->shards && micro_batch_at(z, z->kk, c->pass, r, &k); r++)
+        add_leaf(z, &c->after, k, z->buffer[0], false, 0, 0);
+    c->sum = c->after;
+    c->pass++;
+    z->sum = z->chunk[0].sum;
+    z->pass = z->chunk[0].pass;
     return NULL;
 }
 
-static status *end_pass(struct zero *z)
+static status *end_pass(struct zero *z, int chunk)
 {
-    TRY(shards_end(z->shards));
-    return count_pass(z);
+    TRY(shards_end(z->shards, chunk));
+    return count_pass(z, chunk);
 }
 
-status *zero_idle(struct zero *z)
+status *zero_idle(struct zero *z, int chunk)
 {
     uint32_t k;
-    CHECK(is_cut(z) && !zero_micro_batch(z, z->kk, z->pass, &k), "there is a micro-batch to run");
-    TRY(shards_idle_backward(z->shards, true)); /* ends the pass */
-    return count_pass(z);
+    CHECK(is_cut(z) && !zero_micro_batch(z, z->kk, z->chunk[chunk].pass, &k), "there is a micro-batch to run");
+    TRY(shards_idle_backward(z->shards, chunk, true)); /* ends the pass */
+    return count_pass(z, chunk);
 }
 
 status *zero_added(struct zero *z, uint32_t micro_batch)
 {
-    for (int c = 0; c < (is_cut(z) ? 1 : params_chunks(z->p)); c++)
+    for (int c = 0; c < params_chunks(z->p); c++)
         TRY(zero_added_chunk(z, micro_batch, c));
     return NULL;
 }
@@ -215,11 +220,10 @@ status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk)
 {
     uint32_t due = 0;
     struct chunk_sum *s = &z->chunk[chunk];
-    uint32_t pass = is_cut(z) ? z->pass : s->pass;
-    CHECK(zero_micro_batch(z, z->kk, pass, &due) && due == micro_batch, "micro-batch %u came where %u was due",
+    CHECK(zero_micro_batch(z, z->kk, s->pass, &due) && due == micro_batch, "micro-batch %u came where %u was due",
           micro_batch, due);
     if (is_cut(z))
-        return end_pass(z);
+        return end_pass(z, chunk);
     uint64_t begin, end;
     params_chunk_elems(z->p, chunk, &begin, &end);
     bool last = ++s->pass == zero_passes(z, z->kk);
@@ -435,7 +439,7 @@ status *zero_norm(struct zero *z, double *norm)
 status *zero_reduce(struct zero *z, double *norm)
 {
     CHECK(z->pass == zero_passes(z, z->kk), "%u of %u passes were run", z->pass, zero_passes(z, z->kk));
-    for (int c = 0; !is_cut(z) && c < params_chunks(z->p); c++)
+    for (int c = 0; c < params_chunks(z->p); c++)
         CHECK(z->chunk[c].pass == z->pass, "chunk %d has run %u passes of %u", c, z->chunk[c].pass, z->pass);
     CHECK(z->sum.stack.n == z->own_parts, "%d nodes where %d are due", z->sum.stack.n, z->own_parts);
     for (uint64_t b = 0; b < z->k->n; b++)
