@@ -123,10 +123,31 @@ static void draw_model(struct draw *d, struct words *w)
         words_add(w, "model.rope_original=16");
 }
 
+/* Layers whose tokens choose their experts. */
+static void draw_experts(struct draw *d, struct words *w)
+{
+    int experts = ONE_OF(d, 3, 4, 6, 8), top = (int)draw_between(d, 1, 3),
+        groups = experts % 2 ? 1 : ONE_OF(d, 1, 1, 2);
+    bool bias = one_in(d, 2);
+    words_add(w, "model.experts=%d", experts);
+    words_add(w, "model.experts_per_token=%d", top);
+    words_add(w, "model.expert_ffn=%d", ONE_OF(d, 8, 12, 24));
+    words_add(w, "model.shared_experts=%d", ONE_OF(d, 0, 0, 1, 2));
+    words_add(w, "model.first_dense=%d", ONE_OF(d, 0, 0, 1));
+    words_add(w, "model.sparse_step=%d", ONE_OF(d, 1, 1, 2));
+    words_add(w, "model.router=%s", one_in(d, 2) ? "softmax" : "sigmoid");
+    words_add(w, "model.router_norm=%s", yes_no(one_in(d, 2)));
+    words_add(w, "model.router_bias=%s", yes_no(bias));
+    words_add(w, "model.balance_rate=%s", bias ? "0.01" : "0");
+    words_add(w, "model.balance_loss=%s", one_in(d, 2) ? "0" : "0.01");
+    words_add(w, "model.router_groups=%d", groups);
+    words_add(w, "model.router_top_groups=%d", groups == 2 && top <= experts / 2 ? 1 : groups);
+}
+
 /* Adapters, frozen parameters, or neither. */
 static bool draw_tuning(struct draw *d, struct words *w)
 {
-    static const char *const targets[] = { "*_proj", "*.q_proj,*.v_proj,*.down_proj", "*.0.self_attn.*" },
+    static const char *const targets[] = { "*_proj", "*.q_proj,*.v_proj,*.o_proj", "*.0.self_attn.*" },
                              *const freeze[] = { "*embed*", "*.layers.0.*", "*norm*,*_proj*" };
     int kind = (int)draw_below(d, 6);
     if (kind == 0) {
@@ -161,6 +182,8 @@ static void draw_what(struct draw *d, struct words *w)
 {
     int micro = ONE_OF(d, 1, 1, 2, 3), k = (int)draw_between(d, 1, 9);
     draw_model(d, w);
+    if (one_in(d, 3))
+        draw_experts(d, w);
     bool lora = draw_tuning(d, w);
     draw_algorithm(d, w, lora);
     words_add(w, "train.global_batch=%d", micro * k);
@@ -175,17 +198,38 @@ static void draw_what(struct draw *d, struct words *w)
 /* ---- layouts ---- */
 
 /* Layers of each stage: the first and the last may have none. */
-static void draw_stages(struct draw *d, struct words *how, int layers, int pp)
+static void draw_stages(struct draw *d, struct words *how, int layers, int stages)
 {
-    int layer[RANKS_MAX] = { 0 }, left = layers - (pp - 2);
+    int layer[RANKS_MAX] = { 0 }, left = layers - (stages - 2);
     char text[64] = "";
-    for (int s = 0; s < pp; s++)
-        layer[s] = s > 0 && s < pp - 1;
+    for (int s = 0; s < stages; s++)
+        layer[s] = s > 0 && s < stages - 1;
     for (; left > 0; left--)
-        layer[draw_below(d, (uint64_t)pp)]++;
-    for (int s = 0, n = 0; s < pp; s++)
+        layer[draw_below(d, (uint64_t)stages)]++;
+    for (int s = 0, n = 0; s < stages; s++)
         n += snprintf(text + n, sizeof text - (size_t)n, "%s%d", s ? "," : "", layer[s]);
     words_add(how, "parallel.stages=%s", text);
+}
+
+static void draw_pipeline(struct draw *d, struct words *how, int layers, int pp)
+{
+    static const char *const schedules[] = { "1f1b", "zero-bubble", "interleaved" };
+    int schedule = (int)draw_below(d, 3), chunks = schedule == 2 ? ONE_OF(d, 0, 2, 3) : 0,
+        stages = pp * (schedule < 2 ? 1
+                       : chunks     ? chunks
+                                    : 2);
+    words_add(how, "parallel.schedule=%s", schedules[schedule]);
+    words_add(how, "parallel.chunks=%d", chunks);
+    if (one_in(d, 2) && stages <= layers + 2)
+        draw_stages(d, how, layers, stages);
+}
+
+/* Stages of the whole pipeline. */
+static long stages_of(const struct words *how)
+{
+    bool interleaved = !strcmp(words_get(how, "parallel.schedule", ""), "interleaved");
+    long chunks = words_number(how, "parallel.chunks", 0);
+    return words_number(how, "parallel.pp", 1) * (!interleaved ? 1 : chunks ? chunks : 2);
 }
 
 static int draw_divisor(struct draw *d, int n)
@@ -198,10 +242,10 @@ static int draw_divisor(struct draw *d, int n)
 
 static void draw_how(struct draw *d, const struct words *what, int ranks, struct words *how)
 {
-    enum { PP, DP, TP, AXES };
+    enum { PP, DP, CP, TP, AXES };
     static const char *const buckets[] = { "4K", "16K", "1M" }, *const recompute[] = { "none", "none", "block",
                                                                                        "attention" };
-    int size[AXES] = { 1, 1, 1 }, layers = (int)words_number(what, "model.layers", 1);
+    int size[AXES] = { 1, 1, 1, 1 }, layers = (int)words_number(what, "model.layers", 1);
     for (int left = ranks, by = 2; left > 1; left /= by) {
         for (by = 2; left % by; by++)
             ;
@@ -210,14 +254,12 @@ static void draw_how(struct draw *d, const struct words *what, int ranks, struct
     how->count = 0;
     words_add(how, "parallel.pp=%d", size[PP]);
     words_add(how, "parallel.dp=%d", one_in(d, 2) ? size[DP] : 0);
+    words_add(how, "parallel.cp=%d", size[CP]);
     words_add(how, "parallel.tp=%d", size[TP]);
     if (size[TP] > 1)
         words_add(how, "parallel.sequence=%s", yes_no(one_in(d, 2)));
-    if (size[PP] > 1) {
-        words_add(how, "parallel.schedule=%s", one_in(d, 2) ? "1f1b" : "zero-bubble");
-        if (one_in(d, 2) && size[PP] <= layers + 2)
-            draw_stages(d, how, layers, size[PP]);
-    }
+    if (size[PP] > 1)
+        draw_pipeline(d, how, layers, size[PP]);
     words_add(how, "parallel.zero=%d", (int)draw_below(d, 4));
     words_add(how, "parallel.dp_shard=%d", one_in(d, 2) ? 0 : draw_divisor(d, size[DP]));
     words_add(how, "parallel.bucket=%s", buckets[draw_below(d, 3)]);
@@ -227,7 +269,9 @@ static void draw_how(struct draw *d, const struct words *what, int ranks, struct
 
 static int dp_of(const struct layout_job *j)
 {
-    return j->ranks / (int)(words_number(&j->how, "parallel.pp", 1) * words_number(&j->how, "parallel.tp", 1));
+    const struct words *how = &j->how;
+    return j->ranks / (int)(words_number(how, "parallel.pp", 1) * words_number(how, "parallel.cp", 1) *
+                            words_number(how, "parallel.tp", 1));
 }
 
 /* By the rules of docs/parallelism.md. */
@@ -238,8 +282,11 @@ static bool is_legal(const struct layout_job *j)
          zero = words_number(how, "parallel.zero", 1), shard = words_number(how, "parallel.dp_shard", 0),
          kv = words_number(what, "model.kv_heads", 1);
     bool heads = words_number(what, "model.heads", 1) % tp == 0 && (kv % tp == 0 || tp % kv == 0),
-         frozen = words_get(what, "lora.targets", NULL) || words_get(what, "train.freeze", NULL);
-    if (!heads || words_number(what, "model.ffn", 1) % tp || pp > words_number(what, "model.layers", 1) + 2)
+         frozen = words_get(what, "lora.targets", NULL) || words_get(what, "train.freeze", NULL) ||
+                  !strcmp(words_get(what, "model.router_bias", "false"), "true");
+    if (!heads || words_number(what, "model.ffn", 1) % tp || words_number(what, "model.expert_ffn", 0) % tp)
+        return false;
+    if (stages_of(how) > words_number(what, "model.layers", 1) + 2)
         return false;
     long groups = zero < 2 ? dp : shard ? dp / shard : 1;
     if (!strcmp(words_get(what, "train.deterministic", "true"), "true") &&
@@ -279,10 +326,11 @@ void draw_job(struct draw *d, struct layout_job *out)
 /* No axis is used, on so many ranks; what else was drawn stays. */
 static void flatten(struct layout_job *j, int ranks)
 {
-    static const char *const plain[][2] = { { "parallel.pp", "1" },      { "parallel.dp", "0" },
-                                            { "parallel.tp", "1" },      { "parallel.sequence", "false" },
-                                            { "parallel.stages", "" },   { "parallel.zero", "1" },
-                                            { "parallel.dp_shard", "0" } };
+    static const char *const plain[][2] = { { "parallel.pp", "1" },       { "parallel.dp", "0" },
+                                            { "parallel.cp", "1" },       { "parallel.schedule", "1f1b" },
+                                            { "parallel.tp", "1" },       { "parallel.sequence", "false" },
+                                            { "parallel.stages", "" },    { "parallel.zero", "1" },
+                                            { "parallel.dp_shard", "0" }, { "parallel.chunks", "0" } };
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++)
         words_set(&j->how, plain[i][0], plain[i][1]);
     words_set(&j->what, "optim.kind", "adamw");
@@ -305,6 +353,12 @@ static const char *mistake_of_pp(struct draw *d, struct layout_job *j)
 {
     static const char *const lists[] = { "1,4", "0,9", "1,1,1,1,1,1", "1", "2,-1", "1;1" };
     int layers = (int)words_number(&j->what, "model.layers", 1);
+    if (draw_below(d, 4) == 0) {
+        flatten(j, 2);
+        words_set(&j->how, "parallel.pp", "2");
+        words_set(&j->how, "parallel.chunks", "2");
+        return "parallel.chunks";
+    }
     if (draw_below(d, 3) == 0) { /* more stages than there are parts */
         flatten(j, layers + 3);
         words_set_number(&j->how, "parallel.pp", layers + 3);
@@ -316,6 +370,25 @@ static const char *mistake_of_pp(struct draw *d, struct layout_job *j)
     if (!strcmp(words_get(&j->how, "parallel.pp", ""), "1"))
         j->ranks = 1;
     return "parallel.stages";
+}
+
+static const char *mistake_of_experts(struct draw *d, struct layout_job *j)
+{
+    int which = (int)draw_below(d, 4);
+    flatten(j, 2);
+    words_set(&j->what, "model.experts", "6");
+    words_set_number(&j->what, "model.experts_per_token", which == 0 ? 7 : 2);
+    words_set_number(&j->what, "model.expert_ffn", which == 1 ? 9 : 8);
+    words_set_number(&j->what, "model.router_groups", which == 2 ? 4 : 3);
+    words_set_number(&j->what, "model.router_top_groups", which == 3 ? 4 : 2);
+    words_set(&j->what, "model.heads", "2");
+    words_set(&j->what, "model.kv_heads", "2");
+    words_set(&j->what, "model.ffn", "8");
+    words_set(&j->what, "model.first_dense", "0");
+    words_set(&j->what, "model.sparse_step", "1");
+    words_set(&j->how, "parallel.tp", "2");
+    return ((const char *const[]){ "model.experts_per_token", "model.expert_ffn", "model.router_groups",
+                                   "model.router_top_groups" })[which];
 }
 
 static const char *mistake_of_dp(struct draw *d, struct layout_job *j)
@@ -339,7 +412,7 @@ static const char *mistake_of_dp(struct draw *d, struct layout_job *j)
 
 const char *draw_mistake(struct draw *d, struct layout_job *j)
 {
-    switch (draw_below(d, 4)) {
+    switch (draw_below(d, 5)) {
     case 0: /* the sizes multiply to more ranks, or to no divisor of theirs */
         if (draw_below(d, 2))
             words_set_number(&j->how, "parallel.dp", dp_of(j) + (long)draw_between(d, 1, 3));
@@ -352,6 +425,8 @@ const char *draw_mistake(struct draw *d, struct layout_job *j)
         return mistake_of_tp(d, j);
     case 2:
         return mistake_of_pp(d, j);
+    case 3:
+        return mistake_of_experts(d, j);
     default:
         return mistake_of_dp(d, j);
     }

@@ -257,7 +257,8 @@ status *layout_data(const char *root)
     return NULL;
 }
 
-/* eps: else AdamW divides gradients that are little but rounding by themselves. */
+/* eps: else AdamW divides gradients that are little but rounding by themselves; muon_lr: Muon makes small singular
+ * values, which are the same, large. */
 static status *config_of(const struct layout_run *r, struct config **out)
 {
     char text[2048], *words[2 * JOB_WORDS];
@@ -270,7 +271,8 @@ static status *config_of(const struct layout_run *r, struct config **out)
              "max_length: 40}\n"
              "algo: {kind: sft}\n"
              "train: {steps: %d, log_every: 1000}\n"
-             "optim: {lr: 3e-3, warmup_steps: 2, schedule: constant, eps: 1e-2, beta1: %s, muon_momentum: %s}\n"
+             "optim: {lr: 3e-3, warmup_steps: 2, schedule: constant, eps: 1e-2, muon_lr: 2e-3, beta1: %s, "
+             "muon_momentum: %s}\n"
              "checkpoint: {url: '%s%s%s%s', every: 1, keep_last: 0, view: never, chunk_bytes: 1MiB, on_error: stop}\n",
              r->name, r->root, r->name, r->root, r->root, r->root, JOB_STEPS, r->gradients ? "0" : "0.9",
              r->gradients ? "0" : "0.95", r->url ? r->url : r->root, r->url ? "" : "/", r->url ? "" : r->name,

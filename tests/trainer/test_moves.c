@@ -48,7 +48,7 @@ static void draw_move(uint32_t number, struct move *m)
 
 static bool same_computation(const struct move *m)
 {
-    static const char *const computed[] = { "parallel.tp", "parallel.sequence" };
+    static const char *const computed[] = { "parallel.cp", "parallel.tp", "parallel.sequence" };
     bool same = !strcmp(words_get(&m->from.what, "train.deterministic", "true"), "true");
     for (size_t i = 0; i < sizeof computed / sizeof *computed; i++)
         same =
