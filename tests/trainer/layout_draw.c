@@ -123,8 +123,8 @@ static void draw_model(struct draw *d, struct words *w)
         words_add(w, "model.rope_original=16");
 }
 
-/* Layers whose tokens choose their experts. */
-static void draw_experts(struct draw *d, struct words *w)
+/* Layers whose tokens choose their experts. Whether biases choose with them, which adapters leave as they are. */
+static bool draw_experts(struct draw *d, struct words *w)
 {
     int experts = ONE_OF(d, 3, 4, 6, 8), top = (int)draw_between(d, 1, 3),
         groups = experts % 2 ? 1 : ONE_OF(d, 1, 1, 2);
@@ -138,10 +138,10 @@ static void draw_experts(struct draw *d, struct words *w)
     words_add(w, "model.router=%s", one_in(d, 2) ? "softmax" : "sigmoid");
     words_add(w, "model.router_norm=%s", yes_no(one_in(d, 2)));
     words_add(w, "model.router_bias=%s", yes_no(bias));
-    words_add(w, "model.balance_rate=%s", bias ? "0.01" : "0");
     words_add(w, "model.balance_loss=%s", one_in(d, 2) ? "0" : "0.01");
     words_add(w, "model.router_groups=%d", groups);
     words_add(w, "model.router_top_groups=%d", groups == 2 && top <= experts / 2 ? 1 : groups);
+    return bias;
 }
 
 /* Adapters, frozen parameters, or neither. */
@@ -182,9 +182,8 @@ static void draw_what(struct draw *d, struct words *w)
 {
     int micro = ONE_OF(d, 1, 1, 2, 3), k = (int)draw_between(d, 1, 9);
     draw_model(d, w);
-    if (one_in(d, 3))
-        draw_experts(d, w);
-    bool lora = draw_tuning(d, w);
+    bool bias = one_in(d, 3) && draw_experts(d, w), lora = draw_tuning(d, w);
+    words_add(w, "model.balance_rate=%s", bias && !lora ? "0.01" : "0");
     draw_algorithm(d, w, lora);
     words_add(w, "train.global_batch=%d", micro * k);
     words_add(w, "train.micro_batch=%d", micro);
@@ -278,12 +277,9 @@ static int dp_of(const struct layout_job *j)
 static bool is_legal(const struct layout_job *j)
 {
     const struct words *what = &j->what, *how = &j->how;
-    long tp = words_number(how, "parallel.tp", 1), pp = words_number(how, "parallel.pp", 1), dp = dp_of(j),
-         zero = words_number(how, "parallel.zero", 1), shard = words_number(how, "parallel.dp_shard", 0),
-         kv = words_number(what, "model.kv_heads", 1);
-    bool heads = words_number(what, "model.heads", 1) % tp == 0 && (kv % tp == 0 || tp % kv == 0),
-         frozen = words_get(what, "lora.targets", NULL) || words_get(what, "train.freeze", NULL) ||
-                  !strcmp(words_get(what, "model.router_bias", "false"), "true");
+    long tp = words_number(how, "parallel.tp", 1), dp = dp_of(j), zero = words_number(how, "parallel.zero", 1),
+         shard = words_number(how, "parallel.dp_shard", 0), kv = words_number(what, "model.kv_heads", 1);
+    bool heads = words_number(what, "model.heads", 1) % tp == 0 && (kv % tp == 0 || tp % kv == 0);
     if (!heads || words_number(what, "model.ffn", 1) % tp || words_number(what, "model.expert_ffn", 0) % tp)
         return false;
     if (stages_of(how) > words_number(what, "model.layers", 1) + 2)
@@ -292,7 +288,7 @@ static bool is_legal(const struct layout_job *j)
     if (!strcmp(words_get(what, "train.deterministic", "true"), "true") &&
         words_number(what, "train.lanes", 8) < groups)
         return false;
-    if ((zero == 3 && frozen) || (zero > 1 && pp > 1))
+    if (zero > 1 && !strcmp(words_get(how, "parallel.schedule", ""), "interleaved"))
         return false;
     return strcmp(words_get(what, "optim.kind", "adamw"), "muon") || (zero == 1 && tp == 1 && shard == 0);
 }
