@@ -288,9 +288,7 @@ static bool is_legal(const struct layout_job *j)
     if (!strcmp(words_get(what, "train.deterministic", "true"), "true") &&
         words_number(what, "train.lanes", 8) < groups)
         return false;
-    if (zero > 1 && !strcmp(words_get(how, "parallel.schedule", ""), "interleaved"))
-        return false;
-    return strcmp(words_get(what, "optim.kind", "adamw"), "muon") || (zero == 1 && tp == 1 && shard == 0);
+    return zero < 2 || strcmp(words_get(how, "parallel.schedule", ""), "interleaved") != 0;
 }
 
 /* Whether Muon has a matrix to update, in any such model. */

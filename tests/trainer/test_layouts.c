@@ -69,7 +69,7 @@ static struct layout_job base_of(const struct layout_job *j, bool whole)
 {
     static const char *const computed[] = { "parallel.cp", "parallel.tp", "parallel.sequence" };
     struct layout_job base = { .ranks = 1, .what = j->what };
-    words_add(&base.how, "parallel.zero=%d", strcmp(words_get(&j->what, "optim.kind", "adamw"), "muon") ? 0 : 1);
+    words_add(&base.how, "parallel.zero=0");
     words_add(&base.how, "threads=1");
     for (size_t i = 0; !whole && i < sizeof computed / sizeof *computed; i++) {
         const char *value = words_get(&j->how, computed[i], NULL);
