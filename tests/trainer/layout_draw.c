@@ -182,7 +182,7 @@ static void draw_what(struct draw *d, struct words *w)
 {
     int micro = ONE_OF(d, 1, 1, 2, 3), k = (int)draw_between(d, 1, 9);
     draw_model(d, w);
-    bool bias = one_in(d, 3) && draw_experts(d, w), lora = draw_tuning(d, w);
+    bool bias = draw_below(d, 5) < 2 && draw_experts(d, w), lora = draw_tuning(d, w);
     words_add(w, "model.balance_rate=%s", bias && !lora ? "0.01" : "0");
     draw_algorithm(d, w, lora);
     words_add(w, "train.global_batch=%d", micro * k);
@@ -192,6 +192,20 @@ static void draw_what(struct draw *d, struct words *w)
     words_add(w, "optim.clip=%s", one_in(d, 3) ? "0" : one_in(d, 2) ? "0.05" : "1");
     words_add(w, "optim.weight_decay=%s", one_in(d, 2) ? "0" : "0.1");
     words_add(w, "optim.kind=%s", one_in(d, 6) ? "muon" : "adamw");
+}
+
+/* Whether some layer has experts: of those behind the first ones every sparse_step-th. */
+static bool has_experts(const struct words *what)
+{
+    long step = words_number(what, "model.sparse_step", 1), i = words_number(what, "model.first_dense", 0);
+    while ((i + 1) % step)
+        i++;
+    return words_number(what, "model.experts", 0) && i < words_number(what, "model.layers", 1);
+}
+
+bool job_has_experts(const struct layout_job *j)
+{
+    return has_experts(&j->what);
 }
 
 /* ---- layouts ---- */
@@ -241,32 +255,35 @@ static int draw_divisor(struct draw *d, int n)
 
 static void draw_how(struct draw *d, const struct words *what, int ranks, struct words *how)
 {
-    enum { PP, DP, CP, TP, AXES };
+    enum { PP, DP, CP, TP, EP, AXES };
     static const char *const buckets[] = { "4K", "16K", "1M" }, *const recompute[] = { "none", "none", "block",
                                                                                        "attention" };
-    int size[AXES] = { 1, 1, 1, 1 }, layers = (int)words_number(what, "model.layers", 1);
+    int size[AXES] = { 1, 1, 1, 1, 1 }, layers = (int)words_number(what, "model.layers", 1),
+        axes = has_experts(what) ? AXES : EP;
     for (int left = ranks, by = 2; left > 1; left /= by) {
         for (by = 2; left % by; by++)
             ;
-        size[draw_below(d, AXES)] *= by;
+        size[draw_below(d, (uint64_t)axes)] *= by;
     }
     how->count = 0;
     words_add(how, "parallel.pp=%d", size[PP]);
     words_add(how, "parallel.dp=%d", one_in(d, 2) ? size[DP] : 0);
     words_add(how, "parallel.cp=%d", size[CP]);
     words_add(how, "parallel.tp=%d", size[TP]);
+    words_add(how, "parallel.ep=%d", size[EP]);
     if (size[TP] > 1)
         words_add(how, "parallel.sequence=%s", yes_no(one_in(d, 2)));
     if (size[PP] > 1)
         draw_pipeline(d, how, layers, size[PP]);
     words_add(how, "parallel.zero=%d", (int)draw_below(d, 4));
-    words_add(how, "parallel.dp_shard=%d", one_in(d, 2) ? 0 : draw_divisor(d, size[DP]));
+    words_add(how, "parallel.dp_shard=%d", one_in(d, 2) ? 0 : draw_divisor(d, size[DP] * size[EP]));
     words_add(how, "parallel.bucket=%s", buckets[draw_below(d, 3)]);
     words_add(how, "memory.recompute=%s", recompute[draw_below(d, 4)]);
     words_add(how, "threads=%d", ONE_OF(d, 1, 1, 2));
 }
 
-static int dp_of(const struct layout_job *j)
+/* Ranks that take micro-batches of their own. */
+static int dp_ep_of(const struct layout_job *j)
 {
     const struct words *how = &j->how;
     return j->ranks / (int)(words_number(how, "parallel.pp", 1) * words_number(how, "parallel.cp", 1) *
@@ -277,12 +294,15 @@ static int dp_of(const struct layout_job *j)
 static bool is_legal(const struct layout_job *j)
 {
     const struct words *what = &j->what, *how = &j->how;
-    long tp = words_number(how, "parallel.tp", 1), dp = dp_of(j), zero = words_number(how, "parallel.zero", 1),
-         shard = words_number(how, "parallel.dp_shard", 0), kv = words_number(what, "model.kv_heads", 1);
+    long tp = words_number(how, "parallel.tp", 1), ep = words_number(how, "parallel.ep", 1), dp = dp_ep_of(j),
+         zero = words_number(how, "parallel.zero", 1), shard = words_number(how, "parallel.dp_shard", 0),
+         kv = words_number(what, "model.kv_heads", 1);
     bool heads = words_number(what, "model.heads", 1) % tp == 0 && (kv % tp == 0 || tp % kv == 0);
     if (!heads || words_number(what, "model.ffn", 1) % tp || words_number(what, "model.expert_ffn", 0) % tp)
         return false;
     if (stages_of(how) > words_number(what, "model.layers", 1) + 2)
+        return false;
+    if (ep > 1 && (!has_experts(what) || words_number(what, "model.experts", 0) % ep || zero > 1))
         return false;
     long groups = zero < 2 ? dp : shard ? dp / shard : 1;
     if (!strcmp(words_get(what, "train.deterministic", "true"), "true") &&
@@ -315,6 +335,14 @@ void draw_job(struct draw *d, struct layout_job *out)
     draw_other_layout(d, out);
 }
 
+struct layout_job job_on_one_rank(const struct layout_job *j)
+{
+    struct layout_job one = { .ranks = 1, .what = j->what };
+    words_add(&one.how, "parallel.zero=0");
+    words_add(&one.how, "threads=1");
+    return one;
+}
+
 /* ---- what must be refused ---- */
 
 /* No axis is used, on so many ranks; what else was drawn stays. */
@@ -324,7 +352,8 @@ static void flatten(struct layout_job *j, int ranks)
                                             { "parallel.cp", "1" },       { "parallel.schedule", "1f1b" },
                                             { "parallel.tp", "1" },       { "parallel.sequence", "false" },
                                             { "parallel.stages", "" },    { "parallel.zero", "1" },
-                                            { "parallel.dp_shard", "0" }, { "parallel.chunks", "0" } };
+                                            { "parallel.dp_shard", "0" }, { "parallel.chunks", "0" },
+                                            { "parallel.ep", "1" } };
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++)
         words_set(&j->how, plain[i][0], plain[i][1]);
     words_set(&j->what, "optim.kind", "adamw");
@@ -368,9 +397,9 @@ static const char *mistake_of_pp(struct draw *d, struct layout_job *j)
 
 static const char *mistake_of_experts(struct draw *d, struct layout_job *j)
 {
-    int which = (int)draw_below(d, 4);
-    flatten(j, 2);
-    words_set(&j->what, "model.experts", "6");
+    int which = (int)draw_below(d, 6);
+    flatten(j, which > 3 ? 4 : 2);
+    words_set(&j->what, "model.experts", which == 5 ? "0" : "6");
     words_set_number(&j->what, "model.experts_per_token", which == 0 ? 7 : 2);
     words_set_number(&j->what, "model.expert_ffn", which == 1 ? 9 : 8);
     words_set_number(&j->what, "model.router_groups", which == 2 ? 4 : 3);
@@ -380,9 +409,12 @@ static const char *mistake_of_experts(struct draw *d, struct layout_job *j)
     words_set(&j->what, "model.ffn", "8");
     words_set(&j->what, "model.first_dense", "0");
     words_set(&j->what, "model.sparse_step", "1");
-    words_set(&j->how, "parallel.tp", "2");
+    if (which > 3)
+        words_set(&j->how, "parallel.ep", "4");
+    else
+        words_set(&j->how, "parallel.tp", "2");
     return ((const char *const[]){ "model.experts_per_token", "model.expert_ffn", "model.router_groups",
-                                   "model.router_top_groups" })[which];
+                                   "model.router_top_groups", "parallel.ep", "parallel.ep" })[which];
 }
 
 static const char *mistake_of_dp(struct draw *d, struct layout_job *j)
@@ -409,7 +441,7 @@ const char *draw_mistake(struct draw *d, struct layout_job *j)
     switch (draw_below(d, 5)) {
     case 0: /* the sizes multiply to more ranks, or to no divisor of theirs */
         if (draw_below(d, 2))
-            words_set_number(&j->how, "parallel.dp", dp_of(j) + (long)draw_between(d, 1, 3));
+            words_set_number(&j->how, "parallel.dp", dp_ep_of(j) + (long)draw_between(d, 1, 3));
         else {
             flatten(j, j->ranks);
             words_set_number(&j->how, "parallel.pp", j->ranks + 1);

@@ -261,7 +261,7 @@ status *layout_data(const char *root)
  * values, which are the same, large. */
 static status *config_of(const struct layout_run *r, struct config **out)
 {
-    char text[2048], *words[2 * JOB_WORDS];
+    char text[2048], routes[ROOT_BYTES + 64], *words[2 * JOB_WORDS + 1];
     const struct words *const both[] = { &r->job->what, &r->job->how };
     int n = 0;
     snprintf(text, sizeof text,
@@ -280,6 +280,10 @@ static status *config_of(const struct layout_run *r, struct config **out)
     for (int b = 0; b < 2; b++)
         for (int i = 0; i < both[b]->count; i++)
             words[n++] = (char *)(size_t)both[b]->word[i];
+    if (r->routes) {
+        snprintf(routes, sizeof routes, "train.routes=%s:%s/routes", r->routes, r->root);
+        words[n++] = routes;
+    }
     return config_parse(text, strlen(text), "job", n, words, out);
 }
 

@@ -1,10 +1,9 @@
 /* layouts: training jobs at drawn layouts, their ranks threads of this process: what one is, how it is drawn, how it is
- * run and watched, and how two of them are compared. Tests that use it are linked with layouts.c, layout_draw.c and
- * -Wl,--wrap of state_save and stream_deal.
+ * run and watched, and how two of them are compared. Tests that use it are linked with layouts.c, layout_draw.c,
+ * layout_grid.c and -Wl,--wrap of state_save and stream_deal.
  *
  * A job is a line of settings, "ranks=4 model.layers=3 ... parallel.tp=2 ...": what is computed (`what`), and the
- * layout
- * (`how`: sections parallel and memory, and threads). The same line runs the same job again. */
+ * layout (`how`: sections parallel and memory, and threads). The same line runs the same job again. */
 #ifndef TESSERA_TESTS_TRAINER_LAYOUTS_H
 #define TESSERA_TESTS_TRAINER_LAYOUTS_H
 
@@ -41,6 +40,16 @@ void draw_job(struct draw *d, struct layout_job *out);
 void draw_other_layout(struct draw *d, struct layout_job *j);
 /* Make of a legal job one that must be refused as INVALID; returns words that the message must have. */
 const char *draw_mistake(struct draw *d, struct layout_job *j);
+/* One rank, plainly: the same is computed. */
+struct layout_job job_on_one_rank(const struct layout_job *j);
+bool job_has_experts(const struct layout_job *j);
+
+/* ---- every mesh ---- */
+
+/* All of {pp, dp, ep, cp, tp of 1 to 8 ranks} x {ZeRO 0, 1, 3} x {recompute none, block, attention} x {dense, experts}
+ * x {SFT, DPO} that the trainer promises to run, counted from 0: the number-th. False: there are not so many. */
+bool grid_job(uint32_t number, struct layout_job *out);
+uint32_t grid_jobs(void);
 
 /* ---- what all ranks of a job hold, put together ---- */
 
@@ -72,6 +81,7 @@ struct layout_run {
     const struct layout_job *job;
     const char *root, *name; /* data are in ROOT/data, the run's folder is ROOT/NAME */
     const char *url;         /* of checkpoints; NULL: ROOT/NAME/ckpt */
+    const char *routes;      /* "record" or "replay": of ROOT/routes, train.routes; NULL: neither */
     bool gradients;          /* moments keep the gradient of the last step alone */
     uint64_t save_at;        /* step that is really saved; 0: none */
     bool stop;               /* a step after save_at the job is given up */

@@ -49,7 +49,8 @@ static void draw_move(uint32_t number, struct move *m)
 static bool same_computation(const struct move *m)
 {
     static const char *const computed[] = { "parallel.cp", "parallel.tp", "parallel.sequence" };
-    bool same = !strcmp(words_get(&m->from.what, "train.deterministic", "true"), "true");
+    bool same = !strcmp(words_get(&m->from.what, "train.deterministic", "true"), "true") &&
+                words_number(&m->from.how, "parallel.ep", 1) == 1 && words_number(&m->to.how, "parallel.ep", 1) == 1;
     for (size_t i = 0; i < sizeof computed / sizeof *computed; i++)
         same =
             same && !strcmp(words_get(&m->from.how, computed[i], "false"), words_get(&m->to.how, computed[i], "false"));
@@ -71,18 +72,32 @@ static status *compare(const struct move *m, const struct layout_run *a, const s
     return bits ? status_wrap(snapshot_same(&b->after[JOB_STEPS], &whole->after[JOB_STEPS]), "at the end") : NULL;
 }
 
+/* Experts that tokens take on one rank. */
+static status *record(const struct move *m)
+{
+    struct layout_job one = job_on_one_rank(&m->from);
+    struct layout_run r = { .job = &one, .root = root, .name = "one", .routes = "record" };
+    status *st = status_wrap(layout_run(&r), "one rank");
+    layout_run_free(&r);
+    return st;
+}
+
 static status *run_move(const struct move *m)
 {
-    struct layout_run whole = { .job = &m->from, .root = root, .name = "whole", .save_at = 0 },
+    const char *routes = job_has_experts(&m->from) && !same_computation(m) ? "replay" : NULL;
+    struct layout_run whole = { .job = &m->from, .root = root, .name = "whole", .routes = routes },
                       a = { .job = &m->from,
                             .root = root,
                             .name = "moved",
                             .url = m->url,
+                            .routes = routes,
                             .save_at = m->at,
                             .stop = true },
-                      b = { .job = &m->to, .root = root, .name = "moved", .url = m->url };
+                      b = { .job = &m->to, .root = root, .name = "moved", .url = m->url, .routes = routes };
     whole.watch_at = m->at;
-    status *st = status_wrap(layout_run(&whole), "undisturbed");
+    status *st = routes ? record(m) : NULL;
+    if (!st)
+        st = status_wrap(layout_run(&whole), "undisturbed");
     if (!st)
         st = status_wrap(layout_run(&a), "saving");
     if (!st)
@@ -97,8 +112,8 @@ static status *run_move(const struct move *m)
 
 static void clear(void)
 {
-    static const char *const names[] = { "whole", "moved" };
-    for (int i = 0; i < 2; i++) {
+    static const char *const names[] = { "whole", "moved", "one" };
+    for (int i = 0; i < 3; i++) {
         char dir[FOLDER_BYTES + 16];
         snprintf(dir, sizeof dir, "%s/%s", root, names[i]);
         if (access(dir, F_OK) == 0)
