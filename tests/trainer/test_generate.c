@@ -4,6 +4,7 @@
  * refused. */
 #include "comm/base/mem.h"
 #include "comm/base/rng.h"
+#include "trainer/model/lora.h"
 #include "trainer/rollout/generate.h"
 #include "trainer/rollout/kv_cache.h"
 #include "trainer/rollout/sample.h"
@@ -33,22 +34,28 @@ static void stir(struct model *m)
         float *x = p->value.data;
         for (int64_t e = 0; p->alias < 0 && e < tensor_elems(&p->value); e++) {
             double z = rng_normal((struct rng_at){ 5, (uint32_t)i, 0, RNG_DATA }, (uint64_t)e);
-            x[e] = (float)(p->init == INIT_NORMAL ? 0.35 * z : 1 + 0.2 * z);
+            x[e] = (float)(p->init == INIT_NORMAL || p->adapter ? 0.35 * z : 1 + 0.2 * z);
         }
     }
 }
 
-static struct model *open_model(const char *const *setting)
+/* targets: of adapters; "": none. */
+static struct model *open_model(const char *const *setting, const char *targets)
 {
     const struct model_ops *ops;
     struct model *m;
+    struct lora_config lora;
     assert_null(model_lookup("llama", &ops));
+    assert_null(options_defaults(&lora_options, &lora));
+    assert_null(options_set(&lora_options, "targets", targets, &lora, "test"));
     void *config = mem_calloc(1, ops->config_bytes);
     assert_null(options_defaults(ops->options, config));
     for (; *setting; setting += 2)
         assert_null(options_set(ops->options, setting[0], setting[1], config, "test"));
-    assert_null(model_open(ops, config, VOCAB, &m));
+    assert_null(
+        model_open_tuned(ops, config, VOCAB, &(struct tp_place){ .size = 1 }, &(struct tuning){ &lora, "", NULL }, &m));
     options_fini(ops->options, config);
+    options_fini(&lora_options, &lora);
     mem_free(config);
     assert_null(params_alloc(&m->params, false));
     stir(m);
@@ -56,12 +63,10 @@ static struct model *open_model(const char *const *setting)
 }
 
 /* Prompts of 1 to LONGEST tokens. */
-static int setup(void **state)
+static int setup_with(void **state, const char *const *setting, const char *targets)
 {
-    static const char *const small[] = { "layers", "2",  "hidden", "24",    "heads",         "4",  "kv_heads", "2",
-                                         "ffn",    "40", "tied",   "false", "max_positions", "28", NULL };
     struct fixture *f = test_calloc(1, sizeof *f);
-    f->m = open_model(small);
+    f->m = open_model(setting, targets);
     assert_null(tape_open(NULL, NULL, 0, &f->tape));
     for (int i = 0; i < PROMPTS; i++) {
         int32_t count = 1 + (i * 5 + 3) % LONGEST;
@@ -71,6 +76,25 @@ static int setup(void **state)
     }
     *state = f;
     return 0;
+}
+
+static int setup(void **state)
+{
+    static const char *const small[] = { "layers", "2",  "hidden", "24",    "heads",         "4",  "kv_heads", "2",
+                                         "ffn",    "40", "tied",   "false", "max_positions", "28", NULL };
+    return setup_with(state, small, "");
+}
+
+/* Two of three layers have experts, attention has adapters. */
+static int setup_experts(void **state)
+{
+    static const char *const small[] = {
+        "layers",     "3",  "hidden",         "24", "heads",       "4", "kv_heads",          "2",
+        "ffn",        "40", "max_positions",  "28", "experts",     "8", "experts_per_token", "3",
+        "expert_ffn", "16", "shared_experts", "1",  "first_dense", "1", "router_bias",       "true",
+        NULL
+    };
+    return setup_with(state, small, "*.q_proj,*.v_proj,*.o_proj");
 }
 
 static int teardown(void **state)
@@ -447,6 +471,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(equals_plain_decoding, setup, teardown),
         cmocka_unit_test_setup_teardown(logps_are_those_of_training, setup, teardown),
         cmocka_unit_test_setup_teardown(batches_and_threads_do_not_matter, setup, teardown),
+        cmocka_unit_test_setup_teardown(equals_plain_decoding, setup_experts, teardown),
+        cmocka_unit_test_setup_teardown(logps_are_those_of_training, setup_experts, teardown),
+        cmocka_unit_test_setup_teardown(batches_and_threads_do_not_matter, setup_experts, teardown),
         cmocka_unit_test_setup_teardown(draws_are_addressed, setup, teardown),
         cmocka_unit_test_setup_teardown(ends, setup, teardown),
         cmocka_unit_test_setup_teardown(steady_calls_allocate_nothing, setup, teardown),
