@@ -42,15 +42,19 @@ status *thread_join(struct thread *t)
     return st;
 }
 
+/* Who waits looks so often, some 10 us, before it sleeps: a sleeper takes longer than that to come back. */
+enum { LOOKS = 400 };
+
 struct workers {
     int threads;
-    struct thread *thread; /* threads - 1 of them */
-    atomic_size_t next;    /* the next index to run */
+    struct thread *thread;      /* threads - 1 of them */
+    atomic_size_t next;         /* the next index to run */
+    atomic_uint_fast64_t round; /* a new value starts a loop; these two change with the lock held */
+    atomic_int busy;            /* threads in it, beside the caller */
     struct {
         pthread_mutex_t lock;
         pthread_cond_t start, done;
-        uint64_t round; /* a new value starts a loop */
-        int busy;       /* threads still in it */
+        bool open; /* there may be something left to run: who comes may join */
         bool quit;
         size_t n;
         void (*fn)(void *arg, size_t i);
@@ -64,27 +68,39 @@ static void run_loop(struct workers *w, size_t n, void (*fn)(void *, size_t), vo
         fn(arg, i);
 }
 
+static void look_again(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Wait for a loop that this thread was not in, and join it. False: the end. */
+static bool join_loop(struct workers *w, uint64_t *seen)
+{
+    for (int i = 0; i < LOOKS && atomic_load_explicit(&w->round, memory_order_relaxed) == *seen; i++)
+        look_again();
+    pthread_mutex_lock(&w->synced.lock);
+    while (!w->synced.quit && !(w->synced.open && atomic_load(&w->round) != *seen))
+        pthread_cond_wait(&w->synced.start, &w->synced.lock);
+    bool joined = !w->synced.quit;
+    *seen = atomic_load(&w->round);
+    atomic_fetch_add(&w->busy, joined);
+    pthread_mutex_unlock(&w->synced.lock);
+    return joined;
+}
+
 static status *worker_main(void *p)
 {
     struct workers *w = p;
     uint64_t seen = 0;
-    pthread_mutex_lock(&w->synced.lock);
-    for (;;) {
-        while (w->synced.round == seen && !w->synced.quit)
-            pthread_cond_wait(&w->synced.start, &w->synced.lock);
-        if (w->synced.quit)
-            break;
-        seen = w->synced.round;
-        size_t n = w->synced.n;
-        void (*fn)(void *, size_t) = w->synced.fn;
-        void *arg = w->synced.arg;
-        pthread_mutex_unlock(&w->synced.lock);
-        run_loop(w, n, fn, arg);
+    while (join_loop(w, &seen)) {
+        run_loop(w, w->synced.n, w->synced.fn, w->synced.arg); /* they stay while somebody is in the loop */
         pthread_mutex_lock(&w->synced.lock);
-        if (--w->synced.busy == 0)
+        if (atomic_fetch_sub(&w->busy, 1) == 1)
             pthread_cond_signal(&w->synced.done);
+        pthread_mutex_unlock(&w->synced.lock);
     }
-    pthread_mutex_unlock(&w->synced.lock);
     return NULL;
 }
 
@@ -152,13 +168,19 @@ void workers_for(struct workers *w, size_t n, void (*fn)(void *arg, size_t i), v
     w->synced.n = n;
     w->synced.fn = fn;
     w->synced.arg = arg;
-    w->synced.busy = w->threads - 1;
-    w->synced.round++;
+    w->synced.open = true;
+    atomic_fetch_add(&w->round, 1);
     pthread_cond_broadcast(&w->synced.start);
     pthread_mutex_unlock(&w->synced.lock);
     run_loop(w, n, fn, arg);
+    /* Nobody waits for a thread that has not come yet. */
     pthread_mutex_lock(&w->synced.lock);
-    while (w->synced.busy)
+    w->synced.open = false;
+    pthread_mutex_unlock(&w->synced.lock);
+    for (int i = 0; i < LOOKS && atomic_load(&w->busy); i++)
+        look_again();
+    pthread_mutex_lock(&w->synced.lock);
+    while (atomic_load(&w->busy))
         pthread_cond_wait(&w->synced.done, &w->synced.lock);
     pthread_mutex_unlock(&w->synced.lock);
 }
