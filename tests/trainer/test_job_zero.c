@@ -122,9 +122,11 @@ static void beside_frozen_parameters(void **state)
     const char *lora[] = { "lora.targets=*_proj", "algo.reference=base", "algo.warmup_sft_steps=0",
                            "checkpoint.url=",     "train.steps=6",       "optim.lr=1e-2" },
                *freeze[] = { "train.freeze=*.embed_tokens.*", "algo.reference=live", "algo.ref_sync_steps=1",
-                             "checkpoint.url=", "train.steps=6" };
+                             "checkpoint.url=", "train.steps=6" },
+               *between[] = { "train.freeze=*.layers.1.*", "model.layers=3", "checkpoint.url=", "train.steps=6" };
     compare(lora, 6, cases, 3);
     compare(freeze, 5, cases, 3);
+    compare(between, 4, cases, 3); /* a block without gradients between two that share a window */
 }
 
 /* For one tp too. */

@@ -166,6 +166,7 @@ static status *finish_collecting(struct zero *z)
 status *collect_unit(void *arg, int unit)
 {
     struct zero *z = arg;
+    TRY(finish_collecting(z)); /* if nothing of this unit trains, too: its window's neighbour may be cleared next */
     for (uint64_t b = 0; b < z->k->n; b++) {
         if (z->k->b[b].unit != unit)
             continue;
