@@ -32,10 +32,12 @@ struct isa {
     /* dst[p * width + r] = src[r * ld + p] for p < k; 0 for r in [count, width). width is PANEL_M or PANEL_N. */
     void (*transpose)(float *dst, int width, const float *src, int64_t ld, int64_t count, int64_t k);
 
-    /* Pairs of bf16 (gemm.bf16): of x[2 i] and x[2 i + 1] for i < (n + 1) / 2; of x[i] and next[i] for i < n. What is
-     * not there (x[n], next NULL) is 0. */
+    /* Pairs of bf16 (gemm.bf16); what is not there is 0. Of x[2 i] and x[2 i + 1] for i < (n + 1) / 2. The same of
+     * `count` rows of k values, transposed like above; NULL: make it of the two. Of columns: dst[p * width + j] of
+     * src[2 p * ld + j] and src[(2 p + 1) * ld + j], j < count, p < (k + 1) / 2; elsewhere dst stays. */
     void (*pairs)(float *dst, const float *x, int64_t n);
-    void (*pairs_across)(float *dst, const float *x, const float *next, int64_t n);
+    void (*transpose_pairs)(float *dst, int width, const float *src, int64_t ld, int64_t count, int64_t k);
+    void (*pairs_across)(float *dst, int64_t width, const float *src, int64_t ld, int64_t count, int64_t k);
 
     /* Rows of n elements. No aliasing but in place where only one pointer is written. */
     float (*dot)(const float *a, const float *b, int64_t n);
@@ -51,7 +53,9 @@ struct isa {
     void (*softmax_bwd)(float *dp, const float *p, float delta, float scale, int64_t n); /* dp = p (dp - delta) scale */
     void (*scale)(float *y, const float *x, float s, int64_t n);
     void (*axpy)(float *y, const float *x, float s, int64_t n);
-    void (*add)(float *y, const float *a, const float *b, int64_t n);                 /* y may be a */
+    void (*add)(float *y, const float *a, const float *b, int64_t n); /* y may be a */
+    void (*add_rows)(float *y, int64_t y_ld, const float *a, int64_t a_ld, const float *b, int64_t b_ld, int64_t rows,
+                     int64_t n);                                                      /* y may be a */
     void (*mul_scaled)(float *y, const float *x, const float *w, float s, int64_t n); /* y = (x s) w */
     void (*mul_add)(float *y, const float *a, const float *b, float s, int64_t n);    /* y += (b s) a */
     void (*rmsnorm_bwd)(float *dx, const float *dy, const float *w, const float *x, float r, float s,

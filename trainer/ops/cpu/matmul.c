@@ -4,15 +4,16 @@
  * C is cut into tiles, one task each. A task walks k in blocks. For each it packs its rows of A into panels of eight
  * (they stay in L2), then, 32 columns at a time, a panel of B, and runs the micro-kernel over the pairs. An element of
  * a panel is an f32, or two values of bf16 that follow each other along k. Accumulators live in a buffer of the task
- * between blocks: storing and reloading an f32 is exact, so it is still one chain. All buffers are on the task's stack;
- * nothing is allocated. */
+ * between blocks: storing and reloading an f32 is exact, so it is still one chain; behind the last block they go to C
+ * at once. While the micro-kernel runs, the next panel of B and what it adds to of C are fetched from memory. All
+ * buffers are on the task's stack; nothing is allocated. */
 #include "trainer/ops/cpu/cpu.h"
 
 #include <string.h>
 
 /* KC: panel elements of a block; MC, NC: most rows and columns of a tile; STRIP: panel elements that are turned from
  * columns into rows, or back, at a time. */
-enum { KC = 256, MC = 256, NC = 512, STRIP = 16 };
+enum { KC = 256, MC = 256, NC = 512, STRIP = 16, LINE = 64 };
 
 struct job {
     const struct gemm *g;
@@ -40,8 +41,8 @@ static void pack_rows(const struct job *t, float *dst, int width, const float *s
                       int64_t k)
 {
     float pair[PANEL_N * 4 * STRIP];
-    if (!t->g->bf16) {
-        t->isa->transpose(dst, width, src, ld, count, k);
+    if (!t->g->bf16 || t->isa->transpose_pairs) {
+        (t->g->bf16 ? t->isa->transpose_pairs : t->isa->transpose)(dst, width, src, ld, count, k);
         return;
     }
     for (int64_t p = 0; p < k; p += 8 * STRIP) {
@@ -52,14 +53,6 @@ static void pack_rows(const struct job *t, float *dst, int width, const float *s
     }
 }
 
-/* Panel element p of `count` columns: src is [k, count]. */
-static void pair_columns(const struct job *t, float *dst, const float *src, int64_t ld, int64_t count, int64_t k,
-                         int64_t p)
-{
-    const float *row = src + 2 * p * ld;
-    t->isa->pairs_across(dst, row, 2 * p + 1 < k ? row + ld : NULL, count);
-}
-
 /* A panel of B's columns, which are contiguous. */
 static void pack_columns(const struct job *t, float *dst, const float *src, int64_t ld, int64_t count, int64_t k)
 {
@@ -67,10 +60,9 @@ static void pack_columns(const struct job *t, float *dst, const float *src, int6
         copy_panel(dst, PANEL_N, src, ld, count, k);
         return;
     }
-    for (int64_t p = 0; p < units(t->g, k); p++, dst += PANEL_N) {
-        pair_columns(t, dst, src, ld, count, k, p);
-        memset(dst + count, 0, (size_t)(PANEL_N - count) * sizeof *dst);
-    }
+    t->isa->pairs_across(dst, PANEL_N, src, ld, count, k);
+    for (int64_t p = 0; count < PANEL_N && p < units(t->g, k); p++)
+        memset(dst + p * PANEL_N + count, 0, (size_t)(PANEL_N - count) * sizeof *dst);
 }
 
 /* Columns [j, j + count) and k in [p, p + k) of B as one panel. */
@@ -100,8 +92,8 @@ static void pack_a_across(const struct job *t, float *dst, const float *src, int
     int64_t depth = units(t->g, k);
     for (int64_t p = 0; p < depth; p += STRIP) {
         int64_t n = min64(STRIP, depth - p), from_ld = t->g->bf16 ? MC : ld;
-        for (int64_t q = 0; t->g->bf16 && q < n; q++)
-            pair_columns(t, pair + q * MC, src, ld, m, k, p + q);
+        if (t->g->bf16)
+            t->isa->pairs_across(pair, MC, src + 2 * p * ld, ld, m, min64(2 * n, k - 2 * p));
         const float *from = t->g->bf16 ? pair : src + p * ld;
         for (int64_t i = 0; i < m; i += PANEL_M)
             copy_panel(dst + i * depth + p * PANEL_M, PANEL_M, from + i, from_ld, min64(PANEL_M, m - i), n);
@@ -120,20 +112,53 @@ static void pack_a(const struct job *t, float *dst, int64_t i, int64_t m, int64_
         pack_rows(t, dst + r * units(g, k), PANEL_M, g->a + (i + r) * g->lda + p, g->lda, min64(PANEL_M, m - r), k);
 }
 
-/* The finished chains of a tile go to C. */
-static void finish(const struct job *t, const float *acc, int64_t ld, int64_t i0, int64_t m, int64_t j0, int64_t n)
+/* Finished chains [rows, cols] go to C. */
+static void finish(const struct job *t, const float *acc, int64_t ld, int64_t i0, int64_t rows, int64_t j0,
+                   int64_t cols)
 {
     const struct gemm *g = t->g;
-    for (int64_t i = 0; i < m; i++) {
-        float *c = g->c + (i0 + i) * g->ldc + j0;
-        const float *from = acc + i * ld;
-        if (g->add)
-            t->isa->add(c, c, from, n);
-        else if (g->bias)
-            t->isa->add(c, from, g->bias + j0, n);
-        else
-            memcpy(c, from, (size_t)n * sizeof(float));
-    }
+    float *c = g->c + i0 * g->ldc + j0;
+    if (g->add)
+        t->isa->add_rows(c, g->ldc, c, g->ldc, acc, ld, rows, cols);
+    else if (g->bias)
+        t->isa->add_rows(c, g->ldc, acc, ld, g->bias + j0, 0, rows, cols);
+    else
+        for (int64_t i = 0; i < rows; i++)
+            memcpy(c + i * g->ldc, acc + i * ld, (size_t)cols * sizeof *c);
+}
+
+/* Rows of a matrix that will be read soon. */
+struct soon {
+    const char *at;
+    size_t ld, bytes;
+    int64_t rows;
+};
+
+/* The panel of B behind the one of columns [j, j + PANEL_N) and k in [p, p + k), if it is in the same tile. */
+static struct soon next_of_b(const struct gemm *g, int64_t j, int64_t end, int64_t p, int64_t k)
+{
+    size_t elem = g->b_dtype == DTYPE_BF16 ? 2 : 4;
+    int64_t count = min64(PANEL_N, end - j - PANEL_N),
+            at = g->b_trans ? (j + PANEL_N) * g->ldb + p : p * g->ldb + j + PANEL_N;
+    if (count <= 0)
+        return (struct soon){ 0 };
+    return (struct soon){ (const char *)g->b + (size_t)at * elem, (size_t)g->ldb * elem,
+                          (size_t)(g->b_trans ? k : count) * elem, g->b_trans ? count : k };
+}
+
+/* Fetch part i of n into the second cache. */
+static void fetch(const struct soon *s, int64_t i, int64_t n)
+{
+    for (int64_t r = s->rows * i / n; r < s->rows * (i + 1) / n; r++)
+        for (size_t at = 0; at < s->bytes; at += LINE)
+            __builtin_prefetch(s->at + (size_t)r * s->ld + at, 0, 2);
+}
+
+static void fetch_c(const struct gemm *g, int64_t i, int64_t rows, int64_t j)
+{
+    for (int64_t r = i; g->add && r < i + rows; r++)
+        for (int64_t at = 0; at < PANEL_N; at += LINE / (int64_t)sizeof *g->c)
+            __builtin_prefetch(g->c + r * g->ldc + min64(j + at, g->n - 1), 1, 2);
 }
 
 static int64_t padded(int64_t n, int64_t to)
@@ -141,28 +166,49 @@ static int64_t padded(int64_t n, int64_t to)
     return (n + to - 1) / to * to;
 }
 
+/* Rows and columns of C that are done by one task. */
+struct tile {
+    int64_t i, m, j, n;
+};
+
+/* One block of k: [p, p + k). acc: the tile's chains, or if there is no other block, room for those of two panels. */
+static void run_block(const struct job *t, const struct tile *c, int64_t p, int64_t k, float *acc)
+{
+    const struct gemm *g = t->g;
+    float rows[MC * KC] __attribute__((aligned(64)));
+    float columns[KC * PANEL_N] __attribute__((aligned(64)));
+    bool last = p + k == g->k, only = k == g->k;
+    int64_t depth = units(g, k), ld = only ? PANEL_N : padded(c->n, PANEL_N);
+    pack_a(t, rows, c->i, c->m, p, k);
+    for (int64_t j = 0; j < c->n; j += PANEL_N) {
+        struct soon next = next_of_b(g, c->j + j, c->j + c->n, p, k);
+        pack_b(t, columns, c->j + j, min64(PANEL_N, c->n - j), p, k);
+        for (int64_t i = 0; i < c->m; i += PANEL_M) {
+            int64_t m = min64(PANEL_M, c->m - i);
+            float *at = only ? acc : acc + i * ld + j;
+            fetch(&next, i / PANEL_M, (c->m + PANEL_M - 1) / PANEL_M);
+            if (last)
+                fetch_c(g, c->i + i, m, c->j + j);
+            (g->bf16 ? t->isa->micro_bf16 : t->isa->micro)(depth, (int)m, rows + i * depth, columns, at, ld, p > 0);
+            if (last)
+                finish(t, at, ld, c->i + i, m, c->j + j, min64(PANEL_N, c->n - j));
+        }
+    }
+}
+
 static void run_tile(void *arg, size_t index)
 {
     const struct job *t = arg;
     const struct gemm *g = t->g;
-    int64_t i0 = (int64_t)index / t->across * t->rows, j0 = (int64_t)index % t->across * t->cols;
-    int64_t m = min64(t->rows, g->m - i0), n = min64(t->cols, g->n - j0), ld = padded(n, PANEL_N);
+    int64_t i = (int64_t)index / t->across * t->rows, j = (int64_t)index % t->across * t->cols;
+    struct tile c = { i, min64(t->rows, g->m - i), j, min64(t->cols, g->n - j) };
     float acc[MC * NC] __attribute__((aligned(64)));
-    float rows[MC * KC] __attribute__((aligned(64)));
-    float columns[KC * PANEL_N] __attribute__((aligned(64)));
-    if (g->k == 0)
-        memset(acc, 0, (size_t)(m * ld) * sizeof *acc);
-    for (int64_t p = 0, step = g->bf16 ? 2 * KC : KC; p < g->k; p += step) {
-        int64_t k = min64(step, g->k - p), depth = units(g, k);
-        pack_a(t, rows, i0, m, p, k);
-        for (int64_t j = 0; j < n; j += PANEL_N) {
-            pack_b(t, columns, j0 + j, min64(PANEL_N, n - j), p, k);
-            for (int64_t i = 0; i < m; i += PANEL_M)
-                (g->bf16 ? t->isa->micro_bf16 : t->isa->micro)(depth, (int)min64(PANEL_M, m - i), rows + i * depth,
-                                                               columns, acc + i * ld + j, ld, p > 0);
-        }
+    if (g->k == 0) {
+        memset(acc, 0, (size_t)(c.m * c.n) * sizeof *acc);
+        finish(t, acc, c.n, c.i, c.m, c.j, c.n);
     }
-    finish(t, acc, ld, i0, m, j0, n);
+    for (int64_t p = 0, step = g->bf16 ? 2 * KC : KC; p < g->k; p += step)
+        run_block(t, &c, p, min64(step, g->k - p), acc);
 }
 
 /* Tiles: two a thread at least, if there is that much to do, and so that least is packed: A once a column of tiles, B

@@ -125,16 +125,25 @@ static void row_pairs(float *dst, const float *x, int64_t n)
     }
 }
 
-static void row_pairs_across(float *dst, const float *x, const float *next, int64_t n)
+INLINE __m512 interleaved(__m512 low, __m512 high)
 {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int64_t i = 0; i < n; i += 16) {
-        __mmask16 there = (__mmask16)(n - i < 16 ? (1u << (n - i)) - 1 : 0xffff);
-        __m512 low = _mm512_maskz_loadu_ps(there, x + i);
-        __m512 high = next ? _mm512_maskz_loadu_ps(there, next + i) : _mm512_setzero_ps();
-        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        _mm512_mask_storeu_ps(dst + i, there, (__m512)_mm512_permutexvar_epi16(order, both));
+    return (__m512)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+static void row_pairs_across(float *dst, int64_t width, const float *src, int64_t ld, int64_t count, int64_t k)
+{
+    for (int64_t p = 0; p < k; p += 2, src += 2 * ld, dst += width) {
+        const float *next = src + ld;
+        int64_t j = 0;
+        for (; p + 1 < k && j + 16 <= count; j += 16)
+            _mm512_storeu_ps(dst + j, interleaved(_mm512_loadu_ps(src + j), _mm512_loadu_ps(next + j)));
+        for (; j < count; j += 16) {
+            __mmask16 there = (__mmask16)(count - j < 16 ? (1u << (count - j)) - 1 : 0xffff);
+            __m512 high = p + 1 < k ? _mm512_maskz_loadu_ps(there, next + j) : _mm512_setzero_ps();
+            _mm512_mask_storeu_ps(dst + j, there, interleaved(_mm512_maskz_loadu_ps(there, src + j), high));
+        }
     }
 }
 
@@ -161,15 +170,16 @@ static void row_pairs(float *dst, const float *x, int64_t n)
     });
 }
 
-static void row_pairs_across(float *dst, const float *x, const float *next, int64_t n)
+static void row_pairs_across(float *dst, int64_t width, const float *src, int64_t ld, int64_t count, int64_t k)
 {
-    EACH_VECTOR(i, n, {
-        I low = rounded(LOAD(x + i));
-        I high = { 0 };
-        if (next)
-            high = rounded(LOAD(next + i));
-        STORE(dst + i, (V)((high & (int32_t)0xffff0000) | (low >> 16 & 0xffff)));
-    });
+    for (int64_t p = 0; p < k; p += 2, src += 2 * ld, dst += width)
+        EACH_VECTOR(j, count, {
+            I low = rounded(LOAD(src + j));
+            I high = { 0 };
+            if (p + 1 < k)
+                high = rounded(LOAD(src + ld + j));
+            STORE(dst + j, (V)((high & (int32_t)0xffff0000) | (low >> 16 & 0xffff)));
+        });
 }
 
 #endif
@@ -293,6 +303,13 @@ static void row_add(float *y, const float *a, const float *b, int64_t n)
     EACH_VECTOR(i, n, { STORE(y + i, LOAD(a + i) + LOAD(b + i)); });
 }
 
+static void row_add_rows(float *y, int64_t y_ld, const float *a, int64_t a_ld, const float *b, int64_t b_ld,
+                         int64_t rows, int64_t n)
+{
+    for (int64_t i = 0; i < rows; i++, y += y_ld, a += a_ld, b += b_ld)
+        EACH_VECTOR(j, n, { STORE(y + j, LOAD(a + j) + LOAD(b + j)); });
+}
+
 static void row_mul_scaled(float *y, const float *x, const float *w, float s, int64_t n)
 {
     EACH_VECTOR(i, n, { STORE(y + i, LOAD(x + i) * splat(s) * LOAD(w + i)); });
@@ -409,5 +426,6 @@ static void row_adamw(float *p, const float *g, float *m, float *v, const struct
     .pairs = row_pairs, .pairs_across = row_pairs_across, .dot = row_dot, .dot3 = row_dot3, .max = row_max,            \
     .exp = row_exp, .exp_sum = row_exp_sum, .exp_sum_wide = row_exp_sum_wide, .exp_sums_wide = row_exp_sums_wide,      \
     .exp_scaled = row_exp_scaled, .softmax_bwd = row_softmax_bwd, .scale = row_scale, .axpy = row_axpy,                \
-    .add = row_add, .mul_scaled = row_mul_scaled, .mul_add = row_mul_add, .rmsnorm_bwd = row_rmsnorm_bwd,              \
-    .rotate = row_rotate, .swiglu = row_swiglu, .swiglu_bwd = row_swiglu_bwd, .sum = row_sum, .adamw = row_adamw
+    .add = row_add, .add_rows = row_add_rows, .mul_scaled = row_mul_scaled, .mul_add = row_mul_add,                    \
+    .rmsnorm_bwd = row_rmsnorm_bwd, .rotate = row_rotate, .swiglu = row_swiglu, .swiglu_bwd = row_swiglu_bwd,          \
+    .sum = row_sum, .adamw = row_adamw
