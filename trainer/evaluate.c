@@ -124,7 +124,7 @@ static status *evaluate_rows(struct scoring *s)
     layout_cut(chunks, (uint64_t)t->dp->size, (uint64_t)t->dp->rank, &first, &end);
     uint64_t most = (chunks + (uint64_t)t->dp->size - 1) / (uint64_t)t->dp->size; /* of any rank */
     s->end = (uint32_t)end;
-    trainer_hooks(t, s->m);
+    trainer_hooks(t, s->m, false);
     bool together = trainer_shards(t, s->m) || t->ep; /* every rank makes as many passes */
     status *st = pipe_forward(t->pipe, (uint32_t)first, (uint32_t)(together ? first + most : end), &w);
     if (st && (t->tp || t->cp || t->pp || together)) /* others wait for it in the same pass */

@@ -16,11 +16,38 @@ struct shards *trainer_shards(const struct trainer *t, const struct model *m)
     return t->zero ? zero_shards(t->zero) : NULL;
 }
 
-void trainer_hooks(struct trainer *t, const struct model *m)
+/* ---- sums over dp that begin while backward goes on ---- */
+
+static status *enter_block(void *arg, int64_t block, bool backward)
+{
+    struct trainer *t = arg;
+    struct shards *s = trainer_shards(t, t->model);
+    const struct tape_blocks *h = s ? shards_hooks(s) : NULL;
+    return h ? h->enter(h->arg, block, backward) : NULL;
+}
+
+/* Block i is unit i + 1. A chunk that ends the model has the tied head behind its blocks. */
+static status *leave_block(void *arg, int64_t block, bool backward)
+{
+    struct trainer *t = arg;
+    const struct params *ps = &t->model->params;
+    struct shards *s = trainer_shards(t, t->model);
+    const struct tape_blocks *h = s ? shards_hooks(s) : NULL;
+    if (h)
+        TRY(h->leave(h->arg, block, backward));
+    if (!backward)
+        return NULL;
+    if (params_hold(ps, params_chunks(ps) - 1, block + 1))
+        TRY(tied_left(t->tied));
+    return zero_left(t->zero, (int)block + 1);
+}
+
+void trainer_hooks(struct trainer *t, const struct model *m, bool early)
 {
     struct shards *s = trainer_shards(t, m);
+    t->sums = (struct tape_blocks){ t, enter_block, leave_block };
     for (int i = 0; i < pipe_tapes(t->pipe); i++)
-        tape_blocks(pipe_tape(t->pipe, i), s ? shards_hooks(s) : NULL);
+        tape_blocks(pipe_tape(t->pipe, i), early ? &t->sums : s ? shards_hooks(s) : NULL);
 }
 
 /* ---- passes ---- */
@@ -146,7 +173,8 @@ static status *pass_all(struct passing *g, bool training, struct pipe_work w)
     w.idle = idle;
     w.prepare = prepare;
     w.arg = g;
-    trainer_hooks(t, g->m);
+    /* an empty pass behind the last micro-batch: gradients are complete when that is done */
+    trainer_hooks(t, g->m, training && zero_passes(t->zero, g->k) == passes);
     return training ? pipe_train(t->pipe, 0, passes, &w) : pipe_forward(t->pipe, 0, passes, &w);
 }
 

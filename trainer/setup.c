@@ -205,7 +205,7 @@ static status *dry_run(struct trainer *t, struct pack *p)
     for (uint32_t i = 0; i < p->cap_rows; i++)
         p->row[i] = longest;
     pack_build(p, p->row, p->cap_rows);
-    trainer_hooks(t, t->model);
+    trainer_hooks(t, t->model, t->training);
     struct dry one = { t, p };
     struct pipe_work w = { .forward = dry_forward, .arg = &one };
     return status_wrap(pipe_dry(t->pipe, p->own.tokens, &w),

@@ -176,8 +176,6 @@ struct step_result {
 static status *optimise(struct trainer *t, const struct phase *p, struct step_result *r)
 {
     const struct optim_config *o = &t->cfg->optim;
-    TRY(zero_reduce(t->zero, NULL));
-    TRY(tied_sum(t->tied, t->zero));
     TRY(zero_norm(t->zero, &r->norm));
     TRY(experts_reduce(t->experts, &r->norm));
     if (!isfinite(r->norm))
@@ -210,6 +208,8 @@ static status *train_step(struct trainer *t, struct step_result *r)
     r->tokens = count_tokens(p);
     balance_begin(t->balance);
     TRY(passes_train(t, p, k, &counts, sums));
+    TRY(zero_reduce(t->zero, NULL)); /* first of all: others may be waiting for what is under way */
+    TRY(tied_sum(t->tied, t->zero));
     for (int m = 0; m < p->algo->metric_count; m++)
         r->metric[m] = sums[m] / algo_divisor(&counts, p->algo->metrics[m].per);
     if (!isfinite(r->metric[0]))
@@ -367,6 +367,7 @@ static void take_times(struct trainer *t, struct step_result *r)
 {
     uint64_t flight = 0, wait = 0;
     zero_times(t->zero, &flight, &wait);
+    tied_times(t->tied, &flight, &wait);
     r->dp_flight = take_seconds(&t->flight_ns, flight);
     r->dp_wait = take_seconds(&t->wait_ns[0], wait);
     r->tp_wait = take_seconds(&t->wait_ns[1], t->tp ? t->tp->wait_ns : 0);

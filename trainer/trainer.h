@@ -56,6 +56,7 @@ struct trainer {
     struct tape *tape;       /* the pipeline's first, for what is not its business */
     struct zero *zero;       /* with expert parallelism: of all but the experts */
     struct experts *experts; /* NULL: no expert parallelism, or no training */
+    struct tape_blocks sums; /* around blocks of passes that train */
     struct tied *tied;       /* NULL: no weight whose uses are kept apart has a part here */
     struct owners *owners;   /* NULL: no Muon */
     struct comm *dp_tp;      /* the owners, where there is a tp; else NULL */
@@ -124,9 +125,10 @@ status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struc
                      double sums[ALGO_METRICS]) WARN_UNUSED;
 /* From the last pipeline stage to all. Collective over pp. */
 status *passes_share(struct trainer *t, double *value, size_t count) WARN_UNUSED;
-/* What parameters or gradients of m are cut into (shards.h); NULL: nothing is. The tapes' hooks, for passes of m. */
+/* What parameters or gradients of m are cut into (shards.h); NULL: nothing is. The tapes' hooks, for passes of m;
+ * early: sums over dp begin while the last of them goes back. */
 struct shards *trainer_shards(const struct trainer *t, const struct model *m);
-void trainer_hooks(struct trainer *t, const struct model *m);
+void trainer_hooks(struct trainer *t, const struct model *m, bool early);
 
 /* evaluate.c */
 /* Sums of scored log-probabilities of every sequence of d under the weights of m: sums[rows * sequences], the same on

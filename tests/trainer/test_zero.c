@@ -90,6 +90,7 @@ static struct params *params_make(void)
         p->decay = param_rows[i].decay;
         p->alias = param_rows[i].alias;
         p->block = param_rows[i].block;
+        p->unit = p->block + 1;
         p->offset = p->alias >= 0 ? ps->p[p->alias].offset : ps->total;
         if (p->alias < 0)
             ps->total += (rows * (cols ? cols : 1) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
@@ -208,6 +209,7 @@ static struct adamw adamw_of(uint32_t step, double norm)
 struct expected {
     struct zero_options o;
     uint32_t k;
+    int chunks; /* runs of units, which go backward one after another */
     struct {
         float grad[TOTAL], data[TOTAL], m[TOTAL], v[TOTAL]; /* after the step */
         double norm;
@@ -341,6 +343,22 @@ static status *windowed_pass(struct zero *z, struct params *ps, uint32_t step, u
     return zero_added(z, micro);
 }
 
+/* What backward does in the flat block, unit by unit: the others' gradients are not there yet. A rank may say that it
+ * has left a unit, or not. */
+static status *backward_of_chunk(struct zero *z, struct params *ps, uint32_t step, uint32_t micro, int chunk)
+{
+    for (int unit = UNITS; unit-- > 0;) {
+        if (!params_hold(ps, chunk, unit))
+            continue;
+        for (int i = 0; i < PARAMS; i++)
+            for (uint64_t e = 0; ps->p[i].alias < 0 && ps->p[i].unit == unit && e < elems_of_row(i); e++)
+                ps->grad[ps->p[i].offset + e] += gradient[step][micro][ps->p[i].offset + e];
+        if ((step + micro + (uint32_t)unit) % 4)
+            TRY(zero_left(z, unit));
+    }
+    return NULL;
+}
+
 /* data: what parameters shall be; NULL: anything. */
 static status *run_micro_batches(struct zero *z, struct params *ps, uint32_t step, uint32_t k, const float *data)
 {
@@ -352,12 +370,16 @@ static status *run_micro_batches(struct zero *z, struct params *ps, uint32_t ste
             TRY(zero_idle(z, 0));
         } else if (zero_shards(z)) {
             TRY(windowed_pass(z, ps, step, i, data));
-        } else {
-            for (uint64_t e = 0; e < TOTAL; e++)
-                ps->grad[e] += gradient[step][i][e];
+        } else if (params_chunks(ps) == 1) {
+            TRY(backward_of_chunk(z, ps, step, i, 0));
             TRY(zero_added(z, i));
         }
     }
+    for (int c = params_chunks(ps) > 1 ? params_chunks(ps) : 0; c-- > 0;)
+        for (uint32_t pass = 0; pass < zero_passes(z, k) && zero_micro_batch(z, k, pass, &i); pass++) {
+            TRY(backward_of_chunk(z, ps, step, i, c));
+            TRY(zero_added_chunk(z, i, c));
+        }
     return NULL;
 }
 
@@ -451,13 +473,30 @@ static status *check_tiling(struct comm *c, struct zero *z, int owned)
     return NULL;
 }
 
+/* Runs of units of about the same length, all of the model. */
+static void cut_chunks(struct params *ps, int chunks)
+{
+    ps->chunks = chunks;
+    for (int c = 0; c < chunks; c++) {
+        ps->chunk[c] = (struct param_chunk){ .unit_begin = UNITS * c / chunks, .unit_end = UNITS * (c + 1) / chunks };
+        for (int i = 0; i < PARAMS; i++)
+            if (ps->p[i].alias < 0 && ps->p[i].unit < ps->chunk[c].unit_begin)
+                ps->chunk[c].begin = ps->p[i].offset + (elems_of_row(i) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
+        ps->chunk[c].before = ps->chunk[c].begin;
+    }
+}
+
 static status *job(struct comm *c, void *arg)
 {
     const struct expected *x = arg;
     struct params *ps = params_make();
     struct watch *w = mem_alloc(sizeof *w);
     struct zero *z = NULL;
-    status *st = zero_open(&x->o, ps, c, &z);
+    struct zero_options o = x->o;
+    status *st = x->chunks ? comm_split(c, c->rank, 0, &o.pp) : NULL; /* a pipeline of one rank */
+    cut_chunks(ps, x->chunks);
+    if (!st)
+        st = zero_open(&o, ps, c, &z);
     if (!st && x->o.stage == 3) { /* values from before; paddings too */
         st = shards_hold(zero_shards(z));
         if (!st)
@@ -469,6 +508,7 @@ static status *job(struct comm *c, void *arg)
     if (!st)
         st = check_tiling(c, z, !x->o.stage ? c->size : x->o.shards ? c->size / x->o.shards : 1);
     zero_close(z);
+    comm_close(o.pp);
     mem_free(w);
     params_drop(ps);
     return st;
@@ -534,6 +574,55 @@ static void test_not_deterministic(void **state)
             expect_ok(status_wrap(comm_threads_run(6, job, x), "%d shards, stage %d", shards, x->o.stage));
         mem_free(x);
     }
+}
+
+/* Stages of the pipeline that take turns on a rank: buckets lie in two or three of them. */
+static void test_chunks(void **state)
+{
+    (void)state;
+    for (uint32_t k = 0; k <= 13; k += k == 0 ? 3 : 5) {
+        struct expected *x = expect((struct zero_options){ .deterministic = true, .lanes = 8 }, k, 0);
+        for (x->chunks = 2; x->chunks <= UNITS; x->chunks++)
+            for (int i = 0; i < 24; i++) {
+                x->o.stage = i % 2;
+                x->o.bucket_elems = bucket_sizes[i / 2 % 3];
+                int dp = 1 + i / 6;
+                expect_ok(status_wrap(comm_threads_run(dp, job, x),
+                                      "dp %d, %d chunks, stage %d, buckets of %llu, K = %u", dp, x->chunks, x->o.stage,
+                                      (unsigned long long)x->o.bucket_elems, k));
+            }
+        mem_free(x);
+    }
+}
+
+/* ---- a rank that fails while sums are under way ---- */
+
+static status *broken_job(struct comm *c, void *arg)
+{
+    struct zero_options o = { .stage = *(int *)arg, .deterministic = true, .lanes = 8, .bucket_elems = PARAM_ALIGN };
+    struct params *ps = params_make();
+    struct zero *z = NULL;
+    double norm;
+    status *st = zero_open(&o, ps, c, &z);
+    if (!st)
+        zero_begin(z, (uint32_t)c->size);
+    for (int unit = UNITS; !st && unit-- > 1;)
+        st = zero_left(z, unit);
+    if (!st && c->rank == 1)
+        st = ERR(IO, "planted");
+    if (!st)
+        st = zero_added(z, (uint32_t)c->rank);
+    st = st ? st : zero_reduce(z, &norm);
+    zero_close(z);
+    params_drop(ps);
+    return st;
+}
+
+static void test_broken(void **state)
+{
+    (void)state;
+    for (int stage = 0; stage <= 1; stage++)
+        expect_code(comm_threads_run(4, broken_job, &stage), ST_IO);
 }
 
 /* ---- AdamW, written again in double ---- */
@@ -839,6 +928,8 @@ int main(void)
         cmocka_unit_test(test_eight_lanes),
         cmocka_unit_test(test_other_lanes),
         cmocka_unit_test(test_not_deterministic),
+        cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_broken),
         cmocka_unit_test(test_adamw_in_double),
         cmocka_unit_test(test_micro_batches),
         cmocka_unit_test(test_scalars),

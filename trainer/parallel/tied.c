@@ -106,6 +106,11 @@ void tied_begin_pass(struct tied *t)
         shards_clear(zero_shards(t->head));
 }
 
+status *tied_left(struct tied *t)
+{
+    return t && t->head ? zero_left(t->head, 0) : NULL;
+}
+
 status *tied_added(struct tied *t, uint32_t micro_batch)
 {
     return t && t->head ? zero_added(t->head, micro_batch) : NULL;
@@ -119,6 +124,15 @@ status *tied_idle(struct tied *t)
 uint64_t tied_sent_bytes(const struct tied *t)
 {
     return t && t->head ? zero_sent_bytes(t->head) - t->dp->sent_bytes : 0;
+}
+
+void tied_times(const struct tied *t, uint64_t *flight_ns, uint64_t *wait_ns)
+{
+    if (!t || !t->head)
+        return;
+    zero_times(t->head, flight_ns, wait_ns);
+    *flight_ns -= t->dp->flight_ns;
+    *wait_ns -= t->dp->wait_ns;
 }
 
 void tied_memory(const struct tied *t, struct zero_memory *m)

@@ -20,12 +20,14 @@ void tied_close(struct tied *t); /* NULL is fine, as in all that follow */
 /* Beside zero_begin, shards_begin (training), zero_added and zero_idle. */
 void tied_begin(struct tied *t, uint32_t k);
 void tied_begin_pass(struct tied *t);
+status *tied_left(struct tied *t) WARN_UNUSED; /* zero_left, of the last block: the head lies behind it */
 status *tied_added(struct tied *t, uint32_t micro_batch) WARN_UNUSED;
 status *tied_idle(struct tied *t) WARN_UNUSED;
 /* After zero_reduce of z, the model's, without norm: the embedding's gradient becomes the sum of both uses. Collective
  * over dp and pp. */
 status *tied_sum(struct tied *t, struct zero *z) WARN_UNUSED;
-uint64_t tied_sent_bytes(const struct tied *t);                /* zero_sent_bytes, without those of dp itself */
+uint64_t tied_sent_bytes(const struct tied *t); /* zero_sent_bytes, without those of dp itself */
+void tied_times(const struct tied *t, uint64_t *flight_ns, uint64_t *wait_ns); /* zero_times, the same */
 void tied_memory(const struct tied *t, struct zero_memory *m); /* adds to it what is held for the head's gradient */
 
 /* After the first stage's values have changed: give them to the last stage, which holds them whole at any ZeRO stage.

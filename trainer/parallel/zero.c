@@ -8,6 +8,7 @@
 #include "trainer/parallel/treesum.h"
 #include "trainer/parallel/zero_impl.h"
 
+#include <limits.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -201,6 +202,46 @@ static status *open_buffers(struct zero *z)
     return NULL;
 }
 
+/* The chunk and the unit that backward leaves last, of what has elements in bucket b. */
+static struct due due_of(const struct zero *z, uint64_t b)
+{
+    struct due d = { b, params_chunks(z->p) - 1, INT_MAX };
+    uint64_t begin, end;
+    params_chunk_elems(z->p, d.chunk, &begin, &end);
+    while (d.chunk && begin > z->k->b[b].begin)
+        params_chunk_elems(z->p, --d.chunk, &begin, &end);
+    end = z->k->b[b].end < end ? z->k->b[b].end : end;
+    for (int i = 0; i < z->p->count; i++) {
+        const struct param *p = &z->p->p[i];
+        bool here =
+            p->alias < 0 && !p->frozen && !p->away && p->offset < end && p->offset + param_elems(p) > z->k->b[b].begin;
+        if (here && p->unit < d.unit)
+            d.unit = p->unit;
+    }
+    return d;
+}
+
+static bool is_later(struct due a, struct due b)
+{
+    return a.chunk != b.chunk ? a.chunk < b.chunk : a.unit != b.unit ? a.unit < b.unit : a.bucket < b.bucket;
+}
+
+/* In the order in which backward is done with them. */
+static status *open_due(struct zero *z)
+{
+    z->due = mem_array(NULL, z->k->n + 1, sizeof *z->due);
+    if (!z->due)
+        return ERR(NO_MEMORY, "order of %llu buckets", (unsigned long long)z->k->n);
+    for (uint64_t n = 0; n < z->k->n; n++) {
+        struct due d = due_of(z, z->k->n - 1 - n); /* nearly in order */
+        uint64_t at = n;
+        for (; at && is_later(z->due[at - 1], d); at--)
+            z->due[at] = z->due[at - 1];
+        z->due[at] = d;
+    }
+    return NULL;
+}
+
 static status *open_messages(struct zero *z)
 {
     size_t peers = (size_t)z->dp->size - 1, others = (size_t)(z->parts - z->own_parts);
@@ -211,8 +252,15 @@ static status *open_messages(struct zero *z)
     size_t nodes, leaves = is_cut(z) ? (size_t)(z->k->shards - 1) * z->k->largest * sizeof(float) : 0;
     bool over = __builtin_mul_overflow(others * sizeof(float), longest, &nodes);
     z->recv_bytes = nodes > leaves ? nodes : leaves;
-    z->recv = over ? NULL : mem_block(z->recv_bytes, 4096);
+    z->recv_bytes = (z->recv_bytes + 4095) / 4096 * 4096;
+    z->recv = over ? NULL : mem_block(FLIGHTS * z->recv_bytes, 4096);
     z->xfer = mem_array(NULL, (reduce > gather ? reduce : gather) + 1, sizeof *z->xfer);
+    for (int i = 0; z->recv && i < FLIGHTS; i++) {
+        z->flight[i].recv = z->recv + (size_t)i * z->recv_bytes / sizeof *z->recv;
+        z->flight[i].xfer = mem_array(NULL, reduce + 1, sizeof *z->flight[i].xfer);
+        if (!z->flight[i].xfer)
+            return ERR(NO_MEMORY, "%zu messages of gradients", reduce);
+    }
     if (z->o.cp) {
         z->cp_room = mem_array(NULL, ordered_room(z->o.cp, ordered_slice(z->o.cp, longest)) + 1, sizeof *z->cp_room);
         if (!z->cp_room)
@@ -280,6 +328,7 @@ static status *open_all(struct zero *z)
     TRY(open_moments(z));
     TRY(open_parts(z));
     TRY(open_buffers(z));
+    TRY(open_due(z));
     return open_messages(z);
 }
 
@@ -294,6 +343,8 @@ status *zero_open(const struct zero_options *o, struct params *p, struct comm *d
         z->dp = dp;
         st = open_cut(z);
     }
+    if (!st)
+        st = comm_dup(z->group, &z->sums);
     if (!st)
         st = comm_agree(dp, open_all(z));
     if (o->cp)
@@ -325,8 +376,11 @@ void zero_close(struct zero *z)
     mem_free(z->cursor);
     mem_free(z->norm);
     mem_free(z->cp_room);
+    mem_free(z->due);
+    for (int i = 0; i < FLIGHTS; i++)
+        mem_free(z->flight[i].xfer);
     mem_free(z->xfer);
-    mem_block_free(z->recv, z->recv_bytes);
+    mem_block_free(z->recv, FLIGHTS * z->recv_bytes);
     while (z->buffers)
         mem_block_free(z->buffer[--z->buffers], (z->field_elems + 1) * sizeof(float));
     mem_free(z->part);
@@ -336,6 +390,7 @@ void zero_close(struct zero *z)
     mem_free(z->v_run);
     shards_close(z->shards);
     buckets_fini(&z->own_k);
+    comm_close(z->sums);
     comm_close(z->rep);
     comm_close(z->shard);
     mem_free(z);
@@ -348,13 +403,13 @@ struct shards *zero_shards(const struct zero *z)
 
 uint64_t zero_sent_bytes(const struct zero *z)
 {
-    return z->dp->sent_bytes + z->shard->sent_bytes + z->rep->sent_bytes +
+    return z->dp->sent_bytes + z->shard->sent_bytes + z->rep->sent_bytes + z->sums->sent_bytes +
            (z->shards ? shards_comm(z->shards)->sent_bytes : 0);
 }
 
 void zero_times(const struct zero *z, uint64_t *flight_ns, uint64_t *wait_ns)
 {
-    const struct comm *c[] = { z->dp, z->shard, z->rep, z->shards ? shards_comm(z->shards) : NULL };
+    const struct comm *c[] = { z->dp, z->shard, z->rep, z->sums, z->shards ? shards_comm(z->shards) : NULL };
     for (size_t i = 0; i < sizeof c / sizeof *c; i++)
         if (c[i]) {
             *flight_ns += c[i]->flight_ns;
@@ -372,7 +427,7 @@ struct zero_memory zero_memory(const struct zero *z)
         .gradients = (is_cut(z) ? 0 : whole) + (uint64_t)z->buffers * z->field_elems * sizeof(float),
         .moments = (z->moments.elems + z->moments.v_elems) * sizeof(float),
         .windows = z->shards ? shards_window_bytes(z->shards) : 0,
-        .messages = z->recv_bytes,
+        .messages = FLIGHTS * z->recv_bytes,
     };
 }
 

@@ -12,8 +12,8 @@
  * A group is what adds up gradients alone: with stages 0 and 1 a rank, with 2 and 3 a replica. Group g of G has lanes
  * [g L / G, (g + 1) L / G). A group of one rank runs its micro-batches one after another; a replica of S shards S at a
  * time, neighbours beside each other, and each shard takes all S gradients of its runs in order of micro-batches.
- * Groups send the largest aligned nodes inside their lanes at the end of the step, and the owner of a part finishes the
- * tree. deterministic off: a group has one lane, and groups are added in order. */
+ * Groups send the largest aligned nodes inside their lanes when these are complete, and the owner of a part finishes
+ * the tree. deterministic off: a group has one lane, and groups are added in order. */
 #ifndef TESSERA_TRAINER_PARALLEL_ZERO_H
 #define TESSERA_TRAINER_PARALLEL_ZERO_H
 
@@ -76,8 +76,13 @@ bool zero_micro_batch(const struct zero *z, uint32_t k, uint32_t pass, uint32_t 
 uint32_t zero_most_passes(const struct zero *z, uint32_t k); /* of any rank */
 
 /* A step: zero_begin; for each pass: forward and backward between shards_begin and shards_end if there are shards, and
- * zero_added, or zero_idle; zero_reduce; zero_update. With stages 0 and 1 backward adds into params.grad. */
+ * zero_added, or zero_idle; zero_reduce; zero_update. With stages 0 and 1 backward adds into params.grad. From the
+ * last backward pass on messages are under way, until zero_reduce: it is called even if the step is of no use. */
 void zero_begin(struct zero *z, uint32_t k); /* clears gradients */
+/* Backward has left this unit of the model (param.unit): the gradients of this pass of it, and of what of its chunk has
+ * higher units, are complete. In the last pass of stages 0 and 1 the sums of buckets that are begin here and those that
+ * have come are finished; else nothing happens. Not necessary, and not collective: each rank at its own time. */
+status *zero_left(struct zero *z, int unit) WARN_UNUSED;
 /* This pass's gradients are there. Stages 2 and 3: collective over the replica's shards. */
 status *zero_added(struct zero *z, uint32_t micro_batch) WARN_UNUSED;
 /* The same of one chunk of the model (params.chunk), which come one by one and each in order of micro-batches. */

@@ -9,9 +9,11 @@
  *   last leaf stays in params.grad, where it is.
  * - A node is a value or empty (NULL); a parent is left + right if both have values, else the one that has.
  * - After zero_reduce the field (params.grad, or the first buffer) holds the global sum in this shard's runs.
+ * - Buckets are summed over groups in the order of `due`, the same on all ranks whenever each of them begins: by a
+ *   communicator of their own, so that other calls may come between.
  *
- * Read add_leaf (a group's part of the tree), then collect_unit (how leaves come to a shard), then reduce_bucket (the
- * rest of the tree), then zero_update. */
+ * Read add_leaf (a group's part of the tree), then collect_unit (how leaves come to a shard), then move_on (the rest of
+ * the tree, bucket by bucket, with stages 0 and 1 while the last backward pass runs), then zero_update. */
 #ifndef TESSERA_TRAINER_PARALLEL_ZERO_IMPL_H
 #define TESSERA_TRAINER_PARALLEL_ZERO_IMPL_H
 
@@ -21,6 +23,7 @@
 enum {
     LANES_MAX = 64,
     STACK_MAX = 2 * 6 + 1, /* nodes of a run of LANES_MAX lanes, and the one being pushed */
+    FLIGHTS = 2,           /* buckets whose sums over groups are under way at a time */
 };
 
 /* A gradient summed over the lanes of tree node (level, index). */
@@ -56,6 +59,21 @@ struct part {
     uint32_t begin, end; /* lanes */
 };
 
+/* A bucket's place among those that are summed: with the last backward pass of this chunk of the model, and with stages
+ * 0 and 1 as soon as that has left this unit. */
+struct due {
+    uint64_t bucket;
+    int chunk, unit;
+};
+
+/* A bucket whose nodes are on their way between groups. */
+struct flight {
+    uint64_t bucket;
+    struct comm_req req;
+    struct comm_xfer *xfer;
+    float *recv; /* other groups' nodes */
+};
+
 struct zero {
     struct zero_options o;
     struct params *p;         /* borrowed */
@@ -65,6 +83,7 @@ struct zero {
     struct buckets own_k;     /* stages 0 and 1 */
     const struct buckets *k;
     struct comm *group; /* who exchanges sums: one rank of each group; dp or rep */
+    struct comm *sums;  /* the same ranks, for sums over groups alone */
     uint32_t lanes;
     struct zero_moments moments;
     struct zero_run *run, *v_run;
@@ -75,9 +94,11 @@ struct zero {
     uint64_t field_elems;
     float *buffer[STACK_MAX]; /* [field_elems] each */
     int buffers;
-    float *recv; /* other ranks' leaves or nodes of the run being added */
+    float *recv; /* [FLIGHTS x recv_bytes]: of flights; and other ranks' leaves of the run being added */
     size_t recv_bytes;
     struct comm_xfer *xfer;
+    struct due *due; /* [k->n] */
+    struct flight flight[FLIGHTS];
     float *cp_room; /* of sums over cp */
 
     double *norm;         /* [dp][norm_cap]: sums of squares of each rank's norm nodes */
@@ -92,8 +113,9 @@ struct zero {
 
     /* of the step: micro-batches, passes done, what was added; in the end all chunks' are as the first one's */
     uint32_t kk, pass;
-    struct lane_sum sum;
-    struct chunk_sum *chunk; /* [chunks] */
+    struct lane_sum sum;          /* stages 0 and 1: as of the last pass, whichever elements it has added so far */
+    struct chunk_sum *chunk;      /* [chunks] */
+    uint64_t added, begun, ended; /* of `due`: this group's sum is complete; exchanges begun, and finished */
     struct comm_req req;
     bool flying; /* leaves of bucket `collected` are on their way */
     uint64_t collected;

@@ -105,6 +105,7 @@ void zero_begin(struct zero *z, uint32_t k)
     z->kk = k;
     z->pass = 0;
     z->gathered = false;
+    z->added = z->begun = z->ended = 0;
     z->sum = (struct lane_sum){ .lane = lane_of_group(z, z->group->rank) };
     close_empty(z, &z->sum, 0, 0);
     for (int c = 0; c < params_chunks(z->p); c++)
@@ -216,6 +217,49 @@ status *zero_added(struct zero *z, uint32_t micro_batch)
     return NULL;
 }
 
+/* A bucket's part of this chunk in the last pass: its last leaf. */
+static void add_last(struct zero *z, uint64_t bucket, int chunk, uint32_t micro_batch)
+{
+    struct zero_run run = { z->k->b[bucket].begin, z->k->b[bucket].end }, here;
+    params_chunk_elems(z->p, chunk, &here.begin, &here.end);
+    run.begin = run.begin > here.begin ? run.begin : here.begin;
+    run.end = run.end < here.end ? run.end : here.end;
+    if (run.begin >= run.end)
+        return;
+    z->sum = z->chunk[chunk].sum;
+    add_leaf(z, &z->sum, micro_batch, z->p->grad + run.begin, true, run.begin, run_elems(run));
+}
+
+static status *move_on(struct zero *z, bool all);
+
+status *zero_left(struct zero *z, int unit)
+{
+    int chunk = 0;
+    uint32_t k;
+    while (!params_hold(z->p, chunk, unit) && chunk + 1 < params_chunks(z->p))
+        chunk++;
+    if (is_cut(z) || z->chunk[chunk].pass + 1 != zero_passes(z, z->kk) ||
+        !zero_micro_batch(z, z->kk, z->chunk[chunk].pass, &k))
+        return NULL;
+    for (; z->added < z->k->n; z->added++) {
+        const struct due *d = &z->due[z->added];
+        if (d->chunk != chunk || d->unit < unit)
+            break;
+        add_last(z, d->bucket, chunk, k);
+    }
+    return move_on(z, false);
+}
+
+/* The rest of a chunk's elements in its last pass. Those that a bucket has in common with another chunk come with each
+ * of them. */
+static void end_chunk(struct zero *z, int chunk, uint32_t micro_batch)
+{
+    for (uint64_t i = z->added; i < z->k->n; i++)
+        add_last(z, z->due[i].bucket, chunk, micro_batch);
+    while (z->added < z->k->n && z->chunk[z->due[z->added].chunk].pass == z->chunk[chunk].pass)
+        z->added++;
+}
+
 /* All chunks' sums lie in the same buffers, each in its own part of them, for they take the same way. */
 status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk)
 {
@@ -228,13 +272,15 @@ status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk)
     uint64_t begin, end;
     params_chunk_elems(z->p, chunk, &begin, &end);
     bool last = ++s->pass == zero_passes(z, z->kk);
+    if (last)
+        end_chunk(z, chunk, micro_batch);
     if (z->o.deterministic || last)
-        add_leaf(z, &s->sum, micro_batch, z->p->grad + begin, last, begin, end - begin);
+        add_leaf(z, &s->sum, micro_batch, z->p->grad + begin, last, begin, last ? 0 : end - begin);
     if (z->o.deterministic && !last)
         memset(z->p->grad + begin, 0, (end - begin) * sizeof(float));
     z->pass = z->chunk[0].pass;
-    z->sum = z->chunk[0].sum;
-    return NULL;
+    z->sum = last ? s->sum : z->sum;
+    return last ? move_on(z, false) : NULL;
 }
 
 /* ---- the sum over groups ---- */
@@ -247,40 +293,47 @@ static float *own_slice(const struct zero *z, const struct part *t, uint64_t buc
 }
 
 /* Messages of one bucket: my nodes' slices to their owners, everybody's slices of my part to me. */
-static size_t reduce_messages(struct zero *z, uint64_t bucket)
+static size_t reduce_messages(const struct zero *z, struct flight *f)
 {
     int me = z->group->rank;
+    uint64_t bucket = f->bucket;
     struct zero_run mine = own_part(z, bucket);
-    float *to = z->recv;
+    float *to = f->recv;
     size_t n = 0;
     for (int i = 0; i < z->parts; i++) {
         const struct part *t = &z->part[i];
         if (part_empty(z, t))
             continue;
         if (t->group != me) {
-            z->xfer[n++] = (struct comm_xfer){ t->group, t->tag, false, to, run_elems(mine) * sizeof(float) };
+            f->xfer[n++] = (struct comm_xfer){ t->group, t->tag, false, to, run_elems(mine) * sizeof(float) };
             to += run_elems(mine);
             continue;
         }
         for (int g = 0; g < z->group->size; g++) {
             struct zero_run theirs = group_part(z, bucket, g);
             if (g != me)
-                z->xfer[n++] = (struct comm_xfer){ g, t->tag, true, own_slice(z, t, bucket, theirs),
+                f->xfer[n++] = (struct comm_xfer){ g, t->tag, true, own_slice(z, t, bucket, theirs),
                                                    run_elems(theirs) * sizeof(float) };
         }
     }
     return n;
 }
 
-/* Exchange one bucket and finish the tree in this rank's part of it. */
-static status *reduce_bucket(struct zero *z, uint64_t bucket)
+static status *begin_bucket(struct zero *z, struct flight *f, uint64_t bucket)
 {
+    f->bucket = bucket;
+    return comm_iexchange(z->sums, f->xfer, reduce_messages(z, f), NULL, &f->req);
+}
+
+/* Finish the tree in this rank's part of a bucket that has come. */
+static void finish_bucket(const struct zero *z, const struct flight *f)
+{
+    uint64_t bucket = f->bucket;
     struct zero_run run = own_part(z, bucket);
-    TRY(comm_exchange(z->group, z->xfer, reduce_messages(z, bucket), NULL));
     if (!run_elems(run))
-        return NULL;
+        return;
     struct grad_stack s = { 0 };
-    float *from = z->recv;
+    float *from = f->recv;
     for (int i = 0; i < z->parts; i++) {
         const struct part *t = &z->part[i];
         struct grad_node n = { t->level, t->begin >> t->level, NULL };
@@ -298,6 +351,26 @@ static status *reduce_bucket(struct zero *z, uint64_t bucket)
         memcpy(to, sum, run_elems(run) * sizeof(float));
     if (!sum)
         memset(to, 0, run_elems(run) * sizeof(float)); /* a step without micro-batches */
+}
+
+/* Begin the exchanges of buckets whose sums are complete here, as many as there is room for, and finish those that have
+ * come; all: wait for them. */
+static status *move_on(struct zero *z, bool all)
+{
+    while (z->ended < z->added) {
+        if (z->begun < z->added && z->begun - z->ended < FLIGHTS) {
+            TRY(begin_bucket(z, &z->flight[z->begun % FLIGHTS], z->due[z->begun].bucket));
+            z->begun++;
+            continue;
+        }
+        struct flight *f = &z->flight[z->ended % FLIGHTS];
+        bool come = true;
+        TRY(all ? comm_wait(&f->req) : comm_test(&f->req, &come));
+        if (!come)
+            return NULL;
+        finish_bucket(z, f);
+        z->ended++;
+    }
     return NULL;
 }
 
@@ -443,8 +516,8 @@ status *zero_reduce(struct zero *z, double *norm)
     for (int c = 0; c < params_chunks(z->p); c++)
         CHECK(z->chunk[c].pass == z->pass, "chunk %d has run %u passes of %u", c, z->chunk[c].pass, z->pass);
     CHECK(z->sum.stack.n == z->own_parts, "%d nodes where %d are due", z->sum.stack.n, z->own_parts);
-    for (uint64_t b = 0; b < z->k->n; b++)
-        TRY(reduce_bucket(z, b));
+    z->added = z->k->n; /* with no pass at all, too */
+    TRY(move_on(z, true));
     for (uint64_t b = 0; z->o.cp && b < z->k->n; b++) {
         struct zero_run run = own_part(z, b);
         if (run_elems(run))
