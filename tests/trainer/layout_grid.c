@@ -8,6 +8,7 @@
 enum { ZEROS = 3, RECOMPUTES = 3, KINDS = 2, LOSSES = 2, VARIANTS = ZEROS * RECOMPUTES * KINDS * LOSSES };
 static const int zeros[ZEROS] = { 0, 1, 3 };
 static const char *const recomputes[RECOMPUTES] = { "none", "block", "attention" };
+static const char *const schedules[] = { "1f1b", "zero-bubble", "interleaved" }; /* the last: two stages a rank */
 
 struct grid_mesh {
     int ranks, pp, dp, ep, cp, tp;
@@ -76,7 +77,8 @@ static void make(const struct grid_mesh *m, int variant, struct layout_job *out)
 {
     int loss = variant % LOSSES, kind = variant / LOSSES % KINDS, recompute = variant / (LOSSES * KINDS) % RECOMPUTES,
         zero = variant / (LOSSES * KINDS * RECOMPUTES);
-    bool odd = (recompute + zero + m->pp + m->tp) % 2;
+    int turn = recompute + zero + m->pp + m->tp;
+    bool odd = turn % 2;
     *out = (struct layout_job){ .ranks = m->ranks };
     add_model(m, kind, odd, &out->what);
     add_loss(loss, &out->what);
@@ -86,7 +88,7 @@ static void make(const struct grid_mesh *m, int variant, struct layout_job *out)
     words_add(&out->how, "parallel.cp=%d", m->cp);
     words_add(&out->how, "parallel.tp=%d", m->tp);
     words_add(&out->how, "parallel.sequence=%s", m->tp > 1 && odd ? "true" : "false");
-    words_add(&out->how, "parallel.schedule=%s", m->pp > 1 && !odd ? "zero-bubble" : "1f1b");
+    words_add(&out->how, "parallel.schedule=%s", m->pp == 1 ? "1f1b" : schedules[turn % (m->pp == 2 ? 3 : 2)]);
     words_add(&out->how, "parallel.zero=%d", zeros[zero]);
     words_add(&out->how, "parallel.bucket=8K");
     words_add(&out->how, "memory.recompute=%s", recomputes[recompute]);
