@@ -24,7 +24,7 @@ static const struct option top_rows[] = {
     ROW(OPT_ENUM, top_config, comm, "comm", "mpi", 0, 0, "mpi|self", "",
         "how ranks talk; self: one process without MPI"),
     ROW(OPT_INT, top_config, threads, "threads", "0", 0, 1024, NULL, "",
-        "compute threads of a rank; 0: cores / ranks on the host"),
+        "compute threads of a rank; 0: its share of the cores that it may run on"),
 };
 static const struct option run_rows[] = {
     ROW(OPT_STRING, run_config, name, "name", NULL, 0, 0, NULL, "", "name of the run, in logs and metrics"),

@@ -83,31 +83,6 @@ static status *open_scratch(struct trainer *t)
 
 /* --- numbers */
 
-static int threads_of(const struct trainer *t, int ranks_here)
-{
-    if (t->cfg->top.threads > 0)
-        return (int)t->cfg->top.threads;
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores > ranks_here ? (int)(cores / ranks_here) : 1;
-}
-
-/* Ranks that share this host: those whose host name hashes alike. Collective. */
-static status *count_local_ranks(struct comm *world, int *out)
-{
-    char host[256] = "";
-    (void)gethostname(host, sizeof host - 1);
-    uint64_t mine = hash64(host, strlen(host)), *all = mem_array(NULL, (size_t)world->size, sizeof *all);
-    TRY(comm_agree(world, all ? NULL : ERR(NO_MEMORY, "host names")));
-    status *st = comm_allgather(world, &mine, all, sizeof mine, NULL);
-    int n = 0;
-    for (int i = 0; !st && i < world->size; i++)
-        n += all[i] == mine;
-    mem_free(all);
-    if (!st)
-        *out = n;
-    return st;
-}
-
 /* Stages of the pipeline on each rank. */
 static int chunks_of(const struct trainer *t)
 {
@@ -130,7 +105,7 @@ static status *open_routes(struct trainer *t)
     return NULL;
 }
 
-static status *open_model(struct trainer *t, int ranks_here)
+static status *open_model(struct trainer *t)
 {
     static const char *const devices[] = { "cpu", "cuda" };
     TRY(device_open(devices[t->cfg->top.device], 0, &t->device));
@@ -138,7 +113,7 @@ static status *open_model(struct trainer *t, int ranks_here)
         return ERR(UNSUPPORTED,
                    "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only",
                    t->device->ops->name);
-    TRY(workers_open(threads_of(t, ranks_here), &t->workers));
+    TRY(workers_open(t->cfg->top.threads ? (int)t->cfg->top.threads : t->place.threads, &t->workers));
     struct tp_place at = { .size = t->tp ? t->tp->size : 1,
                            .rank = t->tp ? t->tp->rank : 0,
                            .sequence = t->tp && t->cfg->parallel.sequence,
@@ -223,9 +198,9 @@ static status *dry_runs(struct trainer *t)
 }
 
 /* parallel: auto: the least memory of any rank counts. Collective. */
-static status *choose_mesh(struct trainer *t, int ranks_here)
+static status *choose_mesh(struct trainer *t)
 {
-    uint64_t memory = mesh_plan_memory(t->cfg, ranks_here);
+    uint64_t memory = mesh_plan_memory(t->cfg, t->place.ranks_here);
     if (!t->cfg->parallel.automatic)
         return NULL;
     TRY(comm_allreduce(t->world, &memory, 1, COMM_U64, COMM_MIN, NULL));
@@ -375,10 +350,9 @@ static void init_params(struct trainer *t)
 
 static status *open_all(struct trainer *t)
 {
-    int ranks_here = 1;
     t->training = true;
-    TRY(count_local_ranks(t->world, &ranks_here));
-    TRY(choose_mesh(t, ranks_here));
+    TRY(placement_read(t->world, &t->place));
+    TRY(choose_mesh(t));
     TRY(open_mesh(t));
     TRY(comm_agree(t->world, metrics_open(t->cfg->run.dir, t->world->rank == 0, &t->metrics)));
     if (t->plan)
@@ -389,7 +363,7 @@ static status *open_all(struct trainer *t)
     if (!st)
         st = open_scratch(t);
     if (!st)
-        st = open_model(t, ranks_here);
+        st = open_model(t);
     TRY(comm_agree(t->world, st));
     TRY(open_zero(t));
     TRY(dry_runs(t));
@@ -421,13 +395,12 @@ static status *open_eval_data(struct trainer *t)
 
 static status *open_for_eval(struct trainer *t)
 {
-    int ranks_here = 1;
-    TRY(count_local_ranks(t->world, &ranks_here));
-    TRY(choose_mesh(t, ranks_here));
+    TRY(placement_read(t->world, &t->place));
+    TRY(choose_mesh(t));
     TRY(open_mesh(t));
     status *st = open_eval_data(t);
     if (!st)
-        st = open_model(t, ranks_here);
+        st = open_model(t);
     TRY(comm_agree(t->world, st));
     TRY(comm_agree(t->world, dry_run(t, &t->heldout_pack)));
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);

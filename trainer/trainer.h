@@ -18,6 +18,7 @@
 #include "trainer/parallel/shards.h"
 #include "trainer/parallel/tied.h"
 #include "trainer/parallel/zero.h"
+#include "trainer/placement.h"
 #include "trainer/when.h"
 
 enum { PHASES = 2 };
@@ -37,6 +38,7 @@ struct trainer {
     struct config *cfg; /* borrowed, as are world and log */
     struct comm *world;
     const struct log *log;
+    struct placement place;
     struct mesh mesh;
     struct mesh_plan *plan;         /* of parallel: auto, else NULL */
     struct comm *dp, *cp, *tp, *pp; /* the ranks of this one's axes; cp, tp, pp NULL: there is one; dp: of dp x ep */
