@@ -67,6 +67,6 @@ if(TARGET tessera)
   install(TARGETS tessera RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT program)
 endif()
 if(TARGET tessera_cuda)
-  set_target_properties(tessera_cuda PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
-  install(TARGETS tessera_cuda LIBRARY DESTINATION lib/tessera COMPONENT program) # where comm/device/device.c looks
+  set_target_properties(tessera_cuda tessera_ops_cuda PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+  install(TARGETS tessera_cuda tessera_ops_cuda LIBRARY DESTINATION lib/tessera COMPONENT program) # where comm/device/plugin.c looks
 endif()

@@ -1,0 +1,187 @@
+/* cuda_emu: as much of CUDA as trainer/ops/cuda uses, on the CPU, so that the same .cu files compile with g++ and their
+ * tests run without a GPU. Included before anything else (-include).
+ *
+ * A block's threads are fibers that take turns on the caller's thread; they change at __syncthreads, __syncwarp and
+ * warp exchanges only. What differs from a GPU is meant to find mistakes: blocks and threads run in ascending or in
+ * descending order (emu_order), so that what needs a barrier that is not there comes out differently in one of them;
+ * shared memory and cudaMalloc's are full of NaN; a barrier that not all threads of a block reach, an exchange that not
+ * all 32 threads of a warp reach, and a launch that a GPU would refuse end the program. There are no atomics. */
+#ifndef TESSERA_TESTS_SUPPORT_CUDA_EMU_H
+#define TESSERA_TESTS_SUPPORT_CUDA_EMU_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CUDA_EMULATED 1
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_)
+    {
+    }
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+struct emu_triple {
+    unsigned x, y, z;
+};
+struct emu_place {
+    struct emu_triple thread, block, block_dim, grid_dim;
+};
+extern __thread struct emu_place emu_here;
+#define threadIdx (emu_here.thread)
+#define blockIdx  (emu_here.block)
+#define blockDim  (emu_here.block_dim)
+#define gridDim   (emu_here.grid_dim)
+
+/* Of all launches from now on, on this thread. */
+extern "C" void emu_order(bool descending);
+void emu_run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void *arg);
+/* The block's shared memory; ends the program if fewer bytes were asked for at launch. */
+void *emu_shared(size_t bytes);
+void __syncthreads(void);
+/* Leave bytes for the others of the warp, wait until all have, and return where theirs are, `stride` bytes apart. */
+const unsigned char *emu_exchange(unsigned mask, const void *mine, size_t bytes, size_t *stride);
+
+template <class B> static void emu_body(void *body)
+{
+    (*static_cast<B *>(body))();
+}
+
+template <class... P, class... A>
+static void emu_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... a)
+{
+    auto body = [&] { kernel(static_cast<P>(a)...); };
+    emu_run(grid, block, shared_bytes, emu_body<decltype(body)>, &body);
+}
+
+static inline unsigned emu_lane(void)
+{
+    return threadIdx.x % 32;
+}
+
+static inline void __syncwarp(unsigned mask = 0xffffffffu)
+{
+    size_t stride;
+    (void)emu_exchange(mask, "", 1, &stride);
+}
+
+template <class T> static T emu_take(unsigned mask, T value, unsigned lane)
+{
+    size_t stride;
+    const unsigned char *all = emu_exchange(mask, &value, sizeof value, &stride);
+    memcpy(&value, all + lane * stride, sizeof value);
+    return value;
+}
+
+template <class T> static T __shfl_xor_sync(unsigned mask, T value, int lane_mask)
+{
+    return emu_take(mask, value, (emu_lane() ^ (unsigned)lane_mask) % 32);
+}
+
+template <class T> static T __shfl_sync(unsigned mask, T value, int lane)
+{
+    return emu_take(mask, value, (unsigned)lane % 32);
+}
+
+static inline unsigned __ballot_sync(unsigned mask, int predicate)
+{
+    size_t stride;
+    unsigned bits = 0;
+    const unsigned char *all = emu_exchange(mask, &predicate, sizeof predicate, &stride);
+    for (unsigned i = 0; i < 32; i++) {
+        int theirs;
+        memcpy(&theirs, all + i * stride, sizeof theirs);
+        bits |= (unsigned)(theirs != 0) << i;
+    }
+    return bits;
+}
+
+static inline int __ffs(int x)
+{
+    return __builtin_ffs(x);
+}
+
+static inline float __uint_as_float(unsigned u)
+{
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+static inline unsigned __float_as_uint(float f)
+{
+    unsigned u;
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
+/* ---- the runtime ---- */
+
+typedef struct emu_stream *cudaStream_t;
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation = 2 };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum { cudaMemcpyDeviceToDevice = 3 };
+
+static inline const char *cudaGetErrorString(cudaError_t rc)
+{
+    return rc == cudaSuccess ? "no error" : "out of memory";
+}
+
+static inline cudaError_t cudaGetLastError(void)
+{
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaGetDeviceCount(int *count)
+{
+    *count = 1;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaSetDevice(int index)
+{
+    return index == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaFuncSetAttribute(const void *, int, int)
+{
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaMalloc(void **p, size_t bytes)
+{
+    size_t size = (bytes + 255) / 256 * 256;
+    *p = aligned_alloc(256, size ? size : 256);
+    if (*p)
+        memset(*p, 0xff, size);
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+static inline cudaError_t cudaFree(void *p)
+{
+    free(p);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
+{
+    memset(p, value, bytes);
+    return cudaSuccess;
+}
+
+#endif

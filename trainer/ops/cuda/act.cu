@@ -1,0 +1,200 @@
+/* act: everything that works on one element at a time: swiglu, sums of arrays, AdamW. One kernel over all of them, four
+ * elements a thread where all arrays are 16-byte aligned. */
+#include "trainer/ops/cuda/gpu.h"
+
+namespace
+{
+enum { INPUTS = 5, OUTPUTS = 3, MOST_BLOCKS = 132 * 16 };
+
+/* What F reads and writes at each element; an output that is also an input is added to. NULL: left out. */
+struct arrays {
+    const float *in[INPUTS];
+    float *out[OUTPUTS];
+};
+
+template <class F, int W> __device__ void at(const struct arrays &io, const F &f, int64_t i)
+{
+    float in[F::IN][W] = {}, out[F::OUT][W];
+    UNROLL
+    for (int k = 0; k < F::IN; k++)
+        if (io.in[k])
+            load<W>(in[k], io.in[k] + i);
+    UNROLL
+    for (int j = 0; j < W; j++) {
+        float a[F::IN], b[F::OUT];
+        UNROLL
+        for (int k = 0; k < F::IN; k++)
+            a[k] = io.in[k] ? in[k][j] : 0;
+        f(a, b);
+        UNROLL
+        for (int k = 0; k < F::OUT; k++)
+            out[k][j] = b[k];
+    }
+    UNROLL
+    for (int k = 0; k < F::OUT; k++)
+        if (io.out[k])
+            store<W>(io.out[k] + i, out[k]);
+}
+
+template <class F, int W> __global__ void each_element(struct arrays io, F f, int64_t n)
+{
+    int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = first; i < n / W; i += step)
+        at<F, W>(io, f, i * W);
+    for (int64_t i = n / W * W + first; i < n; i += step)
+        at<F, 1>(io, f, i);
+}
+
+template <class F> void each(struct workers *w, const char *what, const struct arrays &io, const F &f, int64_t n)
+{
+    uintptr_t all = 0;
+    for (int k = 0; k < F::IN; k++)
+        all |= (uintptr_t)io.in[k];
+    for (int k = 0; k < F::OUT; k++)
+        all |= (uintptr_t)io.out[k];
+    unsigned blocks = (unsigned)((n + 4 * BLOCK - 1) / (4 * BLOCK));
+    blocks = blocks < MOST_BLOCKS ? blocks : (unsigned)MOST_BLOCKS;
+    if ((all & 15) == 0)
+        launch(w, what, each_element<F, 4>, blocks, BLOCK, 0, io, f, n);
+    else
+        launch(w, what, each_element<F, 1>, blocks, BLOCK, 0, io, f, n);
+}
+
+__device__ inline float sigmoid(float x)
+{
+    return 1.0f / (1.0f + expf(-x));
+}
+
+struct swiglu_of {
+    enum { IN = 2, OUT = 1 };
+    __device__ void operator()(const float *a, float *y) const
+    {
+        y[0] = a[0] * sigmoid(a[0]) * a[1];
+    }
+};
+
+struct swiglu_gradient { /* dy, gate, up, dgate, dup */
+    enum { IN = 5, OUT = 2 };
+    __device__ void operator()(const float *a, float *y) const
+    {
+        float s = sigmoid(a[1]);
+        y[0] = a[3] + a[0] * a[2] * s * (1.0f + a[1] * (1.0f - s));
+        y[1] = a[4] + a[0] * a[1] * s;
+    }
+};
+
+struct sum_of {
+    enum { IN = 2, OUT = 1 };
+    __device__ void operator()(const float *a, float *y) const
+    {
+        y[0] = a[0] + a[1];
+    }
+};
+
+struct times {
+    enum { IN = 1, OUT = 1 };
+    float s;
+    __device__ void operator()(const float *a, float *y) const
+    {
+        y[0] = s * a[0];
+    }
+};
+
+struct plus_times {
+    enum { IN = 2, OUT = 1 };
+    float s;
+    __device__ void operator()(const float *a, float *y) const
+    {
+        y[0] = a[1] + s * a[0];
+    }
+};
+
+struct plus_one {
+    enum { IN = 1, OUT = 1 };
+    const float *s;
+    __device__ void operator()(const float *a, float *y) const
+    {
+        y[0] = a[0] + *s;
+    }
+};
+
+struct adamw_step { /* p, g, m, v to p, m, v */
+    enum { IN = 4, OUT = 3 };
+    float lr, beta1, beta1_rest, beta2, beta2_rest, eps, decay, fix1, fix2, grad_scale;
+    __device__ void operator()(const float *a, float *y) const
+    {
+        float g = a[1] * grad_scale, m = a[2] * beta1 + g * beta1_rest, v = a[3] * beta2 + g * g * beta2_rest;
+        float update = m * fix1 / (sqrtf(v * fix2) + eps);
+        y[0] = a[0] - lr * (update + decay * a[0]);
+        y[1] = m;
+        y[2] = v;
+    }
+};
+
+__global__ void widen_kernel(float *y, const uint16_t *x, int64_t n)
+{
+    int64_t step = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step)
+        y[i] = wide(x[i]);
+}
+} // namespace
+
+void gpu_swiglu(struct workers *w, float *y, const float *gate, const float *up, int64_t n)
+{
+    each(w, "swiglu", { { gate, up }, { y } }, swiglu_of(), n);
+}
+
+void gpu_swiglu_bwd(struct workers *w, float *dgate, float *dup, const float *dy, const float *gate, const float *up,
+                    int64_t n)
+{
+    each(w, "swiglu_bwd", { { dy, gate, up, dgate, dup }, { dgate, dup } }, swiglu_gradient(), n);
+}
+
+void gpu_add(struct workers *w, float *y, const float *a, const float *b, int64_t n)
+{
+    each(w, "add", { { a, b }, { y } }, sum_of(), n);
+}
+
+void gpu_scale(struct workers *w, float *y, const float *x, float s, int64_t n)
+{
+    each(w, "scale", { { x }, { y } }, times{ s }, n);
+}
+
+void gpu_axpy(struct workers *w, float *y, const float *x, float s, int64_t n)
+{
+    each(w, "axpy", { { x, y }, { y } }, plus_times{ s }, n);
+}
+
+void gpu_add_scalar(struct workers *w, float *y, const float *s, int64_t n)
+{
+    each(w, "add_scalar", { { y }, { y } }, plus_one{ s }, n);
+}
+
+void gpu_zero(struct workers *w, float *y, int64_t n)
+{
+    if (!w->error && n > 0)
+        (void)gpu_ok(w, cudaMemsetAsync(y, 0, (size_t)n * sizeof *y, w->stream), "zero");
+}
+
+void gpu_widen(struct workers *w, float *y, const uint16_t *x, int64_t n)
+{
+    int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    launch(w, "widen", widen_kernel, (unsigned)(blocks < MOST_BLOCKS ? blocks : (int64_t)MOST_BLOCKS), BLOCK, 0, y, x,
+           n);
+}
+
+void gpu_adamw(struct workers *w, float *p, const float *g, float *m, float *v, size_t n, double lr, double beta1,
+               double beta2, double eps, double weight_decay, uint64_t step, double grad_scale)
+{
+    struct adamw_step h = { (float)lr,
+                            (float)beta1,
+                            (float)(1 - beta1),
+                            (float)beta2,
+                            (float)(1 - beta2),
+                            (float)eps,
+                            (float)weight_decay,
+                            (float)(1 / (1 - pow(beta1, (double)step))),
+                            (float)(1 / (1 - pow(beta2, (double)step))),
+                            (float)grad_scale };
+    each(w, "adamw", { { p, g, m, v }, { p, m, v } }, h, (int64_t)n);
+}

@@ -1,0 +1,187 @@
+/* norm: root-mean-square normalisation, a warp a row; and sums over rows or over everything. Columns are added in runs
+ * of SPLIT rows, each by eight threads a column, and then run by run: an order that follows from the row count. */
+#include "trainer/ops/cuda/gpu.h"
+
+namespace
+{
+enum { SPLIT = 256, COLUMNS = WARP, LANES = BLOCK / COLUMNS };
+
+template <int W>
+__global__ void norm_rows(float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c,
+                          float eps)
+{
+    int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (row >= rows)
+        return;
+    x += row * c;
+    y += row * c;
+    float sum = 0;
+    for (int64_t j = lane * W; j < c; j += WARP * W) {
+        float v[W];
+        load<W>(v, x + j);
+        UNROLL
+        for (int k = 0; k < W; k++)
+            sum += v[k] * v[k];
+    }
+    float r = 1.0f / sqrtf(warp_sum(sum) / (float)c + eps);
+    for (int64_t j = lane * W; j < c; j += WARP * W) {
+        float v[W], s[W];
+        load<W>(v, x + j);
+        load<W>(s, weight + j);
+        UNROLL
+        for (int k = 0; k < W; k++)
+            v[k] = v[k] * r * s[k];
+        store<W>(y + j, v);
+    }
+    if (lane == 0)
+        rrms[row] = r;
+}
+
+/* dx += r dy w - x r^3 / C sum(dy w x) */
+template <int W>
+__global__ void norm_rows_bwd(float *dx, const float *dy, const float *x, const float *weight, const float *rrms,
+                              int64_t rows, int64_t c)
+{
+    int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (row >= rows)
+        return;
+    dx += row * c;
+    dy += row * c;
+    x += row * c;
+    float sum = 0, r = rrms[row];
+    for (int64_t j = lane * W; j < c; j += WARP * W) {
+        float v[W], s[W], d[W];
+        load<W>(v, x + j);
+        load<W>(s, weight + j);
+        load<W>(d, dy + j);
+        UNROLL
+        for (int k = 0; k < W; k++)
+            sum += d[k] * s[k] * v[k];
+    }
+    float mean = warp_sum(sum) * r * r * r / (float)c;
+    for (int64_t j = lane * W; j < c; j += WARP * W) {
+        float v[W], s[W], d[W], to[W];
+        load<W>(v, x + j);
+        load<W>(s, weight + j);
+        load<W>(d, dy + j);
+        load<W>(to, dx + j);
+        UNROLL
+        for (int k = 0; k < W; k++)
+            to[k] += r * d[k] * s[k] - mean * v[k];
+        store<W>(dx + j, to);
+    }
+}
+
+/* partial[split][m]: sums of dy, or of dy x rrms, over a run of rows. */
+__global__ void column_sums(float *partial, const float *dy, const float *x, const float *rrms, int64_t rows, int64_t m)
+{
+    struct room {
+        float sum[LANES][COLUMNS];
+    };
+    SHARED(room, s);
+    int64_t lane = threadIdx.x / COLUMNS, at = threadIdx.x % COLUMNS, j = (int64_t)blockIdx.x * COLUMNS + at;
+    int64_t first = (int64_t)blockIdx.y * SPLIT, end = min_of(first + SPLIT, rows);
+    float sum = 0;
+    for (int64_t i = first + lane; j < m && i < end; i += LANES)
+        sum += x ? dy[i * m + j] * (x[i * m + j] * rrms[i]) : dy[i * m + j];
+    s.sum[lane][at] = sum;
+    __syncthreads();
+    if (lane > 0 || j >= m)
+        return;
+    for (int k = 1; k < LANES; k++)
+        sum += s.sum[k][at];
+    partial[(int64_t)blockIdx.y * m + j] = sum;
+}
+
+__global__ void add_splits(float *y, const float *partial, int64_t splits, int64_t m)
+{
+    int64_t j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (j >= m)
+        return;
+    float sum = 0;
+    for (int64_t i = 0; i < splits; i++)
+        sum += partial[i * m + j];
+    y[j] += sum;
+}
+
+void columns(struct workers *w, const char *what, float *y, const float *dy, const float *x, const float *rrms,
+             int64_t rows, int64_t m)
+{
+    enum { MOST = 32768 }; /* splits of a launch */
+    int64_t each = (int64_t)MOST * SPLIT;
+    for (int64_t at = 0; at < rows; at += each) {
+        int64_t n = rows - at < each ? rows - at : each;
+        unsigned splits = gpu_blocks(n, SPLIT);
+        float *partial = (float *)gpu_scratch(w, SCRATCH_CALL, (size_t)splits * (size_t)m * sizeof *partial);
+        launch(w, what, column_sums, dim3(gpu_blocks(m, COLUMNS), splits), BLOCK, LANES * COLUMNS * sizeof(float),
+               partial, dy + at * m, x ? x + at * m : NULL, rrms ? rrms + at : NULL, n, m);
+        launch(w, what, add_splits, gpu_blocks(m, BLOCK), BLOCK, 0, y, partial, (int64_t)splits, m);
+    }
+}
+
+/* out[b]: the f64 sum of elements [1024 b, 1024 (b + 1)). */
+__global__ void sum_blocks(double *out, const float *x, int64_t n)
+{
+    struct room {
+        double sum[WARPS];
+    };
+    SHARED(room, s);
+    int64_t first = (int64_t)blockIdx.x * SUM_BLOCK, end = min_of(first + SUM_BLOCK, n);
+    double sum = 0;
+    for (int64_t i = first + threadIdx.x; i < end; i += BLOCK)
+        sum += (double)x[i];
+    sum = block_sum(sum, s.sum);
+    if (threadIdx.x == 0)
+        out[blockIdx.x] = sum;
+}
+
+/* tree_sum, by one block. A level's sums go to the front of what they are made of: read, wait, write. */
+__global__ void sum_tree(float *y, double *s, int64_t n)
+{
+    for (; n > 1; n = (n + 1) / 2)
+        for (int64_t first = 0; first < (n + 1) / 2; first += BLOCK) {
+            int64_t i = first + threadIdx.x;
+            double sum = 0;
+            if (i < (n + 1) / 2)
+                sum = 2 * i + 1 < n ? s[2 * i] + s[2 * i + 1] : s[2 * i];
+            __syncthreads();
+            if (i < (n + 1) / 2)
+                s[i] = sum;
+            __syncthreads();
+        }
+    if (threadIdx.x == 0)
+        *y = n ? (float)s[0] : 0.0f;
+}
+} // namespace
+
+void gpu_rmsnorm(struct workers *w, float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c,
+                 float eps)
+{
+    launch(w, "rmsnorm", four(c, y, x, weight) ? norm_rows<4> : norm_rows<1>, gpu_blocks(rows, WARPS), BLOCK, 0, y,
+           rrms, x, weight, rows, c, eps);
+}
+
+void gpu_rmsnorm_bwd(struct workers *w, float *dx, const float *dy, const float *x, const float *weight,
+                     const float *rrms, int64_t rows, int64_t c)
+{
+    launch(w, "rmsnorm_bwd", four(c, dx, dy, x, weight) ? norm_rows_bwd<4> : norm_rows_bwd<1>, gpu_blocks(rows, WARPS),
+           BLOCK, 0, dx, dy, x, weight, rrms, rows, c);
+}
+
+void gpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, const float *dy, const float *x, const float *rrms,
+                            int64_t rows, int64_t c)
+{
+    columns(w, "rmsnorm_bwd_weight", dweight, dy, x, rrms, rows, c);
+}
+
+void gpu_bias_bwd(struct workers *w, float *db, const float *dy, int64_t n, int64_t m)
+{
+    columns(w, "bias_bwd", db, dy, NULL, NULL, n, m);
+}
+
+void gpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial)
+{
+    int64_t blocks = (n + SUM_BLOCK - 1) / SUM_BLOCK;
+    launch(w, "sum", sum_blocks, (unsigned)blocks, BLOCK, WARPS * sizeof(double), partial, x, n);
+    launch(w, "sum", sum_tree, 1, BLOCK, 0, y, partial, blocks);
+}
