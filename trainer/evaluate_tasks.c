@@ -1,5 +1,6 @@
 /* evaluate_tasks: held-out task accuracy: how many prompts of data.tasks the model completes, each time with its most
- * likely token, to exactly the answer. Ranks take equal runs of the tasks; batches of them change no bit. */
+ * likely token, to exactly the answer. Ranks take equal runs of the tasks, but for one; batches of them change no bit.
+ * All make as many batches: those that share experts make their passes together. */
 #include "trainer/trainer.h"
 
 #include "comm/agree.h"
@@ -20,6 +21,17 @@ struct task_eval {
     uint64_t evaluated_step; /* UINT64_MAX: none */
 };
 
+/* Runs of tasks that ranks take, and the most that one of them has. */
+static uint64_t parts_of(const struct trainer *t)
+{
+    return (uint64_t)t->dp->size * (t->cp ? (uint64_t)t->cp->size : 1);
+}
+
+static uint64_t tasks_most(const struct trainer *t, const struct task_eval *e)
+{
+    return (e->tasks->rows + parts_of(t) - 1) / parts_of(t);
+}
+
 status *task_eval_open(struct trainer *t)
 {
     const struct data_config *c = &t->cfg->data;
@@ -30,10 +42,10 @@ status *task_eval_open(struct trainer *t)
         return ERR(NO_MEMORY, "%s: an evaluation", c->tasks);
     e->evaluated_step = UINT64_MAX;
     TRY(tasks_open(c->tasks, (uint32_t)c->max_length, &e->tasks));
-    uint64_t rows = e->tasks->rows;
+    uint64_t most = tasks_most(t, e);
     /* one token more than the longest answer has would be wrong whatever it is */
     tape_context(t->tape, NULL);
-    status *st = generator_open(t->model, t->tape, rows < TASK_BATCH ? (int32_t)rows : TASK_BATCH,
+    status *st = generator_open(t->model, t->tape, most < TASK_BATCH ? (int32_t)most : TASK_BATCH,
                                 (int32_t)e->tasks->longest_prompt, (int32_t)e->tasks->longest_answer, &e->generator);
     tape_context(t->tape, t->cp);
     return status_wrap(st, "%s", c->tasks);
@@ -49,13 +61,13 @@ void task_eval_close(struct trainer *t)
     t->task_eval = NULL;
 }
 
-/* Of tasks [begin, end): how many are solved. */
-static status *count_solved(struct task_eval *e, uint64_t begin, uint64_t end, uint64_t *solved)
+/* Of tasks [begin, end), of which ranks have `most` at most: how many are solved. */
+static status *count_solved(struct task_eval *e, uint64_t begin, uint64_t end, uint64_t most, uint64_t *solved)
 {
     const struct generate_options greedy = { .eos = TOKEN_EOS };
     const struct tasks *k = e->tasks;
-    for (uint64_t first = begin; first < end; first += TASK_BATCH) {
-        int32_t n = (int32_t)(end - first < TASK_BATCH ? end - first : TASK_BATCH);
+    for (uint64_t first = begin; first < begin + most; first += TASK_BATCH) {
+        int32_t n = first >= end ? 0 : (int32_t)(end - first < TASK_BATCH ? end - first : TASK_BATCH);
         for (int32_t i = 0; i < n; i++) {
             const struct task *task = &k->task[first + (uint64_t)i];
             e->prompt[i] = (struct prompt){ .token = k->token + task->begin, .count = (int32_t)task->prompt };
@@ -74,17 +86,17 @@ status *evaluate_tasks(struct trainer *t)
         return NULL;
     uint64_t begin, end, solved = 0, rows = e->tasks->rows;
     uint64_t c = t->cp ? (uint64_t)t->cp->size : 1, own = t->cp ? (uint64_t)t->cp->rank : 0;
-    layout_cut(rows, (uint64_t)t->dp->size * c, (uint64_t)t->dp->rank * c + own, &begin, &end);
+    layout_cut(rows, parts_of(t), (uint64_t)t->dp->rank * c + own, &begin, &end);
     struct shards *shards = trainer_shards(t, t->model);
     if (shards)
         TRY(shards_hold(shards)); /* how many passes a rank makes, its completions decide */
     tape_blocks(t->tape, NULL);
     tape_context(t->tape, NULL); /* each rank generates for prompts of its own */
-    status *st = count_solved(e, begin, end, &solved);
+    status *st = count_solved(e, begin, end, tasks_most(t, e), &solved);
     tape_context(t->tape, t->cp);
     if (shards)
         shards_release(shards, false);
-    if (st && t->tp) /* its tensor-parallel peers wait for it in the same pass */
+    if (st && (t->tp || t->ep)) /* others wait for it in the same pass */
         trainer_abort(t, st);
     st = comm_agree(t->dp, st);
     TRY(t->cp ? comm_agree(t->cp, st) : st);

@@ -77,6 +77,8 @@ void routing_sort(struct tape *t, struct routing *g)
             at += g->counts[r * experts + t->ep->rank * g->experts + e];
     }
     g->from[g->experts] = g->rows = t->error ? 0 : at;
+    for (int64_t i = 0; !t->error && i < t->ep->size * experts; i++)
+        t->routed += g->counts[i];
 }
 
 /* Sorted rows to the ranks of their experts, or (back) experts' rows to the ranks of their tokens. */

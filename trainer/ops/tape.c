@@ -80,6 +80,7 @@ void tape_begin(struct tape *t, enum tape_mode mode)
     t->context_part = NULL;
     t->context_floats = 0;
     t->block_bytes = 0;
+    t->routed = 0;
     t->mode = mode;
     arena_reset(&t->arena);
 }

@@ -101,6 +101,7 @@ struct tape {
     int64_t room_floats;
 
     struct comm *ep;      /* tape_experts */
+    int64_t routed;       /* with it, since tape_begin: rows that all its ranks have sent to experts */
     struct comm *context; /* tape_context; NULL: every pack is whole */
     float *context_part;  /* since tape_begin: room for the keys and values of all tokens */
     int64_t context_floats;

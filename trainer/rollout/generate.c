@@ -2,7 +2,11 @@
  *
  * One pass takes all prompts, every further one the newest token of the sequences still growing; those that ended stay
  * in the pack as empty segments, so that a sequence keeps its place in the caches. Only the last token's row of each
- * sequence meets the output matrix. */
+ * sequence meets the output matrix.
+ *
+ * Ranks that share experts each make a pass where one of them does, with or without tokens of their own: their
+ * exchanges meet. A pass in which nobody had a token, as the counts of rows that they tell each other say, was the
+ * last. */
 #include "trainer/rollout/generate.h"
 
 #include "comm/base/mem.h"
@@ -87,8 +91,11 @@ static status *run_pass(struct generator *g, const struct generate_options *o, c
     struct tensor *logp = NULL, *head = g->model->ops->head(g->model);
     struct model_input in = input_of(g, n);
     tape_begin(g->tape, TAPE_FORWARD);
-    struct tensor *x = last_rows(g, g->model->ops->forward(g->model, g->tape, &in), n, rows);
-    struct tensor *logits = op_logits(g->tape, x, head);
+    struct tensor *x = g->model->ops->forward(g->model, g->tape, &in), *logits = NULL;
+    if (rows) {
+        x = last_rows(g, x, n, rows);
+        logits = op_logits(g->tape, x, head);
+    }
     if (logits)
         append(g, o, prompt, logits, rows);
     if (logits && o->logps)
@@ -147,8 +154,11 @@ status *generate(struct generator *g, const struct generate_options *o, const st
     memset(g->made, 0, (size_t)n * sizeof *g->made);
     memset(g->ended, 0, (size_t)n * sizeof *g->ended);
     pack_prompts(g, prompt, n);
-    for (int32_t rows = n; rows; rows = pack_newest(g, prompt, n))
+    bool more = n || g->tape->ep;
+    for (int32_t rows = n; more; more = rows || g->tape->routed) {
         TRY(run_pass(g, o, prompt, n, rows));
+        rows = pack_newest(g, prompt, n);
+    }
     for (int32_t s = 0; s < n; s++) {
         size_t at = (size_t)s * (size_t)g->max_tokens;
         out[s] = (struct completion){ g->out + at, o->logps ? g->logp + at : NULL, g->made[s], g->ended[s] };

@@ -5,7 +5,7 @@
  *     TRY(generate(g, &(struct generate_options){ .eos = TOKEN_EOS }, prompt, n, completion));   // greedy
  *
  * What a prompt gets depends on the weights, its tokens, its sample number and the options, and on nothing else: not on
- * the batch, its other prompts, threads or ranks. A token decoded against the cache has the bits of a full pass over
+ * the batch, its other prompts, threads or ranks (tensor-parallel ranks round otherwise). A token decoded against the cache has the bits of a full pass over
  * its sequence, and so has its log-probability: where the policy has not moved since, the ratio to a training pass is
  * exactly 1. */
 #ifndef TESSERA_TRAINER_ROLLOUT_GENERATE_H
@@ -47,8 +47,9 @@ struct completion {
     bool ended; /* by the end token; false: max_tokens were reached */
 };
 
-/* Continue prompt[0..n), n <= batch, into out[n]. No allocation. Not collective. INVALID for a prompt that is empty or
- * too long, or a token that the model does not have. */
+/* Continue prompt[0..n), n <= batch, into out[n]. No allocation. Collective over the tape's tensor-parallel ranks, with
+ * the same prompts, and over its ranks of experts, each with prompts of its own or none. INVALID for a prompt that is
+ * empty or too long, or a token that the model does not have. */
 status *generate(struct generator *g, const struct generate_options *o, const struct prompt *prompt, int32_t n,
                  struct completion *out) WARN_UNUSED;
 
