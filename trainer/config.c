@@ -561,12 +561,6 @@ static status *check_together(struct config *c, const char *name)
         return ERR(INVALID, "%s: data.labelled is required: a JSONL file of prompt/completion/label rows", name);
     if (c->algo_ops->data == DATASET_PREFS && !*c->data.prefs)
         return ERR(INVALID, "%s: data.prefs is required: a JSONL file of prompt/chosen/rejected rows", name);
-    if (c->parallel.pp > 1 && *c->data.tasks)
-        return ERR(
-            INVALID,
-            "%s: parallel.pp: %lld does not go with data.tasks: completions are made on whole models only (legal: "
-            "parallel.pp 1, or no data.tasks)",
-            name, (long long)c->parallel.pp);
     if (c->parallel.ep > 1 && c->parallel.zero > 1)
         return ERR(INVALID,
                    "%s: parallel.zero: %lld does not go with parallel.ep above 1 (legal: zero 0 or 1, or ep 1)", name,

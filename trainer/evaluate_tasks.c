@@ -45,7 +45,7 @@ status *task_eval_open(struct trainer *t)
     uint64_t most = tasks_most(t, e);
     /* one token more than the longest answer has would be wrong whatever it is */
     tape_context(t->tape, NULL);
-    status *st = generator_open(t->model, t->tape, most < TASK_BATCH ? (int32_t)most : TASK_BATCH,
+    status *st = generator_open(t->model, t->tape, t->pp, most < TASK_BATCH ? (int32_t)most : TASK_BATCH,
                                 (int32_t)e->tasks->longest_prompt, (int32_t)e->tasks->longest_answer, &e->generator);
     tape_context(t->tape, t->cp);
     return status_wrap(st, "%s", c->tasks);
@@ -96,7 +96,7 @@ status *evaluate_tasks(struct trainer *t)
     tape_context(t->tape, t->cp);
     if (shards)
         shards_release(shards, false);
-    if (st && (t->tp || t->ep)) /* others wait for it in the same pass */
+    if (st && (t->tp || t->pp || t->ep)) /* others wait for it in the same pass */
         trainer_abort(t, st);
     st = comm_agree(t->dp, st);
     TRY(t->cp ? comm_agree(t->cp, st) : st);

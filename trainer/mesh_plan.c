@@ -310,7 +310,7 @@ static status *try_mesh(struct mesh_plan *p, int pp, int dp, int tp)
 {
     const struct parallel_config *c = &p->c->parallel;
     if (!may_be(p->c, FIXED_PP, c->pp, pp) || !may_be(p->c, FIXED_TP, c->tp, tp) ||
-        ((c->fixed & FIXED_DP) && c->dp && c->dp != dp) || (pp > 1 && *p->c->data.tasks))
+        ((c->fixed & FIXED_DP) && c->dp && c->dp != dp))
         return NULL;
     int layers = 0;
     struct stage *stage = mem_calloc((size_t)pp, sizeof *stage);

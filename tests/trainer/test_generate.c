@@ -205,7 +205,7 @@ static void equals_plain_decoding(void **state)
     struct generator *g;
     struct completion c[PROMPTS];
     int ended = 0, cut = 0;
-    must(generator_open(f->m, f->tape, PROMPTS, LONGEST, NEW, &g));
+    must(generator_open(f->m, f->tape, NULL, PROMPTS, LONGEST, NEW, &g));
     for (int k = 0; k < 3; k++) {
         struct generate_options o = { EOS, temperature[k], 77, (uint32_t)k, true };
         must(generate(g, &o, f->prompt, PROMPTS, c));
@@ -227,7 +227,7 @@ static void logps_are_those_of_training(void **state)
     struct generator *g;
     struct completion c[PROMPTS];
     struct tape *t;
-    must(generator_open(f->m, f->tape, PROMPTS, LONGEST, NEW, &g));
+    must(generator_open(f->m, f->tape, NULL, PROMPTS, LONGEST, NEW, &g));
     must(generate(g, &o, f->prompt, PROMPTS, c));
     must(tape_open(NULL, NULL, 0, &t));
     for (int i = 0; i < PROMPTS; i++) {
@@ -267,7 +267,7 @@ static void generate_in_batches(struct fixture *f, int batch, int threads, bool 
     struct completion c[PROMPTS];
     must(workers_open(threads, &w));
     must(tape_open(w, NULL, 0, &t));
-    must(generator_open(f->m, t, batch, LONGEST, NEW, &g));
+    must(generator_open(f->m, t, NULL, batch, LONGEST, NEW, &g));
     for (int first = 0; first < PROMPTS; first += batch) {
         int n = PROMPTS - first < batch ? PROMPTS - first : batch;
         for (int i = 0; i < n; i++)
@@ -337,7 +337,7 @@ static void ends(void **state)
     struct fixture *f = *state;
     struct generator *g;
     struct completion c[PROMPTS];
-    must(generator_open(f->m, f->tape, PROMPTS, LONGEST, NEW, &g));
+    must(generator_open(f->m, f->tape, NULL, PROMPTS, LONGEST, NEW, &g));
     must(generate(g, &(struct generate_options){ .eos = -1 }, f->prompt, PROMPTS, c));
     int32_t third = c[2].token[0];
     for (int i = 0; i < PROMPTS; i++) { /* without an end token all run to the last */
@@ -351,7 +351,7 @@ static void ends(void **state)
     assert_int_equal(c[2].token[0], third);
     must(generate(g, &(struct generate_options){ .eos = third }, f->prompt, 0, c));
     generator_close(g);
-    must(generator_open(f->m, f->tape, 1, 1, 1, &g)); /* the smallest */
+    must(generator_open(f->m, f->tape, NULL, 1, 1, 1, &g)); /* the smallest */
     int32_t one = 5;
     must(generate(g, &(struct generate_options){ .eos = -1 }, &(struct prompt){ &one, 1, 0 }, 1, c));
     assert_int_equal(c[0].count, 1);
@@ -367,7 +367,7 @@ static void steady_calls_allocate_nothing(void **state)
     struct prompt longest[PROMPTS];
     for (int i = 0; i < PROMPTS; i++)
         longest[i] = (struct prompt){ f->token[i], LONGEST, 0 };
-    must(generator_open(f->m, f->tape, PROMPTS, LONGEST, NEW, &g));
+    must(generator_open(f->m, f->tape, NULL, PROMPTS, LONGEST, NEW, &g));
     uint64_t before = mem_count();
     must(generate(g, &o, longest, PROMPTS, c));
     assert_int_equal(mem_count() - before, 0);
@@ -380,12 +380,12 @@ static void refusals(void **state)
     struct generator *g;
     struct completion c[4];
     struct generate_options o = { .eos = EOS };
-    refused(generator_open(f->m, f->tape, 0, 1, 1, &g), "at least 1");
-    refused(generator_open(f->m, f->tape, 1, 0, 1, &g), "at least 1");
-    refused(generator_open(f->m, f->tape, 1, 1, 0, &g), "at least 1");
-    refused(generator_open(f->m, f->tape, 1, LONGEST, 21, &g), "outgrow model.max_positions 28");
-    refused(generator_open(f->m, f->tape, 1 << 30, 1, 1, &g), "more than a pack holds");
-    must(generator_open(f->m, f->tape, 2, 3, 4, &g));
+    refused(generator_open(f->m, f->tape, NULL, 0, 1, 1, &g), "at least 1");
+    refused(generator_open(f->m, f->tape, NULL, 1, 0, 1, &g), "at least 1");
+    refused(generator_open(f->m, f->tape, NULL, 1, 1, 0, &g), "at least 1");
+    refused(generator_open(f->m, f->tape, NULL, 1, LONGEST, 21, &g), "outgrow model.max_positions 28");
+    refused(generator_open(f->m, f->tape, NULL, 1 << 30, 1, 1, &g), "more than a pack holds");
+    must(generator_open(f->m, f->tape, NULL, 2, 3, 4, &g));
     int32_t strange[] = { 1, VOCAB, 2 };
     struct prompt p[3] = { { f->token[0], 0, 0 }, { f->token[0], 4, 0 }, { strange, 3, 0 } };
     refused(generate(g, &o, p, 3, c), "3 prompts, a batch has 0 to 2");
@@ -438,7 +438,7 @@ static void caches(void **state)
     (void)state;
     struct kv_caches c;
     struct kv_shape shape = { 3, 2, 4, 100 };
-    must(kv_caches_init(&c, &shape, 5, 7));
+    must(kv_caches_init(&c, &shape, NULL, 5, 7));
     for (int l = 0; l < 3; l++)
         for (int s = 0; s < 5; s++)
             c.layer[l].len[s] = 1 + l + s;

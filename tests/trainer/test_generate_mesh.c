@@ -5,6 +5,7 @@
 #include "comm/base/mem.h"
 #include "comm/mesh.h"
 #include "tests/support/comm_threads.h"
+#include "trainer/parallel/tied.h"
 #include "trainer/rollout/generate.h"
 
 #include <setjmp.h>
@@ -25,7 +26,8 @@ static const float temperatures[TEMPERATURES] = { 0, 1.3f };
 
 /* One of the two has a layer without experts. */
 #define EXPERTS "experts=4,experts_per_token=2,expert_ffn=12,max_positions=20,init_std=0.4"
-static const char routed[] = "layers=4,hidden=16,heads=4,kv_heads=2,ffn=24,first_dense=1," EXPERTS,
+static const char dense[] = "layers=4,hidden=24,heads=4,kv_heads=2,ffn=40,tied=true,max_positions=20,init_std=0.4",
+                  routed[] = "layers=4,hidden=16,heads=4,kv_heads=2,ffn=24,first_dense=1," EXPERTS,
                   biased[] = "layers=2,hidden=16,heads=4,kv_heads=2,ffn=24,router=sigmoid,router_bias=true,"
                              "shared_experts=1,tied=true," EXPERTS;
 
@@ -40,6 +42,8 @@ struct mesh_case {
     struct mesh mesh;
     int batch, prompts;
     bool sequence;
+    int chunks;
+    const char *stages;
 };
 
 /* A case, and what is expected of it, or where that goes. */
@@ -77,7 +81,7 @@ static status *open_model(const char *options, const struct tp_place *at, struct
 
 /* A rank's communicators; NULL: alone there. */
 struct axes {
-    struct comm *ep, *tp;
+    struct comm *pp, *ep, *tp;
     int part, parts; /* of the prompts */
     bool first;      /* of all ranks */
 };
@@ -92,6 +96,7 @@ static status *open_axes(const struct mesh *m, struct comm *world, struct axes *
 {
     int at[MESH_AXES];
     mesh_coords(m, world->rank, at);
+    TRY(axis(m, world, MESH_PP, &a->pp));
     TRY(axis(m, world, MESH_EP, &a->ep));
     TRY(axis(m, world, MESH_TP, &a->tp));
     a->parts = m->size[MESH_DP] * m->size[MESH_EP];
@@ -105,6 +110,10 @@ static struct tp_place place_of(const struct mesh_case *c, const struct axes *a)
     return (struct tp_place){ .size = a->tp ? a->tp->size : 1,
                               .rank = a->tp ? a->tp->rank : 0,
                               .sequence = c->sequence,
+                              .stages = a->pp ? a->pp->size : 1,
+                              .stage = a->pp ? a->pp->rank : 0,
+                              .chunks = a->pp ? c->chunks : 1,
+                              .list = c->stages,
                               .experts = a->ep ? a->ep->size : 1,
                               .expert = a->ep ? a->ep->rank : 0 };
 }
@@ -164,15 +173,17 @@ static status *rank_main(struct comm *world, void *arg)
     TRY(open_axes(&mesh, world, &a));
     const struct tp_place at = place_of(c, &a);
     TRY(open_model(c->options, &at, &m));
+    TRY(tied_share(m, NULL, a.pp));
     TRY(tape_open(NULL, NULL, 0, &t));
     tape_spread(t, a.tp, c->sequence);
     tape_experts(t, a.ep);
-    TRY(generator_open(m, t, c->batch, LONGEST, NEW, &g));
+    TRY(generator_open(m, t, a.pp, c->batch, LONGEST, NEW, &g));
     for (int k = 0; k < TEMPERATURES; k++)
         TRY(complete(g, w, &a, k));
     generator_close(g);
     tape_close(t);
     model_close(m);
+    comm_close(a.pp);
     comm_close(a.ep);
     comm_close(a.tp);
     return NULL;
@@ -205,9 +216,49 @@ static void experts_on_ranks(void **state)
 {
     (void)state;
     static const struct mesh_case cases[] = {
-        { routed, { { 1, 1, 2, 1, 1 } }, 16, 16, false }, { routed, { { 1, 1, 4, 1, 1 } }, 4, 16, false },
-        { routed, { { 1, 2, 2, 1, 1 } }, 3, 16, false },  { routed, { { 1, 1, 4, 1, 1 } }, 2, 2, false },
-        { biased, { { 1, 1, 2, 1, 1 } }, 5, 15, false },  { biased, { { 1, 2, 4, 1, 1 } }, 1, 3, false },
+        { routed, { { 1, 1, 2, 1, 1 } }, 16, 16, false, 1, NULL },
+        { routed, { { 1, 1, 4, 1, 1 } }, 4, 16, false, 1, NULL },
+        { routed, { { 1, 2, 2, 1, 1 } }, 3, 16, false, 1, NULL },
+        { routed, { { 1, 1, 4, 1, 1 } }, 2, 2, false, 1, NULL },
+        { biased, { { 1, 1, 2, 1, 1 } }, 5, 15, false, 1, NULL },
+        { biased, { { 1, 2, 4, 1, 1 } }, 1, 3, false, 1, NULL },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        expect_bits_of_one(&cases[i]);
+}
+
+/* Uneven stages, stages without layers, more of them than prompts, several on a rank. */
+static void stages_on_ranks(void **state)
+{
+    (void)state;
+    static const struct mesh_case cases[] = {
+        { dense, { { 2, 1, 1, 1, 1 } }, 16, 16, false, 1, NULL },
+        { dense, { { 3, 1, 1, 1, 1 } }, 5, 16, false, 1, "0,3,1" },
+        { dense, { { 4, 2, 1, 1, 1 } }, 8, 16, false, 1, NULL },
+        { dense, { { 6, 1, 1, 1, 1 } }, 4, 15, false, 1, NULL },
+        { dense, { { 4, 1, 1, 1, 1 } }, 2, 2, false, 1, NULL },
+        { dense, { { 2, 4, 1, 1, 1 } }, 1, 3, false, 1, NULL },
+        { dense, { { 2, 1, 1, 1, 1 } }, 7, 16, false, 3, NULL },
+        { dense, { { 3, 1, 1, 1, 1 } }, 16, 16, false, 2, NULL },
+        { dense, { { 2, 1, 1, 1, 2 } }, 16, 16, true, 1, "3,1" },
+        { dense, { { 2, 1, 1, 1, 2 } }, 6, 16, false, 2, "0,1,2,1" },
+        { routed, { { 2, 1, 1, 1, 1 } }, 16, 16, false, 1, NULL },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        expect_bits_of_one(&cases[i]);
+}
+
+/* A first stage without experts, chunks with and without. */
+static void stages_with_experts_on_ranks(void **state)
+{
+    (void)state;
+    static const struct mesh_case cases[] = {
+        { routed, { { 2, 1, 2, 1, 1 } }, 16, 16, false, 1, "1,3" },
+        { routed, { { 3, 1, 2, 1, 1 } }, 3, 16, false, 1, "1,2,1" },
+        { routed, { { 2, 1, 4, 1, 1 } }, 2, 2, false, 1, NULL },
+        { routed, { { 2, 1, 2, 1, 1 } }, 8, 15, false, 2, "0,1,2,1" },
+        { biased, { { 2, 2, 2, 1, 1 } }, 1, 5, false, 1, NULL },
+        { biased, { { 2, 1, 2, 1, 2 } }, 4, 16, true, 2, NULL },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         expect_bits_of_one(&cases[i]);
@@ -217,6 +268,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(experts_on_ranks),
+        cmocka_unit_test(stages_on_ranks),
+        cmocka_unit_test(stages_with_experts_on_ranks),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

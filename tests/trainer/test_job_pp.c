@@ -385,7 +385,6 @@ static void refusals(void **state)
         { 2,
           { "parallel.pp=2", "parallel.schedule=interleaved", "parallel.stages=1,1" },
           "\"1,1\" is too short: it needs 4 numbers of layers, one for each of parallel.pp x parallel.chunks stages" },
-        { 2, { "parallel.pp=2", "data.tasks=tasks.jsonl" }, "does not go with data.tasks" },
         { 3,
           { "parallel.pp=2" },
           "does not fit 3 ranks: dp=0 takes what remains, so the other sizes must multiply to one of 1, 3" },

@@ -112,6 +112,7 @@ static void what_runs_is_proposed(void **state)
         { { "parallel=auto", "parallel.zero=3", "parallel.tp=2", "optim.kind=muon" }, true },
         { { "parallel=auto", "parallel.zero=2", "parallel.pp=1", "parallel.schedule=interleaved" }, true },
         { { "parallel=auto", "parallel.zero=2", "parallel.pp=2", "parallel.schedule=interleaved" }, true },
+        { { "parallel=auto", "parallel.pp=2", "data.tasks=tasks.jsonl" }, true },
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         int n = 0;

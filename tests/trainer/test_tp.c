@@ -649,7 +649,7 @@ static status *generate_all(struct model *m, struct tape *t, struct generated *o
 {
     struct generator *g;
     struct completion c[PROMPTS];
-    TRY(generator_open(m, t, PROMPTS, 5, NEW, &g));
+    TRY(generator_open(m, t, NULL, PROMPTS, 5, NEW, &g));
     for (int drawn = 0; drawn < 2; drawn++) {
         struct generate_options o = { .eos = -1, .temperature = drawn ? 0.9f : 0, .seed = 8, .logps = true };
         TRY(generate(g, &o, prompts, PROMPTS, c));

@@ -136,7 +136,7 @@ struct model_input {
     struct tensor *x;       /* what the pipeline stage before has made of them (op_boundary); NULL on the first stage */
 };
 
-/* What a cache of keys and values needs to know; kv_heads: those that this rank holds. */
+/* What a cache of keys and values needs to know; layers: of the whole model; kv_heads: those that this rank holds. */
 struct kv_shape {
     int32_t layers, kv_heads, head_dim;
     int64_t max_positions;

@@ -552,8 +552,11 @@ static double llama_flops(const struct model *m, double mean_context)
 static struct kv_shape llama_kv_shape(const struct model *m)
 {
     const struct llama *l = m->impl;
-    int64_t here = m->params.p[l->layer[0].k].value.dim[0] / l->c.head_dim;
-    return (struct kv_shape){ (int32_t)l->c.layers, (int32_t)here, (int32_t)l->c.head_dim, l->c.max_positions };
+    int64_t rows = 0; /* of k_proj, in any layer that is here */
+    for (int64_t i = 0; i < l->c.layers && !rows; i++)
+        rows = m->params.p[l->layer[i].k].value.dim[0];
+    return (struct kv_shape){ (int32_t)l->c.layers, (int32_t)(rows / l->c.head_dim), (int32_t)l->c.head_dim,
+                              l->c.max_positions };
 }
 
 static int llama_layers(const struct model *m)

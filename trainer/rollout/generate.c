@@ -6,7 +6,12 @@
  *
  * Ranks that share experts each make a pass where one of them does, with or without tokens of their own: their
  * exchanges meet. A pass in which nobody had a token, as the counts of rows that they tell each other say, was the
- * last. */
+ * last.
+ *
+ * On P stages there are P groups of prompts, which take turns: while one is on a stage, the others are on the others.
+ * The last stage tells all the tokens it has drawn, so every stage knows which sequences go on. What waits for a
+ * message waits for what its sender does earlier in the same order (round, chunk, group), and sends have memory of
+ * their own for each group: no stage waits in a circle. */
 #include "trainer/rollout/generate.h"
 
 #include "comm/base/mem.h"
@@ -16,17 +21,33 @@
 
 #include <string.h>
 
+enum { TAG_HIDDEN, TAG_TOKENS, TAG_LOGPS };
+
+/* Prompts that make their passes together. */
+struct group {
+    int32_t first, end; /* of the sequences */
+    bool open;          /* it makes passes on this stage, be they empty */
+    int64_t routed;     /* rows that it and its like on other ranks have sent to experts here, in this round */
+    struct kv_caches caches;
+    int32_t *picked; /* [most] tokens of a round, for the sequences that had not ended, in order */
+    float *logp;     /* [most] of these */
+    float *hidden;   /* [most * longest_prompt * width] to the next stage; NULL: there is one */
+    struct comm_req sent, told;
+};
+
 struct generator {
     struct model *model;
     struct tape *tape;
+    struct comm *pp; /* NULL: one stage */
     int32_t batch, longest_prompt, max_tokens;
-    struct kv_caches caches;
+    int groups, chunks;
+    int32_t most; /* sequences of a group */
+    struct group *group;
+    struct comm_xfer *xfer; /* [2 * stages] */
 
     /* the pack of a pass */
-    int32_t *token, *position; /* [batch * longest_prompt] */
-    int32_t *offset;           /* [batch + 1] */
-    int32_t *row;              /* [batch] sequence of each row that meets the output matrix */
-    int32_t *picked;           /* [batch] the token drawn for that row */
+    int32_t *token, *position; /* [most * longest_prompt] */
+    int32_t *offset;           /* [most + 1] */
 
     /* what has been generated: of sequence s from s * max_tokens on */
     int32_t *out;  /* [batch * max_tokens] */
@@ -35,23 +56,93 @@ struct generator {
     bool *ended;   /* [batch] */
 };
 
-static struct model_input input_of(struct generator *g, int32_t sequences)
-{
-    return (struct model_input){ .tokens = g->offset[sequences],
-                                 .token = g->token,
-                                 .seg = { sequences, g->offset, g->position },
-                                 .cache = g->caches.layer };
-}
-
 static bool is_done(const struct generator *g, int32_t s)
 {
     return g->ended[s] || g->made[s] == g->max_tokens;
 }
 
+static int32_t growing(const struct generator *g, const struct group *q)
+{
+    int32_t n = 0;
+    for (int32_t s = q->first; s < q->end; s++)
+        n += !is_done(g, s);
+    return n;
+}
+
+/* ---- stages ---- */
+
+static int stages_of(const struct generator *g)
+{
+    return g->pp ? g->pp->size : 1;
+}
+
+static bool is_last(const struct generator *g)
+{
+    return !g->pp || g->pp->rank == g->pp->size - 1;
+}
+
+static bool begins(const struct generator *g, int chunk)
+{
+    return (!g->pp || g->pp->rank == 0) && chunk == 0;
+}
+
+static bool ends(const struct generator *g, int chunk)
+{
+    return is_last(g) && chunk == g->chunks - 1;
+}
+
+static status *hidden_from_before(struct generator *g, struct tensor *x)
+{
+    int from = (g->pp->rank + g->pp->size - 1) % g->pp->size;
+    struct comm_xfer m = { from, TAG_HIDDEN, false, x->data, (size_t)tensor_elems(x) * sizeof(float) };
+    return comm_exchange(g->pp, &m, 1, NULL);
+}
+
+static status *hidden_to_next(struct generator *g, struct group *q, const struct tensor *x)
+{
+    size_t bytes = (size_t)tensor_elems(x) * sizeof(float);
+    TRY(comm_wait(&q->sent));
+    memcpy(q->hidden, x->data, bytes);
+    struct comm_xfer m = { (g->pp->rank + 1) % g->pp->size, TAG_HIDDEN, true, q->hidden, bytes };
+    return comm_iexchange(g->pp, &m, 1, NULL, &q->sent);
+}
+
+/* Messages of a round's tokens, with one peer. */
+static size_t drawn_messages(const struct group *q, int peer, bool send, int32_t rows, bool logps, struct comm_xfer *x)
+{
+    x[0] = (struct comm_xfer){ peer, TAG_TOKENS, send, q->picked, (size_t)rows * sizeof *q->picked };
+    x[1] = (struct comm_xfer){ peer, TAG_LOGPS, send, q->logp, logps ? (size_t)rows * sizeof *q->logp : 0 };
+    return 2;
+}
+
+/* The last stage has drawn. */
+static status *tell(struct generator *g, const struct generate_options *o, struct group *q, int32_t rows)
+{
+    size_t n = 0;
+    for (int peer = 0; peer < stages_of(g) - 1; peer++)
+        n += drawn_messages(q, peer, true, rows, o->logps, g->xfer + n);
+    return n ? comm_iexchange(g->pp, g->xfer, n, NULL, &q->told) : NULL;
+}
+
+static status *hear(struct generator *g, const struct generate_options *o, const struct group *q, int32_t rows)
+{
+    size_t n = drawn_messages(q, g->pp->size - 1, false, rows, o->logps, g->xfer);
+    return comm_exchange(g->pp, g->xfer, n, NULL);
+}
+
 /* ---- a pass ---- */
 
-/* Hidden states -> the row of each sequence's last token in this pass [rows, C]; g->row says whose they are. */
-static struct tensor *last_rows(struct generator *g, struct tensor *hidden, int32_t n, int32_t rows)
+static struct model_input input_of(struct generator *g, const struct group *q, int32_t sequences, int chunk)
+{
+    return (struct model_input){ .tokens = g->offset[sequences],
+                                 .token = g->token,
+                                 .seg = { sequences, g->offset, g->position },
+                                 .cache = q->caches.layer,
+                                 .chunk = chunk };
+}
+
+/* Hidden states -> the row of each sequence's last token in this pass [rows, C]. */
+static struct tensor *last_rows(struct generator *g, struct tensor *hidden, int32_t sequences, int32_t rows)
 {
     hidden = op_whole(g->tape, hidden);
     if (!hidden)
@@ -60,76 +151,164 @@ static struct tensor *last_rows(struct generator *g, struct tensor *hidden, int3
     struct tensor *x = op_new(g->tape, 2, (int64_t[]){ rows, c }, false);
     if (!x || g->tape->mode == TAPE_DRY)
         return x;
-    for (int32_t s = 0, r = 0; s < n; s++) {
-        if (g->offset[s] == g->offset[s + 1])
-            continue;
-        memcpy((float *)x->data + r * c, (float *)hidden->data + (g->offset[s + 1] - 1) * c, (size_t)c * sizeof(float));
-        g->row[r++] = s;
-    }
+    for (int32_t s = 0, r = 0; s < sequences; s++)
+        if (g->offset[s] < g->offset[s + 1])
+            memcpy((float *)x->data + r++ * c, (float *)hidden->data + (g->offset[s + 1] - 1) * c,
+                   (size_t)c * sizeof(float));
     return x;
 }
 
-/* Draw a token for each row and append it to its sequence. */
-static void append(struct generator *g, const struct generate_options *o, const struct prompt *prompt,
-                   const struct tensor *logits, int32_t rows)
+/* A token for each row: q's sequences that have not ended, in order. */
+static void draw(struct generator *g, const struct generate_options *o, const struct prompt *prompt, struct group *q,
+                 const struct tensor *logits)
 {
-    int64_t vocab = logits->dim[1];
-    for (int32_t r = 0; r < rows; r++) {
-        int32_t s = g->row[r], at = g->made[s]++;
-        struct rng_at draw = { o->seed, prompt[s].sample, o->step, RNG_GENERATE };
-        double u = o->temperature > 0 ? rng_uniform(draw, (uint64_t)at) : 0;
-        g->picked[r] = sample_token((const float *)logits->data + r * vocab, vocab, o->temperature, u);
-        g->out[s * g->max_tokens + at] = g->picked[r];
-        g->ended[s] = g->picked[r] == o->eos;
+    int64_t vocab = logits->dim[1], r = 0;
+    for (int32_t s = q->first; s < q->end; s++) {
+        if (is_done(g, s))
+            continue;
+        struct rng_at at = { o->seed, prompt[s].sample, o->step, RNG_GENERATE };
+        double u = o->temperature > 0 ? rng_uniform(at, (uint64_t)g->made[s]) : 0;
+        q->picked[r] = sample_token((const float *)logits->data + r * vocab, vocab, o->temperature, u);
+        r++;
     }
 }
 
-/* The pack that lies in g, `rows` of whose n segments have tokens, then one more token for each of these. */
-static status *run_pass(struct generator *g, const struct generate_options *o, const struct prompt *prompt, int32_t n,
-                        int32_t rows)
+/* The tokens that were drawn go behind their sequences. */
+static void append(struct generator *g, const struct generate_options *o, const struct group *q)
 {
-    struct tensor *logp = NULL, *head = g->model->ops->head(g->model);
-    struct model_input in = input_of(g, n);
-    tape_begin(g->tape, TAPE_FORWARD);
-    struct tensor *x = g->model->ops->forward(g->model, g->tape, &in), *logits = NULL;
+    for (int32_t s = q->first, r = 0; s < q->end; s++) {
+        if (is_done(g, s))
+            continue;
+        size_t at = (size_t)s * (size_t)g->max_tokens + (size_t)g->made[s]++;
+        g->out[at] = q->picked[r];
+        g->logp[at] = q->logp[r];
+        g->ended[s] = q->picked[r++] == o->eos;
+    }
+}
+
+/* Final hidden states -> the next token of each of `rows` sequences, and what it is worth. */
+static status *finish_pass(struct generator *g, const struct generate_options *o, const struct prompt *prompt,
+                           struct group *q, struct tensor *x, int32_t rows)
+{
+    struct tensor *logp = NULL, *logits = NULL, *head = g->model->ops->head(g->model);
+    TRY(comm_wait(&q->told));
     if (rows) {
-        x = last_rows(g, x, n, rows);
+        x = last_rows(g, x, q->end - q->first, rows);
         logits = op_logits(g->tape, x, head);
     }
     if (logits)
-        append(g, o, prompt, logits, rows);
+        draw(g, o, prompt, q, logits);
     if (logits && o->logps)
-        logp = op_logprob(g->tape, x, head, g->picked, o->temperature > 0 ? o->temperature : 1.0f);
-    for (int32_t r = 0; logp && r < rows; r++)
-        g->logp[g->row[r] * g->max_tokens + g->made[g->row[r]] - 1] = ((const float *)logp->data)[r];
-    return tape_end(g->tape);
+        logp = op_logprob(g->tape, x, head, q->picked, o->temperature > 0 ? o->temperature : 1.0f);
+    if (logp)
+        memcpy(q->logp, logp->data, (size_t)rows * sizeof *q->logp);
+    TRY(tape_end(g->tape));
+    append(g, o, q);
+    return tell(g, o, q, rows);
 }
 
-static void pack_prompts(struct generator *g, const struct prompt *prompt, int32_t n)
+/* The pack that lies in g, of q, in whose segments there are `rows` last tokens, through a chunk of the model. */
+static status *run_pass(struct generator *g, const struct generate_options *o, const struct prompt *prompt,
+                        struct group *q, int chunk, int32_t rows)
+{
+    struct model_input in = input_of(g, q, q->end - q->first, chunk);
+    tape_begin(g->tape, TAPE_FORWARD);
+    if (!begins(g, chunk)) {
+        in.x = op_boundary(g->tape, in.tokens, g->model->width);
+        if (in.x)
+            TRY(hidden_from_before(g, in.x));
+    }
+    struct tensor *x = g->model->ops->forward(g->model, g->tape, &in);
+    q->routed += g->tape->routed;
+    if (ends(g, chunk))
+        return finish_pass(g, o, prompt, q, x, rows);
+    TRY(tape_end(g->tape));
+    return hidden_to_next(g, q, x);
+}
+
+/* ---- packs ---- */
+
+static void pack_prompts(struct generator *g, const struct prompt *prompt, const struct group *q)
 {
     g->offset[0] = 0;
-    for (int32_t s = 0; s < n; s++) {
-        int32_t at = g->offset[s];
+    for (int32_t s = q->first, i = 0; s < q->end; s++, i++) {
+        int32_t at = g->offset[i];
         memcpy(g->token + at, prompt[s].token, (size_t)prompt[s].count * sizeof *g->token);
-        for (int32_t i = 0; i < prompt[s].count; i++)
-            g->position[at + i] = i;
-        g->offset[s + 1] = at + prompt[s].count;
+        for (int32_t k = 0; k < prompt[s].count; k++)
+            g->position[at + k] = k;
+        g->offset[i + 1] = at + prompt[s].count;
     }
 }
 
-/* The newest token of every growing sequence; how many there are. */
-static int32_t pack_newest(struct generator *g, const struct prompt *prompt, int32_t n)
+/* The newest token of every growing sequence. */
+static void pack_newest(struct generator *g, const struct prompt *prompt, const struct group *q)
 {
     g->offset[0] = 0;
-    for (int32_t s = 0; s < n; s++) {
-        int32_t at = g->offset[s];
-        g->offset[s + 1] = at + !is_done(g, s);
+    for (int32_t s = q->first, i = 0; s < q->end; s++, i++) {
+        int32_t at = g->offset[i];
+        g->offset[i + 1] = at + !is_done(g, s);
         if (is_done(g, s))
             continue;
         g->token[at] = g->out[s * g->max_tokens + g->made[s] - 1];
         g->position[at] = prompt[s].count + g->made[s] - 1;
     }
-    return g->offset[n];
+}
+
+/* ---- rounds: a token for each sequence that goes on ---- */
+
+/* What q's last round has made is heard of, and whether there is one more. */
+static status *begin_round(struct generator *g, const struct generate_options *o, struct group *q, bool first)
+{
+    int32_t rows = growing(g, q);
+    if (!first && q->open && rows && !is_last(g)) {
+        TRY(hear(g, o, q, rows));
+        append(g, o, q);
+        rows = growing(g, q);
+    }
+    q->open = rows || (first ? g->tape->ep != NULL : q->open && q->routed);
+    q->routed = 0;
+    return NULL;
+}
+
+/* *more: a group has made passes, here. */
+static status *run_round(struct generator *g, const struct generate_options *o, const struct prompt *prompt, bool first,
+                         bool *more)
+{
+    *more = false;
+    for (int chunk = 0; chunk < g->chunks; chunk++)
+        for (struct group *q = g->group; q < g->group + g->groups; q++) {
+            if (chunk == 0)
+                TRY(begin_round(g, o, q, first));
+            if (!q->open)
+                continue;
+            *more = true;
+            if (first)
+                pack_prompts(g, prompt, q);
+            else
+                pack_newest(g, prompt, q);
+            TRY(run_pass(g, o, prompt, q, chunk, growing(g, q)));
+        }
+    return NULL;
+}
+
+static status *wait_sent(struct generator *g)
+{
+    for (int i = 0; i < g->groups; i++) {
+        TRY(comm_wait(&g->group[i].sent));
+        TRY(comm_wait(&g->group[i].told));
+    }
+    return NULL;
+}
+
+static status *check_prompt(const struct generator *g, int32_t s, const struct prompt *p)
+{
+    if (p->count < 1 || p->count > g->longest_prompt)
+        return ERR(INVALID, "generate: prompt %d has %d tokens (legal: 1 to %d)", s, p->count, g->longest_prompt);
+    for (int32_t i = 0; i < p->count; i++)
+        if (p->token[i] < 0 || p->token[i] >= g->model->vocab)
+            return ERR(INVALID, "generate: token %d of prompt %d is %d, none of the model's %lld", i, s, p->token[i],
+                       (long long)g->model->vocab);
+    return NULL;
 }
 
 static status *check_call(const struct generator *g, const struct generate_options *o, const struct prompt *prompt,
@@ -140,25 +319,32 @@ static status *check_call(const struct generator *g, const struct generate_optio
     if (!(o->temperature >= 0))
         return ERR(INVALID, "generate: temperature %g is not 0 or above", (double)o->temperature);
     for (int32_t s = 0; s < n; s++)
-        if (prompt[s].count < 1 || prompt[s].count > g->longest_prompt)
-            return ERR(INVALID, "generate: prompt %d has %d tokens (legal: 1 to %d)", s, prompt[s].count,
-                       g->longest_prompt);
+        TRY(check_prompt(g, s, &prompt[s]));
     return NULL;
+}
+
+static void begin_groups(struct generator *g, int32_t n)
+{
+    memset(g->made, 0, (size_t)n * sizeof *g->made);
+    memset(g->ended, 0, (size_t)n * sizeof *g->ended);
+    for (int i = 0; i < g->groups; i++) {
+        struct group *q = &g->group[i];
+        uint64_t first, end;
+        layout_cut((uint64_t)n, (uint64_t)g->groups, (uint64_t)i, &first, &end);
+        q->first = (int32_t)first;
+        q->end = (int32_t)end;
+        kv_caches_reset(&q->caches, q->end - q->first);
+    }
 }
 
 status *generate(struct generator *g, const struct generate_options *o, const struct prompt *prompt, int32_t n,
                  struct completion *out)
 {
     TRY(check_call(g, o, prompt, n));
-    kv_caches_reset(&g->caches, n);
-    memset(g->made, 0, (size_t)n * sizeof *g->made);
-    memset(g->ended, 0, (size_t)n * sizeof *g->ended);
-    pack_prompts(g, prompt, n);
-    bool more = n || g->tape->ep;
-    for (int32_t rows = n; more; more = rows || g->tape->routed) {
-        TRY(run_pass(g, o, prompt, n, rows));
-        rows = pack_newest(g, prompt, n);
-    }
+    begin_groups(g, n);
+    for (bool first = true, more = true; more; first = false)
+        TRY(run_round(g, o, prompt, first, &more));
+    TRY(wait_sent(g));
     for (int32_t s = 0; s < n; s++) {
         size_t at = (size_t)s * (size_t)g->max_tokens;
         out[s] = (struct completion){ g->out + at, o->logps ? g->logp + at : NULL, g->made[s], g->ended[s] };
@@ -168,32 +354,56 @@ status *generate(struct generator *g, const struct generate_options *o, const st
 
 /* ---- opening ---- */
 
-static status *take_memory(struct generator *g)
+static status *take_group(struct generator *g, const struct kv_shape *shape, struct group *q)
 {
-    size_t batch = (size_t)g->batch, tokens = batch * (size_t)g->longest_prompt, made = batch * (size_t)g->max_tokens;
+    size_t most = (size_t)g->most, hidden = most * (size_t)g->longest_prompt * (size_t)g->model->width;
+    q->picked = mem_calloc(most, sizeof *q->picked);
+    q->logp = mem_calloc(most, sizeof *q->logp);
+    q->hidden = g->pp ? mem_array(NULL, hidden, sizeof *q->hidden) : NULL;
+    if (!q->picked || !q->logp || (g->pp && !q->hidden))
+        return ERR(NO_MEMORY, "%zu prompts of %d tokens", most, g->longest_prompt);
+    return kv_caches_init(&q->caches, shape, &g->model->params, g->most, g->longest_prompt + g->max_tokens - 1);
+}
+
+static status *take_memory(struct generator *g, const struct kv_shape *shape)
+{
+    size_t batch = (size_t)g->batch, tokens = (size_t)g->most * (size_t)g->longest_prompt,
+           made = batch * (size_t)g->max_tokens;
+    g->group = mem_calloc((size_t)g->groups, sizeof *g->group);
+    g->xfer = mem_calloc(2 * (size_t)stages_of(g), sizeof *g->xfer);
     g->token = mem_calloc(tokens, sizeof *g->token);
     g->position = mem_calloc(tokens, sizeof *g->position);
-    g->offset = mem_calloc(batch + 1, sizeof *g->offset);
-    g->row = mem_calloc(batch, sizeof *g->row);
-    g->picked = mem_calloc(batch, sizeof *g->picked);
+    g->offset = mem_calloc((size_t)g->most + 1, sizeof *g->offset);
     g->out = mem_calloc(made, sizeof *g->out);
     g->logp = mem_calloc(made, sizeof *g->logp);
     g->made = mem_calloc(batch, sizeof *g->made);
     g->ended = mem_calloc(batch, sizeof *g->ended);
-    bool all = g->token && g->position && g->offset && g->row && g->picked && g->out && g->logp && g->made && g->ended;
-    return all ? NULL : ERR(NO_MEMORY, "a generator of %zu prompt tokens and %zu new ones", tokens, made);
+    if (!g->group || !g->xfer || !g->token || !g->position || !g->offset || !g->out || !g->logp || !g->made ||
+        !g->ended)
+        return ERR(NO_MEMORY, "a generator of %zu prompt tokens and %zu new ones", tokens, made);
+    for (int i = 0; i < g->groups; i++)
+        TRY(take_group(g, shape, &g->group[i]));
+    return NULL;
 }
 
+/* A group's largest pass, through every chunk. */
 static status *dry_run(struct generator *g)
 {
-    struct tensor *head = g->model->ops->head(g->model);
-    g->offset[g->batch] = g->batch * g->longest_prompt;
-    struct model_input in = input_of(g, g->batch);
-    tape_begin(g->tape, TAPE_DRY);
-    struct tensor *x = last_rows(g, g->model->ops->forward(g->model, g->tape, &in), g->batch, g->batch);
-    (void)op_logits(g->tape, x, head);
-    (void)op_logprob(g->tape, x, head, g->picked, 1.0f);
-    return status_wrap(tape_end(g->tape), "a batch of %d prompts of %d tokens", g->batch, g->longest_prompt);
+    g->offset[g->most] = g->most * g->longest_prompt;
+    for (int chunk = 0; chunk < g->chunks; chunk++) {
+        struct model_input in = input_of(g, &g->group[0], g->most, chunk);
+        tape_begin(g->tape, TAPE_DRY);
+        in.x = begins(g, chunk) ? NULL : op_boundary(g->tape, in.tokens, g->model->width);
+        struct tensor *x = g->model->ops->forward(g->model, g->tape, &in);
+        if (ends(g, chunk)) {
+            struct tensor *head = g->model->ops->head(g->model);
+            x = last_rows(g, x, g->most, g->most);
+            (void)op_logits(g->tape, x, head);
+            (void)op_logprob(g->tape, x, head, g->group[0].picked, 1.0f);
+        }
+        TRY(status_wrap(tape_end(g->tape), "a batch of %d prompts of %d tokens", g->most, g->longest_prompt));
+    }
+    return NULL;
 }
 
 static status *check_sizes(const struct kv_shape *shape, int32_t batch, int32_t longest_prompt, int32_t max_tokens)
@@ -212,20 +422,25 @@ static status *check_sizes(const struct kv_shape *shape, int32_t batch, int32_t 
     return NULL;
 }
 
-status *generator_open(struct model *m, struct tape *t, int32_t batch, int32_t longest_prompt, int32_t max_tokens,
-                       struct generator **out)
+status *generator_open(struct model *m, struct tape *t, struct comm *pp, int32_t batch, int32_t longest_prompt,
+                       int32_t max_tokens, struct generator **out)
 {
     struct kv_shape shape = m->ops->kv_shape(m);
     TRY(check_sizes(&shape, batch, longest_prompt, max_tokens));
     struct generator *g = mem_calloc(1, sizeof *g);
     if (!g)
         return ERR(NO_MEMORY, "a generator");
-    *g = (struct generator){
-        .model = m, .tape = t, .batch = batch, .longest_prompt = longest_prompt, .max_tokens = max_tokens
-    };
-    status *st = take_memory(g);
-    if (!st)
-        st = kv_caches_init(&g->caches, &shape, batch, longest_prompt + max_tokens - 1);
+    int groups = pp ? pp->size : 1;
+    *g = (struct generator){ .model = m,
+                             .tape = t,
+                             .pp = pp,
+                             .batch = batch,
+                             .longest_prompt = longest_prompt,
+                             .max_tokens = max_tokens,
+                             .groups = groups,
+                             .chunks = params_chunks(&m->params),
+                             .most = (batch + groups - 1) / groups };
+    status *st = take_memory(g, &shape);
     if (!st)
         st = dry_run(g);
     if (st) {
@@ -240,12 +455,17 @@ void generator_close(struct generator *g)
 {
     if (!g)
         return;
-    kv_caches_fini(&g->caches);
+    for (int i = 0; g->group && i < g->groups; i++) {
+        kv_caches_fini(&g->group[i].caches);
+        mem_free(g->group[i].picked);
+        mem_free(g->group[i].logp);
+        mem_free(g->group[i].hidden);
+    }
+    mem_free(g->group);
+    mem_free(g->xfer);
     mem_free(g->token);
     mem_free(g->position);
     mem_free(g->offset);
-    mem_free(g->row);
-    mem_free(g->picked);
     mem_free(g->out);
     mem_free(g->logp);
     mem_free(g->made);

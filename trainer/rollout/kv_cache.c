@@ -5,33 +5,47 @@
 
 #include <string.h>
 
-status *kv_caches_init(struct kv_caches *c, const struct kv_shape *shape, int32_t segments, int32_t cap)
+static bool is_here(const struct params *here, int32_t layer)
 {
-    size_t floats, all, layers = (size_t)shape->layers;
+    for (int chunk = 0; here && chunk < params_chunks(here); chunk++)
+        if (params_hold(here, chunk, layer + 1))
+            return true;
+    return !here;
+}
+
+status *kv_caches_init(struct kv_caches *c, const struct kv_shape *shape, const struct params *here, int32_t segments,
+                       int32_t cap)
+{
+    size_t floats, all, layers = (size_t)shape->layers, held = 0, at = 0;
+    for (int32_t i = 0; i < shape->layers; i++)
+        held += is_here(here, i);
     bool over = __builtin_mul_overflow((size_t)segments * (size_t)cap,
                                        (size_t)shape->kv_heads * (size_t)shape->head_dim, &floats) ||
-                __builtin_mul_overflow(floats, 2 * layers * sizeof(float), &all);
+                __builtin_mul_overflow(floats, 2 * held * sizeof(float), &all);
     *c = (struct kv_caches){ .layers = shape->layers, .segments = segments };
     c->layer = mem_calloc(layers, sizeof *c->layer);
     int32_t *len = mem_calloc(layers * (size_t)segments, sizeof *len);
-    c->block = over ? NULL : mem_block(all, 4096);
-    if (!c->layer || !len || !c->block) {
+    c->block = over || !held ? NULL : mem_block(all, 4096);
+    if (!c->layer || !len || (held && !c->block)) {
         mem_free(len);
         mem_block_free(c->block, c->block ? all : 0);
         mem_free(c->layer);
         *c = (struct kv_caches){ 0 };
-        return ERR(NO_MEMORY, "a cache of %d sequences of %d tokens, %d layers of 2 x %d x %d floats a token", segments,
-                   cap, shape->layers, shape->kv_heads, shape->head_dim);
+        return ERR(NO_MEMORY, "a cache of %d sequences of %d tokens, %zu layers of 2 x %d x %d floats a token",
+                   segments, cap, held, shape->kv_heads, shape->head_dim);
     }
-    c->block_bytes = all;
-    for (size_t i = 0; i < layers; i++)
-        c->layer[i] = (struct kv_cache){ segments,
-                                         cap,
-                                         shape->kv_heads,
-                                         shape->head_dim,
-                                         c->block + 2 * i * floats,
-                                         c->block + (2 * i + 1) * floats,
-                                         len + i * (size_t)segments };
+    c->block_bytes = c->block ? all : 0;
+    for (size_t i = 0; i < layers; i++) {
+        bool own = is_here(here, (int32_t)i);
+        c->layer[i] = (struct kv_cache){ .segments = segments,
+                                         .cap = cap,
+                                         .kv_heads = shape->kv_heads,
+                                         .head_dim = shape->head_dim,
+                                         .k = own ? c->block + 2 * at * floats : NULL,
+                                         .v = own ? c->block + (2 * at + 1) * floats : NULL,
+                                         .len = len + i * (size_t)segments };
+        at += own;
+    }
     return NULL;
 }
 
