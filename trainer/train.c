@@ -148,7 +148,38 @@ static status *before_overwrite(void *arg, const void *addr, size_t bytes)
     return t->ckpt ? tessera_fence(t->ckpt, addr, bytes, NULL) : NULL;
 }
 
-/* TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656; TRL): ref <- alpha theta + (1 - alpha) ref. */
+static void mix(double alpha, const float *theta, float *ref, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++)
+        ref[i] = (float)(alpha * (double)theta[i] + (1 - alpha) * (double)ref[i]);
+}
+
+/* What steps change without training it (balance.h), among what is frozen: where ZeRO cuts values, this shard's runs.
+ */
+static status *sync_buffers(struct trainer *t, double alpha)
+{
+    const struct params *ps = &t->model->params;
+    uint64_t n;
+    float *theta, *ref = reference_values(t, true, &theta, &n);
+    struct zero_run all = { ps->total, ps->total + ps->frozen };
+    struct shard_runs own = { .run = &all, .runs = 1 };
+    if (t->ref_shards)
+        own = shards_own(t->ref_shards, true);
+    TRY(comm_agree(t->world, before_overwrite(t, ref, n * sizeof *ref)));
+    for (uint64_t r = 0, at = 0; r < own.runs; at += own.run[r].end - own.run[r].begin, r++)
+        for (int i = 0; i < ps->count; i++) {
+            const struct param *p = &ps->p[i];
+            uint64_t begin = p->offset, end = begin + param_elems(p);
+            begin = begin > own.run[r].begin ? begin : own.run[r].begin;
+            end = end < own.run[r].end ? end : own.run[r].end;
+            if (p->buffer && !p->away && begin < end)
+                mix(alpha, theta + at + (begin - own.run[r].begin), ref + at + (begin - own.run[r].begin), end - begin);
+        }
+    return NULL;
+}
+
+/* TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656; TRL): ref <- alpha theta + (1 - alpha) ref. Biases that choose
+ * experts follow in the same way: the reference's experts are those of its routers. */
 static status *sync_reference(struct trainer *t)
 {
     const struct algo_choice *c = &t->cfg->algo;
@@ -157,9 +188,9 @@ static status *sync_reference(struct trainer *t)
     uint64_t n;
     float *theta, *ref = reference_values(t, false, &theta, &n); /* what is frozen is the same in both */
     TRY(comm_agree(t->world, before_overwrite(t, ref, n * sizeof *ref)));
-    double a = c->ref_sync_alpha;
-    for (uint64_t i = 0; i < n; i++)
-        ref[i] = (float)(a * (double)theta[i] + (1 - a) * (double)ref[i]);
+    mix(c->ref_sync_alpha, theta, ref, n);
+    if (t->model->moe.rate > 0)
+        TRY(sync_buffers(t, c->ref_sync_alpha));
     reference_changed(t);
     return tied_share(t->ref_model, t->ref_shards, t->pp);
 }

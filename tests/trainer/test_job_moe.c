@@ -143,6 +143,51 @@ static void loads_become_equal(void **state)
     }
 }
 
+/* A reference that becomes the policy in each step has its biases, too. */
+static status *reference_is_the_policy(struct trainer *t)
+{
+    int biases = 0, moved = 0;
+    for (int i = 0; i < t->model->params.count; i++) {
+        const struct param *p = &t->model->params.p[i], *ref = &t->ref_model->params.p[i];
+        const float *x = p->value.data;
+        if (!p->buffer)
+            continue;
+        if (memcmp(ref->value.data, x, param_elems(p) * sizeof *x) != 0)
+            return ERR(INTERNAL, "%s of the reference is another", p->name);
+        biases++;
+        for (uint64_t e = 0; e < param_elems(p); e++)
+            moved += fabsf(x[e]) > 0.005f;
+    }
+    return biases && moved ? NULL : ERR(INTERNAL, "%d biases, of which %d elements moved", biases, moved);
+}
+
+static void references_have_biases(void **state)
+{
+    (void)state;
+    static const char *const alphas[] = { "algo.ref_sync_alpha=1", "algo.ref_sync_alpha=0.3" };
+    static const struct mesh_case cases[] = {
+        { 2, { "parallel.dp=2", "parallel.zero=3" } },
+        { 4, { "parallel.pp=2", "parallel.dp=2", "parallel.zero=1" } },
+    };
+    uint64_t reference[2];
+    for (int a = 0; a < 2; a++) {
+        const char *o[] = { "checkpoint.url=", "algo.reference=live", "algo.ref_sync_steps=1", alphas[a], NULL };
+        char text[2048];
+        make_config(text, sizeof text, "synced");
+        struct job j = { .config = text, .after = a ? NULL : reference_is_the_policy };
+        for (int i = 0; i < 4; i++)
+            j.overrides[j.override_count++] = o[i];
+        for (int i = 0; i < 9 && kinds[1][i]; i++)
+            j.overrides[j.override_count++] = kinds[1][i];
+        must(comm_threads_run(1, run_rank, &j));
+        struct job want = run_case("synced", 1, NULL, o);
+        reference[a] = want.hashes.reference;
+        for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
+            assert_true(run_case("synced", 1, &cases[c], o).hashes.reference == want.hashes.reference);
+    }
+    assert_true(reference[0] != reference[1]);
+}
+
 static void tensor_parallel(void **state)
 {
     (void)state;
@@ -351,13 +396,10 @@ static void refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(refusals),
-        cmocka_unit_test(same_bits),
-        cmocka_unit_test(loads_become_equal),
-        cmocka_unit_test(tensor_parallel),
-        cmocka_unit_test(resumes),
-        cmocka_unit_test(expert_parallel),
-        cmocka_unit_test(resumes_with_other_experts),
+        cmocka_unit_test(refusals),           cmocka_unit_test(same_bits),
+        cmocka_unit_test(loads_become_equal), cmocka_unit_test(references_have_biases),
+        cmocka_unit_test(tensor_parallel),    cmocka_unit_test(resumes),
+        cmocka_unit_test(expert_parallel),    cmocka_unit_test(resumes_with_other_experts),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
 }
