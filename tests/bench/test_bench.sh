@@ -53,6 +53,21 @@ for c in cases:
     assert c["state_bytes"] == (20 << 20) // 3 // 4096 * 4096 * 3
 END
 
+for n in 1 2; do
+  ranks $n comm --quick --json bucket=1MiB || fail "bench comm on $n ranks"
+  python3 - $n <<'END' || fail "bench comm: values"
+import json, sys
+
+n = int(sys.argv[1])
+[r] = [json.loads(line) for line in open("out")]
+assert r["ranks"] == n and r["bytes"] == 4 << 20
+for k in ("messages_sum_ms", "messages_all_ms", "allreduce_ms", "allreduce_ratio") + (("window_sum_ms", "window_all_ms", "sum_ratio", "all_ratio") if n > 1 else ()):
+    assert r[k] >= 0, f"{k}: {r.get(k)}"
+assert n > 1 or r["sum_ratio"] is None
+assert r["messages_sum_ms"] <= r["messages_all_ms"]
+END
+done
+
 ranks 3 load --json state_bytes=3MiB tensors=2 repeats=1 cases=dp2-dp3,tp3-dp1 || fail "bench load of chosen cases"
 [ "$(grep -c '"from_mesh": "dp=2", "to_mesh": "dp=3"\|"from_mesh": "tp=3", "to_mesh": "dp=1"' out)" = 2 ] || fail "chosen cases"
 for bad in dp2-dp4 dp2 dp2- "dp2-dp1," ",dp2-dp1" dp0-dp1 pp2-dp1 dp1-dp1x dp1-tp; do

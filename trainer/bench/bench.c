@@ -13,7 +13,8 @@
 #include <string.h>
 #include <sys/random.h>
 
-static const struct bench_verb *const verbs[] = { &bench_save, &bench_load, &bench_irregular, &bench_train };
+static const struct bench_verb *const verbs[] = { &bench_save, &bench_load, &bench_irregular, &bench_train,
+                                                  &bench_comm };
 enum { VERBS = sizeof verbs / sizeof *verbs };
 
 /* ---- options */
@@ -191,5 +192,5 @@ status *bench_cli(struct comm *world, int argc, char **argv)
         mem_free(options);
         return st;
     }
-    return ERR(INVALID, "bench: \"%.100s\" is no bench (legal: save, load, irregular, train, help)", name);
+    return ERR(INVALID, "bench: \"%.100s\" is no bench (legal: save, load, irregular, train, comm, help)", name);
 }

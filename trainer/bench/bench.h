@@ -1,5 +1,5 @@
-/* bench: `tessera bench save|load|irregular|train`: what checkpoints cost training, how fast training is, and how near
- * both come to the hardware.
+/* bench: `tessera bench save|load|irregular|train|comm`: what checkpoints cost training, how fast training and its sums
+ * over ranks are, and how near they come to the hardware.
  *
  * Every ratio is of two figures that the same run took on the same machine, files and bytes. docs/performance.md says
  * how each is measured. Under mpirun; every rank takes part, rank 0 prints.
@@ -9,6 +9,7 @@
  *                                                             curl.c    the same on object storage, by curl(1)
  *   bench_irregular.c   ways to store runs                    slices.c  the tensors of that one
  *   bench_train.c   training steps     ceiling.c  their products and updates alone     peer.c  PyTorch beside them
+ *   bench_comm.c   sums of gradients over ranks
  *   measure.c  medians, intervals, CPU seconds */
 #ifndef TESSERA_TRAINER_BENCH_BENCH_H
 #define TESSERA_TRAINER_BENCH_BENCH_H
@@ -18,8 +19,8 @@
 
 enum { BENCH_PATH_BYTES = 1024 };
 
-/* argv[0] is "save", "load", "irregular", "train" or "help"; then key=value words, --json, --quick. Collective over
- * world; the error is the same on all ranks. */
+/* argv[0] is "save", "load", "irregular", "train", "comm" or "help"; then key=value words, --json, --quick. Collective
+ * over world; the error is the same on all ranks. */
 status *bench_cli(struct comm *world, int argc, char **argv) WARN_UNUSED;
 
 struct bench {
@@ -41,7 +42,7 @@ struct bench_verb {
     const char *const (*quick)[2]; /* key, value: what --quick changes in the defaults; ends with NULL */
     status *(*run)(struct bench *b, const void *options);
 };
-extern const struct bench_verb bench_save, bench_load, bench_irregular, bench_train;
+extern const struct bench_verb bench_save, bench_load, bench_irregular, bench_train, bench_comm;
 
 /* Start together, without spinning: ranks that wait leave the cores to those that work. Collective. */
 status *bench_meet(struct bench *b) WARN_UNUSED;

@@ -273,6 +273,36 @@ static status *open_messages(struct zero *z)
     return NULL;
 }
 
+static status *warm_flight(const struct zero *z, struct flight *f, float *room)
+{
+    size_t n = 0;
+    for (int i = 0; i < z->parts; i++) {
+        const struct part *t = &z->part[i];
+        bool own = t->group == z->group->rank;
+        for (int g = 0; g < z->group->size; g++)
+            if (own ? g != t->group : g == t->group) {
+                f->xfer[n] = (struct comm_xfer){ g, t->tag, own, room + n, sizeof *room };
+                n++;
+            }
+    }
+    return comm_iexchange(z->sums, f->xfer, n, NULL, &f->req);
+}
+
+/* How many exchanges are in flight at once differs from step to step: the backend shall take its memory for as many as
+ * there can be now. Collective over dp. */
+static status *warm_up(struct zero *z)
+{
+    size_t each = (size_t)z->own_parts * (size_t)(z->dp->size - 1) + (size_t)(z->parts - z->own_parts);
+    float *room = mem_calloc(FLIGHTS * each + 1, sizeof *room);
+    status *st = comm_agree(z->dp, room ? NULL : ERR(NO_MEMORY, "%zu messages of gradients", each));
+    for (int i = 0; !st && i < FLIGHTS; i++)
+        st = warm_flight(z, &z->flight[i], room + (size_t)i * each);
+    for (int i = 0; !st && i < FLIGHTS; i++)
+        st = comm_wait(&z->flight[i].req);
+    mem_free(room);
+    return st;
+}
+
 /* What tensor parallelism adds: sums over its ranks of this rank's parts. */
 static status *open_tp(struct zero *z)
 {
@@ -347,6 +377,8 @@ status *zero_open(const struct zero_options *o, struct params *p, struct comm *d
         st = comm_dup(z->group, &z->sums);
     if (!st)
         st = comm_agree(dp, open_all(z));
+    if (!st)
+        st = comm_agree(dp, warm_up(z));
     if (o->cp)
         st = comm_agree(o->cp, st);
     if (o->tp)

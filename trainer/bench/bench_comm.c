@@ -1,0 +1,173 @@
+/* bench_comm: a sum of gradients over all ranks: by the trainer (zero.h), which reads other ranks' in shared memory or
+ * is sent them, and by the backend's all-reduce, in turns.
+ *
+ * (1) Every way sums the same memory. (2) What is timed goes from the end of a backward pass to the sums, in each
+ * rank's part (`sum`) and then everywhere (`all`): nothing runs beside it. (3) Times are the slowest rank's. */
+#include "trainer/bench/bench.h"
+#include "trainer/bench/limits.h"
+#include "trainer/bench/measure.h"
+
+#include "comm/agree.h"
+#include "comm/base/clock.h"
+#include "comm/base/mem.h"
+#include "trainer/parallel/zero.h"
+
+#include <math.h>
+
+struct comm_options {
+    uint64_t bytes, bucket;
+    int64_t repeats;
+};
+
+#define AT(field) offsetof(struct comm_options, field)
+static const struct option rows[] = {
+    { "bytes", OPT_SIZE, "0", 0, 0, NULL, "bytes", "of a rank's gradients, f32; 0: 1 MiB, 64 MiB and 500 MiB in turn",
+      AT(bytes) },
+    { "bucket", OPT_SIZE, "16MiB", 0, 0, NULL, "bytes", "as parallel.bucket", AT(bucket) },
+    { "repeats", OPT_INT, "7", 1, LIMIT_REPEATS, NULL, "", "rounds", AT(repeats) },
+};
+static const char *const quick[][2] = { { "bytes", "4MiB" }, { "repeats", "2" }, { NULL, NULL } };
+
+enum { WINDOW, MESSAGES, BACKEND, WAYS };
+
+/* Seconds of the slowest rank. */
+struct times {
+    double sum[WAYS][LIMIT_REPEATS], all[WAYS][LIMIT_REPEATS];
+};
+
+struct comm_bench {
+    struct comm *world;
+    const struct comm_options *o;
+    struct params params; /* one, without values */
+    uint64_t elems;
+    struct zero *zero[BACKEND]; /* by window, by messages */
+    struct times t;
+};
+
+static status *slowest(struct comm *c, double seconds[2])
+{
+    return comm_allreduce(c, seconds, 2, COMM_F64, COMM_MAX, NULL);
+}
+
+static void fill(struct comm_bench *cb)
+{
+    for (uint64_t i = 0; i < cb->elems; i++)
+        cb->params.grad[i] = (float)((i + (uint64_t)cb->world->rank) % 64);
+}
+
+/* Is every element the sum of what the ranks filled in? Sums of small whole numbers are exact in any order. */
+static status *check(const struct comm_bench *cb)
+{
+    for (uint64_t i = 0; i < cb->elems; i++) {
+        float want = 0;
+        for (int r = 0; r < cb->world->size; r++)
+            want += (float)((i + (uint64_t)r) % 64);
+        if (cb->params.grad[i] != want)
+            return ERR(INTERNAL, "element %llu is %g, not %g", (unsigned long long)i, (double)cb->params.grad[i],
+                       (double)want);
+    }
+    return NULL;
+}
+
+static status *one(struct comm_bench *cb, int way, int64_t round)
+{
+    struct zero *z = way == BACKEND ? NULL : cb->zero[way];
+    double took[2];
+    if (z)
+        zero_begin(z, (uint32_t)cb->world->size);
+    fill(cb);
+    TRY(comm_barrier(cb->world));
+    uint64_t began = clock_ns();
+    if (z) {
+        TRY(zero_added(z, (uint32_t)cb->world->rank));
+        TRY(zero_reduce(z, NULL));
+        took[0] = ns_to_s(clock_ns() - began);
+        TRY(zero_gather(z));
+    } else {
+        TRY(comm_allreduce(cb->world, cb->params.grad, cb->elems, COMM_F32, COMM_SUM, NULL));
+        took[0] = ns_to_s(clock_ns() - began);
+    }
+    took[1] = ns_to_s(clock_ns() - began);
+    TRY(slowest(cb->world, took));
+    if (round >= 0) { /* the first one takes memory */
+        cb->t.sum[way][round] = took[0];
+        cb->t.all[way][round] = took[1];
+    }
+    return comm_agree(cb->world, check(cb));
+}
+
+static status *run_rounds(struct comm_bench *cb)
+{
+    for (int64_t round = -1; round < cb->o->repeats; round++)
+        for (int i = 0; i < WAYS; i++)
+            TRY(one(cb, (int)((i + round + 1) % WAYS), round));
+    return NULL;
+}
+
+static void print(struct bench *b, struct comm_bench *cb)
+{
+    double sum[WAYS], all[WAYS];
+    for (int w = 0; w < WAYS; w++) {
+        sum[w] = 1e3 * median_of(cb->t.sum[w], (size_t)cb->o->repeats);
+        all[w] = 1e3 * median_of(cb->t.all[w], (size_t)cb->o->repeats);
+    }
+    bool shared = zero_shares_memory(cb->zero[WINDOW]);
+    const struct figure f[] = {
+        { "ranks", cb->world->size, NULL, 0, "" },
+        { "bytes", (double)cb->elems * sizeof(float), NULL, 0, "of a rank's gradients" },
+        { "window_sum_ms", shared ? sum[WINDOW] : (double)NAN, NULL, 2, "each rank has its part: by shared memory" },
+        { "messages_sum_ms", sum[MESSAGES], NULL, 2, "the same: by messages" },
+        { "window_all_ms", shared ? all[WINDOW] : (double)NAN, NULL, 2, "all ranks have the sum: by shared memory" },
+        { "messages_all_ms", all[MESSAGES], NULL, 2, "the same: by messages" },
+        { "allreduce_ms", all[BACKEND], NULL, 2, "the same: the backend's all-reduce" },
+        { "sum_ratio", shared ? sum[MESSAGES] / sum[WINDOW] : (double)NAN, NULL, 2, "messages / window" },
+        { "all_ratio", shared ? all[MESSAGES] / all[WINDOW] : (double)NAN, NULL, 2, "messages / window" },
+        { "allreduce_ratio", all[BACKEND] / all[shared ? WINDOW : MESSAGES], NULL, 2,
+          "all-reduce / the trainer's way" },
+    };
+    bench_print(b, f, sizeof f / sizeof *f);
+}
+
+static status *run_case(struct bench *b, const struct comm_options *o, uint64_t bytes)
+{
+    struct comm_bench cb = { .world = b->world, .o = o, .elems = bytes / sizeof(float) };
+    struct zero_options z = { .bucket_elems = o->bucket / sizeof(float) / PARAM_ALIGN * PARAM_ALIGN,
+                              .sums_only = true };
+    struct param *p = params_add(&cb.params, "gradients", 0, cb.elems, INIT_ZERO, 0, false);
+    size_t held = cb.params.total * sizeof(float);
+    cb.params.grad = p ? mem_block(held, 4096) : NULL;
+    status *st = comm_agree(b->world, cb.params.grad ? NULL : ERR(NO_MEMORY, "%zu bytes of gradients", held));
+    for (int way = 0; !st && way < BACKEND; way++) {
+        z.by_messages = way == MESSAGES;
+        st = zero_open(&z, &cb.params, b->world, &cb.zero[way]);
+    }
+    if (!st)
+        st = run_rounds(&cb);
+    if (!st)
+        print(b, &cb);
+    zero_close(cb.zero[MESSAGES]);
+    zero_close(cb.zero[WINDOW]);
+    mem_block_free(cb.params.grad, held);
+    mem_free(cb.params.p);
+    return st;
+}
+
+static status *run(struct bench *b, const void *options)
+{
+    const struct comm_options *o = options;
+    const uint64_t cases[] = { 1 << 20, 64 << 20, 500 << 20 };
+    if (o->bytes)
+        return run_case(b, o, o->bytes);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        TRY(run_case(b, o, cases[i]));
+    return NULL;
+}
+
+const struct bench_verb bench_comm = { .name = "comm",
+                                       .help = "what a sum of gradients over all ranks takes: by shared memory, by "
+                                               "messages, by the backend's all-reduce",
+                                       .options = { "bench comm", rows, sizeof rows / sizeof *rows },
+                                       .options_bytes = sizeof(struct comm_options),
+                                       .url_offset = BENCH_NO_URL,
+                                       .quick = quick,
+                                       .run = run };
