@@ -1,7 +1,6 @@
-/* bench_comm: a sum of gradients over all ranks: by the trainer (zero.h), which reads other ranks' in shared memory or
- * is sent them, and by the backend's all-reduce, in turns.
+/* bench_comm: a sum of gradients over all ranks: by the trainer (zero.h) and by the backend's all-reduce, in turns.
  *
- * (1) Every way sums the same memory. (2) What is timed goes from the end of a backward pass to the sums, in each
+ * (1) Both ways sum the same memory. (2) What is timed goes from the end of a backward pass to the sums, in each
  * rank's part (`sum`) and then everywhere (`all`): nothing runs beside it. (3) Times are the slowest rank's. */
 #include "trainer/bench/bench.h"
 #include "trainer/bench/limits.h"
@@ -28,7 +27,7 @@ static const struct option rows[] = {
 };
 static const char *const quick[][2] = { { "bytes", "4MiB" }, { "repeats", "2" }, { NULL, NULL } };
 
-enum { WINDOW, MESSAGES, BACKEND, WAYS };
+enum { TRAINER, BACKEND, WAYS };
 
 /* Seconds of the slowest rank. */
 struct times {
@@ -40,7 +39,7 @@ struct comm_bench {
     const struct comm_options *o;
     struct params params; /* one, without values */
     uint64_t elems;
-    struct zero *zero[BACKEND]; /* by window, by messages */
+    struct zero *zero;
     struct times t;
 };
 
@@ -71,7 +70,7 @@ static status *check(const struct comm_bench *cb)
 
 static status *one(struct comm_bench *cb, int way, int64_t round)
 {
-    struct zero *z = way == BACKEND ? NULL : cb->zero[way];
+    struct zero *z = way == BACKEND ? NULL : cb->zero;
     double took[2];
     if (z)
         zero_begin(z, (uint32_t)cb->world->size);
@@ -111,19 +110,13 @@ static void print(struct bench *b, struct comm_bench *cb)
         sum[w] = 1e3 * median_of(cb->t.sum[w], (size_t)cb->o->repeats);
         all[w] = 1e3 * median_of(cb->t.all[w], (size_t)cb->o->repeats);
     }
-    bool shared = zero_shares_memory(cb->zero[WINDOW]);
     const struct figure f[] = {
         { "ranks", cb->world->size, NULL, 0, "" },
         { "bytes", (double)cb->elems * sizeof(float), NULL, 0, "of a rank's gradients" },
-        { "window_sum_ms", shared ? sum[WINDOW] : (double)NAN, NULL, 2, "each rank has its part: by shared memory" },
-        { "messages_sum_ms", sum[MESSAGES], NULL, 2, "the same: by messages" },
-        { "window_all_ms", shared ? all[WINDOW] : (double)NAN, NULL, 2, "all ranks have the sum: by shared memory" },
-        { "messages_all_ms", all[MESSAGES], NULL, 2, "the same: by messages" },
-        { "allreduce_ms", all[BACKEND], NULL, 2, "the same: the backend's all-reduce" },
-        { "sum_ratio", shared ? sum[MESSAGES] / sum[WINDOW] : (double)NAN, NULL, 2, "messages / window" },
-        { "all_ratio", shared ? all[MESSAGES] / all[WINDOW] : (double)NAN, NULL, 2, "messages / window" },
-        { "allreduce_ratio", all[BACKEND] / all[shared ? WINDOW : MESSAGES], NULL, 2,
-          "all-reduce / the trainer's way" },
+        { "sum_ms", sum[TRAINER], NULL, 2, "until each rank has the sum of its part" },
+        { "all_ms", all[TRAINER], NULL, 2, "until all ranks have all of it" },
+        { "allreduce_ms", all[BACKEND], NULL, 2, "the same, by the backend's all-reduce" },
+        { "allreduce_ratio", all[BACKEND] / all[TRAINER], NULL, 3, "allreduce_ms / all_ms" },
     };
     bench_print(b, f, sizeof f / sizeof *f);
 }
@@ -137,16 +130,13 @@ static status *run_case(struct bench *b, const struct comm_options *o, uint64_t 
     size_t held = cb.params.total * sizeof(float);
     cb.params.grad = p ? mem_block(held, 4096) : NULL;
     status *st = comm_agree(b->world, cb.params.grad ? NULL : ERR(NO_MEMORY, "%zu bytes of gradients", held));
-    for (int way = 0; !st && way < BACKEND; way++) {
-        z.by_messages = way == MESSAGES;
-        st = zero_open(&z, &cb.params, b->world, &cb.zero[way]);
-    }
+    if (!st)
+        st = zero_open(&z, &cb.params, b->world, &cb.zero);
     if (!st)
         st = run_rounds(&cb);
     if (!st)
         print(b, &cb);
-    zero_close(cb.zero[MESSAGES]);
-    zero_close(cb.zero[WINDOW]);
+    zero_close(cb.zero);
     mem_block_free(cb.params.grad, held);
     mem_free(cb.params.p);
     return st;
@@ -164,8 +154,8 @@ static status *run(struct bench *b, const void *options)
 }
 
 const struct bench_verb bench_comm = { .name = "comm",
-                                       .help = "what a sum of gradients over all ranks takes: by shared memory, by "
-                                               "messages, by the backend's all-reduce",
+                                       .help = "what a sum of gradients over all ranks takes, beside the backend's "
+                                               "all-reduce",
                                        .options = { "bench comm", rows, sizeof rows / sizeof *rows },
                                        .options_bytes = sizeof(struct comm_options),
                                        .url_offset = BENCH_NO_URL,
