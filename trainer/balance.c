@@ -114,8 +114,8 @@ static status *move_some(const struct balance *b, const uint64_t *count, uint64_
 static status *move_biases(const struct balance *b, const struct shards *s,
                            status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg)
 {
-    const struct params *ps = &b->m->params;
     bool cut = s && shards_cut_values(s);
+    const struct params *ps = cut ? shards_params(s) : &b->m->params;
     if (b->m->moe.rate > 0 && cut) /* who has no part of them: a first call may be collective */
         TRY(fence(arg, shards_own(s, true).value, 0));
     for (int i = 0; b->m->moe.rate > 0 && i < ps->count; i++) {

@@ -561,10 +561,6 @@ static status *check_together(struct config *c, const char *name)
         return ERR(INVALID, "%s: data.labelled is required: a JSONL file of prompt/completion/label rows", name);
     if (c->algo_ops->data == DATASET_PREFS && !*c->data.prefs)
         return ERR(INVALID, "%s: data.prefs is required: a JSONL file of prompt/chosen/rejected rows", name);
-    if (c->parallel.ep > 1 && c->parallel.zero > 1)
-        return ERR(INVALID,
-                   "%s: parallel.zero: %lld does not go with parallel.ep above 1 (legal: zero 0 or 1, or ep 1)", name,
-                   (long long)c->parallel.zero);
     if (c->parallel.pp == 1 && *c->parallel.stages)
         return ERR(INVALID, "%s: parallel.stages: \"%.100s\" needs parallel.pp above 1", name, c->parallel.stages);
     if (c->parallel.schedule != PIPE_INTERLEAVED && c->parallel.chunks > 1)

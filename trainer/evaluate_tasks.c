@@ -87,15 +87,16 @@ status *evaluate_tasks(struct trainer *t)
     uint64_t begin, end, solved = 0, rows = e->tasks->rows;
     uint64_t c = t->cp ? (uint64_t)t->cp->size : 1, own = t->cp ? (uint64_t)t->cp->rank : 0;
     layout_cut(rows, parts_of(t), (uint64_t)t->dp->rank * c + own, &begin, &end);
-    struct shards *shards = trainer_shards(t, t->model);
-    if (shards)
-        TRY(shards_hold(shards)); /* how many passes a rank makes, its completions decide */
+    struct shards *shards[SHARDS_MOST];
+    int n = trainer_all_shards(t, t->model, shards);
+    for (int i = 0; i < n; i++)
+        TRY(shards_hold(shards[i])); /* how many passes a rank makes, its completions decide */
     tape_blocks(t->tape, NULL);
     tape_context(t->tape, NULL); /* each rank generates for prompts of its own */
     status *st = count_solved(e, begin, end, tasks_most(t, e), &solved);
     tape_context(t->tape, t->cp);
-    if (shards)
-        shards_release(shards, false);
+    for (int i = 0; i < n; i++)
+        shards_release(shards[i], false);
     if (st && (t->tp || t->pp || t->ep)) /* others wait for it in the same pass */
         trainer_abort(t, st);
     st = comm_agree(t->dp, st);

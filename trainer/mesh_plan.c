@@ -21,10 +21,11 @@ struct kept {
 
 /* A stage of a model over (pp, tp). */
 struct stage {
-    double trained, frozen; /* elements */
-    double tied;            /* of a tied output matrix that is kept apart */
-    double outside, block;  /* elements outside of blocks, of the largest block */
-    double work;            /* elements that tokens are multiplied with */
+    double trained, frozen;         /* elements */
+    double experts, frozen_experts; /* of these, of experts that are dealt to ranks of ep */
+    double tied;                    /* of a tied output matrix that is kept apart */
+    double outside, block;          /* elements outside of blocks, of the largest block */
+    double work;                    /* elements that tokens are multiplied with */
     int layers;
     bool first, last;
 };
@@ -44,9 +45,13 @@ struct mesh_plan {
 static status *open_cut(const struct mesh_plan *p, int stages, int stage, int tp, const char *list, struct model **out)
 {
     const struct config *c = p->c;
-    const struct tp_place at = {
-        .size = tp, .apart = c->train.deterministic, .sequence = tp > 1, .stages = stages, .stage = stage, .list = list
-    };
+    const struct tp_place at = { .size = tp,
+                                 .apart = c->train.deterministic,
+                                 .sequence = tp > 1,
+                                 .stages = stages,
+                                 .stage = stage,
+                                 .list = list,
+                                 .experts = (int)c->parallel.ep };
     const struct tuning tuning = { &c->lora, c->train.freeze, c->optim.kind == OPTIM_MUON ? c->optim.muon : NULL };
     return model_open_tuned(c->model_ops, c->model, TOKEN_VOCAB, &at, &tuning, out);
 }
@@ -56,17 +61,25 @@ static double larger(double a, double b)
     return a > b ? a : b;
 }
 
-static struct stage stage_of(const struct model *m)
+/* ep: ranks that experts are dealt to; work is that of all of them. */
+static struct stage stage_of(const struct model *m, int64_t ep)
 {
     const struct params *ps = &m->params;
     int layers = m->ops->layers(m);
-    double blocks = 0, block = 0, head = 0;
-    struct stage s = { .trained = (double)ps->total, .frozen = (double)ps->frozen, .tied = (double)m->tied.total };
+    double blocks = 0, block = 0, head = 0, dealt = 0;
+    struct stage s = { .trained = (double)ps->total,
+                       .frozen = (double)ps->frozen,
+                       .experts = (double)ps->experts,
+                       .tied = (double)m->tied.total };
+    for (int i = 0; i < ps->count && ep > 1; i++)
+        s.frozen_experts += ps->p[i].experts && ps->p[i].frozen ? (double)param_elems(&ps->p[i]) : 0;
     for (int unit = 0; unit < layers + 2; unit++) {
         double n = 0;
         for (int i = 0; i < ps->count; i++)
-            if (ps->p[i].unit == unit && ps->p[i].alias < 0 && !ps->p[i].away)
+            if (ps->p[i].unit == unit && ps->p[i].alias < 0 && !ps->p[i].away) {
                 n += (double)param_elems(&ps->p[i]);
+                dealt += ps->p[i].experts ? (double)param_elems(&ps->p[i]) * (double)(ep - 1) : 0;
+            }
         bool here = params_hold(ps, 0, unit);
         s.first = s.first || (here && unit == 0);
         s.last = s.last || (here && unit == layers + 1);
@@ -80,7 +93,8 @@ static struct stage stage_of(const struct model *m)
     }
     const struct param *out = s.last ? params_find(ps, "lm_head.weight") : NULL;
     bool alias = out && out->alias >= 0; /* of the embedding, which is on another stage or counted with the first */
-    s.work = blocks + head + (alias ? (double)(ps->p[out->alias].shape.dim[0] * ps->p[out->alias].shape.dim[1]) : 0);
+    s.work =
+        blocks + dealt + head + (alias ? (double)(ps->p[out->alias].shape.dim[0] * ps->p[out->alias].shape.dim[1]) : 0);
     s.block = block;
     s.outside = larger(s.trained + s.frozen - blocks, 0);
     return s;
@@ -108,7 +122,7 @@ static status *dry_unit(const struct mesh_plan *p, int unit, int units, int tp, 
 {
     struct model *m = NULL;
     struct tape *t = NULL;
-    struct comm ranks = { .size = tp };
+    struct comm ranks = { .size = tp }, ep = { .size = (int)p->c->parallel.ep };
     float anything = 0;
     int32_t token[2 * PLAN_TOKENS] = { 0 }, position[2 * PLAN_TOKENS], offset[2] = { 0, n };
     struct logprob_stats stats;
@@ -121,6 +135,8 @@ static status *dry_unit(const struct mesh_plan *p, int unit, int units, int tp, 
         struct model_input in = { .tokens = n, .token = token, .seg = { 1, offset, position } };
         if (tp > 1)
             tape_spread(t, &ranks, true);
+        if (ep.size > 1)
+            tape_experts(t, &ep);
         tape_recompute(t, (enum tape_recompute)recompute);
         tape_begin(t, TAPE_DRY);
         in.x = unit ? op_boundary(t, n, m->width) : NULL;
@@ -157,14 +173,34 @@ static status *measure(const struct mesh_plan *p, int layers, int tp, int recomp
 
 /* ---- formulas ---- */
 
-static int shards_of(const struct config *c, int dp)
+/* Ranks that micro-batches are dealt to. */
+static int ranks_of(const struct config *c, const struct mesh_plan_row *r)
 {
-    return c->parallel.dp_shard ? (int)c->parallel.dp_shard : dp;
+    return r->dp * (int)c->parallel.ep;
 }
 
-static double levels_of(const struct config *c, int dp, int zero, double micro_batches)
+static int shards_of(const struct config *c, const struct mesh_plan_row *r)
 {
-    int lanes = (int)c->train.lanes, groups = zero < 2 ? dp : dp / shards_of(c, dp), levels = 0;
+    return c->parallel.dp_shard ? (int)c->parallel.dp_shard : ranks_of(c, r);
+}
+
+/* The same of ranks with the same experts (experts.h). */
+static int expert_shards_of(const struct config *c, const struct mesh_plan_row *r)
+{
+    int shards = shards_of(c, r), ep = (int)c->parallel.ep;
+    return shards % ep ? 1 : shards / ep;
+}
+
+/* Of so many elements, experts among them, a shard's. */
+static double cut(const struct config *c, const struct mesh_plan_row *r, double all, double experts)
+{
+    return (all - experts) / shards_of(c, r) + experts / expert_shards_of(c, r);
+}
+
+static double levels_of(const struct config *c, const struct mesh_plan_row *r, double micro_batches)
+{
+    int lanes = (int)c->train.lanes, ranks = ranks_of(c, r), groups = r->zero < 2 ? ranks : ranks / shards_of(c, r),
+        levels = 0;
     if (!c->train.deterministic)
         return 0;
     for (int l = lanes / groups; l > 1; l /= 2)
@@ -175,18 +211,20 @@ static double levels_of(const struct config *c, int dp, int zero, double micro_b
 static void count_state(const struct mesh_plan *p, const struct stage *s, struct mesh_plan_row *r)
 {
     const struct config *c = p->c;
-    double n = levels_of(c, r->dp, r->zero, p->micro_batches), dp = shards_of(c, r->dp), trained = s->trained;
+    double n = levels_of(c, r, p->micro_batches), dense = s->trained - s->experts + s->tied; /* of experts one sum */
     bool live = c->algo.reference == REFERENCE_LIVE;
-    double values = (trained + s->frozen) / (r->zero == 3 ? dp : 1), own = r->zero ? trained / dp : trained;
-    double grads = r->zero < 2 ? 1 + n : (n > 1 ? n : 1) / dp;
+    double own = r->zero ? cut(c, r, s->trained, s->experts) : s->trained, all = s->trained + s->frozen;
+    double values = r->zero == 3 ? cut(c, r, all, s->experts + s->frozen_experts) : all;
+    double grads =
+        r->zero < 2 ? (1 + n) * dense + s->experts : cut(c, r, (n > 1 ? n : 1) * dense + s->experts, s->experts);
     r->parameters = (uint64_t)(4 * (values * (live ? 2 : 1) + (r->pp > 1 ? s->tied : 0)));
-    r->gradients = (uint64_t)(4 * grads * (trained + s->tied));
+    r->gradients = (uint64_t)(4 * grads);
     r->moments = (uint64_t)(8 * own);
     r->other = (uint64_t)((r->zero < 2    ? 0
                            : r->zero == 2 ? 4
                                           : 8) *
                           (s->outside + 2 * s->block)) +
-               (r->dp > 1 ? c->parallel.bucket : 0);
+               (ranks_of(c, r) > 1 ? c->parallel.bucket : 0);
 }
 
 static double count_activations(const struct mesh_plan *p, const struct stage *s, const struct kept *k, int stage,
@@ -202,10 +240,10 @@ static double count_activations(const struct mesh_plan *p, const struct stage *s
 
 static double count_sent(const struct mesh_plan *p, const struct stage *s, const struct mesh_plan_row *r, double passes)
 {
-    double whole = 4 * s->trained, dp = r->dp, tp = r->tp, of_dp = (dp - 1) / dp, floats = 4 * p->tokens * p->width;
-    double data = r->zero < 2    ? 2 * of_dp * (whole + 4 * s->tied)
-                  : r->zero == 2 ? of_dp * whole * (passes + 1)
-                                 : of_dp * whole * 3 * passes;
+    double ranks = ranks_of(p->c, r), dp = r->dp, tp = r->tp, floats = 4 * p->tokens * p->width;
+    double times = r->zero < 2 ? 2 : r->zero == 2 ? passes + 1 : 3 * passes;
+    double data = 4 * (ranks - 1) / ranks * (times * (s->trained - s->experts) + (r->zero < 2 ? 2 * s->tied : 0)) +
+                  4 * (dp - 1) / dp * times * s->experts;
     double sums = r->recompute == TAPE_RECOMPUTE_BLOCK ? 6 * s->layers + 2 : 4 * s->layers + 2;
     double tensors = passes * (2 * (tp - 1) / tp * sums * floats + (tp - 1) * 48 * p->tokens);
     return data + tensors + (r->pp > 1 ? passes * 2 * floats / tp : 0);
@@ -217,7 +255,8 @@ static void weigh(const struct mesh_plan *p, const struct stage *stage, const st
     static const double again[RECOMPUTES] = {
         [TAPE_RECOMPUTE_NONE] = 1, [TAPE_RECOMPUTE_BLOCK] = 4.0 / 3, [TAPE_RECOMPUTE_ATTENTION] = 1.1
     };
-    double passes = (double)(((int64_t)p->micro_batches + r->dp - 1) / r->dp), most = 0, all = 0;
+    int64_t ranks = ranks_of(p->c, r);
+    double passes = (double)(((int64_t)p->micro_batches + ranks - 1) / ranks), most = 0, all = 0;
     for (int s = 0; s < r->pp; s++) {
         struct mesh_plan_row here = *r;
         count_state(p, &stage[s], &here);
@@ -235,7 +274,7 @@ static void weigh(const struct mesh_plan *p, const struct stage *stage, const st
     }
     double micro_batch = 3 * p->flops * p->tokens / r->tp, rounds = passes + r->pp - 1;
     double spent = rounds * micro_batch * most / all * again[r->recompute],
-           useful = p->micro_batches / r->dp * micro_batch / r->pp;
+           useful = p->micro_batches / (double)ranks * micro_batch / r->pp;
     r->waits = 1 - useful / spent;
     r->cost = spent + PLAN_BYTE * r->sent;
 }
@@ -251,12 +290,10 @@ static bool may_be(const struct config *c, unsigned key, int64_t set, int64_t va
 static bool legal(const struct mesh_plan *p, const struct mesh_plan_row *r)
 {
     const struct config *c = p->c;
-    int shards = shards_of(c, r->dp);
-    if (r->dp % shards)
+    int shards = shards_of(c, r), ranks = ranks_of(c, r);
+    if (ranks % shards)
         return false;
-    if (r->zero > 1 && c->parallel.ep > 1)
-        return false;
-    int64_t groups = (r->zero < 2 ? r->dp : r->dp / shards) * c->parallel.ep;
+    int64_t groups = r->zero < 2 ? ranks : ranks / shards;
     if (c->train.deterministic && groups > c->train.lanes)
         return false;
     return may_be(c, FIXED_ZERO, c->parallel.zero, r->zero) &&
@@ -283,7 +320,7 @@ static status *open_stages(const struct mesh_plan *p, int pp, int tp, struct sta
     for (int s = 0; s < pp; s++) {
         struct model *m = NULL;
         TRY(open_cut(p, pp, s, tp, pp > 1 && p->c->parallel.schedule != PIPE_INTERLEAVED ? list : NULL, &m));
-        stage[s] = stage_of(m);
+        stage[s] = stage_of(m, p->c->parallel.ep);
         *layers = m->ops->layers(m);
         model_close(m);
     }

@@ -16,6 +16,35 @@ struct shards *trainer_shards(const struct trainer *t, const struct model *m)
     return t->zero ? zero_shards(t->zero) : NULL;
 }
 
+int trainer_all_shards(const struct trainer *t, const struct model *m, struct shards *out[SHARDS_MOST])
+{
+    struct shards *experts = !t->experts         ? NULL
+                             : m == t->ref_model ? t->experts->ref_shards
+                             : t->experts->zero  ? zero_shards(t->experts->zero)
+                                                 : NULL;
+    int n = 0;
+    out[n] = trainer_shards(t, m);
+    n += out[n] != NULL;
+    if (experts)
+        out[n++] = experts;
+    return n;
+}
+
+struct shards *trainer_shards_of(const struct trainer *t, const struct model *m, const struct param **p)
+{
+    if (m == t->ref_model)
+        return experts_ref_shards(t->experts, t->ref_shards, &m->params, p);
+    return t->zero ? zero_shards(experts_zero(t->experts, t->zero, &m->params, p)) : NULL;
+}
+
+void trainer_changed(const struct trainer *t, const struct model *m)
+{
+    struct shards *s[SHARDS_MOST];
+    int n = trainer_all_shards(t, m, s);
+    for (int i = 0; i < n; i++)
+        shards_changed(s[i]);
+}
+
 /* ---- sums over dp that begin while backward goes on ---- */
 
 static status *enter_block(void *arg, int64_t block, bool backward)
@@ -87,7 +116,7 @@ struct passing {
     bool training; /* packs for `loss`, else for `statistic`: algo_ops.data says which sequences these are */
     const struct batch_counts *counts;
     struct logprob_stats tok;
-    uint32_t end; /* with expert parallelism, of this rank's micro-batches: passes behind it are empty */
+    uint32_t end; /* with expert parallelism: a micro-batch of this number or more is an empty one */
 };
 
 static bool is_empty(const struct passing *g, uint32_t k)
@@ -162,8 +191,7 @@ static status *pass_all(struct passing *g, bool training, struct pipe_work w)
     struct trainer *t = g->t;
     uint32_t passes = zero_passes(t->zero, g->k);
     if (t->ep) { /* every rank makes as many */
-        (void)zero_micro_batch(t->zero, g->k, 0, &g->end);
-        g->end += passes;
+        g->end = zero_micro_batches_end(t->zero, g->k);
         passes = zero_most_passes(t->zero, g->k);
         if (training)
             experts_begin(t->experts, passes);
@@ -279,10 +307,13 @@ static void take_loss(void *arg, uint32_t k, struct tensor *logp)
 static status *added(void *arg, uint32_t k, int chunk)
 {
     const struct passing *g = arg;
-    if (is_empty(g, k))
+    struct trainer *t = g->t;
+    bool empty = is_empty(g, k);
+    TRY(experts_added(t->experts, chunk));
+    TRY(empty ? zero_added_none(t->zero, chunk) : zero_added_chunk(t->zero, k, chunk));
+    if (!pipe_ends(t->pipe, chunk))
         return NULL;
-    TRY(zero_added_chunk(g->t->zero, k, chunk));
-    return pipe_ends(g->t->pipe, chunk) ? tied_added(g->t->tied, k) : NULL;
+    return empty ? tied_added_none(t->tied) : tied_added(t->tied, k);
 }
 
 status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,

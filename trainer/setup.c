@@ -258,13 +258,20 @@ static status *open_zero(struct trainer *t)
         TRY(experts_open(&o, &t->model->params, t->ep_dp, t->ep, &t->experts));
     struct params *dense = t->experts ? &t->experts->dense : &t->model->params;
     TRY(zero_open(&o, dense, t->dp, &t->zero));
+    if (t->experts && t->experts->zero && zero_shards(t->zero))
+        shards_join(zero_shards(t->zero), zero_shards(t->experts->zero));
     TRY(tied_open(&o, t->model, t->dp, t->pp, &t->tied));
     if (c->optim.kind == OPTIM_MUON)
         TRY(open_muon(t, dense));
     if (!t->ref_model || o.stage < 3)
         return NULL;
     struct shards_options ref = { true, false, o.bucket_elems, o.shards ? o.shards : t->dp->size };
-    return shards_open(&ref, &t->ref_model->params, t->dp, &t->ref_shards);
+    if (t->experts)
+        TRY(experts_open_reference(t->experts, &ref, &t->ref_model->params));
+    TRY(shards_open(&ref, t->experts ? &t->experts->ref_dense : &t->ref_model->params, t->dp, &t->ref_shards));
+    if (t->experts)
+        shards_join(t->ref_shards, t->experts->ref_shards);
+    return NULL;
 }
 
 /* --- checkpoints */
@@ -320,13 +327,14 @@ static status *init_weights(struct trainer *t)
     uint64_t read = 0, begun = clock_ns();
     if (!*folder || t->resumed_from != UINT64_MAX)
         return NULL;
-    struct shards *shards = trainer_shards(t, t->model);
+    struct shards *shards[SHARDS_MOST];
+    int n = trainer_all_shards(t, t->model, shards);
     uint32_t crc;
-    if (shards)
-        TRY(shards_hold(shards));
+    for (int i = 0; i < n; i++)
+        TRY(shards_hold(shards[i]));
     TRY(status_wrap(hf_load(t->world, folder, &t->model->params, &read), "model.init_from"));
-    if (shards)
-        shards_release(shards, true);
+    for (int i = 0; i < n; i++)
+        shards_release(shards[i], true);
     TRY(state_weights_crc(t, &crc));
     TRY(comm_allreduce(t->world, &read, 1, COMM_U64, COMM_SUM, NULL));
     metrics_begin(t->metrics, "init_from", t->step);
@@ -340,12 +348,13 @@ static status *init_weights(struct trainer *t)
 /* Initial values, where no step is resumed from. */
 static void init_params(struct trainer *t)
 {
-    struct shards *s = trainer_shards(t, t->model);
+    struct shards *s[SHARDS_MOST];
+    int n = trainer_all_shards(t, t->model, s);
     uint64_t seed = (uint64_t)t->cfg->run.seed;
-    if (s && shards_cut_values(s))
-        shards_init(s, seed);
-    else
+    if (!n || !shards_cut_values(s[0]))
         params_init(&t->model->params, seed);
+    for (int i = 0; i < n && shards_cut_values(s[0]); i++)
+        shards_init(s[i], seed);
 }
 
 static status *open_all(struct trainer *t)

@@ -94,8 +94,9 @@ static status *add_moments(struct trainer *t, const struct param *p)
 }
 
 /* Parameters as this rank holds them: whole parts, or with ZeRO 3 this shard's runs. */
-static status *add_values(struct trainer *t, const struct param *p, struct tessera_tensor d, const struct shards *s)
+static status *add_values(struct trainer *t, const struct param *p, struct tessera_tensor d, const struct model *m)
 {
+    const struct shards *s = trainer_shards_of(t, m, &p);
     if (!s || !shards_cut_values(s) || p->alias >= 0)
         return tessera_state_add_tensor(t->state, &d);
     struct shard_runs own = shards_own(s, p->frozen);
@@ -110,7 +111,7 @@ static status *add_param(struct trainer *t, const struct params *ps, const struc
         d.alias_of = ps->p[p->alias].name;
         d.data = NULL;
     }
-    return add_values(t, p, d, trainer_shards(t, t->model));
+    return add_values(t, p, d, t->model);
 }
 
 static status *add_ref(struct trainer *t, const char *prefix, struct ref_logps *r)
@@ -145,7 +146,7 @@ static status *add_ref_model(struct trainer *t)
         if (ps->p[i].alias >= 0 || ps->p[i].away)
             continue;
         d.frozen = (ps->p[i].frozen && !ps->p[i].buffer) || t->cfg->algo.ref_sync_steps == 0;
-        TRY(add_values(t, &ps->p[i], d, t->ref_shards));
+        TRY(add_values(t, &ps->p[i], d, t->ref_model));
     }
     return NULL;
 }
@@ -201,10 +202,18 @@ static status *put_blobs(struct trainer *t)
 
 status *state_weights_crc(struct trainer *t, uint32_t *crc)
 {
-    struct shards *s = trainer_shards(t, t->model);
-    if (s && shards_cut_values(s))
-        return shards_crc(s, crc);
-    *crc = crc32c(0, t->model->params.data, params_bytes(&t->model->params));
+    struct shards *s[SHARDS_MOST];
+    int n = trainer_all_shards(t, t->model, s);
+    if (!n || !shards_cut_values(s[0])) {
+        *crc = crc32c(0, t->model->params.data, params_bytes(&t->model->params));
+        return NULL;
+    }
+    TRY(shards_crc(s[0], crc));
+    uint32_t both[2] = { *crc };
+    if (n < 2)
+        return NULL;
+    TRY(shards_crc(s[1], &both[1]));
+    *crc = crc32c(0, both, sizeof both);
     return NULL;
 }
 
@@ -451,10 +460,9 @@ static status *load_step(struct trainer *t, uint64_t step)
     TRY(comm_agree(t->world, shape_refs(t)));
     TRY(state_build(t));
     TRY(tessera_load(t->ckpt, t->state, step));
-    if (zero_shards(t->zero))
-        shards_changed(zero_shards(t->zero));
-    if (t->ref_shards)
-        shards_changed(t->ref_shards);
+    trainer_changed(t, t->model);
+    if (t->ref_model)
+        trainer_changed(t, t->ref_model);
     return comm_agree(t->world, check_refs(t));
 }
 

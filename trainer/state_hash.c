@@ -55,21 +55,20 @@ static bool first_replica(const struct trainer *t, const struct param *p, bool c
     if (t->cp && t->cp->rank > 0)
         return false;
     if (t->ep && p->experts)
-        return !cut || !t->cfg->parallel.dp_shard ? cut || t->ep_dp->rank == 0
-                                                  : t->ep_dp->rank * t->ep->size < t->cfg->parallel.dp_shard;
+        return t->ep_dp->rank < (cut && t->experts->zero ? zero_holders(t->experts->zero) : 1);
     int64_t shards = !cut ? 1 : t->cfg->parallel.dp_shard ? t->cfg->parallel.dp_shard : t->dp->size;
     return t->dp->rank < shards;
 }
 
-/* s: what they are cut into, or NULL. */
-static uint64_t own_weights(const struct trainer *t, const struct params *ps, const struct shards *s)
+static uint64_t own_weights(const struct trainer *t, const struct model *m)
 {
-    bool cut = s && shards_cut_values(s);
     uint64_t sum = 0;
-    for (int i = 0; i < ps->count; i++) {
-        const struct param *p = &ps->p[i];
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *p = &m->params.p[i];
+        const struct shards *s = trainer_shards_of(t, m, &p);
+        bool cut = s && shards_cut_values(s);
         struct shard_runs own = cut ? shards_own(s, p->frozen) : (struct shard_runs){ 0 };
-        if (first_replica(t, p, cut) && first_of_sharers(t, p))
+        if (first_replica(t, p, cut && t->cfg->parallel.zero) && first_of_sharers(t, p))
             sum +=
                 cut ? hash_runs(p, 0, own.run, own.runs, own.value) : hash_run(p, 0, 0, param_elems(p), p->value.data);
     }
@@ -92,8 +91,8 @@ static uint64_t own_moments(const struct trainer *t, const struct params *ps)
 status *state_hashes(struct trainer *t, struct state_hashes *out)
 {
     const struct params *ps = &t->model->params;
-    uint64_t hash[3] = { own_weights(t, ps, trainer_shards(t, t->model)), own_moments(t, ps),
-                         t->ref_live && t->ref_model ? own_weights(t, &t->ref_model->params, t->ref_shards) : 0 };
+    uint64_t hash[3] = { own_weights(t, t->model), own_moments(t, ps),
+                         t->ref_live && t->ref_model ? own_weights(t, t->ref_model) : 0 };
     TRY(comm_allreduce(t->world, hash, 3, COMM_U64, COMM_SUM, NULL));
     *out = (struct state_hashes){ hash[0], hash[1], hash[2] };
     return NULL;

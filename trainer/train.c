@@ -39,19 +39,27 @@ int trainer_phase_at(const struct trainer *t, uint64_t step)
 
 /* --- phases */
 
-/* The live reference's values that train, or frozen ones, as far as this rank holds them: *n floats; *theta: those of
- * the model beside them. */
-static float *reference_values(const struct trainer *t, bool frozen, float **theta, uint64_t *n)
+/* Of a model's values: those that train, and frozen ones; and the same of experts, where they have shards of their own.
+ */
+enum { FROZEN = 1, EXPERTS = 2, PARTS = 4 };
+
+/* A part of the live reference's values, as far as this rank holds them: *n floats; *theta: those of the model beside
+ * them. */
+static float *reference_values(const struct trainer *t, int part, float **theta, uint64_t *n)
 {
     const struct params *ps = &t->model->params;
+    bool frozen = part & FROZEN, experts = part & EXPERTS;
     uint64_t at = frozen ? ps->total : 0;
     if (t->ref_shards) {
-        struct shard_runs own = shards_own(trainer_shards(t, t->model), frozen);
+        struct shards *s[SHARDS_MOST] = { NULL }, *ref[SHARDS_MOST] = { NULL };
+        (void)trainer_all_shards(t, t->model, s);
+        (void)trainer_all_shards(t, t->ref_model, ref);
+        struct shard_runs none = { 0 }, own = s[experts] ? shards_own(s[experts], frozen) : none;
         *n = own.elems;
         *theta = own.value;
-        return shards_own(t->ref_shards, frozen).value;
+        return ref[experts] ? shards_own(ref[experts], frozen).value : NULL;
     }
-    *n = frozen ? ps->frozen : ps->total;
+    *n = experts ? 0 : frozen ? ps->frozen : ps->total;
     *theta = ps->data + at;
     return t->ref_model->params.data + at;
 }
@@ -59,8 +67,8 @@ static float *reference_values(const struct trainer *t, bool frozen, float **the
 static void reference_changed(struct trainer *t)
 {
     t->ref_heldout_known = false;
-    if (t->ref_shards)
-        shards_changed(t->ref_shards);
+    if (t->ref_model)
+        trainer_changed(t, t->ref_model);
 }
 
 /* The live reference: the weights as they are, or those without adapters, and room for what they make of held-out rows.
@@ -69,10 +77,11 @@ static status *copy_reference(struct trainer *t)
 {
     status *st = t->heldout ? ref_logps_init(&t->ref_heldout, t->heldout) : NULL;
     TRY(comm_agree(t->world, st));
-    for (int frozen = 0; t->ref_model && frozen < 2; frozen++) {
+    for (int part = 0; t->ref_model && part < PARTS; part++) {
         uint64_t n;
-        float *theta, *ref = reference_values(t, frozen, &theta, &n);
-        memcpy(ref, theta, n * sizeof *ref);
+        float *theta, *ref = reference_values(t, part, &theta, &n);
+        if (n)
+            memcpy(ref, theta, n * sizeof *ref);
     }
     t->ref_live = true;
     reference_changed(t);
@@ -158,9 +167,9 @@ static void mix(double alpha, const float *theta, float *ref, uint64_t n)
  */
 static status *sync_buffers(struct trainer *t, double alpha)
 {
-    const struct params *ps = &t->model->params;
+    const struct params *ps = t->ref_shards ? shards_params(t->ref_shards) : &t->model->params;
     uint64_t n;
-    float *theta, *ref = reference_values(t, true, &theta, &n);
+    float *theta, *ref = reference_values(t, FROZEN, &theta, &n);
     struct zero_run all = { ps->total, ps->total + ps->frozen };
     struct shard_runs own = { .run = &all, .runs = 1 };
     if (t->ref_shards)
@@ -185,10 +194,12 @@ static status *sync_reference(struct trainer *t)
     const struct algo_choice *c = &t->cfg->algo;
     if (!t->ref_live || !t->ref_model || !c->ref_sync_steps || t->optimiser_step % (uint64_t)c->ref_sync_steps)
         return NULL;
-    uint64_t n;
-    float *theta, *ref = reference_values(t, false, &theta, &n); /* what is frozen is the same in both */
-    TRY(comm_agree(t->world, before_overwrite(t, ref, n * sizeof *ref)));
-    mix(c->ref_sync_alpha, theta, ref, n);
+    for (int part = 0; part < PARTS; part += EXPERTS) { /* what is frozen is the same in both */
+        uint64_t n;
+        float *theta, *ref = reference_values(t, part, &theta, &n);
+        TRY(comm_agree(t->world, before_overwrite(t, ref, n * sizeof *ref)));
+        mix(c->ref_sync_alpha, theta, ref, n);
+    }
     if (t->model->moe.rate > 0)
         TRY(sync_buffers(t, c->ref_sync_alpha));
     reference_changed(t);
@@ -478,6 +489,7 @@ static void say_memory(struct trainer *t)
         m.parameters += e.parameters;
         m.gradients += e.gradients;
         m.moments += e.moments;
+        m.windows += e.windows;
         m.messages += e.messages;
     }
     m.messages += owners_bytes(t->owners);

@@ -130,6 +130,12 @@ status *passes_share(struct trainer *t, double *value, size_t count) WARN_UNUSED
 /* What parameters or gradients of m are cut into (shards.h); NULL: nothing is. The tapes' hooks, for passes of m;
  * early: sums over dp begin while the last of them goes back. */
 struct shards *trainer_shards(const struct trainer *t, const struct model *m);
+/* With expert parallelism a model may have two: all of m's, their number; and those of its parameter *p, which becomes
+ * the parameter as they know it. */
+enum { SHARDS_MOST = 2 };
+int trainer_all_shards(const struct trainer *t, const struct model *m, struct shards *out[SHARDS_MOST]);
+struct shards *trainer_shards_of(const struct trainer *t, const struct model *m, const struct param **p);
+void trainer_changed(const struct trainer *t, const struct model *m); /* shards_changed of all of them */
 void trainer_hooks(struct trainer *t, const struct model *m, bool early);
 
 /* evaluate.c */

@@ -102,6 +102,7 @@ static void with_experts_on_ranks(void **state)
         { 4, { "parallel.ep=2", "parallel.dp=2", "parallel.zero=0" } },
         { 4, { "parallel.ep=2", "parallel.tp=2", "parallel.sequence=true" } },
         { 4, { "parallel.ep=2", "parallel.cp=2", "memory.recompute=block" } },
+        { 4, { "parallel.ep=2", "parallel.dp=2", "parallel.zero=3" } },
     };
     expect_solved(model, cases, sizeof cases / sizeof *cases, true);
 }

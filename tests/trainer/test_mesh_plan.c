@@ -99,7 +99,7 @@ static void less_memory(void **state)
 }
 
 /* Proposed is what the trainer runs: ZeRO 2 and 3 on pipelines too, with interleaved stages, Muon and a
- * frozen base; but not with dealt experts, however little memory there is. */
+ * frozen base. */
 static void what_runs_is_proposed(void **state)
 {
     (void)state;
@@ -127,17 +127,39 @@ static void what_runs_is_proposed(void **state)
         mesh_plan_free(p);
         config_free(c);
     }
-    const char *const o[] = { "parallel=auto",      "parallel.ep=2", "model.experts=4", "model.experts_per_token=2",
-                              "model.expert_ffn=8", "parallel.pp=1", "parallel.tp=1",   "memory.recompute=none",
-                              "parallel.zero=1" };
-    uint64_t least = 0;
-    for (int n = 9; n >= 8; n--) { /* the last time ZeRO is free */
-        struct config *c = parse(n, o);
+}
+
+/* On 8 ranks of dp 4 and ep 2: of what is not of experts a shard has an eighth, of its rank's experts a quarter. With
+ * dp_shard 2, half, and all: the ranks of a replica have other experts each. */
+static void dealt_experts_are_counted(void **state)
+{
+    (void)state;
+    const uint64_t dense = OUTSIDE + 2 * 7 * 1024, own = 2 * 3 * 1024;
+    for (uint64_t i = 0; i < 8; i++) {
+        uint64_t zero = i % 4, shards = i < 4 ? 8 : 2, holders = i < 4 ? 4 : 1;
+        char key[32];
+        snprintf(key, sizeof key, "parallel.zero=%d", (int)zero);
+        const char *const o[] = { "parallel=auto",
+                                  "parallel.ep=2",
+                                  "model.experts=4",
+                                  "model.experts_per_token=2",
+                                  "model.expert_ffn=8",
+                                  "model.tied=false",
+                                  "parallel.pp=1",
+                                  "parallel.tp=1",
+                                  "memory.recompute=none",
+                                  i < 4 ? "parallel.dp_shard=0" : "parallel.dp_shard=2",
+                                  key };
+        struct config *c = parse(11, o);
         struct mesh_plan *p = NULL;
-        must(mesh_plan_make(c, 8, n == 9 ? UINT64_MAX : least - 1, &p));
-        const struct mesh_plan_row *r = mesh_plan_best(p);
-        assert_int_equal(r != NULL, n == 9);
-        least = r ? mesh_plan_need(r) : 0;
+        const struct mesh_plan_row *r = only(c, 8, &p);
+        assert_true(r->dp == 4 && r->zero == (int)zero);
+        /* 8 lanes, one for each rank with stages 0 and 1, or for each micro-batch of a replica; of experts one sum */
+        uint64_t sums = i < 4 ? 3 : 1, cut = dense / shards + own / holders;
+        assert_int_equal(r->parameters, 4 * (zero == 3 ? cut : dense + own));
+        assert_int_equal(r->gradients, 4 * (zero < 2 ? dense + own : sums * dense / shards + own / holders));
+        assert_int_equal(r->moments, 8 * (zero ? cut : dense + own));
+        assert_int_equal(r->other, 16384 + (zero < 2 ? 0 : zero == 2 ? 4 : 8) * (dense + own));
         mesh_plan_free(p);
         config_free(c);
     }
@@ -240,8 +262,13 @@ static void runs(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(bytes_are_the_formulas), cmocka_unit_test(less_memory),           cmocka_unit_test(refusals),
-        cmocka_unit_test(what_runs_is_proposed),  cmocka_unit_test(meshes_that_do_not_go), cmocka_unit_test(runs),
+        cmocka_unit_test(bytes_are_the_formulas),
+        cmocka_unit_test(less_memory),
+        cmocka_unit_test(refusals),
+        cmocka_unit_test(what_runs_is_proposed),
+        cmocka_unit_test(dealt_experts_are_counted),
+        cmocka_unit_test(meshes_that_do_not_go),
+        cmocka_unit_test(runs),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
 }

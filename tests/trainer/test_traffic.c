@@ -16,9 +16,10 @@
 
 /* micro-batches; a tensor's elements are a multiple of ALIGN in memory */
 enum { LAYERS = 3, HIDDEN = 32, FFN = 32, KV = 16, VOCAB = 320, BATCH = 8, ALIGN = 1024, BUCKET = 4096, RANKS = 8 };
+enum { EXPERTS = 4 };
 
 struct mesh_case {
-    int pp, dp, tp, zero, chunks;
+    int pp, dp, tp, zero, chunks, ep; /* ep above 0: of a model with experts in all layers */
     bool recompute, tied, deterministic;
 };
 
@@ -28,6 +29,7 @@ static status *note_sent(struct trainer *t)
 {
     uint64_t *mine = sent[t->world->rank];
     mine[0] = zero_sent_bytes(t->zero) + tied_sent_bytes(t->tied);
+    mine[0] += t->experts ? zero_sent_bytes(t->experts->zero) : 0;
     mine[1] = t->tp ? t->tp->sent_bytes : 0;
     mine[2] = t->pp ? t->pp->sent_bytes : 0;
     return NULL;
@@ -36,7 +38,7 @@ static status *note_sent(struct trainer *t)
 /* Sums over all ranks of a run of so many steps; the tokens of its steps. */
 static void run_steps(const struct mesh_case *c, int steps, double sum[3], double *tokens)
 {
-    char text[2048], mesh[8][48];
+    char text[2048], mesh[9][48];
     const char *const fixed[] = { "threads=1",       "algo.warmup_sft_steps=0", "data.heldout=",
                                   "checkpoint.url=", "model.layers=3",          "model.ffn=32",
                                   "model.vocab=320" };
@@ -58,8 +60,12 @@ static void run_steps(const struct mesh_case *c, int steps, double sum[3], doubl
         j.overrides[0] = "parallel.schedule=interleaved";
         snprintf(mesh[6], sizeof mesh[6], "parallel.chunks=%d", c->chunks);
     }
+    const char *const experts[] = { "model.experts=4", "model.experts_per_token=2", "model.expert_ffn=32", mesh[8] };
+    snprintf(mesh[8], sizeof mesh[8], "parallel.ep=%d", c->ep);
+    for (int i = 0; c->ep && i < 4; i++)
+        j.overrides[j.override_count++] = experts[i];
     memset(sent, 0, sizeof sent);
-    must(comm_threads_run(c->pp * c->dp * c->tp, run_rank, &j));
+    must(comm_threads_run(c->pp * c->dp * c->tp * (c->ep ? c->ep : 1), run_rank, &j));
     for (int a = 0; a < 3; a++) {
         sum[a] = 0;
         for (int r = 0; r < RANKS; r++)
@@ -77,12 +83,18 @@ static double in_memory(double elements)
     return ceil(elements / ALIGN) * ALIGN;
 }
 
-/* Elements of a rank of tp (all of them have as many here), of a layer, of what is outside. */
-static double of_layer(int tp)
+/* Elements of a rank of tp (all of them have as many here), of a layer without its experts, of what is outside. */
+static double of_layer(int tp, bool experts)
 {
     int kv = tp > 2 ? KV / 2 : KV / tp; /* two heads */
     return 2 * in_memory(HIDDEN) + 2 * in_memory(HIDDEN * HIDDEN / tp) + 2 * in_memory(kv * HIDDEN) +
-           3 * in_memory(FFN * HIDDEN / tp);
+           (experts ? in_memory(EXPERTS * HIDDEN) : 3 * in_memory(FFN * HIDDEN / tp));
+}
+
+/* Of a layer's experts, of a rank of ep. */
+static double of_experts(int ep)
+{
+    return ep ? 3 * in_memory(EXPERTS / ep * FFN * HIDDEN) : 0;
 }
 
 static double of_table(int tp)
@@ -119,12 +131,16 @@ static double gathered_blocks(const struct mesh_case *c, uint32_t n)
     return count;
 }
 
-/* Tensors that the ranks of one (pp, tp) share are sent (dp - 1) times as often as they are large. */
-static double dp_bytes(const struct mesh_case *c)
+static int ranks_of_ep(const struct mesh_case *c)
 {
-    double outside = of_table(c->tp) * (c->tied ? 1 : 2) + in_memory(HIDDEN), layer = of_layer(c->tp),
-           all = outside + LAYERS * layer, others = c->dp - 1, passes = (double)BATCH / c->dp, sum = 0,
-           apart = c->tied && c->deterministic ? of_table(c->tp) : 0;
+    return c->ep ? c->ep : 1;
+}
+
+/* Elements outside of blocks and in each, that n ranks share, are sent (n - 1) times as often as they are many. */
+static double shared_by(const struct mesh_case *c, int n, double outside, double layer)
+{
+    double all = outside + LAYERS * layer, others = n - 1, passes = (double)BATCH / c->dp / ranks_of_ep(c), sum = 0,
+           apart = outside > 0 && c->tied && c->deterministic ? of_table(c->tp) : 0;
     if (c->zero < 2)
         sum = 2 * others * (all + apart);
     else
@@ -136,6 +152,14 @@ static double dp_bytes(const struct mesh_case *c)
     else if (c->zero == 3) /* a window for each of two neighbours: what is in it when a pass turns is not sent again */
         sum += others * (outside + layer * (LAYERS + (2 * passes - 1) * (LAYERS - 2)));
     return 4 * c->tp * sum;
+}
+
+/* Of ranks of one (pp, tp): what is dense is shared by all of these, experts by those with the same ones. */
+static double dp_bytes(const struct mesh_case *c)
+{
+    double outside = of_table(c->tp) * (c->tied ? 1 : 2) + in_memory(HIDDEN);
+    return shared_by(c, c->dp * ranks_of_ep(c), outside, of_layer(c->tp, c->ep)) +
+           ranks_of_ep(c) * shared_by(c, c->dp, 0, of_experts(c->ep));
 }
 
 /* Of micro-batches of so many tokens together: sums of a layer and of the table, and what log-probabilities exchange.
@@ -157,8 +181,8 @@ static double pp_bytes(const struct mesh_case *c, double tokens, double steps)
 static void check(const struct mesh_case *c, const char *axis, double got, double want, double more)
 {
     if (got < want || got > want + more)
-        fail_msg("pp %d dp %d tp %d zero %d chunks %d tied %d: %s sent %.0f bytes, not %.0f to %.0f", c->pp, c->dp,
-                 c->tp, c->zero, c->chunks, c->tied, axis, got, want, want + more);
+        fail_msg("pp %d dp %d tp %d zero %d chunks %d tied %d ep %d: %s sent %.0f bytes, not %.0f to %.0f", c->pp,
+                 c->dp, c->tp, c->zero, c->chunks, c->tied, c->ep, axis, got, want, want + more);
 }
 
 static void counts_are_the_formulas(void **state)
@@ -178,15 +202,20 @@ static void counts_are_the_formulas(void **state)
         { .pp = 2, .dp = 2, .tp = 1, .zero = 3, .chunks = 1 },
         { .pp = 2, .dp = 2, .tp = 1, .zero = 2, .chunks = 2 },
         { .pp = 2, .dp = 2, .tp = 1, .zero = 3, .chunks = 2 },
+        { .pp = 1, .dp = 2, .tp = 1, .zero = 1, .ep = 2 },
+        { .pp = 1, .dp = 2, .tp = 1, .zero = 2, .ep = 2 },
+        { .pp = 1, .dp = 2, .tp = 1, .zero = 3, .ep = 2 },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const struct mesh_case *c = &cases[i];
         enum { STEPS = 2 };
-        double one[3], three[3], none, tokens, ranks = c->pp * c->dp * c->tp, chunks = c->chunks ? c->chunks : 1,
-                                               blocks = (3 * of_table(1) + LAYERS * of_layer(1)) / ALIGN;
+        double one[3], three[3], none, tokens, data = c->dp * ranks_of_ep(c), ranks = c->pp * data * c->tp,
+                                               chunks = c->chunks ? c->chunks : 1,
+                                               blocks = (3 * of_table(1) + LAYERS * of_layer(1, false)) / ALIGN;
+        blocks += LAYERS * of_experts(1) / ALIGN;
         run_steps(c, 1, one, &none);
         run_steps(c, 1 + STEPS, three, &tokens);
-        check(c, "dp", three[0] - one[0], STEPS * dp_bytes(c), STEPS * ranks * (c->dp - 1) * 8 * (blocks + 8 * BATCH));
+        check(c, "dp", three[0] - one[0], STEPS * dp_bytes(c), STEPS * ranks * (data - 1) * 8 * (blocks + 8 * BATCH));
         check(c, "tp", three[1] - one[1], tp_bytes(c, tokens), STEPS * ranks * (c->tp - 1) * 8);
         check(c, "pp", three[2] - one[2], pp_bytes(c, tokens, STEPS),
               STEPS * ranks * (c->pp - 1) * chunks * sizeof(struct tree));

@@ -7,8 +7,27 @@
 #include <math.h>
 #include <string.h>
 
-/* The parameters of one part, the others frozen behind it. */
-static status *view(const struct params *p, bool experts, struct params *out)
+static uint64_t padded(const struct param *p)
+{
+    return (param_elems(p) + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
+}
+
+/* Where the model's chunks are among the experts that train here. Of the blocks before them in the whole model nothing
+ * is known: sums over these are not promised to have the same bits on other meshes. */
+static void place_chunks(struct params *own)
+{
+    for (int c = 0; c < own->chunks; c++) {
+        uint64_t begin = 0;
+        for (int i = 0; i < own->count; i++) {
+            const struct param *p = &own->p[i];
+            begin += p->experts && !p->frozen && !p->away && p->unit < own->chunk[c].unit_begin ? padded(p) : 0;
+        }
+        own->chunk[c].begin = own->chunk[c].before = begin;
+    }
+}
+
+/* The parameters of one part, of those that train and of frozen ones, the others away. */
+static status *view(struct params *p, bool experts, struct params *out)
 {
     uint64_t begin = experts ? p->total - p->experts : 0;
     *out = *p;
@@ -18,23 +37,27 @@ static status *view(const struct params *p, bool experts, struct params *out)
     memcpy(out->p, p->p, (size_t)p->count * sizeof *out->p);
     out->cap = p->count;
     out->total = experts ? p->experts : p->total - p->experts;
-    out->frozen = experts ? 0 : p->frozen;
-    if (experts) {
-        out->chunks = 0;
-        memset(out->chunk, 0, sizeof out->chunk);
-    }
-    out->data = p->data + begin;
+    out->frozen = 0;
+    out->whole = p;
+    out->data = p->data ? p->data + begin : NULL;
     out->grad = p->grad ? p->grad + begin : NULL;
     for (int i = 0; i < p->count; i++) {
         struct param *q = &out->p[i];
-        if (!q->frozen && q->experts == experts) {
-            q->offset -= begin;
-            continue;
+        if (q->experts != experts) {
+            q->frozen = q->away = true;
+            q->partial = q->muon = false;
         }
-        q->frozen = true;
-        q->partial = q->muon = false;
-        q->offset = out->total;
+        if (q->alias >= 0)
+            q->offset = out->p[q->alias].offset;
+        else if (!q->frozen)
+            q->offset -= begin;
+        else
+            q->offset = out->total + out->frozen;
+        if (q->alias < 0 && q->frozen && !q->away)
+            out->frozen += padded(q);
     }
+    if (experts)
+        place_chunks(out);
     return NULL;
 }
 
@@ -45,7 +68,7 @@ status *experts_open(const struct zero_options *o, struct params *p, struct comm
     status *st = e ? NULL : ERR(NO_MEMORY, "expert parallelism");
     if (e) {
         size_t most = (size_t)(o->pp && o->pp->size > ep->size ? o->pp->size : ep->size);
-        *e = (struct experts){ .dp = dp, .ep = ep, .pp = o->pp };
+        *e = (struct experts){ .dp = dp, .ep = ep, .pp = o->pp, .cut = o->stage >= 2 };
         e->norm = mem_calloc(most, sizeof *e->norm);
         st = e->norm ? view(p, false, &e->dense) : ERR(NO_MEMORY, "norms of %zu ranks", most);
         if (!st)
@@ -57,7 +80,7 @@ status *experts_open(const struct zero_options *o, struct params *p, struct comm
     own.micro_batches = 0;
     own.pp = NULL;
     own.shards = o->shards && o->shards % ep->size == 0 ? o->shards / ep->size : o->shards ? 1 : 0;
-    if (!st && e->own.total)
+    if (!st && (e->own.total || (o->stage == 3 && e->own.frozen))) /* frozen ones are not where they were */
         st = zero_open(&own, &e->own, dp, &e->zero);
     if (st) {
         experts_close(e);
@@ -67,10 +90,24 @@ status *experts_open(const struct zero_options *o, struct params *p, struct comm
     return NULL;
 }
 
+status *experts_open_reference(struct experts *e, const struct shards_options *o, struct params *ref)
+{
+    struct shards_options own = *o;
+    own.shards = e->zero ? zero_holders(e->zero) : 1;
+    status *st = view(ref, false, &e->ref_dense);
+    if (!st)
+        st = view(ref, true, &e->ref_own);
+    TRY(comm_agree(e->ep, st));
+    return e->zero ? shards_open(&own, &e->ref_own, e->dp, &e->ref_shards) : NULL;
+}
+
 void experts_close(struct experts *e)
 {
     if (!e)
         return;
+    shards_close(e->ref_shards);
+    mem_free(e->ref_dense.p);
+    mem_free(e->ref_own.p);
     zero_close(e->zero);
     mem_free(e->dense.p);
     mem_free(e->own.p);
@@ -83,7 +120,19 @@ void experts_begin(struct experts *e, uint32_t passes)
     if (!e || !e->zero)
         return;
     e->passes = passes;
+    memset(e->pass, 0, sizeof e->pass);
     zero_begin(e->zero, (uint32_t)e->dp->size * passes);
+}
+
+status *experts_added(struct experts *e, int chunk)
+{
+    uint32_t k;
+    if (!e || !e->zero || !e->cut)
+        return NULL;
+    CHECK(zero_micro_batch(e->zero, (uint32_t)e->dp->size * e->passes, e->pass[chunk], &k), "pass %u of %u",
+          e->pass[chunk], e->passes);
+    e->pass[chunk]++;
+    return zero_added_chunk(e->zero, k, chunk);
 }
 
 /* The sum of every rank's *square, in order of ranks. */
@@ -102,7 +151,7 @@ status *experts_reduce(struct experts *e, double *norm)
     double own = 0;
     if (!e)
         return NULL;
-    for (uint32_t i = 0; e->zero && i < e->passes; i++) /* all in one place, and there by now */
+    for (uint32_t i = 0; e->zero && !e->cut && i < e->passes; i++) /* all in one place, and there by now */
         TRY(zero_added(e->zero, (uint32_t)e->dp->rank * e->passes + i));
     if (e->zero)
         TRY(zero_reduce(e->zero, &own));
@@ -122,8 +171,19 @@ status *experts_update(struct experts *e, const struct adamw *a,
 
 struct zero *experts_zero(const struct experts *e, struct zero *zero, const struct params *ps, const struct param **p)
 {
-    if (!e || !e->zero || !(*p)->experts || (*p)->frozen)
+    if (!e)
         return zero;
-    *p = &e->own.p[*p - ps->p];
-    return e->zero;
+    bool theirs = (*p)->experts && e->zero;
+    *p = &(theirs ? &e->own : &e->dense)->p[*p - ps->p];
+    return theirs ? e->zero : zero;
+}
+
+struct shards *experts_ref_shards(const struct experts *e, struct shards *dense, const struct params *ps,
+                                  const struct param **p)
+{
+    if (!e || !e->ref_dense.p)
+        return dense;
+    bool theirs = (*p)->experts;
+    *p = &(theirs ? &e->ref_own : &e->ref_dense)->p[*p - ps->p];
+    return theirs ? e->ref_shards : dense;
 }

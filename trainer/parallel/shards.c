@@ -39,6 +39,7 @@ struct shards {
     struct window window[WINDOWS];
     float *held; /* [all elements] between hold and release */
     struct tape_blocks hooks;
+    struct shards *other; /* shards_join */
     status *(*collect)(void *arg, int unit);
     void *arg;
 };
@@ -112,6 +113,13 @@ static void point(struct shards *s, bool grads)
         if (grads && !p->frozen)
             p->value.grad = w->grad + at;
         p->value.cut = p->part.total ? &p->part : NULL;
+        if (!s->p->whole)
+            continue;
+        struct param *shown = &s->p->whole->p[i];
+        shown->value.data = p->value.data;
+        if (grads) /* later those of a tied weight are elsewhere (tied.h) */
+            shown->value.grad = p->value.grad;
+        shown->value.cut = shown->part.total ? &shown->part : NULL;
     }
 }
 
@@ -224,6 +232,11 @@ struct shard_runs shards_own(const struct shards *s, bool frozen)
     return (struct shard_runs){ k->own, k->own ? k->k.own_elems : 0, k->run, k->runs };
 }
 
+const struct params *shards_params(const struct shards *s)
+{
+    return s->p;
+}
+
 bool shards_cut_values(const struct shards *s)
 {
     return s->o.data;
@@ -321,16 +334,26 @@ static status *enter(void *arg, int64_t block, bool backward)
 {
     struct shards *s = arg;
     int unit = (int)block + 1, next = backward ? unit - 1 : unit + 1;
-    TRY(gather(s, unit));
-    if (backward)
+    if (is_here(s, unit))
+        TRY(gather(s, unit));
+    if (is_here(s, unit) && backward)
         clear_grad(window_of(s, unit));
-    return next > 0 && next < units(s) && is_here(s, next) ? start_gather(s, next) : NULL;
+    if (next > 0 && next < units(s) && is_here(s, next))
+        TRY(start_gather(s, next));
+    return s->other ? enter(s->other, block, backward) : NULL;
 }
 
 static status *leave(void *arg, int64_t block, bool backward)
 {
     struct shards *s = arg;
-    return backward && s->o.grad && s->collect ? s->collect(s->arg, (int)block + 1) : NULL;
+    if (backward && s->o.grad && s->collect)
+        TRY(s->collect(s->arg, (int)block + 1));
+    return s->other ? leave(s->other, block, backward) : NULL;
+}
+
+void shards_join(struct shards *s, struct shards *other)
+{
+    s->other = other;
 }
 
 void shards_clear(struct shards *s)

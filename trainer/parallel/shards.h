@@ -44,6 +44,7 @@ struct shard_runs {
     uint64_t runs;
 };
 struct shard_runs shards_own(const struct shards *s, bool frozen);
+const struct params *shards_params(const struct shards *s); /* runs are in elements of this block */
 /* Bucket b's gradients in its unit's window. */
 float *shards_grad(const struct shards *s, uint64_t b);
 /* Bytes of windows. */
@@ -51,6 +52,10 @@ uint64_t shards_window_bytes(const struct shards *s);
 
 /* Called when a unit's gradients of this pass are all in its window: from then on until the next call they stay. */
 void shards_collect(struct shards *s, status *(*collect)(void *arg, int unit), void *arg);
+
+/* From now on hooks of s are those of `other`, too: parameters of the same units that are cut over other ranks
+ * (experts.h), none of unit 0. NULL: none. Borrowed. */
+void shards_join(struct shards *s, struct shards *other);
 
 /* Each collective over the replica's shards. */
 status *shards_begin(struct shards *s, bool training) WARN_UNUSED;

@@ -121,6 +121,11 @@ status *tied_idle(struct tied *t)
     return t && t->head ? zero_idle(t->head, 0) : NULL;
 }
 
+status *tied_added_none(struct tied *t)
+{
+    return t && t->head ? zero_added_none(t->head, 0) : NULL;
+}
+
 uint64_t tied_sent_bytes(const struct tied *t)
 {
     return t && t->head ? zero_sent_bytes(t->head) - t->dp->sent_bytes : 0;

@@ -23,6 +23,7 @@ void tied_begin_pass(struct tied *t);
 status *tied_left(struct tied *t) WARN_UNUSED; /* zero_left, of the last block: the head lies behind it */
 status *tied_added(struct tied *t, uint32_t micro_batch) WARN_UNUSED;
 status *tied_idle(struct tied *t) WARN_UNUSED;
+status *tied_added_none(struct tied *t) WARN_UNUSED; /* beside zero_added_none */
 /* After zero_reduce of z, the model's, without norm: the embedding's gradient becomes the sum of both uses. Collective
  * over dp and pp. */
 status *tied_sum(struct tied *t, struct zero *z) WARN_UNUSED;

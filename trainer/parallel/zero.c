@@ -36,6 +36,13 @@ uint32_t zero_most_passes(const struct zero *z, uint32_t k)
     return most;
 }
 
+uint32_t zero_micro_batches_end(const struct zero *z, uint32_t k)
+{
+    uint32_t first, end;
+    group_micro_batches(z, k, z->group->rank, &first, &end);
+    return end;
+}
+
 bool zero_micro_batch(const struct zero *z, uint32_t k, uint32_t pass, uint32_t *micro_batch)
 {
     return micro_batch_at(z, k, pass, is_cut(z) ? z->k->shard : 0, micro_batch);

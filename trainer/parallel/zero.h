@@ -74,6 +74,8 @@ struct zero_memory zero_memory(const struct zero *z);
 uint32_t zero_passes(const struct zero *z, uint32_t k);
 bool zero_micro_batch(const struct zero *z, uint32_t k, uint32_t pass, uint32_t *micro_batch);
 uint32_t zero_most_passes(const struct zero *z, uint32_t k); /* of any rank */
+/* Where a pass has none, its *micro_batch is this or more: the end of those of the ranks that add with this one. */
+uint32_t zero_micro_batches_end(const struct zero *z, uint32_t k);
 
 /* A step: zero_begin; for each pass: forward and backward between shards_begin and shards_end if there are shards, and
  * zero_added, or zero_idle; zero_reduce; zero_update. With stages 0 and 1 backward adds into params.grad. From the
@@ -87,6 +89,8 @@ status *zero_left(struct zero *z, int unit) WARN_UNUSED;
 status *zero_added(struct zero *z, uint32_t micro_batch) WARN_UNUSED;
 /* The same of one chunk of the model (params.chunk), which come one by one and each in order of micro-batches. */
 status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk) WARN_UNUSED;
+/* The same of a pass that was run without micro-batch: every rank may make zero_most_passes (experts.h). */
+status *zero_added_none(struct zero *z, int chunk) WARN_UNUSED;
 /* A backward pass of a chunk without micro-batch, after shards_idle. Collective over the replica's shards. */
 status *zero_idle(struct zero *z, int chunk) WARN_UNUSED;
 /* Sum gradients over all ranks, over those of cp in their order, and over those of tp where several hold summands

@@ -179,7 +179,8 @@ status *collect_unit(void *arg, int unit)
     return NULL;
 }
 
-/* A pass is done: its leaves count. A chunk where nothing trains has no bucket, but the same nodes. */
+/* A pass is done: its leaves count. A chunk where nothing trains has no bucket, but the same nodes. Where other
+ * replicas have more passes, all ranks of this one have been without leaves: that is none. */
 static status *count_pass(struct zero *z, int chunk)
 {
     struct chunk_sum *c = &z->chunk[chunk];
@@ -190,7 +191,7 @@ static status *count_pass(struct zero *z, int chunk)
     for (int r = 0; begin == end && r < z->k->shards && micro_batch_at(z, z->kk, c->pass, r, &k); r++)
         add_leaf(z, &c->after, k, z->buffer[0], false, 0, 0);
     c->sum = c->after;
-    c->pass++;
+    c->pass += c->pass < zero_passes(z, z->kk);
     z->sum = z->chunk[0].sum;
     z->pass = z->chunk[0].pass;
     return NULL;
@@ -200,6 +201,15 @@ static status *end_pass(struct zero *z, int chunk)
 {
     TRY(shards_end(z->shards, chunk));
     return count_pass(z, chunk);
+}
+
+status *zero_added_none(struct zero *z, int chunk)
+{
+    uint32_t k;
+    if (!is_cut(z))
+        return NULL;
+    CHECK(!zero_micro_batch(z, z->kk, z->chunk[chunk].pass, &k), "micro-batch %u is missing", k);
+    return end_pass(z, chunk);
 }
 
 status *zero_idle(struct zero *z, int chunk)
@@ -465,15 +475,14 @@ static status *tp_norm(struct zero *z, double squares, double *norm)
 static status *pp_nodes(struct zero *z, struct tree *t)
 {
     size_t chunks = (size_t)params_chunks(z->p);
-    if (!z->o.pp) {
-        *t = *z->nodes;
-        return NULL;
-    }
-    TRY(comm_allgather(z->o.pp, z->nodes, z->pp_norm, chunks * sizeof *z->nodes, NULL));
+    size_t stages = z->o.pp ? (size_t)z->o.pp->size : 1;
+    const struct tree *node = z->o.pp ? z->pp_norm : z->nodes;
+    if (z->o.pp)
+        TRY(comm_allgather(z->o.pp, z->nodes, z->pp_norm, chunks * sizeof *z->nodes, NULL));
     t->n = 0;
     for (size_t c = 0; c < chunks; c++)
-        for (size_t s = 0; s < (size_t)z->o.pp->size; s++) {
-            const struct tree *part = &z->pp_norm[s * chunks + c];
+        for (size_t s = 0; s < stages; s++) {
+            const struct tree *part = &node[s * chunks + c];
             for (int i = 0; i < part->n; i++)
                 tree_push(t, part->node[i].level, part->node[i].index, part->node[i].value);
         }
