@@ -8,6 +8,7 @@
 #include "comm/agree.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
+#include "comm/device/device.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -49,6 +50,33 @@ status *comm_open(const char *name, int *argc, char ***argv, struct comm **out)
     }
     *out = c;
     return NULL;
+}
+
+status *comm_over(struct comm *parent, struct device *dev, double timeout_s, struct comm **out)
+{
+    if (dev->host)
+        return comm_dup(parent, out);
+    if (!dev->ops->comm)
+        return ERR(UNSUPPORTED, "comm: this build of device %s cannot move its memory between ranks", dev->ops->name);
+    struct comm *c = mem_calloc(1, sizeof *c);
+    status *st = comm_agree(parent, c ? NULL : ERR(NO_MEMORY, "comm: handle"));
+    if (!st) {
+        c->ops = dev->ops->comm;
+        c->rank = parent->rank;
+        c->size = parent->size;
+        st = c->ops->over(c, parent, dev, timeout_s);
+    }
+    if (st) {
+        mem_free(c);
+        return st;
+    }
+    *out = c;
+    return NULL;
+}
+
+status *comm_keep(struct comm *c, void *buf, size_t bytes)
+{
+    return c->ops->keep && bytes ? c->ops->keep(c, buf, bytes) : NULL;
 }
 
 void comm_close(struct comm *c)
@@ -122,7 +150,7 @@ status *comm_barrier(struct comm *c)
 
 status *comm_bcast(struct comm *c, void *buf, size_t bytes, int root, struct stream *s)
 {
-    (void)s;
+    c->stream = s;
     TRY(check_root(c, root, "comm_bcast"));
     return c->size == 1 || !bytes ? NULL : c->ops->bcast(c, buf, bytes, root);
 }
@@ -134,7 +162,7 @@ static void count_reduction(struct comm *c, size_t bytes)
 
 status *comm_allreduce(struct comm *c, void *buf, size_t count, enum comm_type t, enum comm_op op, struct stream *s)
 {
-    (void)s;
+    c->stream = s;
     TRY(check_reduce(count, t, op, "comm_allreduce"));
     count_reduction(c, count * comm_type_bytes(t));
     return c->size == 1 || !count ? NULL : c->ops->allreduce(c, buf, count, t, op);
@@ -142,13 +170,13 @@ status *comm_allreduce(struct comm *c, void *buf, size_t count, enum comm_type t
 
 status *comm_allgather(struct comm *c, const void *in, void *out, size_t bytes, struct stream *s)
 {
-    (void)s;
+    c->stream = s;
     if (!bytes)
         return NULL;
     if (bytes > SIZE_MAX / (size_t)c->size)
         return ERR(INVALID, "comm_allgather: %d times %zu bytes do not fit in memory", c->size, bytes);
     c->sent_bytes += ((uint64_t)c->size - 1) * bytes;
-    if (c->size > 1)
+    if (c->size > 1 || c->ops->over)
         return c->ops->allgather(c, in, out, bytes);
     memmove(out, in, bytes); /* may be the same place */
     return NULL;
@@ -244,10 +272,11 @@ status *comm_iallreduce(struct comm *c, const void *in, void *out, size_t count,
                         struct comm_req *req)
 {
     *req = (struct comm_req){ 0 };
+    c->stream = NULL;
     TRY(check_reduce(count, t, op, "comm_iallreduce"));
     if (!count)
         return NULL;
-    if (c->size == 1) {
+    if (c->size == 1 && !c->ops->over) {
         memcpy(out, in, count * comm_type_bytes(t));
         return NULL;
     }
@@ -268,7 +297,7 @@ static status *check_xfer(const struct comm *c, const struct comm_xfer *x)
 
 status *comm_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s, struct comm_req *req)
 {
-    (void)s;
+    c->stream = s;
     *req = (struct comm_req){ 0 };
     size_t messages = 0;
     for (size_t i = 0; i < n; i++) {

@@ -5,9 +5,10 @@
  *
  * Collective functions are called by every rank of the communicator in the same order. A comm may be used by one thread
  * at a time; two threads use two comms (comm_dup). Counts are size_t; backends chunk them for MPI's int. `s` is the
- * stream that produced the data (NULL on the CPU). A failure of the transport itself cannot be shared: such errors are
- * PEER or IO and the job ends through comm_abort. Backends must not print, sleep while holding a lock, or keep pointers
- * after a call returns (requests: after comm_wait, or a comm_test that said done). */
+ * stream that produced the data (NULL on the CPU), see comm_over for device memory. A failure of the transport itself
+ * cannot be shared: such errors are PEER or IO and the job ends through comm_abort. Backends must not print, sleep
+ * while holding a lock, or keep pointers after a call returns (requests: after comm_wait, or a comm_test that said
+ * done). */
 #ifndef TESSERA_COMM_COMM_H
 #define TESSERA_COMM_COMM_H
 
@@ -18,6 +19,7 @@
 #include <stdint.h>
 
 struct stream;
+struct device;
 struct comm;
 
 enum comm_type { COMM_U8, COMM_I32, COMM_I64, COMM_U64, COMM_F32, COMM_F64 };
@@ -61,7 +63,10 @@ struct comm_ops {
     status *(*test)(struct comm_req *req, bool *done);
     status *(*wait)(struct comm_req *req); /* NULL: comm_wait tests and sleeps */
     void (*abort)(struct comm *c, int code);
-    bool thread_multiple; /* other threads may use other comms at the same time */
+    /* c over the ranks of parent, for memory of dev; NULL in backends for host memory. */
+    status *(*over)(struct comm *c, struct comm *parent, struct device *dev, double timeout_s);
+    status *(*keep)(struct comm *c, void *buf, size_t bytes); /* NULL: nothing to do */
+    bool thread_multiple;                                     /* other threads may use other comms at the same time */
 };
 
 struct comm {
@@ -74,6 +79,7 @@ struct comm {
     uint64_t sent_bytes;
     /* Of exchanges: time from their start until they were found done, and of that what a thread has waited for it. */
     uint64_t flight_ns, wait_ns;
+    struct stream *stream; /* of the call under way, for the backend */
     void *impl;
 };
 
@@ -82,6 +88,21 @@ status *comm_open(const char *name, int *argc, char ***argv, struct comm **out) 
 /* Wrap (a duplicate of) the communicator whose MPI_Comm_c2f integer is `fortran_handle`; MPI stays the caller's to
  * initialise and end. Collective over that communicator. */
 status *comm_from_mpi(int fortran_handle, struct comm **out) WARN_UNUSED;
+/* The ranks of parent (duplicated) with messages of their own, for memory of `dev`; a duplicate of parent where that is
+ * host memory. With device memory in all buffers of a call on all its ranks (else it is the parent's backend that moves
+ * them):
+ * - What `s` has been given before the call is waited for by the device, and what it is given after the call sees its
+ *   results: the host waits for neither. comm_wait of an exchange likewise; comm_test says whether the device is done.
+ *   comm_iallreduce has no stream: its input must be ready.
+ * - Calls run in the order in which they were started, which must be the same on all their ranks: no exchange passes a
+ *   reduction in flight. Inside one list of messages tags are matched as ever.
+ * - An error of an earlier call may come back from a later one. A peer that died, or that has not joined a call for
+ *   timeout_s seconds (0: 600) after this rank, is PEER, from then on from every call: the communicator is lost.
+ * Collective. UNSUPPORTED: the build or the machine lacks the library, or it is too old; DEVICE. */
+status *comm_over(struct comm *parent, struct device *dev, double timeout_s, struct comm **out) WARN_UNUSED;
+/* These bytes of device memory will be in many calls: let the backend prepare them (until comm_close; they must live as
+ * long). Not collective. Does nothing where there is nothing to prepare. */
+status *comm_keep(struct comm *c, void *buf, size_t bytes) WARN_UNUSED;
 /* NULL is fine. Requests must be done. Collective. */
 void comm_close(struct comm *c);
 

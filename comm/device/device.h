@@ -19,8 +19,9 @@ extern "C" {
 struct device;
 struct stream; /* opaque to callers */
 struct event;
+struct comm_ops;
 
-enum { DEVICE_ABI = 1 };
+enum { DEVICE_ABI = 2 };
 
 struct device_ops {
     const char *name;
@@ -32,6 +33,7 @@ struct device_ops {
                             void **out); /* host memory the device copies fast, 4 KiB aligned */
     void (*free_pinned)(struct device *d, void *p, size_t bytes);
     status *(*stream_open)(struct device *d, struct stream **out);
+    status *(*stream_open_low)(struct device *d, struct stream **out); /* one whose work yields to other streams' */
     void (*stream_close)(struct device *d, struct stream *s);
     status *(*stream_sync)(struct device *d, struct stream *s);
     status *(*event_open)(struct device *d, struct event **out);
@@ -40,6 +42,9 @@ struct device_ops {
     status *(*event_query)(struct device *d, struct event *e, bool *done);
     status *(*stream_wait)(struct device *d, struct stream *s, struct event *e); /* s waits for e; the host does not */
     status *(*copy)(struct device *d, void *dst, const void *src, size_t bytes, struct stream *s); /* any direction */
+    /* True: p points into memory of a device, as alloc gives, and the host must not read it. NULL: never. */
+    bool (*on_device)(struct device *d, const void *p);
+    const struct comm_ops *comm; /* moves its memory between ranks (comm_over), NULL: none is built in */
 };
 
 struct device {

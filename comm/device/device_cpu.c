@@ -116,6 +116,7 @@ const struct device_ops device_cpu_ops = {
     .alloc_pinned = cpu_alloc_pinned,
     .free_pinned = cpu_free,
     .stream_open = cpu_stream_open,
+    .stream_open_low = cpu_stream_open,
     .stream_close = cpu_stream_close,
     .stream_sync = cpu_stream_sync,
     .event_open = cpu_event_open,

@@ -166,6 +166,17 @@ static status *gpu_stream_open(struct device *d, struct stream **out)
     return NULL;
 }
 
+static status *gpu_stream_open_low(struct device *d, struct stream **out)
+{
+    cudaStream_t s;
+    int least = 0, greatest = 0;
+    CUDA_TRY(cudaSetDevice(d->index));
+    CUDA_TRY(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CUDA_TRY(cudaStreamCreateWithPriority(&s, cudaStreamNonBlocking, least));
+    *out = (struct stream *)s;
+    return NULL;
+}
+
 static void gpu_stream_close(struct device *d, struct stream *s)
 {
     (void)cudaSetDevice(d->index);
@@ -230,6 +241,20 @@ static status *gpu_copy(struct device *d, void *dst, const void *src, size_t byt
     return NULL;
 }
 
+static bool gpu_on_device(struct device *d, const void *p)
+{
+    struct cudaPointerAttributes a;
+    (void)cudaSetDevice(d->index);
+    if (cudaPointerGetAttributes(&a, p) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return false;
+    }
+    return a.type == cudaMemoryTypeDevice || a.type == cudaMemoryTypeManaged;
+}
+
+/* Where the build found no nccl.h, nothing defines it. */
+extern "C" const struct comm_ops comm_nccl_ops __attribute__((weak));
+
 static const struct device_ops cuda_ops = {
     .name = "cuda",
     .open = gpu_open,
@@ -239,6 +264,7 @@ static const struct device_ops cuda_ops = {
     .alloc_pinned = gpu_alloc_pinned,
     .free_pinned = gpu_free_pinned,
     .stream_open = gpu_stream_open,
+    .stream_open_low = gpu_stream_open_low,
     .stream_close = gpu_stream_close,
     .stream_sync = gpu_stream_sync,
     .event_open = gpu_event_open,
@@ -247,6 +273,8 @@ static const struct device_ops cuda_ops = {
     .event_query = gpu_event_query,
     .stream_wait = gpu_stream_wait,
     .copy = gpu_copy,
+    .on_device = gpu_on_device,
+    .comm = &comm_nccl_ops,
 };
 
 static const struct device_plugin plugin = { DEVICE_ABI, TESSERA_BUILD_ID, &cuda_ops };
