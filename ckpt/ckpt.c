@@ -235,6 +235,13 @@ static status *free_handle(tessera *t)
     return st;
 }
 
+void ckpt_set_stream(tessera *t, struct stream *s)
+{
+    t->stream = s;
+    if (t->pipe)
+        pipeline_set_stream(t->pipe, s);
+}
+
 status *ckpt_set_node(tessera *t, const char *host)
 {
     nodes_close(&t->nodes);
@@ -370,13 +377,12 @@ status *tessera_save(tessera *t, tessera_state *s, uint64_t step)
 
 status *tessera_fence(tessera *t, const void *addr, size_t bytes, void *stream)
 {
-    (void)stream; /* copies of other devices are waited for on the host too */
     if (t->save.phase == TESSERA_IDLE)
         return NULL;
     uint64_t start = clock_ns();
     bool settling = t->save.unsettled;
     TRY(save_settle(t));
-    uint64_t waited = save_fence(t, addr, bytes);
+    uint64_t waited = save_fence(t, addr, bytes, stream);
     t->progress.fence_wait_ns += settling ? clock_ns() - start : waited;
     return t->merge ? merge_poll(t->merge) : NULL;
 }

@@ -13,6 +13,10 @@ status *ckpt_open(const struct tessera_options *o, struct comm *world, struct de
                   tessera **out) WARN_UNUSED;
 /* Say which node this rank is on, in place of the host's name. Without a save in flight. Collective. */
 status *ckpt_set_node(tessera *t, const char *host) WARN_UNUSED;
+/* The stream of the handle's device that writes the tensors: what a save stores is what they are after everything that
+ * the stream was given before tessera_save, without a wait of the host. Without a save in flight; NULL: the default
+ * one. */
+void ckpt_set_stream(tessera *t, struct stream *s);
 uint64_t ckpt_attempt(const tessera *t);
 /* Plans this handle has made so far: a save that finds its plan in the cache makes none. */
 uint64_t ckpt_plans_made(const tessera *t);

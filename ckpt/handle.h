@@ -99,6 +99,7 @@ struct tessera {
     struct comm *x;     /* all else */
     struct nodes nodes; /* of x */
     struct device *dev;
+    struct stream *stream; /* of dev, that writes the tensors */
     struct store *store;
     bool own_dev, own_store;
     uint64_t attempt, run_id, parent; /* agreed */
@@ -152,7 +153,7 @@ status *save_vote(tessera *t) WARN_UNUSED;
 /* Move votes and the commit on as far as they are without waiting. */
 status *save_poll(tessera *t) WARN_UNUSED;
 /* tessera_fence once the save is settled: nanoseconds waited. */
-uint64_t save_fence(tessera *t, const void *addr, size_t bytes);
+uint64_t save_fence(tessera *t, const void *addr, size_t bytes, struct stream *s);
 /* What this rank knows of the save in flight, for the tick's reduction. */
 void save_report(tessera *t, int64_t in[TICK_SLOTS]);
 /* All ranks: the save is over; forget it. keep: its files count. */

@@ -379,17 +379,22 @@ void pipeline_start(struct pipeline *p, struct share *s, uint64_t step)
     stage_start(&p->stage, s, p->o.dev->host && !atomic_load(&p->buffered) && !p->small);
 }
 
-uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes)
+void pipeline_set_stream(struct pipeline *p, struct stream *s)
+{
+    p->stage.writes = s;
+}
+
+uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes, struct stream *stream)
 {
     const struct share *s = p->share;
     if (!s)
         return 0;
     if (!addr)
-        return stage_wait(&p->stage, s->tensor_chunks);
+        return stage_wait(&p->stage, s->tensor_chunks, stream);
     uintptr_t begin = (uintptr_t)addr, end = begin + bytes;
     for (uint64_t i = s->pieces; i-- > 0;)
         if (s->source[i].begin < end && begin < s->source[i].end)
-            return stage_wait(&p->stage, s->piece[i].past_chunk);
+            return stage_wait(&p->stage, s->piece[i].past_chunk, stream);
     return 0;
 }
 

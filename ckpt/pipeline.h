@@ -54,7 +54,9 @@ void pipeline_filled(struct pipeline *p, uint64_t chunk, void *block);
 
 /* Wait until what overlaps [addr, addr + bytes), and what lies before it in capture order, was copied out or written;
  * addr NULL: everything. Returns the nanoseconds waited. */
-uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes);
+uint64_t pipeline_fence(struct pipeline *p, const void *addr, size_t bytes, struct stream *s);
+/* The stream that writes the tensors, on a device that is not the host; without a save in flight. */
+void pipeline_set_stream(struct pipeline *p, struct stream *s);
 
 /* Consistent: drained without failed means that every file is durable and nothing of this save can fail any more. */
 struct pipeline_view {

@@ -46,6 +46,8 @@ static void set_sources(struct share *sh, const tessera_state *s)
 static void start_capture(tessera *t, const tessera_state *s)
 {
     set_sources(t->cache.share, s);
+    if (t->merge && !t->dev->host) /* its copies are ordered by the host */
+        local_error(t, t->dev->ops->stream_sync(t->dev, t->stream));
     if (t->merge)
         merge_start(t->merge, s);
     pipeline_start(t->pipe, t->cache.share, t->save.step);
@@ -304,13 +306,13 @@ static bool is_written(const struct share *sh, const void *addr, size_t bytes)
     return false;
 }
 
-uint64_t save_fence(tessera *t, const void *addr, size_t bytes)
+uint64_t save_fence(tessera *t, const void *addr, size_t bytes, struct stream *s)
 {
     const struct share *sh = t->cache.share;
     if (!addr || !sh || !t->save.state)
-        return (t->merge ? merge_fence(t->merge, UINT32_MAX) : 0) + pipeline_fence(t->pipe, NULL, 0);
+        return (t->merge ? merge_fence(t->merge, UINT32_MAX) : 0) + pipeline_fence(t->pipe, NULL, 0, s);
     if (!t->merge && is_written(sh, addr, bytes))
-        return pipeline_fence(t->pipe, addr, bytes);
+        return pipeline_fence(t->pipe, addr, bytes, s);
     int64_t last = find_piece(t->save.state, addr, bytes);
     if (last < 0)
         return 0;
@@ -318,7 +320,7 @@ uint64_t save_fence(tessera *t, const void *addr, size_t bytes)
     for (uint64_t i = sh->own_pieces; i-- > 0;) {
         const struct share_source *src = &sh->source[i];
         if (sh->piece[i].local <= last && src->begin < src->end)
-            return waited + pipeline_fence(t->pipe, (const void *)src->begin, src->end - src->begin);
+            return waited + pipeline_fence(t->pipe, (const void *)src->begin, src->end - src->begin, s);
     }
     return waited;
 }

@@ -33,7 +33,7 @@ static status *fill(struct stage *g, const struct share *s, const struct share_c
         end = seg->at + seg->hi - seg->lo;
     }
     memset(block + end, 0, c->bytes - end);
-    return g->dev->host ? NULL : g->dev->ops->stream_sync(g->dev, g->stream);
+    return NULL;
 }
 
 static void note_peak_locked(struct stage *g)
@@ -68,9 +68,135 @@ static void *capture(struct stage *g, const struct share *s, const struct share_
     return NULL;
 }
 
+/* ---- copies of another device */
+
+static struct event *event_of(struct stage *g, const void *block)
+{
+    return g->filled[(size_t)((const unsigned char *)block - g->memory) / g->pool.block_bytes];
+}
+
+/* Queue the copies of chunk i. False: no block is free, and some that are under way will be. */
+static bool queue(struct stage *g, const struct share *s, uint64_t i, bool may_wait)
+{
+    const struct share_chunk *c = &s->chunk[i];
+    struct stage_flight f = { .begin_ns = clock_ns(), .own = i < s->own_chunks };
+    if (c->segments && !atomic_load(g->sink.failed)) {
+        f.block = may_wait ? take_block(g, &f.waited_ns) : pool_try_get(&g->pool);
+        if (!f.block)
+            return false;
+        status *st = atomic_load(g->sink.failed) || !f.own ? NULL : fill(g, s, c, f.block);
+        if (!st && f.own)
+            st = g->dev->ops->event_record(g->dev, event_of(g, f.block), g->stream);
+        if (st) {
+            g->sink.fail(g->sink.arg, st);
+            status_free(g->dev->ops->stream_sync(g->dev, g->stream)); /* some of them may be under way */
+        }
+        if (st || (!f.own && atomic_load(g->sink.failed))) {
+            stage_give(g, f.block);
+            f.block = NULL;
+        }
+    }
+    f.gone = !f.own && f.block && g->sink.hand(g->sink.arg, i, f.block);
+    g->flight[i] = f;
+    return true;
+}
+
+/* Wait for the copies of chunk i; its block for the writers. */
+static void *land(struct stage *g, uint64_t i)
+{
+    struct stage_flight *f = &g->flight[i];
+    struct backoff pause = { .max_us = 100 };
+    status *st = NULL;
+    for (bool done = !f->own || !f->block; !st && !done;) {
+        st = g->dev->ops->event_query(g->dev, event_of(g, f->block), &done);
+        if (!st && !done)
+            backoff_wait(&pause);
+    }
+    if (st)
+        g->sink.fail(g->sink.arg, st);
+    return f->block;
+}
+
+static void put_ready_locked(struct stage *g, uint64_t chunk, void *block)
+{
+    g->synced.ready[g->synced.put++] = (struct stage_item){ .chunk = chunk, .block = block };
+    pthread_cond_broadcast(&g->synced.changed);
+}
+
+/* One step of the capture thread on such a device: queue a chunk's copies, or see the oldest ones end. */
+static void device_step_locked(struct stage *g)
+{
+    const struct share *s = g->synced.share;
+    bool under_way = g->synced.landed < g->synced.queued, queued = false;
+    uint64_t i = g->synced.queued;
+    if (i < g->synced.chunks) {
+        pthread_mutex_unlock(&g->synced.lock);
+        queued = queue(g, s, i, !under_way);
+        pthread_mutex_lock(&g->synced.lock);
+        note_peak_locked(g);
+    }
+    if (queued) {
+        g->synced.queued++;
+        g->synced.next = g->synced.queued;
+        pthread_cond_broadcast(&g->synced.changed);
+    } else {
+        i = g->synced.landed;
+        pthread_mutex_unlock(&g->synced.lock);
+        void *block = land(g, i);
+        pthread_mutex_lock(&g->synced.lock);
+        const struct stage_flight *f = &g->flight[i];
+        uint64_t bytes = block ? s->chunk[i].payload_bytes : 0;
+        g->synced.landed++;
+        if (!f->gone) {
+            g->synced.captured_bytes += bytes;
+            if (block)
+                report_add(&g->synced.clock, f->begin_ns, clock_ns(), f->waited_ns, bytes);
+            put_ready_locked(g, i, block);
+        }
+    }
+    g->synced.reading[g->writers] = g->synced.landed < g->synced.queued ? g->synced.landed : NO_CHUNK;
+}
+
+static status *capture_device(struct stage *g)
+{
+    pthread_mutex_lock(&g->synced.lock);
+    while (!g->synced.quit) {
+        if (g->synced.landed == g->synced.chunks)
+            pthread_cond_wait(&g->synced.changed, &g->synced.lock);
+        else
+            device_step_locked(g);
+    }
+    pthread_mutex_unlock(&g->synced.lock);
+    return NULL;
+}
+
+/* The host waits until the copies are queued, s for the last of them that is still under way. */
+static uint64_t wait_device(struct stage *g, uint64_t count, struct stream *s)
+{
+    uint64_t start = 0;
+    struct event *last = NULL;
+    pthread_mutex_lock(&g->synced.lock);
+    while (g->synced.queued < count && !g->synced.quit) {
+        start = start ? start : clock_ns();
+        pthread_cond_wait(&g->synced.changed, &g->synced.lock);
+    }
+    for (uint64_t i = count < g->synced.queued ? count : g->synced.queued; i-- > g->synced.landed && !last;)
+        last = g->flight[i].own && g->flight[i].block ? event_of(g, g->flight[i].block) : NULL;
+    /* under the lock: the block, and with it the event, is not given to another chunk meanwhile */
+    status *st = last ? g->dev->ops->stream_wait(g->dev, s, last) : NULL;
+    pthread_mutex_unlock(&g->synced.lock);
+    if (st)
+        g->sink.fail(g->sink.arg, st);
+    return start ? clock_ns() - start : 0;
+}
+
+/* ---- the capture thread */
+
 static status *capture_main(void *arg)
 {
     struct stage *g = arg;
+    if (!g->dev->host)
+        return capture_device(g);
     pthread_mutex_lock(&g->synced.lock);
     while (!g->synced.quit) {
         if (g->synced.next == g->synced.chunks || (g->synced.live && g->synced.next < g->synced.own_chunks)) {
@@ -94,8 +220,7 @@ static status *capture_main(void *arg)
         g->synced.captured_bytes += block ? bytes : 0;
         if (block)
             report_add(&g->synced.clock, begin, end, waited, bytes);
-        g->synced.ready[g->synced.put++] = (struct stage_item){ .chunk = i, .block = block };
-        pthread_cond_broadcast(&g->synced.changed);
+        put_ready_locked(g, i, block);
     }
     pthread_mutex_unlock(&g->synced.lock);
     return NULL;
@@ -143,8 +268,7 @@ void stage_filled(struct stage *g, uint64_t chunk, void *block)
 {
     pthread_mutex_lock(&g->synced.lock);
     g->synced.captured_bytes += g->synced.share->chunk[chunk].payload_bytes;
-    g->synced.ready[g->synced.put++] = (struct stage_item){ .chunk = chunk, .block = block };
-    pthread_cond_broadcast(&g->synced.changed);
+    put_ready_locked(g, chunk, block);
     pthread_mutex_unlock(&g->synced.lock);
 }
 
@@ -186,8 +310,10 @@ static bool is_free_locked(const struct stage *g, uint64_t count)
     return g->synced.next >= count;
 }
 
-uint64_t stage_wait(struct stage *g, uint64_t count)
+uint64_t stage_wait(struct stage *g, uint64_t count, struct stream *s)
 {
+    if (!g->dev->host)
+        return wait_device(g, count, s);
     uint64_t start = 0;
     pthread_mutex_lock(&g->synced.lock);
     end_live_locked(g);
@@ -224,12 +350,35 @@ status *stage_open(struct stage *g, struct device *dev, int writers, struct stag
     g->synced.reading = reading;
     pthread_mutex_init(&g->synced.lock, NULL);
     pthread_cond_init(&g->synced.changed, NULL);
-    status *st = dev->ops->stream_open(dev, &g->stream);
+    status *st = dev->ops->stream_open_low(dev, &g->stream);
+    if (!st)
+        st = dev->ops->event_open(dev, &g->begin);
     if (!st)
         st = thread_start(&g->thread, "tsr-capture", capture_main, g);
     if (st)
         stage_close(g);
     return st;
+}
+
+static void free_events(struct stage *g)
+{
+    for (size_t i = 0; i < g->filled_count; i++)
+        g->dev->ops->event_close(g->dev, g->filled[i]);
+    mem_free(g->filled);
+    g->filled = NULL;
+    g->filled_count = 0;
+}
+
+/* An event for each block. */
+static status *make_events(struct stage *g, size_t blocks)
+{
+    free_events(g);
+    g->filled = mem_calloc(blocks, sizeof(struct event *));
+    if (!g->filled)
+        return ERR(NO_MEMORY, "events of %zu blocks", blocks);
+    for (; g->filled_count < blocks; g->filled_count++)
+        TRY(g->dev->ops->event_open(g->dev, &g->filled[g->filled_count]));
+    return NULL;
 }
 
 static void free_memory(struct stage *g)
@@ -258,9 +407,15 @@ void stage_close(struct stage *g)
         return;
     stage_quit(g);
     status_free(thread_join(&g->thread));
+    if (g->stream && !g->dev->host)
+        status_free(g->dev->ops->stream_sync(g->dev, g->stream));
     free_memory(g);
+    free_events(g);
+    if (g->begin)
+        g->dev->ops->event_close(g->dev, g->begin);
     if (g->stream)
         g->dev->ops->stream_close(g->dev, g->stream);
+    mem_free(g->flight);
     mem_free(g->synced.reading);
     mem_free(g->synced.ready);
     pthread_cond_destroy(&g->synced.changed);
@@ -275,6 +430,10 @@ status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, size_t
         if (!ready)
             return ERR(NO_MEMORY, "books of %llu chunks", (unsigned long long)chunks);
         g->synced.ready = ready;
+        struct stage_flight *flight = g->dev->host ? NULL : mem_array(g->flight, chunks, sizeof *flight);
+        if (!flight && !g->dev->host)
+            return ERR(NO_MEMORY, "books of %llu chunks", (unsigned long long)chunks);
+        g->flight = flight;
         g->synced.room = chunks;
     }
     if (g->memory && g->pool.block_bytes == block_bytes && g->pool.count == blocks)
@@ -282,6 +441,8 @@ status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, size_t
     free_memory(g);
     if (!blocks)
         return NULL;
+    if (!g->dev->host)
+        TRY(make_events(g, blocks));
     void *memory;
     size_t bytes = block_bytes * blocks + (g->dev->host ? (size_t)g->writers * BOUNCE_BYTES : 0);
     TRY(g->dev->ops->alloc_pinned(g->dev, bytes, &memory));
@@ -300,6 +461,14 @@ status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, size_t
 void stage_start(struct stage *g, struct share *s, bool live)
 {
     CHECK(s->chunks <= g->synced.room && (!live || g->dev->host));
+    status *st = NULL;
+    if (!g->dev->host) {
+        st = g->dev->ops->event_record(g->dev, g->begin, g->writes);
+        if (!st)
+            st = g->dev->ops->stream_wait(g->dev, g->stream, g->begin);
+    }
+    if (st)
+        g->sink.fail(g->sink.arg, st);
     pthread_mutex_lock(&g->synced.lock);
     g->synced.share = s;
     g->synced.live = live;
@@ -307,6 +476,7 @@ void stage_start(struct stage *g, struct share *s, bool live)
     g->synced.own_chunks = s->own_chunks;
     g->synced.tensor_chunks = s->tensor_chunks;
     g->synced.next = g->synced.put = g->synced.got = 0;
+    g->synced.queued = g->synced.landed = 0;
     g->synced.captured_bytes = 0;
     g->synced.clock = (struct report_clock){ 0 };
     g->synced.peak_blocks = 0;

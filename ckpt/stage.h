@@ -11,6 +11,11 @@
  * Chunks of merged pieces (the share's own_chunks and after) read no tensor of this rank: the capture thread hands each
  * with a block to the sink, which fills it in its own time and gives it back by stage_filled.
  *
+ * On a device whose memory is not the host's, nothing is live. The capture thread queues copies on a stream of low
+ * priority as far as there are blocks, an event behind each, and passes a block on when its event is done. The host
+ * does not wait for them in a fence: it waits until the copies are queued, and makes the stream that will overwrite the
+ * tensors wait for the last of their events.
+ *
  * Invariants: (1) what stage_wait(k) returned for may be overwritten: chunks below k are taken, and whoever took one of
  * them reads no tensor for it any more; (2) staging memory never grows past what stage_prepare set; (3) every chunk
  * reaches some writer, also after a failure (then without a block), so that whoever counts chunks always reaches the
@@ -43,9 +48,22 @@ struct stage_item {
     bool live;
 };
 
+/* A chunk whose copies are queued on the device. */
+struct stage_flight {
+    void *block; /* NULL: nothing is queued for it */
+    uint64_t begin_ns, waited_ns;
+    bool own;  /* of this rank's tensors: copied */
+    bool gone; /* handed to the sink */
+};
+
 struct stage {
     struct device *dev;
     struct stream *stream;
+    struct stream *writes; /* the one that writes the tensors: copies come after what it was given before a save */
+    struct event *begin;
+    struct event **filled; /* [filled_count] of the pool's blocks */
+    size_t filled_count;
+    struct stage_flight *flight; /* [room] by chunk; those in [landed, queued) are under way */
     struct stage_sink sink;
     struct thread thread;
     int writers;
@@ -62,6 +80,7 @@ struct stage {
                             * for; UINT64_MAX: none */
         struct stage_item *ready; /* [room] what the capture thread is done with, in order */
         uint64_t room, put, got;  /* of ready: in all put in, and taken out */
+        uint64_t queued, landed;  /* chunks below are on the device's stream, and have left it */
         uint64_t captured_bytes;
         struct report_clock clock; /* of the copies; waits: for a block */
         size_t peak_blocks;
@@ -79,7 +98,7 @@ void stage_close(struct stage *g);
  * are used first, are resident from here on; the others from the first time that so many are in use at once. Only while
  * nothing is captured. */
 status *stage_prepare(struct stage *g, size_t block_bytes, size_t blocks, size_t touched, uint64_t chunks) WARN_UNUSED;
-/* Begin with s; live only on a host device. */
+/* Begin with s, after what g->writes has been given so far; live only on a host device. */
 void stage_start(struct stage *g, struct share *s, bool live);
 
 /* A writer's next chunk; waits. False: quit. A live one is given back by stage_release, a block by stage_give. */
@@ -95,8 +114,9 @@ void *stage_bounce(struct stage *g, int writer);
 /* From here on everything is copied. */
 void stage_end_live(struct stage *g);
 
-/* End live, and wait until chunks [0, count) are free of readers. Returns the nanoseconds waited. */
-uint64_t stage_wait(struct stage *g, uint64_t count);
+/* End live, and wait until chunks [0, count) are free of readers; on a device that is not the host: make `s` wait for
+ * that. Returns the nanoseconds that the host has waited. */
+uint64_t stage_wait(struct stage *g, uint64_t count, struct stream *s);
 
 struct stage_view {
     bool captured;

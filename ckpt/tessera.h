@@ -253,7 +253,8 @@ tessera_status *tessera_state_add_blob(tessera_state *s, const char *part, const
  * dtype or step elsewhere) is found later: INVALID from tessera_tick or tessera_wait. */
 tessera_status *tessera_save(tessera *t, tessera_state *s, uint64_t step);
 /* Wait until the bytes [addr, addr + bytes) of the save in flight have been copied out and may be overwritten, as may
- * all tensors added before them; addr NULL: all. stream: the one that will overwrite (NULL on the CPU). The first call
+ * all tensors added before them; addr NULL: all. stream: the one that will overwrite (NULL on the CPU): on a GPU it is
+ * that stream that waits, and the host only until the copies have been queued. The first call
  * of fence, tick, find or list_steps after a save is collective (it settles the plan), other fences are local. Returns
  * at once when there is no save. Never fails because the save did: that is reported by tick. PEER: MPI failed. */
 tessera_status *tessera_fence(tessera *t, const void *addr, size_t bytes, void *stream);

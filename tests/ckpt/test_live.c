@@ -194,13 +194,13 @@ static void overwrite(struct fixture *f, struct draw *d)
 {
     clock_sleep_us((uint32_t)draw_below(d, 4000));
     if (draw_below(d, 5) == 0)
-        pipeline_fence(f->pipe, NULL, 0);
+        pipeline_fence(f->pipe, NULL, 0, NULL);
     bool back = draw_below(d, 5) == 0;
     for (int k = 0; k < f->tensors; k++) {
         const struct tensor *t = &f->tensor[back ? f->tensors - 1 - k : k];
         if (t->begin == t->end)
             continue;
-        pipeline_fence(f->pipe, t->begin + draw_below(d, (uint64_t)(t->end - t->begin)), 1);
+        pipeline_fence(f->pipe, t->begin + draw_below(d, (uint64_t)(t->end - t->begin)), 1, NULL);
         memset(t->begin, 0xee, (size_t)(t->end - t->begin));
         if (draw_below(d, 3) == 0)
             clock_sleep_us((uint32_t)draw_below(d, 1000));

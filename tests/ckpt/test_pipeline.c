@@ -174,7 +174,7 @@ static void test_files(void **state)
                 for (int again = 0; again < 2; again++) {
                     memset(f.share->crc, 0, f.share->crcs * sizeof *f.share->crc);
                     pipeline_start(f.pipe, f.share, STEP);
-                    pipeline_fence(f.pipe, NULL, 0);
+                    pipeline_fence(f.pipe, NULL, 0, NULL);
                     struct pipeline_view v = until_drained(&f);
                     assert_true(v.captured && !v.failed);
                     assert_int_equal(v.captured_bytes, f.bytes);
@@ -200,18 +200,18 @@ static void test_fence(void **state)
     for (int i = 0; i < 20; i++) {
         size_t at = 0;
         pipeline_start(f.pipe, f.share, STEP);
-        assert_int_equal(pipeline_fence(f.pipe, f.memory + f.bytes, 100), 0); /* not of the save */
-        assert_int_equal(pipeline_fence(f.pipe, f.memory - 1, 1), 0);
+        assert_int_equal(pipeline_fence(f.pipe, f.memory + f.bytes, 100, NULL), 0); /* not of the save */
+        assert_int_equal(pipeline_fence(f.pipe, f.memory - 1, 1, NULL), 0);
         for (size_t k = 0; k < 3; at += length[k++]) {
             /* a fence on one byte of a tensor, its first or its last, covers all of it */
-            pipeline_fence(f.pipe, f.memory + at + (i % 2 ? length[k] - 1 : 0), 1);
+            pipeline_fence(f.pipe, f.memory + at + (i % 2 ? length[k] - 1 : 0), 1, NULL);
             memset(f.memory + at, 0xee, length[k]);
         }
         assert_false(until_drained(&f).failed);
         memcpy(f.memory, kept, f.bytes);
         check_file(&f);
         pipeline_end(f.pipe, PIPELINE_KEEP);
-        assert_int_equal(pipeline_fence(f.pipe, NULL, 0), 0);
+        assert_int_equal(pipeline_fence(f.pipe, NULL, 0, NULL), 0);
     }
     mem_free(kept);
     close_fixture(&f);
