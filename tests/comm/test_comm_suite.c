@@ -1,15 +1,23 @@
 /* The conformance suite over `self` and ranks as threads; `test_comm_suite mpi` runs it as one rank of an MPI job
- * (test_comm_mpi.sh starts that), and `test_comm_suite mpi cores` prints how many cores such a rank may use. */
+ * (test_comm_mpi.sh starts that), and `test_comm_suite mpi cores` prints how many cores such a rank may use. On a GPU
+ * (tests/gpu/run starts these): `nccl`, as one rank, the suite over memory of its GPU; `nccl-dies`, the last rank kills
+ * itself and the others say what they are told; `nccl-version`. */
+#include "comm/base/clock.h"
 #include "comm/base/log.h"
 #include "comm/base/mem.h"
+#include "comm/device/device.h"
+#include "tests/support/comm_on_device.h"
 #include "tests/support/comm_suite.h"
 #include "tests/support/comm_threads.h"
 
+#include <dlfcn.h>
 #include <sched.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <cmocka.h>
@@ -155,10 +163,98 @@ static int run_mpi(int argc, char **argv)
     return code;
 }
 
+/* ---- as one rank of an MPI job on GPUs */
+
+/* The GPU of this rank's place on its host, or the first where there are fewer. */
+static status *own_gpu(struct device **out)
+{
+    const char *place = getenv("OMPI_COMM_WORLD_LOCAL_RANK");
+    int index = place ? atoi(place) : 0;
+    status *st = device_open("cuda", index, out);
+    if (!st || index == 0)
+        return st;
+    status_free(st);
+    return device_open("cuda", 0, out);
+}
+
+static status *suite_on_gpu(struct comm *nccl, struct device *d)
+{
+    struct comm *dup, *c;
+    TRY(comm_dup(nccl, &dup));
+    TRY(comm_on_device(dup, d, &c));
+    status *st = comm_suite_run_in_order(c);
+    comm_close(c);
+    return st;
+}
+
+static status *one_dies(struct comm *nccl, struct device *d)
+{
+    void *x;
+    status *st = NULL;
+    TRY(d->ops->alloc(d, 64, &x));
+    TRY(comm_allreduce(nccl, x, 16, COMM_F32, COMM_SUM, NULL));
+    TRY(d->ops->stream_sync(d, NULL));
+    if (nccl->rank == nccl->size - 1)
+        raise(SIGKILL);
+    uint64_t begin = clock_ns();
+    while (!st && ns_to_s(clock_ns() - begin) < 30) {
+        st = comm_allreduce(nccl, x, 16, COMM_F32, COMM_SUM, NULL);
+        st = status_first(st, d->ops->stream_sync(d, NULL));
+    }
+    printf("survivor: %s %s\n", status_code_name(status_code(st)), status_message(st));
+    fflush(stdout);
+    _Exit(status_code(st) == ST_PEER ? 0 : 1); /* MPI cannot end in order any more */
+}
+
+static int run_nccl(int argc, char **argv)
+{
+    bool dies = !strcmp(argv[1], "nccl-dies");
+    struct log log = { LOG_INFO, -1 };
+    struct comm *world = NULL, *nccl = NULL;
+    struct device *d = NULL;
+    status *st = comm_open("mpi", &argc, &argv, &world);
+    if (!st)
+        st = own_gpu(&d);
+    if (!st)
+        st = comm_over(world, d, dies ? 5 : 60, &nccl);
+    if (!st)
+        st = dies ? one_dies(nccl, d) : suite_on_gpu(nccl, d);
+    int code = status_exit_code(st);
+    log_status(&log, LOG_ERROR, st);
+    if (st && world)
+        comm_abort(world, code);
+    if (!st && world->rank == 0)
+        printf("comm suite over nccl: %d ranks passed\n", world->size);
+    comm_close(nccl);
+    device_close(d);
+    comm_close(world);
+    status_free(st);
+    return code;
+}
+
+static int nccl_version(void)
+{
+    const char *own = getenv("TESSERA_NCCL");
+    void *lib = dlopen(own && *own ? own : "libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+    void *symbol = lib ? dlsym(lib, "ncclGetVersion") : NULL;
+    int (*get)(int *), version = 0;
+    memcpy(&get, &symbol, sizeof get);
+    if (!symbol || get(&version) != 0) {
+        printf("%s\n", lib ? "no ncclGetVersion" : dlerror());
+        return 1;
+    }
+    printf("%d.%d.%d\n", version / 10000, version / 100 % 100, version % 100);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1 && !strcmp(argv[1], "mpi"))
         return run_mpi(argc, argv);
+    if (argc > 1 && !strcmp(argv[1], "nccl-version"))
+        return nccl_version();
+    if (argc > 1 && !strncmp(argv[1], "nccl", 4))
+        return run_nccl(argc, argv);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_self),       cmocka_unit_test(test_self_mismatch), cmocka_unit_test(test_threads),
         cmocka_unit_test(test_broken_job), cmocka_unit_test(test_size_mismatch), cmocka_unit_test(test_unknown_backend),
