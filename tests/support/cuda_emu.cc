@@ -16,7 +16,7 @@ __thread struct emu_place emu_here;
 
 namespace
 {
-enum { THREADS = 1024, WARP = 32, STACK = 256 << 10, SHARED = 227 << 10, ITEM = 16 };
+enum { THREADS = 1024, WARP = 32, STACK = 256 << 10, SHARED = 227 << 10, ITEM = 32 };
 enum state { READY, AT_BLOCK, AT_WARP, DONE };
 
 struct fiber {

@@ -106,16 +106,33 @@ static inline unsigned __ballot_sync(unsigned mask, int predicate)
     return bits;
 }
 
-static inline int __ffs(int x)
-{
-    return __builtin_ffs(x);
-}
-
 static inline float __uint_as_float(unsigned u)
 {
     float f;
     memcpy(&f, &u, sizeof f);
     return f;
+}
+
+/* mma.sync.m16n8k16, bf16 to f32: c += a b, the warp's fragments as the PTX ISA has them. */
+static inline void emu_mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
+{
+    const unsigned mine[6] = { a[0], a[1], a[2], a[3], b0, b1 };
+    size_t stride;
+    const unsigned char *all = emu_exchange(0xffffffffu, mine, sizeof mine, &stride);
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned row = emu_lane() / 4 + i / 2 * 8, col = emu_lane() % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            unsigned x, y, half = k % 2 * 16, across = k % 8 / 2;
+            memcpy(&x, all + (row % 8 * 4 + across) * stride + (k / 8 * 2 + row / 8) * sizeof x, sizeof x);
+            memcpy(&y, all + (col * 4 + across) * stride + (4 + k / 8) * sizeof y, sizeof y);
+            c[i] += __uint_as_float(x >> half << 16) * __uint_as_float(y >> half << 16);
+        }
+    }
+}
+
+static inline int __ffs(int x)
+{
+    return __builtin_ffs(x);
 }
 
 static inline unsigned __float_as_uint(float f)

@@ -517,6 +517,7 @@ struct heads {
     int32_t length[6], past[6];
     bool cached;
     int64_t cap;
+    bool bf16;
 };
 
 enum { Q, K, V, O, LSE, D_O, DQ, DK, DV, OFFSET, PAST };
@@ -543,7 +544,8 @@ static void call_attention(const struct kernels *k, struct workers *w, void **p,
                            .cap = h->cap,
                            .o = p[O],
                            .lse = p[LSE],
-                           .d_o = p[D_O] };
+                           .d_o = p[D_O],
+                           .bf16 = h->bf16 };
     k->attention(w, &a);
     if (h->cached)
         return;
@@ -558,7 +560,7 @@ static void call_attention(const struct kernels *k, struct workers *w, void **p,
 
 static void check_attention(struct heads h, bool skewed)
 {
-    struct run r = { .what = "attention", .call = call_attention, .arg = &h, .tolerance = 2e-5 };
+    struct run r = { .what = "attention", .call = call_attention, .arg = &h, .tolerance = h.bf16 ? 2e-2 : 2e-5 };
     int64_t all = 0, rows, keys;
     for (int s = 0; s < h.segments; s++)
         all += h.length[s];
@@ -573,6 +575,11 @@ static void check_attention(struct heads h, bool skewed)
     floats(&r, CLOSE, rows * h.heads * h.d);
     floats(&r, CLOSE, keys * h.kv_heads * h.d);
     floats(&r, CLOSE, keys * h.kv_heads * h.d);
+    for (int b = 0; h.bf16 && b < r.count; b++) /* what is rounded then are weights and gradients of scores alone */
+        for (size_t i = 0; i < r.b[b].bytes / sizeof(float); i++) {
+            float *x = (float *)r.b[b].value + i;
+            *x = bf16_to_f32(bf16_from_f32(*x));
+        }
     int32_t *offset = ints(&r, h.segments + 1), *past = ints(&r, h.segments);
     for (int s = 0; s < h.segments; s++) {
         offset[s + 1] = offset[s] + h.length[s];
@@ -618,6 +625,24 @@ static void attention_with_cache(void **state)
     h = (struct heads){ 2,         1, 72, .segments = 3, .length = { 70, 0, 3 }, .past = { 20, 1, 90 }, .cached = true,
                         .cap = 100 };
     check_attention(h, false);
+}
+
+static void attention_in_bf16(void **state)
+{
+    (void)state;
+    check_attention((struct heads){ 1, 1, 1, .segments = 1, .length = { 1 }, .bf16 = true }, false);
+    check_attention((struct heads){ 2, 1, 7, .segments = 3, .length = { 3, 0, 70 }, .bf16 = true }, true);
+    check_attention((struct heads){ 4, 2, 64, .segments = 2, .length = { 65, 20 }, .bf16 = true }, false);
+    check_attention((struct heads){ 2, 2, 20, .window = 5, .segments = 2, .length = { 150, 4 }, .bf16 = true }, false);
+    check_attention((struct heads){ 1, 1, 12, .window = 64, .segments = 1, .length = { 200 }, .bf16 = true }, false);
+    check_attention((struct heads){ 3, 1, 80, .segments = 2, .length = { 5, 66 }, .bf16 = true }, true);
+    check_attention((struct heads){ 2, 1, 128, .window = 70, .segments = 1, .length = { 130 }, .bf16 = true }, false);
+    check_attention((struct heads){ 1, 1, 136, .segments = 1, .length = { 35 }, .bf16 = true }, true);
+    for (int rank = 0; rank < 3; rank++)
+        check_attention((struct heads){ 2, 2, 8, 40, 3, rank, 4, .length = { 2, 100, 0, 101 }, .bf16 = true }, true);
+    check_attention((struct heads){ 4, 2, 16, .segments = 4, .length = { 1, 1, 3, 1 }, .past = { 0, 5, 63, 64 },
+                                    .cached = true, .cap = 80, .bf16 = true },
+                    false);
 }
 
 /* ---- log-probabilities ---- */
@@ -871,6 +896,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(attention),
         cmocka_unit_test(attention_of_ranks),
         cmocka_unit_test(attention_with_cache),
+        cmocka_unit_test(attention_in_bf16),
         cmocka_unit_test(logprob),
         cmocka_unit_test(routes),
         cmocka_unit_test(mixes),

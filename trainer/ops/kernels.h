@@ -53,6 +53,7 @@ struct attention {
     float *lse;          /* [N, H], or NULL */
     const float *d_o;    /* backward: [N, H, D] */
     float *dq, *dk, *dv; /* backward: any may be NULL */
+    bool bf16;           /* products may be of factors rounded to bf16, added up in f32; the CPU's are not */
 };
 enum { ATTENTION_HEAD_MAX = 256 };
 /* Rows of q that belong to the pack's tokens before `token`. */

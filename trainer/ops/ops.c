@@ -234,8 +234,8 @@ struct attention_record {
     float *lse;
 };
 
-static struct attention attention_of(const struct tensor *q, const struct tensor *k, const struct tensor *v,
-                                     const struct segments *seg)
+static struct attention attention_of(const struct tape *t, const struct tensor *q, const struct tensor *k,
+                                     const struct tensor *v, const struct segments *seg)
 {
     return (struct attention){ .n = q->dim[0],
                                .heads = (int)q->dim[1],
@@ -244,7 +244,8 @@ static struct attention attention_of(const struct tensor *q, const struct tensor
                                .seg = seg,
                                .q = q->data,
                                .k = k->data,
-                               .v = v->data };
+                               .v = v->data,
+                               .bf16 = t->bf16 };
 }
 
 static void attention_backward(struct tape *t, const struct tape_record *base, unsigned halves)
@@ -252,7 +253,7 @@ static void attention_backward(struct tape *t, const struct tape_record *base, u
     const struct attention_record *r = (const void *)base;
     if (!INPUT_HALF(halves))
         return;
-    struct attention a = attention_of(r->q, r->k, r->v, r->seg);
+    struct attention a = attention_of(t, r->q, r->k, r->v, r->seg);
     a.window = r->window;
     a.o = r->o->data;
     a.lse = r->lse;
@@ -353,7 +354,7 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
     int32_t *past = cache ? take(t, (size_t)cache->segments, sizeof *past) : NULL;
     if (t->error || (t->context && !context_room(t, k)))
         return NULL;
-    struct attention a = attention_of(q, k, v, seg);
+    struct attention a = attention_of(t, q, k, v, seg);
     a.window = window;
     a.o = o->data;
     a.lse = lse;

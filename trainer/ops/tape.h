@@ -115,7 +115,8 @@ void tape_close(struct tape *t); /* NULL is fine */
  * all. */
 void tape_recompute(struct tape *t, enum tape_recompute what);
 /* From now on the products of op_linear, of experts and of op_logprob, forward and backward, are of factors rounded to
- * bf16, added up in f32 (kernels.h, gemm.bf16); all else, and what is stored, stays f32. */
+ * bf16, added up in f32 (kernels.h, gemm.bf16), and on a GPU those of op_attention too; all else, and what is stored,
+ * stays f32. */
 void tape_bf16(struct tape *t, bool bf16);
 /* From now on call these around each block; borrowed; NULL: none. */
 void tape_blocks(struct tape *t, const struct tape_blocks *b);

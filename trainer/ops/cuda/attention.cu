@@ -8,73 +8,11 @@
  * tiles of keys (all heads of the group, in order, inside). Tiles are counted from the segment's first token, so its
  * bits do not depend on what else is in the pack. The grid has room for the most tiles there can be; what is left over
  * returns at once. */
-#include "trainer/ops/cuda/gpu.h"
+#include "trainer/ops/cuda/attention.h"
 
 namespace
 {
 enum { SIDE = 16 };
-
-struct job {
-    int64_t window, cap;
-    int heads, kv_heads, d, segments, rank, ranks;
-    const int32_t *offset, *past;
-    const float *q, *k, *v, *d_o, *delta;
-    float *o, *lse, *dq, *dk, *dv;
-    float scale;
-    bool wide; /* rows can be taken four floats at a time */
-};
-
-/* Where a segment's keys and queries are. */
-struct span {
-    int64_t first, count; /* queries: rows [first, first + count) of q */
-    int64_t past, step;   /* the first one's own key is number `past` of the segment; from one to the next */
-    int64_t from, keys;   /* rows of k and v; the pack's own keys, without a cache */
-};
-
-__device__ int64_t rows_before(const struct job &t, int64_t token)
-{
-    return t.ranks > 1 ? (token + t.ranks - 1 - t.rank) / t.ranks : token;
-}
-
-__device__ struct span span_of(const struct job &t, int s)
-{
-    int64_t at = t.offset[s], end = t.offset[s + 1];
-    struct span p;
-    p.first = rows_before(t, at);
-    p.count = rows_before(t, end) - p.first;
-    p.step = t.ranks > 1 ? t.ranks : 1;
-    p.past = t.past ? t.past[s] : t.ranks > 1 ? p.first * p.step + t.rank - at : 0;
-    p.from = t.past ? s * t.cap : at;
-    p.keys = end - at;
-    return p;
-}
-
-/* Tile `index` of all segments': which segment's, and where it starts in it. */
-__device__ bool find_tile(const struct job &t, int64_t index, int tile, bool of_keys, struct span *p, int64_t *start)
-{
-    for (int s = 0; s < t.segments; s++) {
-        *p = span_of(t, s);
-        int64_t tiles = ((of_keys ? p->keys : p->count) + tile - 1) / tile;
-        if (index < tiles) {
-            *start = index * tile;
-            return true;
-        }
-        index -= tiles;
-    }
-    return false;
-}
-
-/* Keys up to and with the own one of query i. */
-__device__ int64_t visible_to(const struct span &p, int64_t i)
-{
-    return p.past + i * p.step + 1;
-}
-
-__device__ bool sees(const struct job &t, const struct span &p, int64_t query, int64_t key)
-{
-    int64_t visible = visible_to(p, query);
-    return query < p.count && key < visible && (t.window == 0 || key >= visible - t.window);
-}
 
 /* T rows of up to 16 DC columns; 4 more so that threads a row apart read other banks. */
 template <int T, int DC> struct rows {
@@ -182,7 +120,7 @@ template <int T, int DC> struct forward_room {
 /* One tile of scores becomes weights; the running maximum, sum and output of the thread's rows are brought up to date.
  */
 template <int T, int DC>
-__device__ void softmax_tile(const struct job &t, const struct span &p, int64_t q0, int64_t k0,
+__device__ void softmax_tile(const struct att_job &t, const struct span &p, int64_t q0, int64_t k0,
                              float (&score)[T / SIDE][T / SIDE], float (&top)[T / SIDE], float (&sum)[T / SIDE],
                              float (&out)[T / SIDE][DC], struct square<T> &weights)
 {
@@ -213,7 +151,7 @@ __device__ void softmax_tile(const struct job &t, const struct span &p, int64_t 
     }
 }
 
-template <int T, int DC> __global__ void __launch_bounds__(BLOCK) forward(struct job t)
+template <int T, int DC> __global__ void __launch_bounds__(BLOCK) forward(struct att_job t)
 {
     typedef forward_room<T, DC> room;
     SHARED(room, s);
@@ -227,8 +165,8 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) forward(struct
     for (int r = 0; r < T / SIDE; r++)
         top[r] = -INFINITY;
     take(s.q, t.q + query, q_ld, count, t.d, t.wide);
-    int64_t end = visible_to(p, q0 + count - 1), left = t.window ? visible_to(p, q0) - t.window : 0;
-    for (int64_t k0 = left > 0 ? left / T * T : 0; k0 < end; k0 += T) {
+    int64_t end = visible_to(p, q0 + count - 1);
+    for (int64_t k0 = first_tile(t, p, q0, T); k0 < end; k0 += T) {
         take(s.kv, t.k + key + k0 * kv_ld, kv_ld, min_of(T, end - k0), t.d, t.wide);
         __syncthreads();
         products<T, DC>(score, s.q, s.kv, t.d);
@@ -269,7 +207,7 @@ __global__ void deltas(float *delta, const float *d_o, const float *o, int64_t c
 /* Scores become weights P, and dP = dO V^T the scores' gradients dS; both 0 where nothing is seen. `at` is row 0's
  * place in lse and delta. */
 template <int T>
-__device__ void score_gradients(const struct job &t, const struct span &p, int64_t q0, int64_t k0, int64_t at,
+__device__ void score_gradients(const struct att_job &t, const struct span &p, int64_t q0, int64_t k0, int64_t at,
                                 float (&score)[T / SIDE][T / SIDE], float (&dp)[T / SIDE][T / SIDE])
 {
     int tx = (int)threadIdx.x % SIDE, ty = (int)threadIdx.x / SIDE;
@@ -301,7 +239,7 @@ template <int T, int DC> struct backward_room {
     struct square<T> ds, p;
 };
 
-template <int T, int DC> __global__ void __launch_bounds__(BLOCK) query_gradients(struct job t)
+template <int T, int DC> __global__ void __launch_bounds__(BLOCK) query_gradients(struct att_job t)
 {
     typedef backward_room<T, DC> room;
     SHARED(room, s);
@@ -314,8 +252,8 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) query_gradient
     float dq[T / SIDE][DC] = {}, score[T / SIDE][T / SIDE], dp[T / SIDE][T / SIDE];
     take(s.q, t.q + query, q_ld, count, t.d, t.wide);
     take(s.d_o, t.d_o + query, q_ld, count, t.d, t.wide);
-    int64_t end = visible_to(p, q0 + count - 1), left = t.window ? visible_to(p, q0) - t.window : 0;
-    for (int64_t k0 = left > 0 ? left / T * T : 0; k0 < end; k0 += T) {
+    int64_t end = visible_to(p, q0 + count - 1);
+    for (int64_t k0 = first_tile(t, p, q0, T); k0 < end; k0 += T) {
         take(s.k, t.k + key + k0 * kv_ld, kv_ld, min_of(T, end - k0), t.d, t.wide);
         take(s.v, t.v + key + k0 * kv_ld, kv_ld, min_of(T, end - k0), t.d, t.wide);
         __syncthreads();
@@ -330,7 +268,7 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) query_gradient
     add_rows(t.dq + query, q_ld, count, t.d, dq);
 }
 
-template <int T, int DC> __global__ void __launch_bounds__(BLOCK) key_gradients(struct job t)
+template <int T, int DC> __global__ void __launch_bounds__(BLOCK) key_gradients(struct att_job t)
 {
     typedef backward_room<T, DC> room;
     SHARED(room, s);
@@ -343,13 +281,9 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) key_gradients(
     float dk[T / SIDE][DC] = {}, dv[T / SIDE][DC] = {}, score[T / SIDE][T / SIDE], dp[T / SIDE][T / SIDE];
     take(s.k, t.k + key, kv_ld, count, t.d, t.wide);
     take(s.v, t.v + key, kv_ld, count, t.d, t.wide);
-    /* queries before the first one that sees key k0, and from the first one that sees none of these any more */
-    int64_t begin = k0 > p.past ? (k0 - p.past + p.step - 1) / p.step : 0, last = p.count;
-    int64_t gone = k0 + count - 1 + t.window - p.past;
-    if (t.window)
-        last = min_of(last, gone > 0 ? (gone + p.step - 1) / p.step : 0);
+    int64_t begin, last = queries_of(t, p, k0, count, T, &begin);
     for (int64_t head = g * group; head < (g + 1) * group; head++)
-        for (int64_t q0 = begin / T * T; q0 < last; q0 += T) {
+        for (int64_t q0 = begin; q0 < last; q0 += T) {
             int64_t query = (p.first + q0) * q_ld + head * d, rows = min_of(T, p.count - q0);
             __syncthreads(); /* the tile before has been read */
             take(s.q, t.q + query, q_ld, rows, t.d, t.wide);
@@ -370,67 +304,32 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) key_gradients(
         add_rows(t.dv + key, kv_ld, count, t.d, dv);
 }
 
-struct job job_of(const struct attention *a)
-{
-    struct job t = {};
-    t.window = a->window;
-    t.cap = a->cap;
-    t.heads = a->heads;
-    t.kv_heads = a->kv_heads;
-    t.d = a->head_dim;
-    t.segments = a->seg->count;
-    t.rank = a->rank;
-    t.ranks = a->ranks;
-    t.offset = a->seg->offset;
-    t.past = a->past;
-    t.q = a->q;
-    t.k = a->k;
-    t.v = a->v;
-    t.d_o = a->d_o;
-    t.o = a->o;
-    t.lse = a->lse;
-    t.dq = a->dq;
-    t.dk = a->dk;
-    t.dv = a->dv;
-    t.scale = (float)(1 / sqrt((double)a->head_dim));
-    t.wide = four(a->head_dim, a->q, a->k, a->v, a->d_o);
-    return t;
-}
-
-/* Tiles of `each` that so many rows in so many segments can make at most. */
-unsigned most_tiles(int64_t rows, int each, int segments)
-{
-    return (unsigned)(rows / each + segments);
-}
-
 template <int T, int DC> void run_forward(struct workers *w, const struct attention *a)
 {
-    struct job t = job_of(a);
+    struct att_job t = att_job_of(a);
     launch(w, "attention", forward<T, DC>, dim3(most_tiles(a->n, T, t.segments), (unsigned)t.heads), BLOCK,
            sizeof(forward_room<T, DC>), t);
 }
 
-template <int T, int DC> void run_backward(struct workers *w, const struct attention *a)
+template <int T, int DC> void run_backward(struct workers *w, const struct attention *a, const float *delta)
 {
-    struct job t = job_of(a);
+    struct att_job t = att_job_of(a);
     size_t room = sizeof(backward_room<T, DC>);
-    int64_t rows = a->n * t.heads, tokens = a->n * (a->ranks > 1 ? a->ranks : 1);
-    float *delta = (float *)gpu_scratch(w, SCRATCH_CALL, (size_t)rows * sizeof *delta);
-    launch(w, "attention_bwd", deltas, gpu_blocks(rows, WARPS), BLOCK, 0, delta, a->d_o,
-           static_cast<const float *>(a->o), rows, t.d);
     t.delta = delta;
     if (t.dq)
         launch(w, "attention_bwd", query_gradients<T, DC>, dim3(most_tiles(a->n, T, t.segments), (unsigned)t.heads),
                BLOCK, room, t);
     if (t.dk || t.dv)
-        launch(w, "attention_bwd", key_gradients<T, DC>, dim3(most_tiles(tokens, T, t.segments), (unsigned)t.kv_heads),
-               BLOCK, room, t);
+        launch(w, "attention_bwd", key_gradients<T, DC>,
+               dim3(most_tiles(att_tokens(a), T, t.segments), (unsigned)t.kv_heads), BLOCK, room, t);
 }
 } // namespace
 
 void gpu_attention(struct workers *w, const struct attention *a)
 {
-    if (a->head_dim <= 64)
+    if (a->bf16 && a->head_dim <= MMA_HEAD_MAX)
+        mma_attention(w, a);
+    else if (a->head_dim <= 64)
         run_forward<64, 4>(w, a);
     else if (a->head_dim <= 128)
         run_forward<64, 8>(w, a);
@@ -440,10 +339,16 @@ void gpu_attention(struct workers *w, const struct attention *a)
 
 void gpu_attention_bwd(struct workers *w, const struct attention *a)
 {
-    if (a->head_dim <= 64)
-        run_backward<64, 4>(w, a);
+    int64_t rows = a->n * a->heads;
+    float *delta = static_cast<float *>(gpu_scratch(w, SCRATCH_CALL, (size_t)rows * sizeof *delta));
+    launch(w, "attention_bwd", deltas, gpu_blocks(rows, WARPS), BLOCK, 0, delta, a->d_o,
+           static_cast<const float *>(a->o), rows, a->head_dim);
+    if (a->bf16 && a->head_dim <= MMA_HEAD_MAX)
+        mma_attention_bwd(w, a, delta);
+    else if (a->head_dim <= 64)
+        run_backward<64, 4>(w, a, delta);
     else if (a->head_dim <= 128)
-        run_backward<64, 8>(w, a);
+        run_backward<64, 8>(w, a, delta);
     else
-        run_backward<32, 16>(w, a);
+        run_backward<32, 16>(w, a, delta);
 }
