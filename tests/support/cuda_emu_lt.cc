@@ -1,5 +1,5 @@
 /* cuda_emu_lt: what trainer/ops/cuda/lt.cu is on a GPU: the product as cuBLASLt defines it, column-major, in plain
- * loops. Asks for what the library needs: leading dimensions that cover the rows, and bf16 rows of 16 bytes. */
+ * loops. Asks for leading dimensions that cover the rows, and has no algorithm for products of three columns. */
 #include "trainer/ops/cuda/gpu.h"
 
 struct lt {
@@ -24,8 +24,10 @@ static double element(const struct lt_call *c, const void *p, bool trans, int64_
     return c->bf16 ? (double)wide(static_cast<const uint16_t *>(p)[at]) : (double)static_cast<const float *>(p)[at];
 }
 
-void lt_matmul(struct workers *w, const struct lt_call *c)
+bool lt_matmul(struct workers *w, const struct lt_call *c)
 {
+    if (c->m == 3)
+        return false;
     if (c->lda < (c->a_trans ? c->k : c->m) || c->ldb < (c->b_trans ? c->n : c->k) || c->ldc < c->m)
         w->error = status_first(w->error, ERR(INTERNAL, "a leading dimension is too small"));
     if ((c->beta != 0 && c->beta != 1) || (c->bias && c->beta != 0))
@@ -38,4 +40,5 @@ void lt_matmul(struct workers *w, const struct lt_call *c)
             float *to = c->c + j * c->ldc + i;
             *to = (float)sum + (c->bias ? c->bias[i] : 0.0f) + (c->beta != 0 ? *to : 0.0f);
         }
+    return true;
 }

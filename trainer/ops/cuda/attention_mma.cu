@@ -27,17 +27,6 @@ struct first_factor {
     unsigned v[4];
 };
 
-__device__ inline unsigned pack(float low, float high)
-{
-#ifdef CUDA_EMULATED
-    return (unsigned)narrow(low) | (unsigned)narrow(high) << 16;
-#else
-    unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-#endif
-}
-
 /* c += a b */
 __device__ inline void mma(float (&c)[4], const struct first_factor &a, unsigned b0, unsigned b1)
 {
@@ -79,12 +68,12 @@ __device__ void take(struct half_rows<DC> *rows, struct half_columns<DC> *column
         for (int c = 0; c < 2; c++)
             v[r][c] = i + r < count && j + c < d ? src[(i + r) * ld + j + c] : 0.0f;
         if (rows) {
-            rows->at[i][j / 2] = pack(v[0][0], v[0][1]);
-            rows->at[i + 1][j / 2] = pack(v[1][0], v[1][1]);
+            rows->at[i][j / 2] = narrow_two(v[0][0], v[0][1]);
+            rows->at[i + 1][j / 2] = narrow_two(v[1][0], v[1][1]);
         }
         if (columns) {
-            columns->at[j][i / 2] = pack(v[0][0], v[1][0]);
-            columns->at[j + 1][i / 2] = pack(v[0][1], v[1][1]);
+            columns->at[j][i / 2] = narrow_two(v[0][0], v[1][0]);
+            columns->at[j + 1][i / 2] = narrow_two(v[0][1], v[1][1]);
         }
     }
 }
@@ -122,10 +111,10 @@ __device__ void accumulate(float (&out)[DC * 2][4], const float (&w)[PIECES][4],
     for (int k = 0; k < PIECES / 2; k++) {
         struct first_factor x;
         int j = k * STEP / 2 + l.t;
-        x.v[0] = pack(w[2 * k][0], w[2 * k][1]);
-        x.v[1] = pack(w[2 * k][2], w[2 * k][3]);
-        x.v[2] = pack(w[2 * k + 1][0], w[2 * k + 1][1]);
-        x.v[3] = pack(w[2 * k + 1][2], w[2 * k + 1][3]);
+        x.v[0] = narrow_two(w[2 * k][0], w[2 * k][1]);
+        x.v[1] = narrow_two(w[2 * k][2], w[2 * k][3]);
+        x.v[2] = narrow_two(w[2 * k + 1][0], w[2 * k + 1][1]);
+        x.v[3] = narrow_two(w[2 * k + 1][2], w[2 * k + 1][3]);
         UNROLL
         for (int n = 0; n < DC * 2; n++)
             mma(out[n], x, b.at[n * ACROSS + l.g][j], b.at[n * ACROSS + l.g][j + 4]);

@@ -1,5 +1,5 @@
-/* gemm: products by cuBLASLt where it is there, else, and for k = 0, by a plain tiled kernel: a block makes a tile of
- * 64 x 64 in steps of 16 along k, a thread 4 x 4 of it, one chain over k ascending in f32 each.
+/* gemm: products by cuBLASLt where it is there; else, and for what it cannot do, by a plain tiled kernel: a block makes
+ * a tile of 64 x 64 in steps of 16 along k, a thread 4 x 4 of it, one chain over k ascending in f32 each.
  *
  * For cuBLASLt, which is column-major, C = A B becomes C^T = B^T A^T: a row-major matrix is its transpose in columns,
  * so B goes first and neither is moved. With gemm.bf16 factors that are f32 are narrowed into scratch first, rows
@@ -87,19 +87,35 @@ __global__ void __launch_bounds__(BLOCK) multiply(struct batch all)
     finish(g, sum, i0 + row, j0 + col);
 }
 
-/* Rows of `cols` elements, `from` of them apart, to rows that are `to` apart; zeros behind their ends. */
-__global__ void narrow_rows(uint16_t *dst, int64_t to, const float *src, int64_t from, int64_t rows, int64_t cols)
+enum { EACH = 4 }; /* elements a thread */
+
+/* Row blockIdx.x of `cols` elements to `to` of them, zeros behind the end; wide: rows can be taken four at a time.
+ * Words of two bf16. */
+__global__ void narrow_rows(unsigned *dst, int64_t to, const float *src, int64_t from, int64_t cols, bool wide)
 {
-    int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * to; i += step)
-        dst[i] = i % to < cols ? narrow(src[i / to * from + i % to]) : (uint16_t)0;
+    int64_t row = blockIdx.x, j = ((int64_t)blockIdx.y * BLOCK + threadIdx.x) * EACH;
+    float v[EACH] = {};
+    if (j >= to)
+        return;
+    if (wide && j < cols)
+        load<EACH>(v, src + row * from + j);
+    for (int k = 0; k < EACH && !wide; k++)
+        if (j + k < cols)
+            v[k] = src[row * from + j + k];
+    dst[(row * to + j) / 2] = narrow_two(v[0], v[1]);
+    dst[(row * to + j) / 2 + 1] = narrow_two(v[2], v[3]);
 }
 
-__global__ void widen_rows(float *dst, int64_t to, const uint16_t *src, int64_t from, int64_t rows, int64_t cols)
+__global__ void widen_rows(float *dst, int64_t to, const uint16_t *src, int64_t from, int64_t cols)
 {
-    int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * to; i += step)
-        dst[i] = i % to < cols ? wide(src[i / to * from + i % to]) : 0.0f;
+    int64_t row = blockIdx.x, j = ((int64_t)blockIdx.y * BLOCK + threadIdx.x) * EACH;
+    float v[EACH] = {};
+    if (j >= to)
+        return;
+    for (int k = 0; k < EACH; k++)
+        if (j + k < cols)
+            v[k] = wide(src[row * from + j + k]);
+    store<EACH>(dst + row * to + j, v);
 }
 
 /* A factor as it is stored, and as cuBLASLt gets it. */
@@ -123,19 +139,22 @@ void convert(struct workers *w, struct factor *f, void *to)
 {
     if (!f->bytes)
         return;
-    int64_t ld = (f->cols + 7) / 8 * 8, blocks = (f->rows * ld + BLOCK - 1) / BLOCK;
-    unsigned grid = (unsigned)(blocks < 132 * 32 ? blocks : 132 * 32);
-    if (f->half)
+    int64_t ld = (f->cols + 7) / 8 * 8;
+    dim3 grid((unsigned)f->rows, gpu_blocks(ld, BLOCK * EACH));
+    if (f->half) {
         launch(w, "gemm", widen_rows, grid, BLOCK, 0, static_cast<float *>(to), ld, static_cast<const uint16_t *>(f->p),
-               f->ld, f->rows, f->cols);
-    else
-        launch(w, "gemm", narrow_rows, grid, BLOCK, 0, static_cast<uint16_t *>(to), ld,
-               static_cast<const float *>(f->p), f->ld, f->rows, f->cols);
+               f->ld, f->cols);
+    } else {
+        const float *from = static_cast<const float *>(f->p);
+        launch(w, "gemm", narrow_rows, grid, BLOCK, 0, static_cast<unsigned *>(to), ld, from, f->ld, f->cols,
+               four(f->cols, from) && f->ld % 4 == 0);
+    }
     f->p = to;
     f->ld = ld;
 }
 
-void by_library(struct workers *w, const struct gemm *g)
+/* false: the library cannot. */
+bool by_library(struct workers *w, const struct gemm *g)
 {
     struct factor a = factor_of(g->a, false, g->bf16, g->lda, g->a_trans, g->m, g->k);
     struct factor b = factor_of(g->b, g->b_dtype == DTYPE_BF16, g->bf16, g->ldb, g->b_trans, g->k, g->n);
@@ -158,8 +177,7 @@ void by_library(struct workers *w, const struct gemm *g)
     call.ldc = g->ldc;
     call.bias = g->add ? NULL : g->bias;
     call.beta = g->add ? 1.0f : 0.0f;
-    if (!w->error)
-        lt_matmul(w, &call);
+    return w->error || lt_matmul(w, &call);
 }
 
 void by_kernel(struct workers *w, const struct gemm *g, size_t count)
@@ -193,9 +211,7 @@ void gpu_gemms(struct workers *w, const struct gemm *g, size_t count)
     for (size_t i = 0; i < count; i++) {
         if (g[i].m < 1 || g[i].n < 1)
             continue;
-        if (g[i].k < 1)
+        if (g[i].k < 1 || !by_library(w, &g[i]))
             by_kernel(w, &g[i], 1);
-        else
-            by_library(w, &g[i]);
     }
 }

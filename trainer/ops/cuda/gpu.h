@@ -60,7 +60,8 @@ struct lt_call {
 /* Opens libcublasLt of the machine. UNSUPPORTED: it is not there or too old; says where it was looked for. */
 status *lt_open(struct workers *w, struct lt **out) WARN_UNUSED;
 void lt_close(struct lt *lt); /* NULL is fine */
-void lt_matmul(struct workers *w, const struct lt_call *call);
+/* false: the library has no algorithm for this shape, nothing was queued. */
+bool lt_matmul(struct workers *w, const struct lt_call *call);
 
 enum { WARP = 32, BLOCK = 256, WARPS = BLOCK / WARP };
 
@@ -172,6 +173,18 @@ static __device__ inline uint16_t narrow(float x)
     if ((u & 0x7f800000u) == 0)
         return (uint16_t)(u >> 16 & 0x8000u);
     return (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+}
+
+/* Two of them, to nearest; the first one is the lower half. */
+static __device__ inline unsigned narrow_two(float low, float high)
+{
+#ifdef CUDA_EMULATED
+    return (unsigned)narrow(low) | (unsigned)narrow(high) << 16;
+#else
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+#endif
 }
 
 /* Whether rows of c floats at these places can be taken four at a time. */

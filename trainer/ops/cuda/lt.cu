@@ -44,6 +44,7 @@ struct plan {
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t algo;
+    bool none; /* the library has no algorithm */
 };
 } // namespace
 
@@ -215,11 +216,10 @@ static cublasStatus_t choose(struct lt *lt, struct plan *p)
     if (rc == CUBLAS_STATUS_SUCCESS)
         rc = lt->cublasLtMatmulAlgoGetHeuristic(lt->handle, p->desc, p->a, p->b, p->c, p->c, wish, 1, &best, &found);
     (void)lt->cublasLtMatmulPreferenceDestroy(wish);
-    if (rc == CUBLAS_STATUS_SUCCESS && !found)
-        rc = CUBLAS_STATUS_NOT_SUPPORTED;
-    if (rc == CUBLAS_STATUS_SUCCESS)
+    p->none = rc == CUBLAS_STATUS_NOT_SUPPORTED || (rc == CUBLAS_STATUS_SUCCESS && !found);
+    if (rc == CUBLAS_STATUS_SUCCESS && found)
         p->algo = best.algo;
-    return rc;
+    return p->none ? CUBLAS_STATUS_SUCCESS : rc;
 }
 
 /* A shape's plan, made if it is new; when all places are taken, in the place of the oldest. */
@@ -243,13 +243,15 @@ static cublasStatus_t plan_of(struct lt *lt, const struct shape *s, struct plan 
     return rc;
 }
 
-void lt_matmul(struct workers *w, const struct lt_call *c)
+bool lt_matmul(struct workers *w, const struct lt_call *c)
 {
     struct lt *lt = w->lt;
     struct shape s = shape_of(c);
     struct plan *p;
     float alpha = 1;
     cublasStatus_t rc = plan_of(lt, &s, &p);
+    if (rc == CUBLAS_STATUS_SUCCESS && p->none)
+        return false;
     if (rc == CUBLAS_STATUS_SUCCESS && c->bias)
         SET(cublasLtMatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, c->bias);
     if (rc == CUBLAS_STATUS_SUCCESS)
@@ -260,4 +262,5 @@ void lt_matmul(struct workers *w, const struct lt_call *c)
             status_first(w->error, ERR(DEVICE, "cuda: cuBLASLt, %s product of [%lld, %lld] and [%lld, %lld]: status %d",
                                        c->bf16 ? "bf16" : "f32", (long long)c->n, (long long)c->k, (long long)c->k,
                                        (long long)c->m, (int)rc));
+    return true;
 }
