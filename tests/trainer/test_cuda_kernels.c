@@ -866,6 +866,24 @@ static void no_such_gpu(void **state)
     status_free(st);
 }
 
+static void refuses(const char *name, const char *words)
+{
+    const struct ops_plugin *found = NULL;
+    status *st = device_kernels(name, &found);
+    assert_int_equal(status_code(st), ST_UNSUPPORTED);
+    assert_non_null(strstr(status_message(st), words));
+    assert_null(found);
+    status_free(st);
+}
+
+static void no_plugin(void **state)
+{
+    (void)state;
+    refuses("cpu", "device cpu: no plugin has kernels for it");
+    assert_int_equal(setenv("TESSERA_PLUGINS", "/nowhere", 1), 0);
+    refuses("cuda", "cuda was asked for, but this program was built or installed without tessera_ops_cuda.so");
+}
+
 /* 0, or why the cases cannot run on a GPU. */
 static int open_gpu(void)
 {
@@ -902,11 +920,13 @@ int main(int argc, char **argv)
         cmocka_unit_test(mixes),
         cmocka_unit_test(no_such_gpu),
     };
+    const struct CMUnitTest without[] = { cmocka_unit_test(no_plugin) };
     plugin = ops_plugin();
     int rc = argc > 2 && !strcmp(argv[1], "--device") && !strcmp(argv[2], "cuda") ? open_gpu() : 0;
     if (rc)
         return rc;
     rc = cmocka_run_group_tests(tests, open_all, close_all);
+    rc += device ? 0 : cmocka_run_group_tests(without, NULL, NULL);
     if (device)
         device->ops->stream_close(device, stream);
     device_close(device);
