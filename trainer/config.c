@@ -89,6 +89,12 @@ static const struct option train_rows[] = {
         "patterns of the parameters that stay as they are, [\"model.embed_tokens.*\"]; empty: all train"),
     ROW(OPT_STRING, train_config, routes, "routes", "", 0, 0, NULL, "",
         "to compare meshes: record:PATH writes down which experts tokens take, on one rank; replay:PATH takes these"),
+    ROW(OPT_ENUM, train_config, param_dtype, "param_dtype", "f32", 0, 0, "f32|bf16", "",
+        "what passes compute with and ZeRO gathers: the parameters, or a rounded copy; updated and saved are f32"),
+    ROW(OPT_ENUM, train_config, param_rounding, "param_rounding", "nearest", 0, 0, "nearest|stochastic", "",
+        "with param_dtype: bf16; stochastic: up or down by chance, anew at each step"),
+    ROW(OPT_ENUM, train_config, grad_dtype, "grad_dtype", "f32", 0, 0, "f32|bf16", "",
+        "bf16: gradients are sent in it over dp, so every micro-batch's and every sum of them is rounded to it"),
 };
 static const struct option parallel_rows[] = {
     ROW(OPT_BOOL, parallel_config, automatic, "auto", "false", 0, 0, NULL, "",
@@ -561,6 +567,8 @@ static status *check_together(struct config *c, const char *name)
         return ERR(INVALID, "%s: data.labelled is required: a JSONL file of prompt/completion/label rows", name);
     if (c->algo_ops->data == DATASET_PREFS && !*c->data.prefs)
         return ERR(INVALID, "%s: data.prefs is required: a JSONL file of prompt/chosen/rejected rows", name);
+    if (t->param_rounding == ROUNDING_STOCHASTIC && t->param_dtype != TRAIN_BF16)
+        return ERR(INVALID, "%s: train.param_rounding: stochastic needs train.param_dtype: bf16", name);
     if (c->parallel.pp == 1 && *c->parallel.stages)
         return ERR(INVALID, "%s: parallel.stages: \"%.100s\" needs parallel.pp above 1", name, c->parallel.stages);
     if (c->parallel.schedule != PIPE_INTERLEAVED && c->parallel.chunks > 1)

@@ -50,7 +50,9 @@ struct train_config {
     bool deterministic;
     int dtype;
     char *freeze, *routes;
+    int param_dtype, grad_dtype, param_rounding;
 };
+enum { ROUNDING_NEAREST, ROUNDING_STOCHASTIC };
 
 /* parallel_config.fixed: keys that the config sets, for parallel: auto */
 enum {

@@ -90,7 +90,7 @@ status *evaluate_tasks(struct trainer *t)
     struct shards *shards[SHARDS_MOST];
     int n = trainer_all_shards(t, t->model, shards);
     for (int i = 0; i < n; i++)
-        TRY(shards_hold(shards[i])); /* how many passes a rank makes, its completions decide */
+        TRY(shards_hold(shards[i], false)); /* how many passes a rank makes, its completions decide */
     tape_blocks(t->tape, NULL);
     tape_context(t->tape, NULL); /* each rank generates for prompts of its own */
     status *st = count_solved(e, begin, end, tasks_most(t, e), &solved);

@@ -212,19 +212,19 @@ static void count_state(const struct mesh_plan *p, const struct stage *s, struct
 {
     const struct config *c = p->c;
     double n = levels_of(c, r, p->micro_batches), dense = s->trained - s->experts + s->tied; /* of experts one sum */
-    bool live = c->algo.reference == REFERENCE_LIVE;
+    bool live = c->algo.reference == REFERENCE_LIVE, bf16 = c->train.param_dtype == TRAIN_BF16;
     double own = r->zero ? cut(c, r, s->trained, s->experts) : s->trained, all = s->trained + s->frozen;
-    double values = r->zero == 3 ? cut(c, r, all, s->experts + s->frozen_experts) : all;
+    double part = cut(c, r, all, s->experts + s->frozen_experts), held = bf16 ? 2 : 4;
+    double values = held * (r->zero == 3 ? part : all) + (bf16 ? 4 * (r->zero ? part : all) : 0);
     double grads =
         r->zero < 2 ? (1 + n) * dense + s->experts : cut(c, r, (n > 1 ? n : 1) * dense + s->experts, s->experts);
-    r->parameters = (uint64_t)(4 * (values * (live ? 2 : 1) + (r->pp > 1 ? s->tied : 0)));
+    double window = r->zero < 2 ? 0 : r->zero == 2 ? 4 : 4 + held;
+    double messages = c->train.grad_dtype == TRAIN_BF16 ? 3.5 : 1; /* in bf16 each once more, and what is sent */
+    r->parameters = (uint64_t)(values * (live ? 2 : 1) + (r->pp > 1 ? held * s->tied : 0));
     r->gradients = (uint64_t)(4 * grads);
     r->moments = (uint64_t)(8 * own);
-    r->other = (uint64_t)((r->zero < 2    ? 0
-                           : r->zero == 2 ? 4
-                                          : 8) *
-                          (s->outside + 2 * s->block)) +
-               (ranks_of(c, r) > 1 ? c->parallel.bucket : 0);
+    r->other = (uint64_t)(window * (s->outside + 2 * s->block) +
+                          (ranks_of(c, r) > 1 ? messages * (double)c->parallel.bucket : 0));
 }
 
 static double count_activations(const struct mesh_plan *p, const struct stage *s, const struct kept *k, int stage,
@@ -240,10 +240,15 @@ static double count_activations(const struct mesh_plan *p, const struct stage *s
 
 static double count_sent(const struct mesh_plan *p, const struct stage *s, const struct mesh_plan_row *r, double passes)
 {
+    const struct train_config *c = &p->c->train;
     double ranks = ranks_of(p->c, r), dp = r->dp, tp = r->tp, floats = 4 * p->tokens * p->width;
-    double times = r->zero < 2 ? 2 : r->zero == 2 ? passes + 1 : 3 * passes;
-    double data = 4 * (ranks - 1) / ranks * (times * (s->trained - s->experts) + (r->zero < 2 ? 2 * s->tied : 0)) +
-                  4 * (dp - 1) / dp * times * s->experts;
+    double grad = c->grad_dtype == TRAIN_BF16 ? 2 : 4, value = c->param_dtype == TRAIN_BF16 ? 2 : 4;
+    double each = r->zero == 0   ? 2 * grad
+                  : r->zero == 1 ? grad + value
+                  : r->zero == 2 ? passes * grad + value
+                                 : passes * (grad + 2 * value);
+    double data = (ranks - 1) / ranks * (each * (s->trained - s->experts) + (r->zero < 2 ? 2 * grad * s->tied : 0)) +
+                  (dp - 1) / dp * each * s->experts;
     double sums = r->recompute == TAPE_RECOMPUTE_BLOCK ? 6 * s->layers + 2 : 4 * s->layers + 2;
     double tensors = passes * (2 * (tp - 1) / tp * sums * floats + (tp - 1) * 48 * p->tokens);
     return data + tensors + (r->pp > 1 ? passes * 2 * floats / tp : 0);

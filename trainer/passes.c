@@ -37,12 +37,13 @@ struct shards *trainer_shards_of(const struct trainer *t, const struct model *m,
     return t->zero ? zero_shards(experts_zero(t->experts, t->zero, &m->params, p)) : NULL;
 }
 
-void trainer_changed(const struct trainer *t, const struct model *m)
+status *trainer_refresh(const struct trainer *t, const struct model *m, uint64_t step, bool all)
 {
     struct shards *s[SHARDS_MOST];
     int n = trainer_all_shards(t, m, s);
     for (int i = 0; i < n; i++)
-        shards_changed(s[i]);
+        TRY(shards_refresh(s[i], step, all));
+    return NULL;
 }
 
 /* ---- sums over dp that begin while backward goes on ---- */

@@ -105,6 +105,16 @@ static status *open_routes(struct trainer *t)
     return NULL;
 }
 
+/* What is not cut or rounded. */
+static status *alloc_model(struct model *m, int64_t zero, bool bf16)
+{
+    if (zero < 3 && !bf16)
+        return model_alloc(m, zero < 2);
+    if (zero < 2)
+        TRY(params_alloc_grads(&m->params));
+    return model_alloc_tied(m, bf16 ? DTYPE_BF16 : DTYPE_F32, zero < 2);
+}
+
 static status *open_model(struct trainer *t)
 {
     static const char *const devices[] = { "cpu", "cuda" };
@@ -129,10 +139,11 @@ static status *open_model(struct trainer *t)
                                    optim->kind == OPTIM_MUON ? optim->muon : NULL };
     TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->model));
     int64_t zero = t->training ? t->cfg->parallel.zero : 0; /* what that cuts gets its memory in open_zero */
-    TRY(zero < 3 ? model_alloc(t->model, zero < 2) : model_alloc_tied(t->model, false));
+    bool bf16 = t->training && t->cfg->train.param_dtype == TRAIN_BF16;
+    TRY(alloc_model(t->model, zero, bf16));
     if (t->cfg->algo.reference == REFERENCE_LIVE && algo_needs_reference(t->cfg->algo_ops, t->cfg->algo_own)) {
         TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->ref_model));
-        TRY(zero < 3 ? model_alloc(t->ref_model, false) : model_alloc_tied(t->ref_model, false));
+        TRY(alloc_model(t->ref_model, zero < 2 ? 2 : zero, bf16));
     }
     uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
     TRY(open_routes(t));
@@ -253,6 +264,10 @@ static status *open_zero(struct trainer *t)
                               .pp = t->pp,
                               .shards = (int)c->parallel.dp_shard,
                               .workers = t->workers,
+                              .param_dtype = c->train.param_dtype == TRAIN_BF16 ? DTYPE_BF16 : DTYPE_F32,
+                              .grad_dtype = c->train.grad_dtype == TRAIN_BF16 ? DTYPE_BF16 : DTYPE_F32,
+                              .stochastic = c->train.param_rounding == ROUNDING_STOCHASTIC,
+                              .seed = (uint64_t)c->run.seed,
                               .micro_batches = (uint32_t)(c->train.global_batch / c->train.micro_batch) };
     if (t->ep)
         TRY(experts_open(&o, &t->model->params, t->ep_dp, t->ep, &t->experts));
@@ -263,9 +278,16 @@ static status *open_zero(struct trainer *t)
     TRY(tied_open(&o, t->model, t->dp, t->pp, &t->tied));
     if (c->optim.kind == OPTIM_MUON)
         TRY(open_muon(t, dense));
-    if (!t->ref_model || o.stage < 3)
+    bool bf16 = o.param_dtype == DTYPE_BF16;
+    if (!t->ref_model || (o.stage < 3 && !bf16))
         return NULL;
-    struct shards_options ref = { true, false, o.bucket_elems, o.shards ? o.shards : t->dp->size };
+    struct shards_options ref = { .data = true,
+                                  .bucket_elems = o.bucket_elems,
+                                  .shards = !o.stage   ? 1
+                                            : o.shards ? o.shards
+                                                       : t->dp->size,
+                                  .dtype = o.param_dtype,
+                                  .resident = bf16 && o.stage < 3 }; /* to the nearest: it has no steps */
     if (t->experts)
         TRY(experts_open_reference(t->experts, &ref, &t->ref_model->params));
     TRY(shards_open(&ref, t->experts ? &t->experts->ref_dense : &t->ref_model->params, t->dp, &t->ref_shards));
@@ -331,10 +353,11 @@ static status *init_weights(struct trainer *t)
     int n = trainer_all_shards(t, t->model, shards);
     uint32_t crc;
     for (int i = 0; i < n; i++)
-        TRY(shards_hold(shards[i]));
+        TRY(shards_hold(shards[i], true));
     TRY(status_wrap(hf_load(t->world, folder, &t->model->params, &read), "model.init_from"));
     for (int i = 0; i < n; i++)
         shards_release(shards[i], true);
+    TRY(trainer_refresh(t, t->model, t->step, true));
     TRY(state_weights_crc(t, &crc));
     TRY(comm_allreduce(t->world, &read, 1, COMM_U64, COMM_SUM, NULL));
     metrics_begin(t->metrics, "init_from", t->step);
@@ -346,15 +369,20 @@ static status *init_weights(struct trainer *t)
 }
 
 /* Initial values, where no step is resumed from. */
-static void init_params(struct trainer *t)
+static status *init_params(struct trainer *t)
 {
     struct shards *s[SHARDS_MOST];
     int n = trainer_all_shards(t, t->model, s);
     uint64_t seed = (uint64_t)t->cfg->run.seed;
-    if (!n || !shards_cut_values(s[0]))
+    if (!n || !shards_cut_values(s[0])) {
         params_init(&t->model->params, seed);
-    for (int i = 0; i < n && shards_cut_values(s[0]); i++)
-        shards_init(s[i], seed);
+        return NULL;
+    }
+    status *st = NULL;
+    for (int i = 0; !st && i < n; i++)
+        st = shards_init(s[i], seed);
+    TRY(comm_agree(t->world, st));
+    return trainer_refresh(t, t->model, 0, true);
 }
 
 static status *open_all(struct trainer *t)
@@ -377,7 +405,7 @@ static status *open_all(struct trainer *t)
     TRY(open_zero(t));
     TRY(dry_runs(t));
     TRY(comm_agree(t->world, task_eval_open(t)));
-    init_params(t);
+    TRY(init_params(t));
     TRY(open_checkpoint(t, false));
     TRY(state_resume(t));
     TRY(init_weights(t));

@@ -97,6 +97,7 @@ static status *add_moments(struct trainer *t, const struct param *p)
 static status *add_values(struct trainer *t, const struct param *p, struct tessera_tensor d, const struct model *m)
 {
     const struct shards *s = trainer_shards_of(t, m, &p);
+    d.dtype = TESSERA_F32; /* tensors may hold a copy in bf16 */
     if (!s || !shards_cut_values(s) || p->alias >= 0)
         return tessera_state_add_tensor(t->state, &d);
     struct shard_runs own = shards_own(s, p->frozen);
@@ -460,9 +461,9 @@ static status *load_step(struct trainer *t, uint64_t step)
     TRY(comm_agree(t->world, shape_refs(t)));
     TRY(state_build(t));
     TRY(tessera_load(t->ckpt, t->state, step));
-    trainer_changed(t, t->model);
+    TRY(trainer_refresh(t, t->model, t->step, true));
     if (t->ref_model)
-        trainer_changed(t, t->ref_model);
+        TRY(trainer_refresh(t, t->ref_model, t->step, true));
     return comm_agree(t->world, check_refs(t));
 }
 

@@ -64,11 +64,11 @@ static float *reference_values(const struct trainer *t, int part, float **theta,
     return t->ref_model->params.data + at;
 }
 
-static void reference_changed(struct trainer *t)
+/* After t->step steps, or by other means. */
+static status *reference_changed(struct trainer *t)
 {
     t->ref_heldout_known = false;
-    if (t->ref_model)
-        trainer_changed(t, t->ref_model);
+    return t->ref_model ? trainer_refresh(t, t->ref_model, t->step, true) : NULL;
 }
 
 /* The live reference: the weights as they are, or those without adapters, and room for what they make of held-out rows.
@@ -84,7 +84,7 @@ static status *copy_reference(struct trainer *t)
             memcpy(ref, theta, n * sizeof *ref);
     }
     t->ref_live = true;
-    reference_changed(t);
+    TRY(reference_changed(t));
     return tied_share(t->ref_model, t->ref_shards, t->pp);
 }
 
@@ -202,7 +202,7 @@ static status *sync_reference(struct trainer *t)
     }
     if (t->model->moe.rate > 0)
         TRY(sync_buffers(t, c->ref_sync_alpha));
-    reference_changed(t);
+    TRY(reference_changed(t));
     return tied_share(t->ref_model, t->ref_shards, t->pp);
 }
 
@@ -235,7 +235,13 @@ static status *optimise(struct trainer *t, const struct phase *p, struct step_re
     if (t->owners)
         TRY(owners_step(t->owners, &muon, before_overwrite, t));
     status *st = zero_update(t->zero, &a, before_overwrite, t);
-    TRY(status_first(st, experts_update(t->experts, &a, before_overwrite, t)));
+    return status_first(st, experts_update(t->experts, &a, before_overwrite, t));
+}
+
+/* The parameters of the next step, all of which have moved: to where tensors are. Balanced biases are frozen ones. */
+static status *show_update(struct trainer *t)
+{
+    TRY(trainer_refresh(t, t->model, t->step + 1, t->balance != NULL));
     return t->tied ? tied_share(t->model, trainer_shards(t, t->model), t->pp) : NULL;
 }
 
@@ -259,6 +265,7 @@ static status *train_step(struct trainer *t, struct step_result *r)
                    t->step + 1);
     TRY(optimise(t, p, r));
     TRY(balance_finish(t->balance, t->zero, k, t->dp, t->pp, before_overwrite, t, &r->load));
+    TRY(show_update(t));
     t->samples[t->current] += counts.rows;
     t->tokens += r->tokens;
     t->step++;

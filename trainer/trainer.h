@@ -127,15 +127,16 @@ status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struc
                      double sums[ALGO_METRICS]) WARN_UNUSED;
 /* From the last pipeline stage to all. Collective over pp. */
 status *passes_share(struct trainer *t, double *value, size_t count) WARN_UNUSED;
-/* What parameters or gradients of m are cut into (shards.h); NULL: nothing is. The tapes' hooks, for passes of m;
- * early: sums over dp begin while the last of them goes back. */
+/* What parameters or gradients of m are cut into (shards.h); NULL: nothing is. */
 struct shards *trainer_shards(const struct trainer *t, const struct model *m);
 /* With expert parallelism a model may have two: all of m's, their number; and those of its parameter *p, which becomes
  * the parameter as they know it. */
 enum { SHARDS_MOST = 2 };
 int trainer_all_shards(const struct trainer *t, const struct model *m, struct shards *out[SHARDS_MOST]);
 struct shards *trainer_shards_of(const struct trainer *t, const struct model *m, const struct param **p);
-void trainer_changed(const struct trainer *t, const struct model *m); /* shards_changed of all of them */
+/* Of all of them: what trains, after a step, or all by other means (shards_refresh). Collective. */
+status *trainer_refresh(const struct trainer *t, const struct model *m, uint64_t step, bool all) WARN_UNUSED;
+/* The tapes' hooks, for passes of m; early: sums over dp begin while the last of them goes back. */
 void trainer_hooks(struct trainer *t, const struct model *m, bool early);
 
 /* evaluate.c */

@@ -36,6 +36,16 @@ uint32_t rng_u32(struct rng_at at, uint64_t element)
     return w[element % 4];
 }
 
+void rng_u32s(struct rng_at at, uint64_t first, size_t n, uint32_t *out)
+{
+    uint32_t w[4];
+    for (size_t i = 0; i < n; i++) {
+        if (i == 0 || (first + i) % 4 == 0)
+            block(at, (first + i) / 4, w);
+        out[i] = w[(first + i) % 4];
+    }
+}
+
 static double unit(uint32_t w)
 {
     return ((double)w + 0.5) * 0x1p-32;

@@ -22,6 +22,7 @@ enum rng_stream {
     RNG_SAMPLER = 9,
     RNG_BOOTSTRAP = 10, /* confidence intervals */
     RNG_GENERATE = 11,  /* tokens: sample = the sequence's number, element = the token's place in its completion */
+    RNG_ROUND = 12,     /* bf16 parameters: sample = hash of the tensor's name, element = the whole tensor's */
 };
 
 /* The block function: out[4] from counter[4] and key[2]. */
@@ -34,6 +35,8 @@ struct rng_at {
 
 /* Word `element` of the sequence at `at` (element = 4 x counter[0] + lane). */
 uint32_t rng_u32(struct rng_at at, uint64_t element);
+/* out[i] = word first + i, i < n. */
+void rng_u32s(struct rng_at at, uint64_t first, size_t n, uint32_t *out);
 /* Uniform in (0, 1): (w + 0.5) x 2^-32. */
 double rng_uniform(struct rng_at at, uint64_t element);
 /* Uniform integer in [0, n), n >= 1, by 64-bit multiply of two words (elements 2i, 2i+1); bias below n x 2^-64. */

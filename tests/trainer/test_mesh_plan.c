@@ -36,27 +36,33 @@ static void bytes_are_the_formulas(void **state)
 {
     (void)state;
     const uint64_t whole = OUTSIDE + 2 * PADDED_LAYER, bucket = 16384, dp = 4;
-    for (uint64_t zero = 0; zero < 4; zero++) {
+    for (uint64_t i = 0; i < 8; i++) {
+        uint64_t zero = i % 4;
+        bool bf16 = i > 3;
         char key[32];
         snprintf(key, sizeof key, "parallel.zero=%d", (int)zero);
-        const char *const o[] = { "model.tied=false", "parallel.auto=true",    "parallel.pp=1",
-                                  "parallel.tp=1",    "memory.recompute=none", key };
-        struct config *c = parse(6, o);
+        const char *const o[] = { "model.tied=false",
+                                  "parallel.auto=true",
+                                  "parallel.pp=1",
+                                  "parallel.tp=1",
+                                  "memory.recompute=none",
+                                  key,
+                                  bf16 ? "train.param_dtype=bf16" : "train.param_dtype=f32",
+                                  bf16 ? "train.grad_dtype=bf16" : "train.grad_dtype=f32" };
+        struct config *c = parse(8, o);
         struct mesh_plan *p = NULL;
         const struct mesh_plan_row *r = only(c, (int)dp, &p);
         assert_true(r->pp == 1 && r->dp == 4 && r->tp == 1 && r->zero == (int)zero && r->recompute == 0);
         /* 8 lanes, a micro-batch each: sums of 2 lanes a rank with stages 0 and 1, of 8 a replica with 2 and 3 */
         uint64_t sums = zero < 2 ? 1 : 3, cut = zero == 3 ? dp : 1;
-        assert_int_equal(r->parameters, 4 * whole / cut);
+        assert_int_equal(r->parameters, bf16 ? 2 * whole / cut + 4 * whole / (zero ? dp : 1) : 4 * whole / cut);
         assert_int_equal(r->gradients, zero < 2 ? 4 * whole * (1 + sums) : 4 * whole / dp * sums);
         assert_int_equal(r->moments, 8 * whole / (zero ? dp : 1));
-        assert_int_equal(r->other, bucket + (zero < 2    ? 0u
-                                             : zero == 2 ? 4u
-                                                         : 8u) *
-                                                (uint64_t)(OUTSIDE + 2 * PADDED_LAYER));
+        uint64_t window = zero < 2 ? 0 : zero == 2 ? 4 : bf16 ? 6 : 8;
+        assert_int_equal(r->other, (bf16 ? 7 : 2) * bucket / 2 + window * (OUTSIDE + 2 * PADDED_LAYER));
         double once = 3.0 / 4 * 4 * (double)whole, passes = BATCH / 4.0;
         double sent = zero < 2 ? 2 * once : zero == 2 ? (passes + 1) * once : 3 * passes * once;
-        assert_true(fabs(r->sent - sent) < 1);
+        assert_true(fabs(r->sent - (bf16 ? sent / 2 : sent)) < 1);
         mesh_plan_free(p);
         config_free(c);
     }

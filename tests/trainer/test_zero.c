@@ -140,21 +140,28 @@ static int drop_gradients(void **state)
 
 /* ---- the definition, in one process ---- */
 
-/* Sum of element e over lanes [lo, hi) of `lanes`, halves first; false: no micro-batch lies in them. */
-static bool lane_tree(uint32_t step, uint32_t k, uint32_t lanes, uint32_t lo, uint32_t hi, uint64_t e, float *out)
+static float rounded(bool bf16, float x)
+{
+    return bf16 ? bf16_to_f32(bf16_from_f32(x)) : x;
+}
+
+/* Sum of element e over lanes [lo, hi) of `lanes`, halves first; false: no micro-batch lies in them. bf16: leaves,
+ * lanes and nodes are rounded to it. */
+static bool lane_tree(uint32_t step, uint32_t k, uint32_t lanes, bool bf16, uint32_t lo, uint32_t hi, uint64_t e,
+                      float *out)
 {
     if (hi - lo == 1) {
         uint32_t first = lo * k / lanes, end = hi * k / lanes;
         float sum = 0;
         for (uint32_t i = first; i < end; i++)
-            sum += gradient[step][i][e];
-        *out = sum;
+            sum += rounded(bf16, gradient[step][i][e]);
+        *out = rounded(bf16, sum);
         return first < end;
     }
     float a = 0, b = 0;
-    bool left = lane_tree(step, k, lanes, lo, (lo + hi) / 2, e, &a);
-    bool right = lane_tree(step, k, lanes, (lo + hi) / 2, hi, e, &b);
-    *out = left && right ? a + b : left ? a : b;
+    bool left = lane_tree(step, k, lanes, bf16, lo, (lo + hi) / 2, e, &a);
+    bool right = lane_tree(step, k, lanes, bf16, (lo + hi) / 2, hi, e, &b);
+    *out = left && right ? rounded(bf16, a + b) : left ? a : b;
     return left || right;
 }
 
@@ -165,7 +172,7 @@ static float lane_chain(uint32_t step, uint32_t k, uint32_t ranks, uint64_t e)
     bool any = false;
     for (uint32_t r = 0; r < ranks; r++) {
         float lane;
-        if (!lane_tree(step, k, ranks, r, r + 1, e, &lane))
+        if (!lane_tree(step, k, ranks, false, r, r + 1, e, &lane))
             continue;
         sum = any ? sum + lane : lane;
         any = true;
@@ -222,7 +229,8 @@ static void expect_step(struct expected *x, uint32_t s, const struct params *ps,
         if (!x->o.deterministic)
             x->at[s].grad[e] = lane_chain(s, x->k, ranks, e);
         else
-            lane_tree(s, x->k, (uint32_t)x->o.lanes, 0, (uint32_t)x->o.lanes, e, &x->at[s].grad[e]);
+            lane_tree(s, x->k, (uint32_t)x->o.lanes, x->o.grad_dtype == DTYPE_BF16, 0, (uint32_t)x->o.lanes, e,
+                      &x->at[s].grad[e]);
     x->at[s].norm = brute_norm(x->at[s].grad);
     struct adamw a = adamw_of(s, x->at[s].norm);
     memcpy(x->at[s].data, s ? x->at[s - 1].data : ps->data, sizeof x->at[s].data);
@@ -419,7 +427,7 @@ static status *check_values(struct zero *z, struct params *ps, const struct expe
     uint32_t crc;
     TRY(shards_crc(zero_shards(z), &crc));
     EXPECT(crc == crc32c(0, x->at[s].data, sizeof x->at[s].data), "step %u: the whole has another checksum", s);
-    TRY(shards_hold(zero_shards(z)));
+    TRY(shards_hold(zero_shards(z), true));
     status *st = NULL;
     for (int unit = 0; !st && unit < UNITS; unit++)
         st = check_unit(ps, unit, x->at[s].data);
@@ -498,7 +506,7 @@ static status *job(struct comm *c, void *arg)
     if (!st)
         st = zero_open(&o, ps, c, &z);
     if (!st && x->o.stage == 3) { /* values from before; paddings too */
-        st = shards_hold(zero_shards(z));
+        st = shards_hold(zero_shards(z), true);
         if (!st)
             memcpy(ps->p[0].value.data, ps->data, TOTAL * sizeof(float));
         shards_release(zero_shards(z), true);
@@ -554,6 +562,22 @@ static void test_other_lanes(void **state)
                 run_jobs(x, dp);
             mem_free(x);
         }
+}
+
+/* Gradients that travel in bf16. */
+static void test_low_gradients(void **state)
+{
+    (void)state;
+    static const struct {
+        int lanes, dp;
+        uint32_t k;
+    } cases[] = { { 8, 1, 13 }, { 8, 4, 13 }, { 8, 3, 5 }, { 4, 2, 19 }, { 8, 8, 8 } };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct zero_options o = { .deterministic = true, .lanes = cases[i].lanes, .grad_dtype = DTYPE_BF16 };
+        struct expected *x = expect(o, cases[i].k, 0);
+        run_jobs(x, cases[i].dp);
+        mem_free(x);
+    }
 }
 
 static void test_not_deterministic(void **state)
@@ -927,6 +951,7 @@ int main(void)
         cmocka_unit_test(test_options),
         cmocka_unit_test(test_eight_lanes),
         cmocka_unit_test(test_other_lanes),
+        cmocka_unit_test(test_low_gradients),
         cmocka_unit_test(test_not_deterministic),
         cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_broken),

@@ -278,6 +278,16 @@ status *params_alloc(struct params *ps, bool with_grad)
     return NULL;
 }
 
+status *params_alloc_grads(struct params *ps)
+{
+    ps->grad = mem_block(ps->total * sizeof(float), 4096);
+    if (!ps->grad)
+        return ERR(NO_MEMORY, "%zu bytes of gradients", (size_t)ps->total * sizeof(float));
+    for (int i = 0; i < ps->count; i++)
+        ps->p[i].value.grad = ps->p[i].frozen ? NULL : ps->grad + ps->p[i].offset;
+    return NULL;
+}
+
 /* Elements [first, first + n) of the whole tensor. */
 static void draw(const struct param *p, uint64_t seed, uint64_t first, uint64_t n, float *x)
 {
@@ -396,10 +406,10 @@ static status *keep_apart(struct model *m, const struct tp_place *at)
 status *model_alloc(struct model *m, bool with_grad)
 {
     TRY(params_alloc(&m->params, with_grad));
-    return model_alloc_tied(m, with_grad);
+    return model_alloc_tied(m, DTYPE_F32, with_grad);
 }
 
-status *model_alloc_tied(struct model *m, bool with_grad)
+status *model_alloc_tied(struct model *m, enum dtype dtype, bool with_grad)
 {
     struct params *own = &m->tied;
     size_t bytes = own->total * sizeof(float);
@@ -407,10 +417,11 @@ status *model_alloc_tied(struct model *m, bool with_grad)
         return NULL;
     struct param *use = find_tied(m), *p = own->p;
     bool values = use->away, grads = with_grad && !use->frozen;
-    own->data = values ? mem_block(bytes, 4096) : NULL;
+    own->data = values ? mem_block(own->total * dtype_bytes(dtype), 4096) : NULL;
     own->grad = grads ? mem_block(bytes, 4096) : NULL;
     if ((values && !own->data) || (grads && !own->grad))
         return ERR(NO_MEMORY, "%zu bytes of a tied weight", bytes);
+    p->value.dtype = dtype;
     p->value.data = values ? own->data : use->value.data;
     p->value.grad = own->grad;
     p->value.cut = p->part.total ? &p->part : NULL;

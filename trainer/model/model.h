@@ -110,6 +110,7 @@ status *params_spread(struct params *ps, const struct tp_place *at) WARN_UNUSED;
 uint64_t param_elems(const struct param *p);
 /* Give the blocks memory; with_grad false: values only. */
 status *params_alloc(struct params *ps, bool with_grad) WARN_UNUSED;
+status *params_alloc_grads(struct params *ps) WARN_UNUSED; /* gradients only */
 /* Fill with initial values: element e of a whole tensor is std * N(0,1) drawn at (seed, hash of name, e): the same on
  * every mesh. */
 void params_init(struct params *ps, uint64_t seed);
@@ -201,8 +202,8 @@ status *model_lookup(const char *name, const struct model_ops **out) WARN_UNUSED
 status *model_open(const struct model_ops *ops, const void *config, int64_t vocab, struct model **out) WARN_UNUSED;
 /* Memory of params and tied; with_grad false: values only. */
 status *model_alloc(struct model *m, bool with_grad) WARN_UNUSED;
-/* The same of tied alone: values only where its target is on another stage. */
-status *model_alloc_tied(struct model *m, bool with_grad) WARN_UNUSED;
+/* The same of tied alone: values of this dtype, only where its target is on another stage. */
+status *model_alloc_tied(struct model *m, enum dtype dtype, bool with_grad) WARN_UNUSED;
 /* model_open, cut for a place: INVALID (alike on all ranks) if the model cannot be cut so. */
 status *model_open_at(const struct model_ops *ops, const void *config, int64_t vocab, const struct tp_place *at,
                       struct model **out) WARN_UNUSED;

@@ -24,10 +24,10 @@ struct router {
     float scale;
 };
 
-/* f32 or bf16, but for bias. */
+/* f32 or bf16. */
 struct expert_weights {
     struct tensor *router;    /* [E, C] */
-    struct tensor *bias;      /* [E] f32, or NULL: selects only, has no gradient (Wang et al. 2024, arXiv:2408.15664) */
+    struct tensor *bias;      /* [E], or NULL: selects only, has no gradient (Wang et al. 2024, arXiv:2408.15664) */
     struct tensor *gate, *up; /* [E, F, C]; over tensor-parallel ranks cut along F */
     struct tensor *down;      /* [E, C, F]; the same */
 };

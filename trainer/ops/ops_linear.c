@@ -81,12 +81,12 @@ static void low_rank_backward(struct tape *t, const struct tape_record *base, un
     const struct tensor *a = r->low.a, *b = r->low.b;
     int64_t n = r->x->dim[0], k = r->x->dim[1], m = b->dim[0], rank = a->dim[0];
     if (INPUT_HALF(halves)) {
-        multiply(t, n, rank, m, (struct gemm){ .a = r->y->grad, .b = b->data, .b_dtype = DTYPE_F32, .c = r->du });
+        multiply(t, n, rank, m, (struct gemm){ .a = r->y->grad, .b = b->data, .b_dtype = b->dtype, .c = r->du });
         t->kernels->scale(t->workers, r->du, r->du, r->low.scale, n * rank);
     }
     if (INPUT_HALF(halves) && r->x->grad)
         multiply(t, n, k, rank,
-                 (struct gemm){ .a = r->du, .b = a->data, .b_dtype = DTYPE_F32, .c = r->x->grad, .add = true });
+                 (struct gemm){ .a = r->du, .b = a->data, .b_dtype = a->dtype, .c = r->x->grad, .add = true });
     if (WEIGHT_HALF(halves) && a->grad)
         multiply(t, rank, k, n,
                  (struct gemm){
@@ -106,11 +106,11 @@ static struct tensor *add_low_rank(struct tape *t, struct tensor *x, struct tens
         return NULL;
     if (runs(t)) {
         multiply(t, n, rank, x->dim[1],
-                 (struct gemm){ .a = x->data, .b = low->a->data, .b_dtype = DTYPE_F32, .b_trans = true, .c = u });
+                 (struct gemm){ .a = x->data, .b = low->a->data, .b_dtype = low->a->dtype, .b_trans = true, .c = u });
         t->kernels->scale(t->workers, u, u, low->scale, n * rank);
         multiply(t, n, y->dim[1], rank,
                  (struct gemm){
-                     .a = u, .b = low->b->data, .b_dtype = DTYPE_F32, .b_trans = true, .c = y->data, .add = true });
+                     .a = u, .b = low->b->data, .b_dtype = low->b->dtype, .b_trans = true, .c = y->data, .add = true });
     }
     struct low_rank_record *r = y->grad ? record(t, sizeof *r, low_rank_backward) : NULL;
     if (r) {
@@ -136,8 +136,8 @@ static const char *low_rank_misfit(const struct tensor *w, const struct low_rank
     if (!a || !b)
         return "an adapter has two matrices";
     if (a->ndim != 2 || b->ndim != 2 || a->dim[1] != w->dim[1] || b->dim[0] != w->dim[0] || a->dim[0] != b->dim[1] ||
-        !is_f32(a) || !is_f32(b))
-        return "its adapter is f32 [R, K] and [M, R]";
+        !is_weight(a) || !is_weight(b))
+        return "its adapter is [R, K] and [M, R]";
     if (!same_cut(b->cut, cut_along(w, 0) ? w->cut : NULL) || !same_cut(a->cut, cut_along(w, 1) ? w->cut : NULL))
         return "its adapter is not cut as it is";
     return NULL;

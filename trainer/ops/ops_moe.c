@@ -89,7 +89,7 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
     struct route r = { .n = g->n,
                        .how = g->how,
                        .z = z->data,
-                       .bias = bias ? bias->data : NULL,
+                       .bias = bias ? widened(t, bias) : NULL,
                        .score = score,
                        .expert = g->expert,
                        .weight = weight->data };
@@ -228,8 +228,8 @@ static struct tensor *bad_experts(struct tape *t, const struct tensor *x, const 
         return misfit(t, "op_moe", "of experts' gate and up [E, F, C]", w->gate, w->up);
     if (!is_stack(w->down, here, c, width))
         return misfit(t, "op_moe", "of experts' gate [E, F, C] and down [E, C, F]", w->gate, w->down);
-    if (w->bias && (w->bias->ndim != 1 || w->bias->dim[0] != r->experts || !is_f32(w->bias)))
-        return misfit(t, "op_moe", "the bias is f32 [E]", w->bias, NULL);
+    if (w->bias && (w->bias->ndim != 1 || w->bias->dim[0] != r->experts || !is_weight(w->bias)))
+        return misfit(t, "op_moe", "the bias is [E]", w->bias, NULL);
     why = cut_misfit(t, w->gate, 2);
     why = why ? why : cut_misfit(t, w->up, 2);
     why = why ? why : cut_misfit(t, w->down, 4);

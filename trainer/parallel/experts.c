@@ -80,7 +80,8 @@ status *experts_open(const struct zero_options *o, struct params *p, struct comm
     own.micro_batches = 0;
     own.pp = NULL;
     own.shards = o->shards && o->shards % ep->size == 0 ? o->shards / ep->size : o->shards ? 1 : 0;
-    if (!st && (e->own.total || (o->stage == 3 && e->own.frozen))) /* frozen ones are not where they were */
+    bool moved = o->stage == 3 || o->param_dtype == DTYPE_BF16; /* frozen ones are not where they were */
+    if (!st && (e->own.total || (moved && e->own.frozen)))
         st = zero_open(&own, &e->own, dp, &e->zero);
     if (st) {
         experts_close(e);

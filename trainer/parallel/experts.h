@@ -18,9 +18,9 @@
 
 struct experts {
     struct params dense, own;         /* views of the model's: what is not theirs is away there */
-    struct params ref_dense, ref_own; /* the same of a live reference's, if that is cut */
+    struct params ref_dense, ref_own; /* the same of a live reference's, if that is cut or rounded */
     struct shards *ref_shards;        /* of ref_own; NULL: none, as zero */
-    struct zero *zero;                /* of own; NULL: nothing to train or to cut */
+    struct zero *zero;                /* of own; NULL: nothing to train, cut or round */
     struct comm *dp, *ep, *pp;        /* borrowed; dp: ranks with the same experts; pp NULL: one stage */
     double *norm;                     /* [max(ep, pp)] */
     bool cut;                         /* ZeRO 2 and 3 */

@@ -7,6 +7,7 @@
 #include "comm/agree.h"
 #include "comm/base/bytes.h"
 #include "comm/base/mem.h"
+#include "comm/base/rng.h"
 
 #include <string.h>
 
@@ -14,7 +15,8 @@ enum { WINDOWS = 3 };
 
 struct window {
     uint64_t elems, grad_elems; /* of values: those that train, then frozen ones */
-    float *data, *grad;         /* NULL: not cut */
+    void *data;                 /* NULL: not cut, or resident */
+    float *grad;                /* NULL: not cut */
     int holds;
     bool flying;
     struct comm_req req;
@@ -27,6 +29,7 @@ enum { TRAINED, FROZEN, KINDS };
 struct kind {
     struct buckets k;
     float *own;           /* [k.own_elems]; NULL: they are whole */
+    uint16_t *low;        /* [k.own_elems] of them in bf16; NULL: f32 is gathered, or they are in `resident` */
     struct zero_run *run; /* what lies in it */
     uint64_t runs;
 };
@@ -37,7 +40,9 @@ struct shards {
     struct comm *comm;
     struct kind kind[KINDS]; /* values whole: the first only */
     struct window window[WINDOWS];
-    float *held; /* [all elements] between hold and release */
+    void *resident; /* [all elements], or NULL */
+    void *held;     /* [all elements] between hold and release, of this dtype */
+    enum dtype held_dtype;
     struct tape_blocks hooks;
     struct shards *other; /* shards_join */
     status *(*collect)(void *arg, int unit);
@@ -50,6 +55,11 @@ static struct window *window_of(struct shards *s, int unit)
 }
 
 /* ---- open ---- */
+
+static uint64_t elems_of_all(const struct shards *s)
+{
+    return s->p->total + s->p->frozen;
+}
 
 static uint64_t elems_of(const struct kind *k, int unit)
 {
@@ -108,14 +118,19 @@ static void point(struct shards *s, bool grads)
         if (p->away || (p->frozen && !s->o.data))
             continue;
         uint64_t at = place_of(s, p);
-        if (s->o.data)
-            p->value.data = s->held ? s->held + p->offset : w->data + at;
+        if (s->o.data) {
+            enum dtype dtype = s->held ? s->held_dtype : s->o.dtype;
+            char *whole = s->held ? s->held : s->resident;
+            p->value.dtype = dtype;
+            p->value.data = whole ? whole + p->offset * dtype_bytes(dtype) : (char *)w->data + at * dtype_bytes(dtype);
+        }
         if (grads && !p->frozen)
             p->value.grad = w->grad + at;
         p->value.cut = p->part.total ? &p->part : NULL;
         if (!s->p->whole)
             continue;
         struct param *shown = &s->p->whole->p[i];
+        shown->value.dtype = p->value.dtype;
         shown->value.data = p->value.data;
         if (grads) /* later those of a tied weight are elsewhere (tied.h) */
             shown->value.grad = p->value.grad;
@@ -125,14 +140,15 @@ static void point(struct shards *s, bool grads)
 
 static status *open_window(struct shards *s, struct window *w)
 {
-    size_t bytes = w->elems * sizeof(float), peers = (size_t)s->kind[TRAINED].k.shards - 1;
-    if (s->o.data)
+    bool data = s->o.data && !s->o.resident;
+    size_t bytes = w->elems * dtype_bytes(s->o.dtype), peers = (size_t)s->kind[TRAINED].k.shards - 1;
+    if (data)
         w->data = mem_block(bytes, 4096);
     if (s->o.grad)
         w->grad = mem_block(w->grad_elems * sizeof(float), 4096);
     w->xfer = mem_array(NULL, 2 * peers * (s->kind[TRAINED].k.n + s->kind[FROZEN].k.n) + 1, sizeof *w->xfer);
     w->holds = -1;
-    return w->xfer && (w->data || !s->o.data) && (w->grad || !s->o.grad)
+    return w->xfer && (w->data || !data) && (w->grad || !s->o.grad)
                ? NULL
                : ERR(NO_MEMORY, "a window of %zu bytes for parameters or gradients", bytes);
 }
@@ -145,7 +161,9 @@ static status *open_kind(struct shards *s, int kind, const struct comm *dp)
         return NULL;
     k->own = mem_block(k->k.own_elems * sizeof(float), 4096);
     k->run = mem_array(NULL, k->k.n + 1, sizeof *k->run);
-    if (!k->own || !k->run)
+    bool low = s->o.dtype == DTYPE_BF16 && !s->o.resident;
+    k->low = low ? mem_block(k->k.own_elems * sizeof *k->low, 4096) : NULL;
+    if (!k->own || !k->run || (low && !k->low))
         return ERR(NO_MEMORY, "%llu parameters of a shard", (unsigned long long)k->k.own_elems);
     for (uint64_t b = 0; b < k->k.n; b++) {
         struct zero_run r = bucket_run(&k->k, b, k->k.shard);
@@ -168,7 +186,9 @@ static status *open_all(struct shards *s, const struct comm *dp)
     }
     for (int w = 0; w < WINDOWS; w++)
         TRY(open_window(s, &s->window[w]));
-    return NULL;
+    size_t bytes = s->o.resident ? elems_of_all(s) * dtype_bytes(s->o.dtype) : 0;
+    s->resident = bytes ? mem_block(bytes, 4096) : NULL;
+    return s->resident || !bytes ? NULL : ERR(NO_MEMORY, "%zu bytes of parameters", bytes);
 }
 
 static status *enter(void *arg, int64_t block, bool backward);
@@ -180,6 +200,7 @@ status *shards_open(const struct shards_options *o, struct params *p, struct com
     status *st = s ? NULL : ERR(NO_MEMORY, "shards of parameters");
     if (s) {
         s->o = *o;
+        s->o.dtype = o->dtype == DTYPE_NONE ? DTYPE_F32 : o->dtype;
         s->p = p;
         s->hooks = (struct tape_blocks){ s, enter, leave };
         st = open_all(s, dp);
@@ -203,15 +224,17 @@ void shards_close(struct shards *s)
     shards_release(s, false);
     for (int i = 0; i < WINDOWS; i++) {
         struct window *w = &s->window[i];
-        mem_block_free(w->data, w->elems * sizeof(float));
+        mem_block_free(w->data, w->elems * dtype_bytes(s->o.dtype));
         mem_block_free(w->grad, w->grad_elems * sizeof(float));
         mem_free(w->xfer);
     }
     for (int k = 0; k < KINDS; k++) {
         mem_block_free(s->kind[k].own, s->kind[k].k.own_elems * sizeof(float));
+        mem_block_free(s->kind[k].low, s->kind[k].k.own_elems * sizeof *s->kind[k].low);
         mem_free(s->kind[k].run);
         buckets_fini(&s->kind[k].k);
     }
+    mem_block_free(s->resident, elems_of_all(s) * dtype_bytes(s->o.dtype));
     comm_close(s->comm);
     mem_free(s);
 }
@@ -252,8 +275,17 @@ uint64_t shards_window_bytes(const struct shards *s)
 {
     uint64_t n = 0;
     for (int w = 0; w < WINDOWS; w++)
-        n += (s->o.data ? s->window[w].elems : 0) + (s->o.grad ? s->window[w].grad_elems : 0);
-    return n * sizeof(float);
+        n += (s->window[w].data ? s->window[w].elems * dtype_bytes(s->o.dtype) : 0) +
+             (s->o.grad ? s->window[w].grad_elems * sizeof(float) : 0);
+    return n;
+}
+
+uint64_t shards_value_bytes(const struct shards *s)
+{
+    uint64_t n = s->resident ? elems_of_all(s) * dtype_bytes(s->o.dtype) : 0;
+    for (int k = 0; k < KINDS; k++)
+        n += (s->kind[k].own ? s->kind[k].k.own_elems : 0) * (sizeof(float) + (s->kind[k].low ? sizeof(uint16_t) : 0));
+    return n;
 }
 
 void shards_collect(struct shards *s, status *(*collect)(void *arg, int unit), void *arg)
@@ -264,34 +296,48 @@ void shards_collect(struct shards *s, status *(*collect)(void *arg, int unit), v
 
 /* ---- parameters ---- */
 
-/* Bucket b of all shards into `to`, where its first element is; this shard's run is copied now. */
-static size_t gather_messages(const struct kind *kind, uint64_t b, float *to, struct comm_xfer *x)
+/* Bucket b of all shards into `to`, where its first element is, of what is gathered or (exact) of the parameters
+ * themselves; this shard's run is copied now, or is there. */
+static size_t gather_messages(const struct shards *s, const struct kind *kind, uint64_t b, bool exact, void *to,
+                              struct comm_xfer *x)
 {
     const struct bucket *k = &kind->k.b[b];
     struct zero_run mine = bucket_run(&kind->k, b, kind->k.shard);
-    size_t n = 0;
-    memcpy(to + (mine.begin - k->begin), kind->own + k->own, run_elems(mine) * sizeof(float));
+    bool bf16 = !exact && s->o.dtype == DTYPE_BF16;
+    size_t n = 0, each = bf16 ? sizeof *kind->low : sizeof *kind->own, bytes = run_elems(mine) * each;
+    char *all = to, *place = all + (mine.begin - k->begin) * each;
+    if (kind->low && bf16)
+        memcpy(place, kind->low + k->own, bytes);
+    else if (!bf16)
+        memcpy(place, kind->own + k->own, bytes);
     for (int r = 0; r < kind->k.shards; r++) {
         struct zero_run theirs = bucket_run(&kind->k, b, r);
         if (r == kind->k.shard)
             continue;
-        x[n++] = (struct comm_xfer){ r, 0, true, kind->own + k->own, run_elems(mine) * sizeof(float) };
-        x[n++] = (struct comm_xfer){ r, 0, false, to + (theirs.begin - k->begin), run_elems(theirs) * sizeof(float) };
+        x[n++] = (struct comm_xfer){ r, 0, true, place, bytes };
+        x[n++] = (struct comm_xfer){ r, 0, false, all + (theirs.begin - k->begin) * each, run_elems(theirs) * each };
     }
     return n;
+}
+
+/* Where bucket b begins in its unit's window. */
+static char *window_place(struct shards *s, int kind, uint64_t b)
+{
+    char *data = window_of(s, s->kind[kind].k.b[b].unit)->data;
+    return data + place_of_bucket(s, kind, b) * dtype_bytes(s->o.dtype);
 }
 
 static status *start_gather(struct shards *s, int unit)
 {
     struct window *w = window_of(s, unit);
     size_t n = 0;
-    if (!s->o.data || s->held || w->holds == unit)
+    if (!s->o.data || s->held || s->resident || w->holds == unit)
         return NULL;
     CHECK(!w->flying, "unit %d is on its way where unit %d is wanted", w->holds, unit);
     for (int kind = 0; kind < KINDS; kind++)
         for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
             if (s->kind[kind].k.b[b].unit == unit)
-                n += gather_messages(&s->kind[kind], b, w->data + place_of_bucket(s, kind, b), w->xfer + n);
+                n += gather_messages(s, &s->kind[kind], b, false, window_place(s, kind, b), w->xfer + n);
     w->holds = unit;
     w->flying = true;
     return comm_iexchange(s->comm, w->xfer, n, NULL, &w->req);
@@ -320,6 +366,75 @@ void shards_changed(struct shards *s)
         CHECK(!s->window[w].flying, "parameters change while they are gathered");
         s->window[w].holds = -1;
     }
+}
+
+/* ---- bf16 ---- */
+
+/* x, up or down: the chance of the larger magnitude is how much of the way x has gone to it. */
+static uint16_t round_by(float x, uint32_t draw)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7f800000u) == 0x7f800000u) /* no number, or infinite */
+        return bf16_from_f32(x);
+    return (uint16_t)((bits + (draw & 0xffffu)) >> 16);
+}
+
+enum { DRAWS = 256 };
+
+/* Elements [begin, end) of the flat block, of parameter p; paddings stay as they are in y. */
+static void round_stochastically(const struct shards *s, const struct param *p, uint64_t step, uint64_t begin,
+                                 uint64_t end, const float *x, uint16_t *y)
+{
+    struct rng_at at = { s->o.seed, (uint32_t)hash64(p->name, strlen(p->name)), (uint32_t)step, RNG_ROUND };
+    uint64_t held = box_volume(p->shape.ndim, &p->box), cols = p->box.len[p->shape.ndim - 1];
+    uint64_t e = begin - p->offset, stop = end - p->offset < held ? end - p->offset : held;
+    for (uint64_t n; e < stop;
+         e += n, x += n, y += n) { /* of a row, whose elements are neighbours in the whole tensor */
+        uint32_t draw[DRAWS];
+        uint64_t row = cols - e % cols, most = row < stop - e ? row : stop - e;
+        n = most < DRAWS ? most : DRAWS;
+        rng_u32s(at, box_element(&p->shape, &p->box, e), n, draw);
+        for (uint64_t i = 0; i < n; i++)
+            y[i] = round_by(x[i], draw[i]);
+    }
+}
+
+/* The parameters of a run that train, of which x and y have the elements. */
+static void round_run(const struct shards *s, struct zero_run run, uint64_t step, const float *x, uint16_t *y)
+{
+    for (int i = 0; i < s->p->count; i++) {
+        const struct param *p = &s->p->p[i];
+        uint64_t begin = p->offset, end = p->offset + param_elems(p);
+        begin = begin > run.begin ? begin : run.begin;
+        end = end < run.end ? end : run.end;
+        if (p->alias < 0 && !p->away && !p->frozen && begin < end)
+            round_stochastically(s, p, step, begin, end, x + (begin - run.begin), y + (begin - run.begin));
+    }
+}
+
+static void round_kind(struct shards *s, int kind, uint64_t step)
+{
+    struct kind *k = &s->kind[kind];
+    uint64_t at = 0;
+    for (uint64_t r = 0; r < k->runs; at += run_elems(k->run[r]), r++) {
+        uint16_t *y = s->resident ? (uint16_t *)s->resident + k->run[r].begin : k->low + at;
+        for (uint64_t e = 0; e < run_elems(k->run[r]); e++)
+            y[e] = bf16_from_f32(k->own[at + e]);
+        if (s->o.stochastic && kind == TRAINED)
+            round_run(s, k->run[r], step, k->own + at, y);
+    }
+}
+
+static status *gather_all(struct shards *s, bool exact, bool frozen_too, void *block);
+
+status *shards_refresh(struct shards *s, uint64_t step, bool all)
+{
+    shards_changed(s);
+    for (int kind = 0; kind < (all ? KINDS : 1); kind++)
+        if (s->o.dtype == DTYPE_BF16)
+            round_kind(s, kind, step);
+    return s->resident ? gather_all(s, false, all, s->resident) : NULL;
 }
 
 /* ---- a pass ---- */
@@ -411,56 +526,101 @@ static void keep_own(const struct kind *k, uint64_t b, const float *from)
     memcpy(k->own + k->k.b[b].own, from + (mine.begin - k->k.b[b].begin), run_elems(mine) * sizeof(float));
 }
 
-void shards_init(struct shards *s, uint64_t seed)
+/* Initial values of a unit, drawn where its window is, or in `room`. */
+static void init_unit(struct shards *s, int unit, float *room, uint64_t seed)
 {
+    for (int i = 0; i < s->p->count; i++) {
+        struct param *p = &s->p->p[i];
+        if (p->alias >= 0 || p->away || p->block + 1 != unit)
+            continue;
+        void *there = p->value.data;
+        p->value.data = room + place_of(s, p);
+        param_init(p, seed);
+        p->value.data = there;
+    }
+    for (int kind = 0; kind < KINDS; kind++)
+        for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
+            if (s->kind[kind].k.b[b].unit == unit)
+                keep_own(&s->kind[kind], b, room + place_of_bucket(s, kind, b));
+}
+
+status *shards_init(struct shards *s, uint64_t seed)
+{
+    bool in_place = s->o.dtype == DTYPE_F32 && !s->resident;
+    uint64_t most = 1;
+    for (int w = 0; w < WINDOWS; w++)
+        most = s->window[w].elems > most ? s->window[w].elems : most;
+    float *room = in_place ? NULL : mem_array(NULL, most, sizeof *room);
+    if (!room && !in_place)
+        return ERR(NO_MEMORY, "initial values of %llu elements", (unsigned long long)most);
     for (int unit = 0; unit < units(s); unit++) {
         struct window *w = window_of(s, unit);
-        memset(w->data, 0, w->elems * sizeof(float)); /* paddings */
-        for (int i = 0; i < s->p->count; i++)
-            if (s->p->p[i].alias < 0 && !s->p->p[i].away && s->p->p[i].block + 1 == unit)
-                param_init(&s->p->p[i], seed);
-        for (int kind = 0; kind < KINDS; kind++)
-            for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
-                if (s->kind[kind].k.b[b].unit == unit)
-                    keep_own(&s->kind[kind], b, w->data + place_of_bucket(s, kind, b));
+        float *values = in_place ? w->data : room;
+        memset(values, 0, w->elems * sizeof(float)); /* paddings */
+        init_unit(s, unit, values, seed);
     }
+    mem_free(room);
     shards_changed(s);
+    return NULL;
 }
 
-static status *gather_bucket(struct shards *s, const struct kind *k, uint64_t b, float *to)
+static status *gather_bucket(struct shards *s, const struct kind *k, uint64_t b, bool exact, void *to)
 {
     struct comm_xfer *x = s->window[0].xfer;
-    return comm_exchange(s->comm, x, gather_messages(k, b, to, x), NULL);
+    return comm_exchange(s->comm, x, gather_messages(s, k, b, exact, to, x), NULL);
 }
 
-status *shards_crc(struct shards *s, uint32_t *crc)
+static status *finish_gathers(struct shards *s)
 {
-    *crc = 0;
     for (int w = 0; w < WINDOWS; w++)
         TRY(finish_gather(&s->window[w]));
-    shards_changed(s); /* the windows' contents are overwritten */
-    for (int kind = 0; kind < KINDS; kind++)
+    return NULL;
+}
+
+/* All buckets into a block of all elements. */
+static status *gather_all(struct shards *s, bool exact, bool frozen_too, void *block)
+{
+    for (int kind = 0; kind < (frozen_too ? KINDS : 1); kind++)
         for (uint64_t b = 0; b < s->kind[kind].k.n; b++) {
-            const struct bucket *k = &s->kind[kind].k.b[b];
-            float *to = window_of(s, k->unit)->data + place_of_bucket(s, kind, b);
-            TRY(gather_bucket(s, &s->kind[kind], b, to));
-            *crc = crc32c(*crc, to, (k->end - k->begin) * sizeof(float));
+            uint64_t at = s->kind[kind].k.b[b].begin * (exact ? sizeof(float) : dtype_bytes(s->o.dtype));
+            TRY(gather_bucket(s, &s->kind[kind], b, exact, (char *)block + at));
         }
     return NULL;
 }
 
-status *shards_hold(struct shards *s)
+status *shards_crc(struct shards *s, uint32_t *crc)
 {
-    if (!s->o.data)
-        return NULL;
-    for (int w = 0; w < WINDOWS; w++)
-        TRY(finish_gather(&s->window[w]));
-    s->held = mem_block(params_bytes(s->p), 4096);
-    TRY(comm_agree(s->comm,
-                   s->held ? NULL : ERR(NO_MEMORY, "%zu bytes for all parameters at once", params_bytes(s->p))));
+    uint64_t most = 1;
+    *crc = 0;
+    TRY(finish_gathers(s));
     for (int kind = 0; kind < KINDS; kind++)
-        for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
-            TRY(gather_bucket(s, &s->kind[kind], b, s->held + s->kind[kind].k.b[b].begin));
+        for (uint64_t b = 0; b < s->kind[kind].k.n; b++) {
+            uint64_t n = s->kind[kind].k.b[b].end - s->kind[kind].k.b[b].begin;
+            most = n > most ? n : most;
+        }
+    float *room = mem_array(NULL, most, sizeof *room);
+    status *st = comm_agree(s->comm, room ? NULL : ERR(NO_MEMORY, "a bucket of parameters"));
+    for (int kind = 0; !st && kind < KINDS; kind++)
+        for (uint64_t b = 0; !st && b < s->kind[kind].k.n; b++) {
+            const struct bucket *k = &s->kind[kind].k.b[b];
+            st = gather_bucket(s, &s->kind[kind], b, true, room);
+            *crc = crc32c(*crc, room, (k->end - k->begin) * sizeof *room);
+        }
+    mem_free(room);
+    return st;
+}
+
+status *shards_hold(struct shards *s, bool exact)
+{
+    if (!s->o.data || (!exact && s->resident))
+        return NULL;
+    TRY(finish_gathers(s));
+    s->held_dtype = exact ? DTYPE_F32 : s->o.dtype;
+    size_t bytes = elems_of_all(s) * dtype_bytes(s->held_dtype);
+    void *block = mem_block(bytes, 4096);
+    TRY(comm_agree(s->comm, block ? NULL : ERR(NO_MEMORY, "%zu bytes for all parameters at once", bytes)));
+    s->held = block;
+    TRY(gather_all(s, exact, true, s->held));
     point(s, false); /* those of a tied weight may lie elsewhere (tied.h) */
     return NULL;
 }
@@ -471,8 +631,8 @@ void shards_release(struct shards *s, bool keep)
         return;
     for (int kind = 0; keep && kind < KINDS; kind++)
         for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
-            keep_own(&s->kind[kind], b, s->held + s->kind[kind].k.b[b].begin);
-    mem_block_free(s->held, params_bytes(s->p));
+            keep_own(&s->kind[kind], b, (const float *)s->held + s->kind[kind].k.b[b].begin);
+    mem_block_free(s->held, elems_of_all(s) * dtype_bytes(s->held_dtype));
     s->held = NULL;
     point(s, false);
     if (keep)

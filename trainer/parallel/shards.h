@@ -24,6 +24,13 @@ struct shards_options {
     bool data, grad;       /* what is cut: parameters, gradients; at least one. data false: they have their memory */
     uint64_t bucket_elems; /* most elements of a bucket */
     int shards;            /* of a replica; divides dp */
+    /* With data: what tensors hold, DTYPE_F32 or DTYPE_BF16: a rounded copy of the shards' f32 parameters, which is
+     * what is gathered; and whether all of it stays on every rank (ZeRO 0 to 2): no windows, gathered by
+     * shards_refresh. */
+    enum dtype dtype;
+    bool resident;
+    bool stochastic; /* bf16: up or down by chance, as near as it is, drawn at (seed, tensor, step, element) */
+    uint64_t seed;
 };
 
 struct shards; /* opaque */
@@ -47,8 +54,9 @@ struct shard_runs shards_own(const struct shards *s, bool frozen);
 const struct params *shards_params(const struct shards *s); /* runs are in elements of this block */
 /* Bucket b's gradients in its unit's window. */
 float *shards_grad(const struct shards *s, uint64_t b);
-/* Bytes of windows. */
+/* Bytes of windows; of parameters, rounded copies and resident ones too. */
 uint64_t shards_window_bytes(const struct shards *s);
+uint64_t shards_value_bytes(const struct shards *s);
 
 /* Called when a unit's gradients of this pass are all in its window: from then on until the next call they stay. */
 void shards_collect(struct shards *s, status *(*collect)(void *arg, int unit), void *arg);
@@ -68,14 +76,18 @@ status *shards_idle(struct shards *s, int chunk) WARN_UNUSED;
 status *shards_idle_backward(struct shards *s, int chunk, bool weights) WARN_UNUSED;
 /* The shards' parameters have changed. Not between shards_begin and shards_end. */
 void shards_changed(struct shards *s);
+/* The same, those that train by a step or all by other means: what tensors will hold is rounded anew, after `step`
+ * steps of the run, and gathered if it is resident. Collective over the replica's shards. */
+status *shards_refresh(struct shards *s, uint64_t step, bool all) WARN_UNUSED;
 
-/* Initial values (params_init), unit by unit. Not collective. */
-void shards_init(struct shards *s, uint64_t seed);
+/* Initial values (params_init), unit by unit; shards_refresh follows. Not collective. */
+status *shards_init(struct shards *s, uint64_t seed) WARN_UNUSED;
 /* CRC-32C of the whole block, bucket by bucket. */
 status *shards_crc(struct shards *s, uint32_t *crc) WARN_UNUSED;
 /* Memory for all parameters, gathered, for work that is not done block by block; tensors point there until
- * shards_release; keep: what was written there becomes the shards' parameters. Collective, but shards_release. */
-status *shards_hold(struct shards *s) WARN_UNUSED;
+ * shards_release. exact: in f32; then keep: what was written there becomes the shards' parameters. Else as tensors hold
+ * them in passes. Collective, but shards_release. */
+status *shards_hold(struct shards *s, bool exact) WARN_UNUSED;
 void shards_release(struct shards *s, bool keep);
 
 #endif

@@ -70,6 +70,7 @@ status *tied_open(const struct zero_options *o, struct model *m, struct comm *dp
         struct zero_options sums = *o;
         sums.stage = t->cut ? 2 : 0;
         sums.sums_only = true;
+        sums.param_dtype = DTYPE_F32;
         sums.tp = sums.pp = NULL; /* no part of it is on two tensor-parallel ranks */
         st = zero_open(&sums, &m->tied, dp, &t->head);
     }
@@ -192,6 +193,6 @@ status *tied_share(struct model *m, struct shards *s, struct comm *pp)
         TRY(shards_begin(s, false)); /* the embedding, too, which stays until the next pass */
     const struct param *p = last_stage(pp) ? m->tied.p : &m->params.p[name->alias];
     struct comm_xfer x = { last_stage(pp) ? 0 : pp->size - 1, TIED_TAG, !last_stage(pp), p->value.data,
-                           param_elems(p) * sizeof(float) };
+                           param_elems(p) * dtype_bytes(p->value.dtype) };
     return comm_exchange(pp, &x, 1, NULL);
 }

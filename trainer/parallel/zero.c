@@ -77,7 +77,8 @@ static status *check_options(const struct zero_options *o, const struct params *
     if (o->bucket_elems % PARAM_ALIGN)
         return ERR(INVALID, "buckets of %llu elements are no multiple of %d", (unsigned long long)o->bucket_elems,
                    PARAM_ALIGN);
-    if ((o->stage < 3 && !p->data && !o->sums_only) || (o->stage < 2 && !p->grad))
+    bool own_values = o->stage == 3 || o->param_dtype == DTYPE_BF16 || o->sums_only;
+    if ((!own_values && !p->data) || (o->stage < 2 && !p->grad))
         return ERR(INVALID, "parameters have no %s", p->data ? "gradients" : "memory");
     return NULL;
 }
@@ -249,6 +250,22 @@ static status *open_due(struct zero *z)
     return NULL;
 }
 
+static status *open_low(struct low_room *r, uint64_t elems, size_t messages)
+{
+    r->elems = elems;
+    r->low = mem_block(elems * sizeof *r->low, 4096);
+    r->wide = mem_array(NULL, messages + 1, sizeof *r->wide);
+    return r->low && r->wide ? NULL : ERR(NO_MEMORY, "gradients in bf16, %llu elements", (unsigned long long)elems);
+}
+
+static size_t low_bytes(const struct zero *z)
+{
+    size_t n = 0;
+    for (int i = 0; i <= FLIGHTS; i++)
+        n += z->low[i].elems * sizeof *z->low[i].low;
+    return n;
+}
+
 static status *open_messages(struct zero *z)
 {
     size_t peers = (size_t)z->dp->size - 1, others = (size_t)(z->parts - z->own_parts);
@@ -272,6 +289,14 @@ static status *open_messages(struct zero *z)
         z->cp_room = mem_array(NULL, ordered_room(z->o.cp, ordered_slice(z->o.cp, longest)) + 1, sizeof *z->cp_room);
         if (!z->cp_room)
             return ERR(NO_MEMORY, "sums of %llu gradients over parallel.cp", (unsigned long long)longest);
+    }
+    if (is_low(z)) {
+        uint64_t bucket = 0;
+        for (uint64_t b = 0; b < z->k->n; b++)
+            bucket = z->k->b[b].end - z->k->b[b].begin > bucket ? z->k->b[b].end - z->k->b[b].begin : bucket;
+        for (int i = 0; i < FLIGHTS; i++)
+            TRY(open_low(&z->low[i], nodes / sizeof(float) + (uint64_t)z->own_parts * bucket + 1, reduce));
+        TRY(open_low(&z->low[FLIGHTS], leaves / sizeof(float) + bucket + 1, gather));
     }
     z->norm = mem_calloc((size_t)z->dp->size * z->norm_cap, sizeof *z->norm);
     z->cursor = mem_calloc((size_t)z->dp->size, sizeof *z->cursor);
@@ -340,14 +365,24 @@ static status *open_cut(struct zero *z)
     TRY(comm_split(z->dp, z->dp->rank / shards, z->dp->rank, &z->shard));
     TRY(comm_split(z->dp, z->dp->rank % shards, z->dp->rank, &z->rep));
     z->group = is_cut(z) ? z->rep : z->dp;
-    if (!is_cut(z)) {
-        z->k = &z->own_k;
+    bool bf16 = z->o.param_dtype == DTYPE_BF16;
+    struct shards_options o = { .data = z->o.stage == 3 || bf16,
+                                .grad = is_cut(z),
+                                .bucket_elems = elems,
+                                .shards = z->o.stage ? shards : 1,
+                                .dtype = z->o.param_dtype,
+                                .resident = bf16 && z->o.stage < 3,
+                                .stochastic = z->o.stochastic,
+                                .seed = z->o.seed };
+    if (is_cut(z) || bf16)
+        TRY(shards_open(&o, z->p, z->dp, &z->shards));
+    if (is_cut(z))
+        shards_collect(z->shards, collect_unit, z);
+    z->k = &z->own_k;
+    if (z->shards && z->o.stage)
+        z->k = shards_buckets(z->shards);
+    else
         return comm_agree(z->dp, buckets_open(z->p, elems, false, false, z->dp->size, shards, z->dp->rank, &z->own_k));
-    }
-    struct shards_options o = { z->o.stage == 3, true, elems, shards };
-    TRY(shards_open(&o, z->p, z->dp, &z->shards));
-    shards_collect(z->shards, collect_unit, z);
-    z->k = shards_buckets(z->shards);
     return NULL;
 }
 
@@ -418,6 +453,10 @@ void zero_close(struct zero *z)
     mem_free(z->due);
     for (int i = 0; i < FLIGHTS; i++)
         mem_free(z->flight[i].xfer);
+    for (int i = 0; i <= FLIGHTS; i++) {
+        mem_block_free(z->low[i].low, z->low[i].elems * sizeof *z->low[i].low);
+        mem_free(z->low[i].wide);
+    }
     mem_free(z->xfer);
     mem_block_free(z->recv, FLIGHTS * z->recv_bytes);
     while (z->buffers)
@@ -458,15 +497,13 @@ void zero_times(const struct zero *z, uint64_t *flight_ns, uint64_t *wait_ns)
 
 struct zero_memory zero_memory(const struct zero *z)
 {
-    uint64_t whole = z->p->total * sizeof(float), own = 0;
-    for (int frozen = 0; z->o.stage == 3 && frozen < 2; frozen++)
-        own += shards_own(z->shards, frozen).elems * sizeof(float);
+    uint64_t whole = z->p->total * sizeof(float);
     return (struct zero_memory){
-        .parameters = z->o.stage == 3 ? own : params_bytes(z->p),
+        .parameters = z->moments.w ? shards_value_bytes(z->shards) : params_bytes(z->p),
         .gradients = (is_cut(z) ? 0 : whole) + (uint64_t)z->buffers * z->field_elems * sizeof(float),
         .moments = (z->moments.elems + z->moments.v_elems) * sizeof(float),
         .windows = z->shards ? shards_window_bytes(z->shards) : 0,
-        .messages = FLIGHTS * z->recv_bytes,
+        .messages = FLIGHTS * z->recv_bytes + low_bytes(z),
     };
 }
 
@@ -497,7 +534,7 @@ static struct zero_run run_of_shard(const struct zero *z, uint64_t bucket, int s
 status *zero_gather(struct zero *z)
 {
     for (uint64_t b = 0; b < z->k->n; b++)
-        TRY(spread_bucket(z, z->dp, b, z->p->grad, 0, run_of_rank));
+        TRY(spread_bucket(z, z->dp, b, z->p->grad, 0, true, run_of_rank));
     z->gathered = true;
     return NULL;
 }
@@ -557,9 +594,9 @@ static struct updated updated_by(const struct zero *z, uint64_t b, uint64_t mome
     u.v_elems = run_elems(u.run);
     for (int i = 0; i < z->p->count; i++)
         u.v_elems -= run_elems(muon_part(&z->p->p[i], u.run));
-    u.changes = z->o.stage == 3 ? u.run : all;
-    u.changed = z->o.stage == 3 ? z->moments.w + moments : z->p->data + all.begin;
-    u.w = z->o.stage == 3 ? u.changed : z->p->data + u.run.begin;
+    u.changes = z->moments.w ? u.run : all;
+    u.changed = z->moments.w ? z->moments.w + moments : z->p->data + all.begin;
+    u.w = z->moments.w ? u.changed : z->p->data + u.run.begin;
     u.g = field(z) + (is_cut(z) ? moments : u.run.begin);
     return u;
 }
@@ -590,11 +627,11 @@ status *zero_update(struct zero *z, const struct adamw *a, fence_fn *fence, void
         if (!failed)
             failed = announce(b, &u, fence, arg);
         if (z->o.stage == 0 && !z->gathered)
-            st = spread_bucket(z, z->dp, b, z->p->grad, 0, run_of_shard);
+            st = spread_bucket(z, z->dp, b, z->p->grad, 0, true, run_of_shard);
         if (!failed && !st)
             update_run(z, a, u.run, u.w, u.g, u.m, u.v);
-        if (!st && (z->o.stage == 1 || z->o.stage == 2))
-            st = spread_bucket(z, z->shard, b, z->p->data, 0, run_of_shard);
+        if (!st && !z->moments.w && z->o.stage)
+            st = spread_bucket(z, z->shard, b, z->p->data, 0, false, run_of_shard);
         if (st)
             return status_first(failed, st);
     }

@@ -36,13 +36,23 @@ struct zero_options {
     int shards;              /* 0: dp; INVALID if it does not divide dp */
     uint32_t micro_batches;  /* a step has at most so many, 0: any number. If no lane has two, a buffer is saved */
     struct workers *workers; /* for norms and updates; may be NULL. Borrowed */
+    /* DTYPE_BF16: tensors hold bf16, rounded from f32 parameters that are kept as the moments are (0: DTYPE_F32: they
+     * hold the parameters). At every stage they get their memory here, and zero_update is followed by shards_refresh.
+     */
+    enum dtype param_dtype;
+    bool stochastic; /* shards.h */
+    uint64_t seed;
+    /* DTYPE_BF16: gradients travel over dp in bf16. So that bits stay those of any dp and stage, what may travel is
+     * rounded to the nearest everywhere: each micro-batch's gradient, the sum of each lane, of each node above, and
+     * what the step's gradient is in the end. */
+    enum dtype grad_dtype;
 };
 
 struct zero; /* opaque but for the moments */
 struct zero_moments {
     float *m; /* stage 0: [params.total]; else the shard's runs one after another */
     float *v; /* the same but for Muon's matrices, which have no second moment */
-    float *w; /* stage 3: the parameters of m's runs; else NULL: they are where their tensors are */
+    float *w; /* stage 3, or bf16 tensors: the parameters of m's runs; else NULL: they are where their tensors are */
     uint64_t elems, v_elems;
     const struct zero_run
         *run; /* what m and w hold, in flat-block elements, in order: stage 0: one run, the whole block */
@@ -58,7 +68,7 @@ status *zero_open(const struct zero_options *o, struct params *p, struct comm *d
 void zero_close(struct zero *z); /* NULL is fine; collective */
 struct zero_moments zero_moments(struct zero *z);
 void zero_reset_moments(struct zero *z);          /* to zero: the optimiser restarts */
-struct shards *zero_shards(const struct zero *z); /* stages 2 and 3; else NULL */
+struct shards *zero_shards(const struct zero *z); /* stages 2 and 3, or bf16 tensors; else NULL */
 uint64_t zero_sent_bytes(const struct zero *z);   /* comm.sent_bytes of dp and all that it was split into */
 /* Of the same: time of exchanges in flight, and what of it was waited for (comm.h). */
 void zero_times(const struct zero *z, uint64_t *flight_ns, uint64_t *wait_ns);

@@ -74,6 +74,13 @@ struct flight {
     float *recv; /* other groups' nodes */
 };
 
+/* grad_dtype bf16: what messages were before they became low ones, and these. */
+struct low_room {
+    struct comm_xfer *wide;
+    uint16_t *low;
+    size_t elems, narrowed; /* narrowed: messages that are in flight */
+};
+
 struct zero {
     struct zero_options o;
     struct params *p;         /* borrowed */
@@ -99,7 +106,8 @@ struct zero {
     struct comm_xfer *xfer;
     struct due *due; /* [k->n] */
     struct flight flight[FLIGHTS];
-    float *cp_room; /* of sums over cp */
+    float *cp_room;                   /* of sums over cp */
+    struct low_room low[FLIGHTS + 1]; /* of each flight, and of xfer */
 
     double *norm;         /* [dp][norm_cap]: sums of squares of each rank's norm nodes */
     uint64_t norm_cap;    /* most norm nodes of a rank */
@@ -126,6 +134,11 @@ struct zero {
 static inline bool is_cut(const struct zero *z)
 {
     return z->o.stage >= 2;
+}
+
+static inline bool is_low(const struct zero *z)
+{
+    return z->o.grad_dtype == DTYPE_BF16;
 }
 
 static inline uint32_t part_of(uint64_t total, uint64_t n, uint64_t i)
@@ -224,7 +237,7 @@ static inline float *field(const struct zero *z)
 
 /* The ranks of c, each with a run of this bucket, give it to the others, in place in `block`, where element `origin` of
  * the flat block is. */
-status *spread_bucket(struct zero *z, struct comm *c, uint64_t bucket, float *block, uint64_t origin,
+status *spread_bucket(struct zero *z, struct comm *c, uint64_t bucket, float *block, uint64_t origin, bool gradients,
                       struct zero_run (*run_of)(const struct zero *, uint64_t, int)) WARN_UNUSED;
 /* For shards_collect: adds a unit's gradients. */
 status *collect_unit(void *arg, int unit) WARN_UNUSED;

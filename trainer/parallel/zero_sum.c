@@ -9,6 +9,63 @@
 #include <math.h>
 #include <string.h>
 
+/* ---- messages of gradients ---- */
+
+/* To what bf16 can hold, where gradients travel in it. */
+static void round_low(const struct zero *z, float *x, uint64_t n)
+{
+    for (uint64_t i = 0; is_low(z) && i < n; i++)
+        x[i] = bf16_to_f32(bf16_from_f32(x[i]));
+}
+
+/* Let n messages of floats be of bf16. */
+static void narrow(const struct zero *z, struct low_room *r, struct comm_xfer *xfer, size_t n)
+{
+    uint16_t *at = r->low, *sent = NULL;
+    const float *last = NULL; /* what is sent to several is narrowed once */
+    r->narrowed = is_low(z) ? n : 0;
+    for (size_t i = 0; i < r->narrowed; i++) {
+        struct comm_xfer *x = &xfer[i];
+        uint64_t elems = x->bytes / sizeof(float);
+        const float *from = x->buf;
+        bool again = x->send && from == last && elems;
+        r->wide[i] = *x;
+        x->buf = again ? sent : at;
+        x->bytes = elems * sizeof *at;
+        if (again)
+            continue;
+        for (uint64_t e = 0; x->send && e < elems; e++)
+            at[e] = bf16_from_f32(from[e]);
+        if (x->send && elems) {
+            last = from;
+            sent = at;
+        }
+        at += elems;
+        CHECK((size_t)(at - r->low) <= r->elems, "messages of more than %zu elements", r->elems);
+    }
+}
+
+/* They have come. */
+static void widen(struct low_room *r, const struct comm_xfer *xfer)
+{
+    for (size_t i = 0; i < r->narrowed; i++) {
+        const uint16_t *from = xfer[i].buf;
+        float *to = r->wide[i].buf;
+        for (uint64_t e = 0; !r->wide[i].send && e < r->wide[i].bytes / sizeof *to; e++)
+            to[e] = bf16_to_f32(from[e]);
+    }
+    r->narrowed = 0;
+}
+
+/* The first n of z->xfer. */
+static status *exchange(struct zero *z, struct comm *c, size_t n)
+{
+    narrow(z, &z->low[FLIGHTS], z->xfer, n);
+    TRY(comm_exchange(c, z->xfer, n, NULL));
+    widen(&z->low[FLIGHTS], z->xfer);
+    return NULL;
+}
+
 /* ---- a group's own lanes ---- */
 
 static void add_to(float *sum, const float *x, uint64_t n)
@@ -25,8 +82,11 @@ static void push(const struct zero *z, struct grad_stack *s, struct grad_node n,
         struct grad_node *left = &s->node[s->n - 1];
         if (z->o.deterministic && !tree_siblings(left->level, left->index, n.level, n.index))
             break;
-        if (left->value && n.value)
+        if (left->value && n.value) {
             add_to(left->value + at, n.value + at, elems);
+            if (z->o.deterministic)
+                round_low(z, left->value + at, elems);
+        }
         if (left->value)
             n.value = left->value;
         n.level++;
@@ -68,6 +128,8 @@ static void add_leaf(const struct zero *z, struct lane_sum *s, uint32_t k, float
         add_to(sum + at, leaf, n);
     s->open = NULL;
     bool closed = k + 1 == first_of_lane(z, z->kk, s->lane + 1);
+    if (closed)
+        round_low(z, sum ? sum + at : leaf, n);
     struct grad_node node = { 0, s->lane, NULL };
     while (closed && s->stack.n) {
         struct grad_node *left = &s->stack.node[s->stack.n - 1];
@@ -77,6 +139,7 @@ static void add_leaf(const struct zero *z, struct lane_sum *s, uint32_t k, float
         if (left->value) {
             add_to(left->value + at, sum ? sum + at : leaf, n);
             sum = left->value;
+            round_low(z, sum + at, n);
         }
         node.level++;
         node.index /= 2;
@@ -146,6 +209,7 @@ static status *finish_collecting(struct zero *z)
         return NULL;
     z->flying = false;
     TRY(comm_wait(&z->req));
+    widen(&z->low[FLIGHTS], z->xfer);
     const struct bucket *b = &z->k->b[z->collected];
     struct zero_run mine = own_run(z, z->collected);
     struct chunk_sum *c = &z->chunk[chunk_of(z, z->collected)];
@@ -155,6 +219,7 @@ static status *finish_collecting(struct zero *z)
     for (int r = 0; r < z->k->shards && micro_batch_at(z, z->kk, c->pass, r, &k); r++) {
         bool me = r == z->k->shard;
         float *leaf = me ? shards_grad(z->shards, z->collected) + (mine.begin - b->begin) : from;
+        round_low(z, leaf, run_elems(mine));
         add_leaf(z, &s, k, leaf, false, b->own, run_elems(mine));
         from += me ? 0 : run_elems(mine);
     }
@@ -172,7 +237,9 @@ status *collect_unit(void *arg, int unit)
         if (z->k->b[b].unit != unit)
             continue;
         TRY(finish_collecting(z));
-        TRY(comm_iexchange(z->shard, z->xfer, leaf_messages(z, b), NULL, &z->req));
+        size_t n = leaf_messages(z, b);
+        narrow(z, &z->low[FLIGHTS], z->xfer, n);
+        TRY(comm_iexchange(z->shard, z->xfer, n, NULL, &z->req));
         z->flying = true;
         z->collected = b;
     }
@@ -237,6 +304,8 @@ static void add_last(struct zero *z, uint64_t bucket, int chunk, uint32_t micro_
     if (run.begin >= run.end)
         return;
     z->sum = z->chunk[chunk].sum;
+    if (z->o.deterministic)
+        round_low(z, z->p->grad + run.begin, run_elems(run));
     add_leaf(z, &z->sum, micro_batch, z->p->grad + run.begin, true, run.begin, run_elems(run));
 }
 
@@ -282,6 +351,8 @@ status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk)
     uint64_t begin, end;
     params_chunk_elems(z->p, chunk, &begin, &end);
     bool last = ++s->pass == zero_passes(z, z->kk);
+    if (z->o.deterministic && !last)
+        round_low(z, z->p->grad + begin, end - begin);
     if (last)
         end_chunk(z, chunk, micro_batch);
     if (z->o.deterministic || last)
@@ -332,7 +403,9 @@ static size_t reduce_messages(const struct zero *z, struct flight *f)
 static status *begin_bucket(struct zero *z, struct flight *f, uint64_t bucket)
 {
     f->bucket = bucket;
-    return comm_iexchange(z->sums, f->xfer, reduce_messages(z, f), NULL, &f->req);
+    size_t n = reduce_messages(z, f);
+    narrow(z, &z->low[f - z->flight], f->xfer, n);
+    return comm_iexchange(z->sums, f->xfer, n, NULL, &f->req);
 }
 
 /* Finish the tree in this rank's part of a bucket that has come. */
@@ -378,13 +451,14 @@ static status *move_on(struct zero *z, bool all)
         TRY(all ? comm_wait(&f->req) : comm_test(&f->req, &come));
         if (!come)
             return NULL;
+        widen(&z->low[f - z->flight], f->xfer);
         finish_bucket(z, f);
         z->ended++;
     }
     return NULL;
 }
 
-status *spread_bucket(struct zero *z, struct comm *c, uint64_t bucket, float *block, uint64_t origin,
+status *spread_bucket(struct zero *z, struct comm *c, uint64_t bucket, float *block, uint64_t origin, bool gradients,
                       struct zero_run (*run_of)(const struct zero *, uint64_t, int))
 {
     struct zero_run mine = run_of(z, bucket, c->rank);
@@ -397,7 +471,7 @@ status *spread_bucket(struct zero *z, struct comm *c, uint64_t bucket, float *bl
         z->xfer[n++] =
             (struct comm_xfer){ r, 0, false, block + (theirs.begin - origin), run_elems(theirs) * sizeof(float) };
     }
-    return comm_exchange(c, z->xfer, n, NULL);
+    return gradients ? exchange(z, c, n) : comm_exchange(c, z->xfer, n, NULL);
 }
 
 static struct zero_run part_of_replica(const struct zero *z, uint64_t bucket, int rep)
@@ -411,9 +485,19 @@ static status *spread_over_replicas(struct zero *z)
     for (uint64_t b = 0; z->o.stage && z->rep->size > 1 && b < z->k->n; b++) {
         struct zero_run run = own_run(z, b);
         if (run_elems(run))
-            TRY(spread_bucket(z, z->rep, b, field(z) + field_at(z, b, run.begin), run.begin, part_of_replica));
+            TRY(spread_bucket(z, z->rep, b, field(z) + field_at(z, b, run.begin), run.begin, true, part_of_replica));
     }
     return NULL;
+}
+
+/* What this rank has finished the sum of, or (whole) what it has the sum of. */
+static void round_sums(struct zero *z, bool whole)
+{
+    for (uint64_t b = 0; is_low(z) && b < z->k->n; b++) {
+        struct zero_run run = whole ? own_run(z, b) : own_part(z, b);
+        if (run_elems(run))
+            round_low(z, field(z) + field_at(z, b, run.begin), run_elems(run));
+    }
 }
 
 /* ---- the norm ---- */
@@ -491,6 +575,7 @@ static status *pp_nodes(struct zero *z, struct tree *t)
 
 status *zero_norm(struct zero *z, double *norm)
 {
+    round_sums(z, z->o.stage > 0);
     norm_nodes(z, z->norm + (uint64_t)z->dp->rank * z->norm_cap);
     TRY(comm_allgather(z->dp, z->norm + (uint64_t)z->dp->rank * z->norm_cap, z->norm, z->norm_cap * sizeof(double),
                        NULL));
@@ -533,6 +618,7 @@ status *zero_reduce(struct zero *z, double *norm)
             TRY(ordered_allreduce(z->o.cp, field(z) + field_at(z, b, run.begin), run_elems(run), z->cp_room));
     }
     TRY(shared_grads_sum(z->shared, field(z)));
+    round_sums(z, false);
     TRY(spread_over_replicas(z));
     return norm ? zero_norm(z, norm) : NULL;
 }
