@@ -248,8 +248,12 @@ static status *open_muon(struct trainer *t, struct params *dense)
 {
     if (t->tp)
         TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP | 1u << MESH_EP | 1u << MESH_TP, &t->dp_tp));
-    return comm_agree(t->world,
-                      owners_open(dense, t->zero, t->dp, t->tp, t->tp ? t->dp_tp : t->dp, t->workers, &t->owners));
+    if (t->tp && t->experts)
+        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP | 1u << MESH_TP, &t->ep_dp_tp));
+    status *st = owners_open(dense, t->zero, t->dp, t->tp, t->tp ? t->dp_tp : t->dp, t->workers, &t->owners);
+    if (!st && t->experts)
+        st = experts_open_muon(t->experts, t->tp, t->tp ? t->ep_dp_tp : t->ep_dp, t->workers);
+    return comm_agree(t->world, st);
 }
 
 static status *open_zero(struct trainer *t)
@@ -494,6 +498,7 @@ status *trainer_close(struct trainer *t)
     workers_close(t->workers);
     device_close(t->device);
     comm_close(t->dp_tp);
+    comm_close(t->ep_dp_tp);
     comm_close(t->pp);
     comm_close(t->tp);
     comm_close(t->cp);

@@ -235,7 +235,7 @@ static status *optimise(struct trainer *t, const struct phase *p, struct step_re
     if (t->owners)
         TRY(owners_step(t->owners, &muon, before_overwrite, t));
     status *st = zero_update(t->zero, &a, before_overwrite, t);
-    return status_first(st, experts_update(t->experts, &a, before_overwrite, t));
+    return status_first(st, experts_update(t->experts, &a, &muon, before_overwrite, t));
 }
 
 /* The parameters of the next step, all of which have moved: to where tensors are. Balanced biases are frozen ones. */
@@ -400,7 +400,7 @@ static uint64_t sent_by(const struct comm *c)
 static uint64_t dp_sent(const struct trainer *t)
 {
     uint64_t experts = t->experts && t->experts->zero ? zero_sent_bytes(t->experts->zero) : 0;
-    return sent_by(t->dp_tp) + zero_sent_bytes(t->zero) + tied_sent_bytes(t->tied) + experts;
+    return sent_by(t->dp_tp) + sent_by(t->ep_dp_tp) + zero_sent_bytes(t->zero) + tied_sent_bytes(t->tied) + experts;
 }
 
 /* Seconds since *then, of which *then is set to now. */
@@ -497,7 +497,7 @@ static void say_memory(struct trainer *t)
         m.gradients += e.gradients;
         m.moments += e.moments;
         m.windows += e.windows;
-        m.messages += e.messages;
+        m.messages += e.messages + owners_bytes(t->experts->owners);
     }
     m.messages += owners_bytes(t->owners);
     double mib = 1 << 20;

@@ -62,6 +62,7 @@ struct trainer {
     struct tied *tied;       /* NULL: no weight whose uses are kept apart has a part here */
     struct owners *owners;   /* NULL: no Muon */
     struct comm *dp_tp;      /* the owners, where there is a tp; else NULL */
+    struct comm *ep_dp_tp;   /* the same of experts' matrices, with ep */
     struct routes *routes;   /* NULL: no train.routes */
     struct balance *balance; /* NULL: no experts, or no training */
 

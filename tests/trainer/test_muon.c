@@ -1,5 +1,5 @@
 /* Muon: its step against the same formulas in double, whose products are written out here; what a step of a job does to
- * matrices and to all else; the same bits for any number of ranks and after resumes on others. */
+ * matrices, each expert's too, and to all else; the same bits for any number of ranks and after resumes on others. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -20,7 +20,7 @@ enum { MOST = 40 * 24 };
 /* X = a X + (b A + c A A) X, A = X X^T, on [m, k]. */
 static void newton_schulz(double *x, int m, int k)
 {
-    static double gram[40][40], poly[40][40], next[MOST];
+    static _Thread_local double gram[40][40], poly[40][40], next[MOST];
     for (int i = 0; i < m; i++)
         for (int j = 0; j < m; j++) {
             gram[i][j] = 0;
@@ -198,7 +198,7 @@ enum { MUON_STEPS = 5 };
 
 struct muon_case {
     int ranks;
-    const char *o[6];
+    const char *o[16];
 };
 
 /* Matrices have no second moment, in memory either: AdamW's of embedding and norms alone. */
@@ -302,6 +302,139 @@ static void a_checkpoint_goes_on_anywhere(void **state)
     expect_equal("hops", &got, &want);
 }
 
+/* ---- experts ---- */
+
+#define EXPERTS "model.experts=4", "model.experts_per_token=2", "model.expert_ffn=24"
+
+/* One expert's matrix, of which this rank has all: what the first step's momentum makes of it, by the formulas in
+ * double, is how it has moved. *still: it has no gradient, and has not moved. */
+static status *look_at_matrix(const struct param *p, const float *m, const float *now, const float *before,
+                              const struct optim_config *o, bool *still)
+{
+    static _Thread_local double x[MOST]; /* ranks are threads */
+    int rows = (int)p->shape.dim[1], cols = (int)p->shape.dim[2];
+    double norm = 0, scale = o->muon_lr * sqrt(fmax(1, (double)rows / cols));
+    assert_true(rows <= 40 && cols <= 40 && rows * cols <= MOST);
+    for (int i = 0; i < rows * cols; i++)
+        norm += (double)m[i] * (double)m[i];
+    for (int i = 0; i < rows * cols; i++)
+        x[i] = norm > 0 ? (double)m[i] / sqrt(norm) : 0;
+    for (int step = 0; step < 5; step++)
+        newton_schulz(x, rows, cols);
+    for (int i = 0; i < rows * cols; i++) {
+        double moved = (double)now[i] - (double)before[i];
+        if (!(fabs(moved + scale * x[i]) <= 5e-4 * scale))
+            return ERR(INTERNAL, "%s, element %d moved by %g, not %g", p->name, i, moved, -scale * x[i]);
+    }
+    *still = !(norm > 0);
+    return NULL;
+}
+
+static status *each_expert_moves(struct trainer *t)
+{
+    struct model *m = NULL;
+    int moved = 0;
+    TRY(model_open(t->cfg->model_ops, t->cfg->model, t->model->vocab, &m));
+    TRY(params_alloc(&m->params, false));
+    params_init(&m->params, (uint64_t)t->cfg->run.seed);
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *p = &t->model->params.p[i], *q = p;
+        const float *now = p->value.data, *before = m->params.p[i].value.data;
+        if (!p->experts)
+            continue;
+        struct zero_moments z = zero_moments(experts_zero(t->experts, t->zero, &t->model->params, &q));
+        uint64_t each = p->shape.dim[1] * p->shape.dim[2];
+        if (!p->muon || z.run_count != 1 || z.run->begin)
+            return ERR(INTERNAL, "%s is not Muon's, or not whole", p->name);
+        for (uint64_t e = 0; e < p->box.len[0]; e++) {
+            bool still = false;
+            TRY(look_at_matrix(p, z.m + q->offset + e * each, now + e * each, before + (p->box.off[0] + e) * each,
+                               &t->cfg->optim, &still));
+            moved += !still;
+        }
+    }
+    model_close(m);
+    return moved >= 6 ? NULL : ERR(INTERNAL, "%d matrices have moved", moved);
+}
+
+static void each_expert_is_a_matrix(void **state)
+{
+    (void)state;
+    static const struct muon_case cases[] = { { 1, { EXPERTS } },
+                                              { 2, { EXPERTS } },
+                                              { 2, { EXPERTS, "parallel.ep=2" } },
+                                              { 4, { EXPERTS, "parallel.ep=2", "parallel.pp=2" } } };
+    char text[2048];
+    make_config(text, sizeof text, "muon-experts");
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        struct job j = { .config = text, .after = each_expert_moves };
+        const char *common[] = { "optim.kind=muon", "parallel.zero=0", "algo.warmup_sft_steps=0", "train.steps=1",
+                                 "checkpoint.url=", "optim.clip=0",    "optim.weight_decay=0",    "threads=1" };
+        for (size_t i = 0; i < sizeof common / sizeof *common; i++)
+            j.overrides[j.override_count++] = common[i];
+        for (int i = 0; cases[c].o[i]; i++)
+            j.overrides[j.override_count++] = cases[c].o[i];
+        must(comm_threads_run(cases[c].ranks, run_rank, &j));
+    }
+}
+
+/* With ep 1 the same bits on all meshes that promise them; on others the losses of one rank that takes the same routes.
+ */
+static void experts_on_meshes(void **state)
+{
+    (void)state;
+    char record[160], replay[160];
+    snprintf(record, sizeof record, "train.routes=record:%s/muon-routes", root);
+    snprintf(replay, sizeof replay, "train.routes=replay:%s/muon-routes", root);
+    const struct muon_case whole = { 1, { EXPERTS, record } },
+                           same[] = { { 3, { EXPERTS, "parallel.zero=2" } },
+                                      { 4, { EXPERTS, "parallel.zero=3", "parallel.dp_shard=2" } },
+                                      { 4, { EXPERTS, "parallel.pp=2", "parallel.zero=0" } } },
+                           near[] = {
+                               { 2, { EXPERTS, replay, "parallel.tp=2", "parallel.zero=1" } },
+                               { 2, { EXPERTS, replay, "parallel.ep=2", "parallel.zero=0" } },
+                               { 4, { EXPERTS, replay, "parallel.ep=2", "parallel.zero=1" } },
+                               { 4, { EXPERTS, replay, "parallel.ep=2", "parallel.zero=3" } },
+                               { 8, { EXPERTS, replay, "parallel.ep=2", "parallel.zero=1", "parallel.tp=2" } },
+                               { 8, { EXPERTS, replay, "parallel.ep=4", "parallel.pp=2", "parallel.zero=0" } },
+                               { 8, { EXPERTS, replay, "parallel.ep=2", "parallel.dp_shard=4", "parallel.bucket=8K" } },
+                           };
+    struct job want = run_muon("muon-whole", &whole, "train.steps=5", "checkpoint.url=");
+    for (size_t c = 0; c < sizeof same / sizeof *same; c++) {
+        struct job got = run_muon("muon-cut", &same[c], "train.steps=5", "checkpoint.url=");
+        expect_equal(same[c].o[3], &got, &want);
+    }
+    for (size_t c = 0; c < sizeof near / sizeof *near; c++) {
+        (void)run_muon("muon-cut", &near[c], "train.steps=5", "checkpoint.url=");
+        for (int step = 1; step <= MUON_STEPS; step++)
+            if (!(fabs(metric("muon-cut", step, "loss") - metric("muon-whole", step, "loss")) <= 2e-5))
+                fail_msg("mesh %zu: step %d: loss %.9g, not %.9g", c, step, metric("muon-cut", step, "loss"),
+                         metric("muon-whole", step, "loss"));
+    }
+}
+
+/* Momentum is one tensor of all experts, whatever each rank had. */
+static void experts_go_on_anywhere(void **state)
+{
+    (void)state;
+    static const struct muon_case hops[] = {
+        { 4, { EXPERTS, "checkpoint.state_hash=true", "parallel.ep=2", "parallel.bucket=8K" } },
+        { 4, { EXPERTS, "checkpoint.state_hash=true", "parallel.ep=4", "parallel.zero=0" } },
+        { 2, { EXPERTS, "checkpoint.state_hash=true", "parallel.pp=2" } },
+    };
+    static const char *const until[] = { "train.steps=4", "train.steps=5", "train.steps=6" };
+    char url[160], saved[HASHES][32];
+    snprintf(url, sizeof url, "checkpoint.url=file:%s/muon-dealt/ckpt", root);
+    for (int i = 0; i < 3; i++) {
+        struct job j = run_muon("muon-dealt", &hops[i], until[i], url);
+        if (i)
+            assert_int_equal(j.resumed_from, 3 + i);
+        if (i)
+            expect_resumed("muon-dealt", 3 + i, saved);
+        state_hashes_of("muon-dealt", "save_start", 4 + i, saved);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -312,6 +445,9 @@ int main(void)
         cmocka_unit_test(ranks_and_resumes_change_no_bit),
         cmocka_unit_test(layouts_change_no_bit),
         cmocka_unit_test(a_checkpoint_goes_on_anywhere),
+        cmocka_unit_test(each_expert_is_a_matrix),
+        cmocka_unit_test(experts_on_meshes),
+        cmocka_unit_test(experts_go_on_anywhere),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
 }

@@ -52,7 +52,7 @@ void ceiling_run(struct ceiling *c)
 {
     struct params *ps = &c->m->params;
     for (int i = 0; i < ps->count; i++)
-        if (ps->p[i].linear)
+        if (ps->p[i].linear && !ps->p[i].experts)
             products(c, &ps->p[i].value);
     products(c, c->m->ops->head(c->m));
     adamw_update(c->workers, ps->data, ps->grad, c->moment, c->v, ps->total, 0, 0.9, 0.95, 1e-8, 0.1, 1, 1);

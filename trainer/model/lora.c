@@ -52,16 +52,23 @@ static void name_of(const struct param *p, bool layer, char name[PARAM_NAME_BYTE
         name[n - w] = 0;
 }
 
+enum matched { PARAMETERS, LAYERS, MATRICES }; /* the latter: of linear layers, and experts' */
+
+static bool is_one(const struct param *p, enum matched what)
+{
+    return what == PARAMETERS || (p->linear && (what == MATRICES || !p->experts));
+}
+
 /* Names that a pattern could have been, each last word of a kind once. */
-static void list_names(const struct params *ps, bool layers, char text[NAMES_BYTES])
+static void list_names(const struct params *ps, enum matched what, char text[NAMES_BYTES])
 {
     size_t used = 0;
     text[0] = 0;
     for (int i = 0; i < ps->count; i++) {
         char name[PARAM_NAME_BYTES], kind[PARAM_NAME_BYTES + 4];
-        if (layers && !ps->p[i].linear)
+        if (!is_one(&ps->p[i], what))
             continue;
-        name_of(&ps->p[i], layers, name);
+        name_of(&ps->p[i], what != PARAMETERS, name);
         const char *digits = strpbrk(name, "0123456789"), *rest = digits ? strchr(digits, '.') : NULL;
         snprintf(kind, sizeof kind, "%s%s", rest ? "*" : "", rest ? rest : name);
         const char *seen = strstr(text, kind);
@@ -73,23 +80,23 @@ static void list_names(const struct params *ps, bool layers, char text[NAMES_BYT
 }
 
 /* mark[i] for every parameter that a pattern fits. */
-static status *match(const struct params *ps, const char *key, const char *patterns, bool layers, bool *mark)
+static status *match(const struct params *ps, const char *key, const char *patterns, enum matched what, bool *mark)
 {
     char pattern[PARAM_NAME_BYTES];
     while (next_pattern(&patterns, pattern)) {
         bool any = false;
         for (int i = 0; i < ps->count; i++) {
             char name[PARAM_NAME_BYTES];
-            name_of(&ps->p[i], layers, name);
-            bool fits = (!layers || ps->p[i].linear) && !fnmatch(pattern, name, 0);
+            name_of(&ps->p[i], what != PARAMETERS, name);
+            bool fits = is_one(&ps->p[i], what) && !fnmatch(pattern, name, 0);
             mark[i] = mark[i] || fits;
             any = any || fits;
         }
         if (!any) {
             char names[NAMES_BYTES];
-            list_names(ps, layers, names);
+            list_names(ps, what, names);
             return ERR(INVALID, "%s: \"%s\" fits no %s of this model (there are: %s)", key, pattern,
-                       layers ? "linear layer" : "parameter", names);
+                       what != PARAMETERS ? "linear layer" : "parameter", names);
         }
     }
     return NULL;
@@ -135,7 +142,8 @@ static status *tune(struct model *m, const struct tuning *how, bool *mark)
     struct params *ps = &m->params;
     int base = ps->count;
     bool lora = *how->lora->targets;
-    TRY(match(ps, lora ? "lora.targets" : "train.freeze", lora ? how->lora->targets : how->freeze, lora, mark));
+    TRY(match(ps, lora ? "lora.targets" : "train.freeze", lora ? how->lora->targets : how->freeze,
+              lora ? LAYERS : PARAMETERS, mark));
     for (int i = 0; i < base; i++) {
         struct param *p = &ps->p[i];
         p->frozen = p->frozen || lora || mark[i];
@@ -156,7 +164,7 @@ static status *tune(struct model *m, const struct tuning *how, bool *mark)
 static status *give_to_muon(struct params *ps, const char *patterns, bool *mark)
 {
     int n = 0;
-    TRY(match(ps, "optim.muon", patterns, true, mark));
+    TRY(match(ps, "optim.muon", patterns, MATRICES, mark));
     for (int i = 0; i < ps->count; i++)
         n += ps->p[i].muon = mark[i] && !ps->p[i].frozen;
     return n ? NULL : ERR(INVALID, "optim.muon: \"%.200s\" fits no linear layer that trains", patterns);

@@ -39,7 +39,7 @@ struct param {
     struct param_cut rule;
     int block;          /* the block (op_block) that alone uses it, or -1 */
     bool on_heads;      /* whole, but applied to this rank's heads: its gradient is a part of the whole one's */
-    bool linear;        /* the matrix of a linear layer: lora.h may adapt it */
+    bool linear;        /* the matrix of a linear layer, or of each expert's: lora.h may adapt the former */
     bool frozen;        /* does not train: no gradient, no optimiser state */
     bool buffer;        /* frozen, but steps change it by other means: saved anew each time */
     bool experts;       /* dimension 0 counts experts */

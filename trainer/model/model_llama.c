@@ -250,7 +250,7 @@ static void set_cut(struct param *p, enum cut cut, const struct llama_config *c)
     int dim = p->shape.ndim - 1; /* columns */
     p->rule = rules[cut];
     p->on_heads = cut == WHOLE_ON_HEADS;
-    p->linear = p->shape.ndim == 2 && cut != INTO_VOCAB;
+    p->linear = p->shape.ndim > 1 && cut != INTO_VOCAB;
     if (cut != WHOLE && cut != WHOLE_ON_HEADS)
         p->cut[cut == FROM_HEADS || cut == FROM_FFN || cut == FROM_EXPERT || !dim ? dim : dim - 1] = MESH_TP;
 }

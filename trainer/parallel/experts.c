@@ -102,10 +102,19 @@ status *experts_open_reference(struct experts *e, const struct shards_options *o
     return e->zero ? shards_open(&own, &e->ref_own, e->dp, &e->ref_shards) : NULL;
 }
 
+status *experts_open_muon(struct experts *e, struct comm *tp, struct comm *all, struct workers *w)
+{
+    bool any = false;
+    for (int i = 0; e->zero && i < e->own.count; i++)
+        any = any || e->own.p[i].muon;
+    return any ? owners_open(&e->own, e->zero, e->dp, tp, all, w, &e->owners) : NULL;
+}
+
 void experts_close(struct experts *e)
 {
     if (!e)
         return;
+    owners_close(e->owners);
     shards_close(e->ref_shards);
     mem_free(e->ref_dense.p);
     mem_free(e->ref_own.p);
@@ -164,10 +173,13 @@ status *experts_reduce(struct experts *e, double *norm)
     return NULL;
 }
 
-status *experts_update(struct experts *e, const struct adamw *a,
+status *experts_update(struct experts *e, const struct adamw *a, const struct muon *muon,
                        status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg)
 {
-    return e && e->zero ? zero_update(e->zero, a, fence, arg) : NULL;
+    if (!e || !e->zero)
+        return NULL;
+    status *st = e->owners ? owners_step(e->owners, muon, fence, arg) : NULL;
+    return status_first(st, zero_update(e->zero, a, fence, arg));
 }
 
 struct zero *experts_zero(const struct experts *e, struct zero *zero, const struct params *ps, const struct param **p)

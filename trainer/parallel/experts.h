@@ -13,6 +13,7 @@
 #ifndef TESSERA_TRAINER_PARALLEL_EXPERTS_H
 #define TESSERA_TRAINER_PARALLEL_EXPERTS_H
 
+#include "trainer/parallel/owners.h"
 #include "trainer/parallel/shards.h"
 #include "trainer/parallel/zero.h"
 
@@ -22,6 +23,7 @@ struct experts {
     struct shards *ref_shards;        /* of ref_own; NULL: none, as zero */
     struct zero *zero;                /* of own; NULL: nothing to train, cut or round */
     struct comm *dp, *ep, *pp;        /* borrowed; dp: ranks with the same experts; pp NULL: one stage */
+    struct owners *owners;            /* of own's matrices; NULL: none is Muon's */
     double *norm;                     /* [max(ep, pp)] */
     bool cut;                         /* ZeRO 2 and 3 */
     uint32_t passes;                  /* of the step */
@@ -35,6 +37,8 @@ void experts_close(struct experts *e); /* NULL is fine; collective */
 /* The live reference's views and the shards of its experts; o: of those of ref_dense, which the caller opens.
  * Collective over dp and ep. */
 status *experts_open_reference(struct experts *e, const struct shards_options *o, struct params *ref) WARN_UNUSED;
+/* Muon (owners.h) of those that are param.muon; all: the ranks of dp and tp, borrowed. Collective over `all`. */
+status *experts_open_muon(struct experts *e, struct comm *tp, struct comm *all, struct workers *w) WARN_UNUSED;
 /* A step in which every rank makes so many passes; before the first one. */
 void experts_begin(struct experts *e, uint32_t passes);
 /* A pass of a chunk of the model is done, with a micro-batch or without. ZeRO 2 and 3: collective over the shards. */
@@ -42,7 +46,7 @@ status *experts_added(struct experts *e, int chunk) WARN_UNUSED;
 /* Sum gradients; *norm, of `dense`, becomes that of the whole model. Collective over dp, ep, tp and pp. */
 status *experts_reduce(struct experts *e, double *norm) WARN_UNUSED;
 /* zero_update of the experts. Collective over dp. */
-status *experts_update(struct experts *e, const struct adamw *a,
+status *experts_update(struct experts *e, const struct adamw *a, const struct muon *muon,
                        status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg) WARN_UNUSED;
 /* The ZeRO that trains parameter *p of the model, `zero` being that of `dense`; *p: the parameter as it knows it. e
  * NULL: no expert parallelism. */

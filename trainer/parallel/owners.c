@@ -1,12 +1,13 @@
 /* owners: see owners.h. Every rank walks the same list (matrix by matrix, rank by rank, run by run), so messages of a
  * pair are in the same order on both sides. A matrix at its owner is first in parts, as the tensor-parallel ranks hold
- * them, one after another, each row-major. */
+ * them, one after another, each row-major. Of a tensor of experts every expert's matrix is one of the list. */
 #include "trainer/parallel/owners.h"
 
 #include "comm/agree.h"
 #include "comm/base/mem.h"
 #include "trainer/ops/kernels.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* A run of this rank, and where its momentum, gradients and weights begin. */
@@ -15,100 +16,164 @@ struct held {
     float *m, *g, *w;
 };
 
+/* One of the list: rows x cols elements, of which this rank's part is [begin, end) of the flat block. */
+struct matrix {
+    int param, owner, turn; /* owner: a rank of all; turn: in which round it is this one's */
+    uint64_t rows, cols, begin, end;
+};
+
 struct owners {
     struct params *p;
     struct zero *z;
     struct comm *dp, *all;
     struct workers *workers;
-    int tp, tp_rank, shards; /* shards: of a replica; stage 0: 1, everybody has all */
-    int *owner, *turn;       /* [params.count] a rank of all, or -1: not Muon's; in which round it is this one's */
-    int turns;
+    int tp, tp_rank, shards;        /* shards: of a replica; stage 0: 1, everybody has all */
+    struct matrix *matrix, **round; /* in order of the block; of turns, turn t's from round_begin[t] on */
+    int matrices, turns, *round_begin;
     struct box *box;      /* [tp][params.count] */
     struct zero_run *run; /* [dp][runs]; empty ones at the end */
     uint64_t runs;
     struct held *held; /* [own runs] */
-    uint64_t own_runs;
     struct comm_xfer *xfer;
     float *parts, *whole, *room; /* whole: NULL where there is one part */
     uint64_t room_bytes;
 };
 
 /* Multiplications of a step of Newton and Schulz, but for a factor. */
-static uint64_t work_of(const struct param *p)
+static uint64_t work_of(const struct matrix *m)
 {
-    uint64_t m = p->shape.dim[0], k = p->shape.dim[1], less = m < k ? m : k;
-    return less * less * (m + k);
+    uint64_t less = m->rows < m->cols ? m->rows : m->cols;
+    return less * less * (m->rows + m->cols);
 }
 
+/* Matrices of a tensor of this rank, and the first of its two dimensions. */
+static uint64_t matrices_of(const struct param *p, int *dim)
+{
+    *dim = p->shape.ndim - 2;
+    return !p->muon || p->away ? 0 : *dim ? p->box.len[0] : 1;
+}
+
+static status *list_matrices(struct owners *o)
+{
+    uint64_t n = 0;
+    int dim;
+    for (int i = 0; i < o->p->count; i++)
+        n += matrices_of(&o->p->p[i], &dim);
+    o->matrix = mem_calloc(n + 1, sizeof *o->matrix);
+    if (!o->matrix)
+        return ERR(NO_MEMORY, "a list of %llu matrices", (unsigned long long)n);
+    for (int i = 0; i < o->p->count; i++) {
+        const struct param *p = &o->p->p[i];
+        uint64_t each = matrices_of(p, &dim), elems = each ? param_elems(p) / each : 0;
+        for (uint64_t e = 0; e < each; e++)
+            o->matrix[o->matrices++] = (struct matrix){ .param = i,
+                                                        .owner = -1,
+                                                        .rows = p->shape.dim[dim],
+                                                        .cols = p->shape.dim[dim + 1],
+                                                        .begin = p->offset + e * elems,
+                                                        .end = p->offset + (e + 1) * elems };
+    }
+    return NULL;
+}
+
+static int heavier_first(const void *a, const void *b)
+{
+    const struct matrix *const *x = a, *const *y = b;
+    uint64_t one = work_of(*x), other = work_of(*y);
+    return one != other ? (one < other ? 1 : -1) : *x < *y ? -1 : 1;
+}
+
+static int earlier_first(const void *a, const void *b)
+{
+    const struct matrix *const *x = a, *const *y = b;
+    return (*x)->turn != (*y)->turn ? ((*x)->turn < (*y)->turn ? -1 : 1) : *x < *y ? -1 : 1;
+}
+
+/* load, count: [all], zero. */
 static void choose_owners(struct owners *o, uint64_t *load, int *count)
 {
-    for (int i = 0; i < o->p->count; i++)
-        o->owner[i] = -1;
-    for (;;) {
-        int next = -1, least = 0;
-        for (int i = 0; i < o->p->count; i++) {
-            const struct param *p = &o->p->p[i];
-            if (p->muon && !p->away && o->owner[i] < 0 && (next < 0 || work_of(p) > work_of(&o->p->p[next])))
-                next = i;
-        }
-        if (next < 0)
-            return;
+    struct matrix **by = o->round;
+    for (int i = 0; i < o->matrices; i++)
+        by[i] = &o->matrix[i];
+    qsort(by, (size_t)o->matrices, sizeof(struct matrix *), heavier_first);
+    for (int i = 0; i < o->matrices; i++) {
+        int least = 0;
         for (int r = 1; r < o->all->size; r++)
             least = load[r] < load[least] ? r : least;
-        o->owner[next] = least;
-        o->turn[next] = count[least]++;
+        by[i]->owner = least;
+        by[i]->turn = count[least]++;
         o->turns = count[least] > o->turns ? count[least] : o->turns;
-        load[least] += work_of(&o->p->p[next]);
+        load[least] += work_of(by[i]);
     }
+    qsort(by, (size_t)o->matrices, sizeof(struct matrix *), earlier_first);
+    for (int i = 0, turn = -1; i < o->matrices; i++)
+        while (turn < by[i]->turn)
+            o->round_begin[++turn] = i;
+    o->round_begin[o->turns] = o->matrices;
 }
 
-/* What of a run is p's part. */
-static struct zero_run meet(struct zero_run r, const struct param *p)
+/* What of a run is this rank's part of a matrix. */
+static struct zero_run meet(struct zero_run r, const struct matrix *m)
 {
-    uint64_t begin = p->offset, end = begin + param_elems(p);
-    r.begin = r.begin > begin ? r.begin : begin;
-    r.end = r.end < end ? r.end : end;
+    r.begin = r.begin > m->begin ? r.begin : m->begin;
+    r.end = r.end < m->end ? r.end : m->end;
     return r.begin < r.end ? r : (struct zero_run){ 0, 0 };
 }
 
-/* Where this rank's gradients of a part of its runs are. */
-static float *grad_at(const struct owners *o, struct zero_run part)
+/* Of a rank of dp, the first run that ends behind m's beginning; *end: its runs up to m's end. */
+static uint64_t runs_of(const struct owners *o, int dp, const struct matrix *m, uint64_t *end)
 {
-    for (uint64_t k = 0; k < o->own_runs; k++)
-        if (part.begin >= o->held[k].run.begin && part.end <= o->held[k].run.end)
-            return o->held[k].g + (part.begin - o->held[k].run.begin);
-    CHECK(false, "a part of a matrix is not held here");
+    const struct zero_run *run = o->run + (uint64_t)dp * o->runs;
+    uint64_t low = 0, high = o->runs;
+    while (low < high) {
+        uint64_t k = low + (high - low) / 2;
+        if (run_elems(run[k]) && run[k].end <= m->begin)
+            low = k + 1;
+        else
+            high = k;
+    }
+    for (*end = low; *end < o->runs && run_elems(run[*end]) && run[*end].begin < m->end;)
+        ++*end;
+    return low;
+}
+
+/* Where this rank's gradients of a part of its run are. */
+static float *grad_at(const struct held *h, struct zero_run part)
+{
+    CHECK(part.begin >= h->run.begin && part.end <= h->run.end, "a part of a matrix is not held here");
+    return h->g + (part.begin - h->run.begin);
 }
 
 /* ---- messages ---- */
 
-/* Does the rank of dp and tp give its runs of matrix i to the owner, or get them back? */
-static bool takes_part(const struct owners *o, int i, int dp, int tp, bool back)
+/* Does the rank of dp and tp give its runs of a matrix to the owner, or get them back? */
+static bool takes_part(const struct owners *o, const struct matrix *m, int dp, int tp, bool back)
 {
-    return back || (dp / o->shards == o->owner[i] / o->tp / o->shards && tp % o->p->p[i].share == 0);
+    return back || (dp / o->shards == m->owner / o->tp / o->shards && tp % o->p->p[m->param].share == 0);
 }
 
-/* Messages of matrix i to its owner, or back, with x NULL counted; what the owner itself holds is copied. */
-static size_t messages_of(const struct owners *o, int i, bool back, struct comm_xfer *x)
+/* Messages of a matrix to its owner, or back, with x NULL counted; what the owner itself holds is copied. */
+static size_t messages_of(const struct owners *o, const struct matrix *m, bool back, struct comm_xfer *x)
 {
-    const struct param *p = &o->p->p[i];
-    int me = o->all->rank, owner = o->owner[i];
+    const struct param *p = &o->p->p[m->param];
+    int me = o->all->rank, owner = m->owner;
     size_t n = 0;
     for (int r = 0; r < o->all->size; r++) {
         int dp = r / o->tp, tp = r % o->tp;
-        if ((owner != me && r != me) || !takes_part(o, i, dp, tp, back))
+        if ((owner != me && r != me) || !takes_part(o, m, dp, tp, back))
             continue;
-        for (uint64_t k = 0; k < o->runs; k++) {
-            struct zero_run part = meet(o->run[(uint64_t)dp * o->runs + k], p);
+        uint64_t end;
+        for (uint64_t k = runs_of(o, dp, m, &end); k < end; k++) {
+            struct zero_run part = meet(o->run[(uint64_t)dp * o->runs + k], m);
             size_t bytes = run_elems(part) * sizeof(float);
             if (!bytes)
                 continue;
             n++;
             if (!x)
                 continue;
-            float *here = r == me ? grad_at(o, part) : NULL, *at_owner = NULL;
+            float *here = r == me ? grad_at(&o->held[k], part) : NULL, *at_owner = NULL;
             if (owner == me)
-                at_owner = o->parts + (uint64_t)(tp / p->share) * param_elems(p) + (part.begin - p->offset);
+                at_owner = o->parts + (uint64_t)(tp / p->share) * (m->end - m->begin) + (part.begin - m->begin);
             if (r == owner)
                 memcpy(back ? here : at_owner, back ? at_owner : here, bytes), n--;
             else
@@ -123,9 +188,8 @@ static size_t messages_of(const struct owners *o, int i, bool back, struct comm_
 static size_t messages(const struct owners *o, int turn, bool back, struct comm_xfer *x)
 {
     size_t n = 0;
-    for (int i = 0; i < o->p->count; i++)
-        if (o->owner[i] >= 0 && o->turn[i] == turn)
-            n += messages_of(o, i, back, x ? x + n : NULL);
+    for (int i = o->round_begin[turn]; i < o->round_begin[turn + 1]; i++)
+        n += messages_of(o, o->round[i], back, x ? x + n : NULL);
     return n;
 }
 
@@ -163,33 +227,38 @@ static status *list_held(struct owners *o, const struct zero_moments *z)
     if (!o->held)
         return ERR(NO_MEMORY, "%llu runs", (unsigned long long)z->run_count);
     for (uint64_t k = 0, at = 0; k < z->run_count; at += run_elems(z->run[k]), k++)
-        o->held[o->own_runs++] = (struct held){ .run = z->run[k],
-                                                .m = z->m + at,
-                                                .g = zero_sums(o->z, z->run[k], at),
-                                                .w = z->w ? z->w + at : o->p->data + z->run[k].begin };
+        o->held[k] = (struct held){ .run = z->run[k],
+                                    .m = z->m + at,
+                                    .g = zero_sums(o->z, z->run[k], at),
+                                    .w = z->w ? z->w + at : o->p->data + z->run[k].begin };
     return NULL;
+}
+
+static status *deal(struct owners *o)
+{
+    uint64_t *load = mem_calloc((size_t)o->all->size, sizeof *load);
+    int *count = mem_calloc((size_t)o->all->size, sizeof *count);
+    o->round = mem_array(NULL, (size_t)o->matrices + 1, sizeof(struct matrix *));
+    o->round_begin = mem_calloc((size_t)o->matrices + 1, sizeof *o->round_begin);
+    status *st = load && count && o->round && o->round_begin ? NULL : ERR(NO_MEMORY, "%d matrices", o->matrices);
+    if (!st)
+        choose_owners(o, load, count);
+    mem_free(load);
+    mem_free(count);
+    return st;
 }
 
 static status *take_memory(struct owners *o)
 {
     size_t room = 0, matrix = 0, most = 0;
-    uint64_t *load = mem_calloc((size_t)o->all->size, sizeof *load);
-    int *count = mem_calloc((size_t)o->all->size, sizeof *count);
-    o->owner = mem_calloc((size_t)o->p->count + 1, sizeof *o->owner);
-    o->turn = mem_calloc((size_t)o->p->count + 1, sizeof *o->turn);
-    bool any = load && count && o->owner && o->turn;
-    if (any)
-        choose_owners(o, load, count);
-    mem_free(load);
-    mem_free(count);
-    for (int i = 0; any && i < o->p->count; i++) {
-        const struct shape *s = &o->p->p[i].shape;
-        if (o->owner[i] != o->all->rank)
+    for (int i = 0; i < o->matrices; i++) {
+        const struct matrix *m = &o->matrix[i];
+        if (m->owner != o->all->rank)
             continue;
-        room = muon_room(s->dim[0], s->dim[1]) > room ? muon_room(s->dim[0], s->dim[1]) : room;
-        matrix = s->dim[0] * s->dim[1] > matrix ? s->dim[0] * s->dim[1] : matrix;
+        room = muon_room(m->rows, m->cols) > room ? muon_room(m->rows, m->cols) : room;
+        matrix = m->rows * m->cols > matrix ? m->rows * m->cols : matrix;
     }
-    for (int turn = 0; any && turn < o->turns; turn++)
+    for (int turn = 0; turn < o->turns; turn++)
         for (int back = 0; back < 2; back++) {
             size_t n = messages(o, turn, back, NULL);
             most = n > most ? n : most;
@@ -197,7 +266,7 @@ static status *take_memory(struct owners *o)
     o->room = mem_array(NULL, room + 2, sizeof *o->room);
     o->parts = mem_array(NULL, matrix + 1, sizeof *o->parts);
     o->whole = o->tp > 1 ? mem_array(NULL, matrix + 1, sizeof *o->whole) : NULL;
-    o->xfer = any ? mem_array(NULL, most + 1, sizeof *o->xfer) : NULL;
+    o->xfer = mem_array(NULL, most + 1, sizeof *o->xfer);
     o->room_bytes = (room + (o->tp > 1 ? 2 : 1) * matrix) * sizeof(float);
     return o->room && o->parts && o->xfer && (o->whole || o->tp == 1)
                ? NULL
@@ -219,6 +288,10 @@ status *owners_open(struct params *p, struct zero *z, struct comm *dp, struct co
     if (!st)
         st = list_held(o, &m);
     if (!st)
+        st = list_matrices(o);
+    if (!st)
+        st = deal(o);
+    if (!st)
         st = take_memory(o);
     st = comm_agree(all, st);
     if (st) {
@@ -233,8 +306,9 @@ void owners_close(struct owners *o)
 {
     if (!o)
         return;
-    mem_free(o->owner);
-    mem_free(o->turn);
+    mem_free(o->matrix);
+    mem_free(o->round);
+    mem_free(o->round_begin);
     mem_free(o->box);
     mem_free(o->run);
     mem_free(o->held);
@@ -252,42 +326,44 @@ uint64_t owners_bytes(const struct owners *o)
 
 /* ---- the step ---- */
 
-/* Between the parts and the whole of matrix i. */
-static void put_together(struct owners *o, int i, bool apart)
+/* Between the parts and the whole of a matrix. */
+static void put_together(struct owners *o, const struct matrix *m, bool apart)
 {
-    const struct param *p = &o->p->p[i];
+    const struct param *p = &o->p->p[m->param];
+    int dim = p->shape.ndim - 2;
     for (int t = 0; t < o->tp; t += p->share) {
-        const struct box *b = &o->box[t * o->p->count + i];
-        float *part = o->parts + (uint64_t)(t / p->share) * param_elems(p);
-        for (uint64_t row = 0; row < b->len[0]; row++) {
-            float *to = o->whole + (b->off[0] + row) * p->shape.dim[1] + b->off[1], *from = part + row * b->len[1];
-            memcpy(apart ? from : to, apart ? to : from, b->len[1] * sizeof *to);
+        const struct box *b = &o->box[t * o->p->count + m->param];
+        float *part = o->parts + (uint64_t)(t / p->share) * (m->end - m->begin);
+        for (uint64_t row = 0; row < b->len[dim]; row++) {
+            float *to = o->whole + (b->off[dim] + row) * m->cols + b->off[dim + 1],
+                  *from = part + row * b->len[dim + 1];
+            memcpy(apart ? from : to, apart ? to : from, b->len[dim + 1] * sizeof *to);
         }
     }
 }
 
-static void orthogonalise(struct owners *o, int i)
+static void orthogonalise(struct owners *o, const struct matrix *m)
 {
-    const struct param *p = &o->p->p[i];
-    bool cut = p->share < o->tp;
+    bool cut = o->p->p[m->param].share < o->tp;
     if (cut)
-        put_together(o, i, false);
-    muon_orthogonalise(o->workers, cut ? o->whole : o->parts, p->shape.dim[0], p->shape.dim[1], o->room);
+        put_together(o, m, false);
+    muon_orthogonalise(o->workers, cut ? o->whole : o->parts, m->rows, m->cols, o->room);
     if (cut)
-        put_together(o, i, true);
+        put_together(o, m, true);
 }
 
 typedef status *fence_fn(void *arg, const void *addr, size_t bytes);
 
 /* What of a matrix is overwritten: weights (where they are whole, all of it, by the gathers that follow) and momentum.
  */
-static status *announce(const struct owners *o, const struct param *p, fence_fn *fence, void *arg)
+static status *announce(const struct owners *o, const struct matrix *m, fence_fn *fence, void *arg)
 {
     bool whole = !zero_moments(o->z).w;
     if (whole)
-        TRY(fence(arg, o->p->data + p->offset, param_elems(p) * sizeof(float)));
-    for (uint64_t k = 0; k < o->own_runs; k++) {
-        struct zero_run part = meet(o->held[k].run, p);
+        TRY(fence(arg, o->p->data + m->begin, (m->end - m->begin) * sizeof(float)));
+    uint64_t end;
+    for (uint64_t k = runs_of(o, o->dp->rank, m, &end); k < end; k++) {
+        struct zero_run part = meet(o->held[k].run, m);
         uint64_t at = part.begin - o->held[k].run.begin;
         if (run_elems(part) && !whole)
             TRY(fence(arg, o->held[k].w + at, run_elems(part) * sizeof(float)));
@@ -298,14 +374,15 @@ static status *announce(const struct owners *o, const struct param *p, fence_fn 
 }
 
 /* Each part of this rank's runs that is Muon's: its momentum, or its weights. */
-static void own_parts(struct owners *o, const struct param *p, const struct muon *muon, bool apply)
+static void own_parts(struct owners *o, const struct matrix *m, const struct muon *muon, bool apply)
 {
-    for (uint64_t k = 0; k < o->own_runs; k++) {
+    uint64_t end;
+    for (uint64_t k = runs_of(o, o->dp->rank, m, &end); k < end; k++) {
         const struct held *h = &o->held[k];
-        struct zero_run part = meet(h->run, p);
+        struct zero_run part = meet(h->run, m);
         uint64_t at = part.begin - h->run.begin, n = run_elems(part);
         if (n && apply)
-            muon_apply(muon, h->w + at, h->g + at, n, p->shape.dim[0], p->shape.dim[1]);
+            muon_apply(muon, h->w + at, h->g + at, n, m->rows, m->cols);
         else if (n)
             muon_momentum(muon, h->g + at, h->m + at, n);
     }
@@ -316,22 +393,19 @@ status *owners_step(struct owners *o, const struct muon *muon, fence_fn *fence, 
     TRY(zero_spread_sums(o->z));
     status *failed =
         fence ? fence(arg, zero_moments(o->z).m, 0) : NULL; /* every rank: the first call may be collective */
-    for (int i = 0; !failed && i < o->p->count; i++) {
-        if (o->owner[i] < 0)
-            continue;
-        failed = fence ? announce(o, &o->p->p[i], fence, arg) : NULL;
+    for (int i = 0; !failed && i < o->matrices; i++) {
+        failed = fence ? announce(o, &o->matrix[i], fence, arg) : NULL;
         if (!failed)
-            own_parts(o, &o->p->p[i], muon, false);
+            own_parts(o, &o->matrix[i], muon, false);
     }
     for (int turn = 0; turn < o->turns; turn++) {
         TRY(comm_exchange(o->all, o->xfer, messages(o, turn, false, o->xfer), NULL));
-        for (int i = 0; i < o->p->count; i++)
-            if (o->owner[i] == o->all->rank && o->turn[i] == turn)
-                orthogonalise(o, i);
+        for (int i = o->round_begin[turn]; i < o->round_begin[turn + 1]; i++)
+            if (o->round[i]->owner == o->all->rank)
+                orthogonalise(o, o->round[i]);
         TRY(comm_exchange(o->all, o->xfer, messages(o, turn, true, o->xfer), NULL));
     }
-    for (int i = 0; !failed && i < o->p->count; i++)
-        if (o->owner[i] >= 0)
-            own_parts(o, &o->p->p[i], muon, true);
+    for (int i = 0; !failed && i < o->matrices; i++)
+        own_parts(o, &o->matrix[i], muon, true);
     return failed;
 }

@@ -1,5 +1,5 @@
-/* owners: Muon's step of matrices of which ZeRO leaves a rank runs, and tensor parallelism a part: whole tensors are
- * owned by one rank each.
+/* owners: Muon's step of matrices of which ZeRO leaves a rank runs, and tensor parallelism a part: whole matrices are
+ * owned by one rank each; a tensor of experts [E, M, K] is E of them.
  *
  * A rank keeps the momentum of its runs (zero_moments.m). What the momentum makes of them goes to the owner of each
  * matrix, who puts it together and makes it orthogonal; the runs come back, and each rank changes its own weights,
