@@ -189,6 +189,7 @@ static void draw_what(struct draw *d, struct words *w)
     words_add(w, "train.micro_batch=%d", micro);
     words_add(w, "train.lanes=%d", ONE_OF(d, 8, 8, 8, 4, 2));
     words_add(w, "train.deterministic=%s", yes_no(draw_below(d, 4)));
+    words_add(w, "train.eval_every=%d", one_in(d, 6) ? 4 : 0); /* then completions of tasks are generated */
     words_add(w, "optim.clip=%s", one_in(d, 3) ? "0" : one_in(d, 2) ? "0.05" : "1");
     words_add(w, "optim.weight_decay=%s", one_in(d, 2) ? "0" : "0.1");
     words_add(w, "optim.kind=%s", one_in(d, 6) ? "muon" : "adamw");
@@ -438,6 +439,7 @@ static const char *mistake_of_dp(struct draw *d, struct layout_job *j)
 
 const char *draw_mistake(struct draw *d, struct layout_job *j)
 {
+    words_set(&j->what, "train.eval_every", "0");
     switch (draw_below(d, 5)) {
     case 0: /* the sizes multiply to more ranks, or to no divisor of theirs */
         if (draw_below(d, 2))

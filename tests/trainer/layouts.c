@@ -235,14 +235,15 @@ static status *open_rows(const char *root, const char *name, FILE **out)
 
 status *layout_data(const char *root)
 {
-    enum { ROWS = 53 };
+    enum { ROWS = 53, TASKS = 7 }; /* tasks: a model that has learnt little ends at once, and is right */
     char dir[ROOT_BYTES + 16], prompt[64], good[64], bad[64];
     snprintf(dir, sizeof dir, "%s/data", root);
     EXPECT(!mkdir(dir, 0777));
-    FILE *sft, *prefs, *labelled;
+    FILE *sft, *prefs, *labelled, *tasks;
     TRY(open_rows(root, "sft", &sft));
     TRY(open_rows(root, "prefs", &prefs));
     TRY(open_rows(root, "labelled", &labelled));
+    TRY(open_rows(root, "tasks", &tasks));
     struct draw d = draw_from(5, 0);
     for (int i = 0; i < ROWS; i++) {
         draw_text(&d, prompt);
@@ -252,8 +253,10 @@ status *layout_data(const char *root)
         fprintf(prefs, "{\"prompt\": \"%s\", \"chosen\": \"%s\", \"rejected\": \"-%s\"}\n", prompt, good, bad);
         fprintf(labelled, "{\"prompt\": \"%d%.20s\", \"completion\": \"%s\", \"label\": %s}\n", i, prompt,
                 i % 3 ? bad : good, i % 3 ? "false" : "true");
+        if (i < TASKS)
+            fprintf(tasks, "{\"prompt\": \"%.*s\", \"answer\": \"%s\"}\n", 1 + i, prompt, i ? "" : "abc");
     }
-    EXPECT(!fclose(sft) && !fclose(prefs) && !fclose(labelled));
+    EXPECT(!fclose(sft) && !fclose(prefs) && !fclose(labelled) && !fclose(tasks));
     return NULL;
 }
 
@@ -261,7 +264,7 @@ status *layout_data(const char *root)
  * values, which are the same, large. */
 static status *config_of(const struct layout_run *r, struct config **out)
 {
-    char text[2048], routes[ROOT_BYTES + 64], *words[2 * JOB_WORDS + 1];
+    char text[2048], routes[ROOT_BYTES + 64], tasks[ROOT_BYTES + 64], *words[2 * JOB_WORDS + 2];
     const struct words *const both[] = { &r->job->what, &r->job->how };
     int n = 0;
     snprintf(text, sizeof text,
@@ -280,6 +283,10 @@ static status *config_of(const struct layout_run *r, struct config **out)
     for (int b = 0; b < 2; b++)
         for (int i = 0; i < both[b]->count; i++)
             words[n++] = (char *)(size_t)both[b]->word[i];
+    if (words_number(&r->job->what, "train.eval_every", 0)) {
+        snprintf(tasks, sizeof tasks, "data.tasks=%s/data/tasks.jsonl", r->root);
+        words[n++] = tasks;
+    }
     if (r->routes) {
         snprintf(routes, sizeof routes, "train.routes=%s:%s/routes", r->routes, r->root);
         words[n++] = routes;
@@ -345,12 +352,11 @@ void layout_run_free(struct layout_run *r)
 
 /* ---- losses ---- */
 
-static const char *const keys[] = {
-    "loss", "grad_norm", "entropy", "rewards/chosen", "rewards/margins", "kl", "tokens"
-};
+static const char *const keys[] = { "loss", "grad_norm", "entropy",    "rewards/chosen", "rewards/margins",
+                                    "kl",   "tokens",    "task/solved" };
 enum { KEYS = sizeof keys / sizeof *keys };
 
-/* The last event of each step in metrics.jsonl; NAN: a key that it has not. */
+/* Of the last events of each step in metrics.jsonl; NAN: a key that none has. */
 static status *read_metrics(const char *root, const char *name, double value[JOB_STEPS + 1][KEYS])
 {
     char path[ROOT_BYTES + 64], line[4096];
@@ -362,9 +368,13 @@ static status *read_metrics(const char *root, const char *name, double value[JOB
             value[s][k] = (double)NAN;
     while (fgets(line, sizeof line, f)) {
         unsigned step;
-        if (sscanf(line, "{\"event\": \"step\", \"step\": %u,", &step) != 1 || step > JOB_STEPS)
+        char event[8];
+        if (sscanf(line, "{\"event\": \"%7[a-z]\", \"step\": %u,", event, &step) != 2 || step > JOB_STEPS)
             continue;
-        for (int k = 0; k < KEYS; k++) {
+        bool tasks = !strcmp(event, "eval");
+        if (!tasks && strcmp(event, "step") != 0)
+            continue;
+        for (int k = tasks ? KEYS - 1 : 0; k < (tasks ? KEYS : KEYS - 1); k++) {
             char quoted[64];
             snprintf(quoted, sizeof quoted, "\"%s\": ", keys[k]);
             const char *at = strstr(line, quoted);
