@@ -303,7 +303,7 @@ static bool is_legal(const struct layout_job *j)
         return false;
     if (stages_of(how) > words_number(what, "model.layers", 1) + 2)
         return false;
-    if (ep > 1 && (!has_experts(what) || words_number(what, "model.experts", 0) % ep || zero > 1))
+    if (ep > 1 && (!has_experts(what) || words_number(what, "model.experts", 0) % ep))
         return false;
     long groups = zero < 2 ? dp : shard ? dp / shard : 1;
     if (!strcmp(words_get(what, "train.deterministic", "true"), "true") &&

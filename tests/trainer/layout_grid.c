@@ -31,11 +31,6 @@ static bool next_mesh(struct grid_mesh *m)
     }
 }
 
-static bool is_legal(const struct grid_mesh *m, int zero, bool experts)
-{
-    return m->ep == 1 || (experts && zero < 2);
-}
-
 /* Heads, columns of feed-forward blocks and experts that all divisors of `ranks` divide; a layer for most stages. */
 static void add_model(const struct grid_mesh *m, bool experts, bool odd, struct words *w)
 {
@@ -103,7 +98,7 @@ static uint32_t count_to(uint32_t number, struct layout_job *out)
     while (next_mesh(&m))
         for (int v = 0; v < VARIANTS; v++) {
             bool experts = v / LOSSES % KINDS;
-            if (!is_legal(&m, zeros[v / (VARIANTS / ZEROS)], experts))
+            if (m.ep > 1 && !experts)
                 continue;
             if (n == number) {
                 make(&m, v, out);
