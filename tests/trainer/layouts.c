@@ -194,6 +194,7 @@ status *__wrap_state_save(struct trainer *t, bool needed)
     struct layout_run *r = running;
     if (r->save_at && r->stop && t->step > r->save_at) {
         TRY(state_finish(t));
+        TRY(comm_barrier(t->world)); /* an error breaks the job: nobody may be on the way here */
         return ERR(CANCELLED, "given up");
     }
     if (watch_step(t->step) || t->step == r->save_at || t->step == r->watch_at)
