@@ -219,7 +219,8 @@ static void count_state(const struct mesh_plan *p, const struct stage *s, struct
     double grads =
         r->zero < 2 ? (1 + n) * dense + s->experts : cut(c, r, (n > 1 ? n : 1) * dense + s->experts, s->experts);
     double window = r->zero < 2 ? 0 : r->zero == 2 ? 4 : 4 + held;
-    double messages = c->train.grad_dtype == TRAIN_BF16 ? 3.5 : 1; /* in bf16 each once more, and what is sent */
+    /* of two buckets under way; in bf16 each half as much again, and what is sent */
+    double messages = c->train.grad_dtype == TRAIN_BF16 ? 4.5 : 2;
     r->parameters = (uint64_t)(values * (live ? 2 : 1) + (r->pp > 1 ? held * s->tied : 0));
     r->gradients = (uint64_t)(4 * grads);
     r->moments = (uint64_t)(8 * own);

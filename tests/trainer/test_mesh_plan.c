@@ -59,7 +59,7 @@ static void bytes_are_the_formulas(void **state)
         assert_int_equal(r->gradients, zero < 2 ? 4 * whole * (1 + sums) : 4 * whole / dp * sums);
         assert_int_equal(r->moments, 8 * whole / (zero ? dp : 1));
         uint64_t window = zero < 2 ? 0 : zero == 2 ? 4 : bf16 ? 6 : 8;
-        assert_int_equal(r->other, (bf16 ? 7 : 2) * bucket / 2 + window * (OUTSIDE + 2 * PADDED_LAYER));
+        assert_int_equal(r->other, (bf16 ? 9 : 4) * bucket / 2 + window * (OUTSIDE + 2 * PADDED_LAYER));
         double once = 3.0 / 4 * 4 * (double)whole, passes = BATCH / 4.0;
         double sent = zero < 2 ? 2 * once : zero == 2 ? (passes + 1) * once : 3 * passes * once;
         assert_true(fabs(r->sent - (bf16 ? sent / 2 : sent)) < 1);
@@ -165,7 +165,7 @@ static void dealt_experts_are_counted(void **state)
         assert_int_equal(r->parameters, 4 * (zero == 3 ? cut : dense + own));
         assert_int_equal(r->gradients, 4 * (zero < 2 ? dense + own : sums * dense / shards + own / holders));
         assert_int_equal(r->moments, 8 * (zero ? cut : dense + own));
-        assert_int_equal(r->other, 16384 + (zero < 2 ? 0 : zero == 2 ? 4 : 8) * (dense + own));
+        assert_int_equal(r->other, 2 * 16384 + (zero < 2 ? 0 : zero == 2 ? 4 : 8) * (dense + own));
         mesh_plan_free(p);
         config_free(c);
     }
