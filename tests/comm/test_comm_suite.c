@@ -177,16 +177,6 @@ static status *own_gpu(struct device **out)
     return device_open("cuda", 0, out);
 }
 
-static status *suite_on_gpu(struct comm *nccl, struct device *d)
-{
-    struct comm *dup, *c;
-    TRY(comm_dup(nccl, &dup));
-    TRY(comm_on_device(dup, d, &c));
-    status *st = comm_suite_run_in_order(c);
-    comm_close(c);
-    return st;
-}
-
 static status *one_dies(struct comm *nccl, struct device *d)
 {
     void *x;
@@ -218,7 +208,7 @@ static int run_nccl(int argc, char **argv)
     if (!st)
         st = comm_over(world, d, dies ? 5 : 60, &nccl);
     if (!st)
-        st = dies ? one_dies(nccl, d) : suite_on_gpu(nccl, d);
+        st = dies ? one_dies(nccl, d) : comm_suite_on_device(nccl, d);
     int code = status_exit_code(st);
     log_status(&log, LOG_ERROR, st);
     if (st && world)

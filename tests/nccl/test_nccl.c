@@ -93,21 +93,11 @@ static status *run_job(int size, double timeout_s, status *(*fn)(struct comm *, 
 
 /* ---- the suite */
 
-static status *on_device(struct comm *nccl, struct device *d)
-{
-    struct comm *dup, *c;
-    TRY(comm_dup(nccl, &dup));
-    TRY(comm_on_device(dup, d, &c));
-    status *st = comm_suite_run_in_order(c);
-    comm_close(c);
-    return st;
-}
-
 static void test_device_memory(void **state)
 {
     (void)state;
     for (int size = 1; size <= 4; size++)
-        assert_ok(run_job(size, LIMIT_S, on_device));
+        assert_ok(run_job(size, LIMIT_S, comm_suite_on_device));
     assert_int_equal(fake_end(), 0);
 }
 

@@ -1,6 +1,8 @@
 /* comm_on_device: behind each copy lies a guard that nothing may write to. */
 #include "tests/support/comm_on_device.h"
 
+#include "tests/support/comm_suite.h"
+
 #include "comm/base/mem.h"
 
 #include <string.h>
@@ -315,4 +317,14 @@ status *comm_on_device(struct comm *inner, struct device *dev, struct comm **out
     }
     *out = c;
     return NULL;
+}
+
+status *comm_suite_on_device(struct comm *inner, struct device *dev)
+{
+    struct comm *dup, *c;
+    TRY(comm_dup(inner, &dup));
+    TRY(comm_on_device(dup, dev, &c));
+    status *st = comm_suite_run_in_order(c);
+    comm_close(c);
+    return st;
 }

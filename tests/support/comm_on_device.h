@@ -9,5 +9,7 @@
 
 /* Takes inner, which moves memory of dev. */
 status *comm_on_device(struct comm *inner, struct device *dev, struct comm **out) WARN_UNUSED;
+/* The conformance suite over a duplicate of inner, as far as it goes with calls that run in order. Collective. */
+status *comm_suite_on_device(struct comm *inner, struct device *dev) WARN_UNUSED;
 
 #endif

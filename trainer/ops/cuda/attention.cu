@@ -155,24 +155,20 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) forward(struct
 {
     typedef forward_room<T, DC> room;
     SHARED(room, s);
-    struct span p;
-    int64_t q0, head = blockIdx.y, d = t.d;
-    if (!find_tile(t, blockIdx.x, T, false, &p, &q0))
+    struct query_tile a;
+    if (!find_query_tile(t, T, &a))
         return;
-    int64_t q_ld = t.heads * d, kv_ld = t.kv_heads * d, count = min_of(T, p.count - q0);
-    int64_t key = p.from * kv_ld + head / (t.heads / t.kv_heads) * d, query = (p.first + q0) * q_ld + head * d;
     float out[T / SIDE][DC] = {}, top[T / SIDE], sum[T / SIDE] = {}, score[T / SIDE][T / SIDE];
     for (int r = 0; r < T / SIDE; r++)
         top[r] = -INFINITY;
-    take(s.q, t.q + query, q_ld, count, t.d, t.wide);
-    int64_t end = visible_to(p, q0 + count - 1);
-    for (int64_t k0 = first_tile(t, p, q0, T); k0 < end; k0 += T) {
-        take(s.kv, t.k + key + k0 * kv_ld, kv_ld, min_of(T, end - k0), t.d, t.wide);
+    take(s.q, t.q + a.query, a.q_ld, a.count, t.d, t.wide);
+    for (int64_t k0 = a.begin; k0 < a.end; k0 += T) {
+        take(s.kv, t.k + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
         __syncthreads();
         products<T, DC>(score, s.q, s.kv, t.d);
         __syncthreads();
-        take(s.kv, t.v + key + k0 * kv_ld, kv_ld, min_of(T, end - k0), t.d, t.wide);
-        softmax_tile<T, DC>(t, p, q0, k0, score, top, sum, out, s.p);
+        take(s.kv, t.v + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
+        softmax_tile<T, DC>(t, a.p, a.q0, k0, score, top, sum, out, s.p);
         __syncthreads();
         accumulate<false, T, DC>(out, s.p, s.kv);
         __syncthreads();
@@ -180,13 +176,13 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) forward(struct
     int tx = (int)threadIdx.x % SIDE, ty = (int)threadIdx.x / SIDE;
     for (int r = 0; r < T / SIDE; r++) {
         int64_t i = ty + SIDE * r;
-        if (i >= count)
+        if (i >= a.count)
             continue;
         for (int c = 0; c < DC; c++)
-            if (tx + SIDE * c < d)
-                t.o[query + i * q_ld + tx + SIDE * c] = out[r][c] / sum[r];
+            if (tx + SIDE * c < t.d)
+                t.o[a.query + i * a.q_ld + tx + SIDE * c] = out[r][c] / sum[r];
         if (t.lse && tx == 0)
-            t.lse[(p.first + q0 + i) * t.heads + head] = (float)((double)top[r] + log((double)sum[r]));
+            t.lse[(a.p.first + a.q0 + i) * t.heads + a.head] = (float)((double)top[r] + log((double)sum[r]));
     }
 }
 
@@ -243,29 +239,25 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) query_gradient
 {
     typedef backward_room<T, DC> room;
     SHARED(room, s);
-    struct span p;
-    int64_t q0, head = blockIdx.y, d = t.d;
-    if (!find_tile(t, blockIdx.x, T, false, &p, &q0))
+    struct query_tile a;
+    if (!find_query_tile(t, T, &a))
         return;
-    int64_t q_ld = t.heads * d, kv_ld = t.kv_heads * d, count = min_of(T, p.count - q0);
-    int64_t key = p.from * kv_ld + head / (t.heads / t.kv_heads) * d, query = (p.first + q0) * q_ld + head * d;
     float dq[T / SIDE][DC] = {}, score[T / SIDE][T / SIDE], dp[T / SIDE][T / SIDE];
-    take(s.q, t.q + query, q_ld, count, t.d, t.wide);
-    take(s.d_o, t.d_o + query, q_ld, count, t.d, t.wide);
-    int64_t end = visible_to(p, q0 + count - 1);
-    for (int64_t k0 = first_tile(t, p, q0, T); k0 < end; k0 += T) {
-        take(s.k, t.k + key + k0 * kv_ld, kv_ld, min_of(T, end - k0), t.d, t.wide);
-        take(s.v, t.v + key + k0 * kv_ld, kv_ld, min_of(T, end - k0), t.d, t.wide);
+    take(s.q, t.q + a.query, a.q_ld, a.count, t.d, t.wide);
+    take(s.d_o, t.d_o + a.query, a.q_ld, a.count, t.d, t.wide);
+    for (int64_t k0 = a.begin; k0 < a.end; k0 += T) {
+        take(s.k, t.k + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
+        take(s.v, t.v + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
         __syncthreads();
         products<T, DC>(score, s.q, s.k, t.d);
         products<T, DC>(dp, s.d_o, s.v, t.d);
-        score_gradients<T>(t, p, q0, k0, (p.first + q0) * t.heads + head, score, dp);
+        score_gradients<T>(t, a.p, a.q0, k0, (a.p.first + a.q0) * t.heads + a.head, score, dp);
         put<T>(s.ds, dp);
         __syncthreads();
         accumulate<false, T, DC>(dq, s.ds, s.k);
         __syncthreads();
     }
-    add_rows(t.dq + query, q_ld, count, t.d, dq);
+    add_rows(t.dq + a.query, a.q_ld, a.count, t.d, dq);
 }
 
 template <int T, int DC> __global__ void __launch_bounds__(BLOCK) key_gradients(struct att_job t)

@@ -81,6 +81,32 @@ static __device__ inline int64_t first_tile(const struct att_job &t, const struc
     return left > 0 ? left / tile * tile : 0;
 }
 
+/* A block's tile of queries of a head (blockIdx.y), and the keys that it sees any of. */
+struct query_tile {
+    struct span p;
+    int64_t q0, count;   /* queries of the segment */
+    int64_t begin, end;  /* tiles of keys of the segment */
+    int64_t q_ld, kv_ld; /* from row to row */
+    int64_t query, key;  /* of q's row q0; of the segment's first row of k and v */
+    int64_t head;
+};
+
+static __device__ inline bool find_query_tile(const struct att_job &t, int tile, struct query_tile *a)
+{
+    int64_t d = t.d;
+    if (!find_tile(t, blockIdx.x, tile, false, &a->p, &a->q0))
+        return false;
+    a->head = blockIdx.y;
+    a->count = min_of(tile, a->p.count - a->q0);
+    a->begin = first_tile(t, a->p, a->q0, tile);
+    a->end = visible_to(a->p, a->q0 + a->count - 1);
+    a->q_ld = t.heads * d;
+    a->kv_ld = t.kv_heads * d;
+    a->query = (a->p.first + a->q0) * a->q_ld + a->head * d;
+    a->key = a->p.from * a->kv_ld + a->head / (t.heads / t.kv_heads) * d;
+    return true;
+}
+
 /* Of keys [k0, k0 + count): the first query that sees k0, down to a tile's start; returns the first one after it that
  * sees none of them any more. */
 static __device__ inline int64_t queries_of(const struct att_job &t, const struct span &p, int64_t k0, int64_t count,

@@ -182,35 +182,31 @@ template <int DC> __global__ void __launch_bounds__(MMA_BLOCK) forward(struct at
 {
     typedef forward_room<DC> room;
     SHARED(room, s);
-    struct span p;
-    int64_t q0, head = blockIdx.y, d = t.d;
-    if (!find_tile(t, blockIdx.x, TILE, false, &p, &q0))
+    struct query_tile a;
+    if (!find_query_tile(t, TILE, &a))
         return;
-    int64_t q_ld = t.heads * d, kv_ld = t.kv_heads * d, count = min_of(TILE, p.count - q0);
-    int64_t key = p.from * kv_ld + head / (t.heads / t.kv_heads) * d, query = (p.first + q0) * q_ld + head * d;
     float out[DC * 2][4] = {}, top[2] = { -INFINITY, -INFINITY }, sum[2] = {}, score[PIECES][4];
-    take<DC>(&s.q, NULL, t.q + query, q_ld, count, t.d);
-    int64_t end = visible_to(p, q0 + count - 1);
-    for (int64_t k0 = first_tile(t, p, q0, TILE); k0 < end; k0 += TILE) {
-        take<DC>(&s.k, NULL, t.k + key + k0 * kv_ld, kv_ld, min_of(TILE, end - k0), t.d);
-        take<DC>(NULL, &s.v, t.v + key + k0 * kv_ld, kv_ld, min_of(TILE, end - k0), t.d);
+    take<DC>(&s.q, NULL, t.q + a.query, a.q_ld, a.count, t.d);
+    for (int64_t k0 = a.begin; k0 < a.end; k0 += TILE) {
+        take<DC>(&s.k, NULL, t.k + a.key + k0 * a.kv_ld, a.kv_ld, min_of(TILE, a.end - k0), t.d);
+        take<DC>(NULL, &s.v, t.v + a.key + k0 * a.kv_ld, a.kv_ld, min_of(TILE, a.end - k0), t.d);
         __syncthreads();
         products<DC>(score, s.q, s.k);
-        softmax_tile<DC>(t, p, q0, k0, score, top, sum, out);
+        softmax_tile<DC>(t, a.p, a.q0, k0, score, top, sum, out);
         accumulate<DC>(out, score, s.v);
         __syncthreads();
     }
     struct lane l = this_lane();
     for (int r = 0; r < 2; r++) {
         int64_t i = l.row + l.g + 8 * r;
-        if (i >= count)
+        if (i >= a.count)
             continue;
         for (int n = 0; n < DC * 2; n++)
             for (int c = 0; c < 2; c++)
-                if (n * ACROSS + 2 * l.t + c < d)
-                    t.o[query + i * q_ld + n * ACROSS + 2 * l.t + c] = out[n][2 * r + c] / sum[r];
+                if (n * ACROSS + 2 * l.t + c < t.d)
+                    t.o[a.query + i * a.q_ld + n * ACROSS + 2 * l.t + c] = out[n][2 * r + c] / sum[r];
         if (t.lse && l.t == 0)
-            t.lse[(p.first + q0 + i) * t.heads + head] = (float)((double)top[r] + log((double)sum[r]));
+            t.lse[(a.p.first + a.q0 + i) * t.heads + a.head] = (float)((double)top[r] + log((double)sum[r]));
     }
 }
 
@@ -270,28 +266,24 @@ template <int DC> __global__ void __launch_bounds__(MMA_BLOCK) query_gradients(s
 {
     typedef query_side<DC> room;
     SHARED(room, s);
-    struct span p;
-    int64_t q0, head = blockIdx.y, d = t.d;
-    if (!find_tile(t, blockIdx.x, TILE, false, &p, &q0))
+    struct query_tile a;
+    if (!find_query_tile(t, TILE, &a))
         return;
-    int64_t q_ld = t.heads * d, kv_ld = t.kv_heads * d, count = min_of(TILE, p.count - q0);
-    int64_t key = p.from * kv_ld + head / (t.heads / t.kv_heads) * d, query = (p.first + q0) * q_ld + head * d;
     float dq[DC * 2][4] = {}, score[PIECES][4], dp[PIECES][4];
-    take<DC>(&s.q, NULL, t.q + query, q_ld, count, t.d);
-    take<DC>(&s.d_o, NULL, t.d_o + query, q_ld, count, t.d);
-    take_queries(s.of, t, p, q0, head);
-    int64_t end = visible_to(p, q0 + count - 1);
-    for (int64_t k0 = first_tile(t, p, q0, TILE); k0 < end; k0 += TILE) {
-        take<DC>(&s.k, &s.across, t.k + key + k0 * kv_ld, kv_ld, min_of(TILE, end - k0), t.d);
-        take<DC>(&s.v, NULL, t.v + key + k0 * kv_ld, kv_ld, min_of(TILE, end - k0), t.d);
+    take<DC>(&s.q, NULL, t.q + a.query, a.q_ld, a.count, t.d);
+    take<DC>(&s.d_o, NULL, t.d_o + a.query, a.q_ld, a.count, t.d);
+    take_queries(s.of, t, a.p, a.q0, a.head);
+    for (int64_t k0 = a.begin; k0 < a.end; k0 += TILE) {
+        take<DC>(&s.k, &s.across, t.k + a.key + k0 * a.kv_ld, a.kv_ld, min_of(TILE, a.end - k0), t.d);
+        take<DC>(&s.v, NULL, t.v + a.key + k0 * a.kv_ld, a.kv_ld, min_of(TILE, a.end - k0), t.d);
         __syncthreads();
         products<DC>(score, s.q, s.k);
         products<DC>(dp, s.d_o, s.v);
-        score_gradients<false>(t, p, q0, k0, s.of, score, dp);
+        score_gradients<false>(t, a.p, a.q0, k0, s.of, score, dp);
         accumulate<DC>(dq, dp, s.across);
         __syncthreads();
     }
-    add_rows<DC>(t.dq + query, q_ld, count, t.d, dq);
+    add_rows<DC>(t.dq + a.query, a.q_ld, a.count, t.d, dq);
 }
 
 template <int DC> struct key_side {
