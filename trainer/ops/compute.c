@@ -1,0 +1,145 @@
+/* compute: see compute.h. Copies between pageable memory and a device go through two halves of pinned memory. */
+#include "trainer/ops/compute.h"
+
+#include "comm/base/mem.h"
+#include "trainer/ops/device_kernels.h"
+#include "trainer/ops/kernels.h"
+
+#include <string.h>
+
+enum { HALF_BYTES = 1 << 20 };
+
+static status *open_device(struct compute *c, bool deterministic)
+{
+    struct device *d = c->device;
+    TRY(device_kernels(d->ops->name, &c->plugin));
+    TRY(d->ops->stream_open(d, &c->stream));
+    TRY(c->plugin->open(&(struct ops_options){ .index = d->index, .stream = c->stream, .deterministic = deterministic },
+                        &c->workers));
+    c->kernels = c->plugin->kernels;
+    for (int i = 0; i < 2; i++) {
+        void *p;
+        TRY(d->ops->alloc_pinned(d, HALF_BYTES, &p));
+        c->half[i].bytes = p;
+        TRY(d->ops->event_open(d, &c->half[i].free));
+    }
+    return NULL;
+}
+
+status *compute_open(struct device *d, struct workers *threads, bool deterministic, struct compute **out)
+{
+    struct compute *c = mem_calloc(1, sizeof *c);
+    if (!c)
+        return ERR(NO_MEMORY, "a device's state");
+    *c = (struct compute){ .device = d, .host = d->host, .kernels = &kernels_cpu, .workers = threads };
+    if (!d->host)
+        c->workers = NULL;
+    status *st = d->host ? NULL : open_device(c, deterministic);
+    if (st)
+        compute_close(c);
+    else
+        *out = c;
+    return st;
+}
+
+void compute_close(struct compute *c)
+{
+    if (!c)
+        return;
+    struct device *d = c->device;
+    if (!c->host) {
+        if (c->workers)
+            c->plugin->close(c->workers);
+        for (int i = 0; i < 2; i++) {
+            if (c->half[i].free)
+                d->ops->event_close(d, c->half[i].free);
+            if (c->half[i].bytes)
+                d->ops->free_pinned(d, c->half[i].bytes, HALF_BYTES);
+        }
+        if (c->stream)
+            d->ops->stream_close(d, c->stream);
+    }
+    mem_free(c);
+}
+
+status *compute_alloc(struct compute *c, size_t bytes, void **out)
+{
+    if (!compute_host(c))
+        return c->device->ops->alloc(c->device, bytes, out);
+    *out = mem_block(bytes, 4096);
+    return *out ? NULL : ERR(NO_MEMORY, "%zu bytes", bytes);
+}
+
+void compute_free(struct compute *c, void *p, size_t bytes)
+{
+    if (!p)
+        return;
+    if (compute_host(c))
+        mem_block_free(p, bytes);
+    else
+        c->device->ops->free(c->device, p, bytes);
+}
+
+/* A half that no copy reads any more. */
+static status *take_half(struct compute *c, struct compute_half **out)
+{
+    const struct device_ops *ops = c->device->ops;
+    struct compute_half *h = &c->half[c->next];
+    c->next = !c->next;
+    bool done = true;
+    if (h->used)
+        TRY(ops->event_query(c->device, h->free, &done));
+    if (!done)
+        TRY(ops->stream_sync(c->device, c->stream));
+    h->used = false;
+    *out = h;
+    return NULL;
+}
+
+status *compute_put(struct compute *c, void *dst, const void *src, size_t bytes)
+{
+    if (compute_host(c)) {
+        memcpy(dst, src, bytes);
+        return NULL;
+    }
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = bytes - at < HALF_BYTES ? bytes - at : HALF_BYTES;
+        struct compute_half *h;
+        TRY(take_half(c, &h));
+        memcpy(h->bytes, (const char *)src + at, n);
+        TRY(c->device->ops->copy(c->device, (char *)dst + at, h->bytes, n, c->stream));
+        TRY(c->device->ops->event_record(c->device, h->free, c->stream));
+        h->used = true;
+    }
+    return NULL;
+}
+
+status *compute_get(struct compute *c, void *dst, const void *src, size_t bytes)
+{
+    if (compute_host(c)) {
+        memcpy(dst, src, bytes);
+        return NULL;
+    }
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = bytes - at < HALF_BYTES ? bytes - at : HALF_BYTES;
+        struct compute_half *h;
+        TRY(take_half(c, &h));
+        TRY(c->device->ops->copy(c->device, h->bytes, (const char *)src + at, n, c->stream));
+        TRY(c->device->ops->stream_sync(c->device, c->stream));
+        memcpy((char *)dst + at, h->bytes, n);
+    }
+    return NULL;
+}
+
+status *compute_copy(struct compute *c, void *dst, const void *src, size_t bytes)
+{
+    if (!compute_host(c))
+        return c->device->ops->copy(c->device, dst, src, bytes, c->stream);
+    memcpy(dst, src, bytes);
+    return NULL;
+}
+
+status *compute_check(struct compute *c, bool wait)
+{
+    return compute_host(c) ? NULL : c->plugin->check(c->workers, wait);
+}
