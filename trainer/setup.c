@@ -115,6 +115,14 @@ static status *alloc_model(struct model *m, int64_t zero, bool bf16)
     return model_alloc_tied(m, bf16 ? DTYPE_BF16 : DTYPE_F32, zero < 2);
 }
 
+static status *open_model_at(const struct trainer *t, const struct tp_place *at, const struct tuning *tuning,
+                             struct model **out)
+{
+    TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, at, tuning, out));
+    (*out)->params.compute = (*out)->tied.compute = t->compute;
+    return NULL;
+}
+
 static status *open_model(struct trainer *t)
 {
     static const char *const devices[] = { "cpu", "cuda" };
@@ -124,6 +132,7 @@ static status *open_model(struct trainer *t)
                    "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only",
                    t->device->ops->name);
     TRY(workers_open(t->cfg->top.threads ? (int)t->cfg->top.threads : t->place.threads, &t->workers));
+    TRY(compute_open(t->device, t->workers, t->cfg->train.deterministic, &t->compute));
     struct tp_place at = { .size = t->tp ? t->tp->size : 1,
                            .rank = t->tp ? t->tp->rank : 0,
                            .sequence = t->tp && t->cfg->parallel.sequence,
@@ -137,12 +146,12 @@ static status *open_model(struct trainer *t)
     const struct optim_config *optim = &t->cfg->optim;
     const struct tuning tuning = { &t->cfg->lora, t->cfg->train.freeze,
                                    optim->kind == OPTIM_MUON ? optim->muon : NULL };
-    TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->model));
+    TRY(open_model_at(t, &at, &tuning, &t->model));
     int64_t zero = t->training ? t->cfg->parallel.zero : 0; /* what that cuts gets its memory in open_zero */
     bool bf16 = t->training && t->cfg->train.param_dtype == TRAIN_BF16;
     TRY(alloc_model(t->model, zero, bf16));
     if (t->cfg->algo.reference == REFERENCE_LIVE && algo_needs_reference(t->cfg->algo_ops, t->cfg->algo_own)) {
-        TRY(model_open_tuned(t->cfg->model_ops, t->cfg->model, TOKEN_VOCAB, &at, &tuning, &t->ref_model));
+        TRY(open_model_at(t, &at, &tuning, &t->ref_model));
         TRY(alloc_model(t->ref_model, zero < 2 ? 2 : zero, bf16));
     }
     uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
@@ -150,7 +159,7 @@ static status *open_model(struct trainer *t)
     if (t->training)
         TRY(balance_open(t->model, t->model->ops->layers(t->model), most, &t->balance));
     TRY(pipe_open(t->pp, (enum pipe_schedule)t->cfg->parallel.schedule, at.chunks, most, t->model->width, t->workers,
-                  (size_t)t->cfg->memory.activations, &t->pipe));
+                  t->compute, (size_t)t->cfg->memory.activations, &t->pipe));
     for (int i = 0; i < pipe_tapes(t->pipe); i++) {
         tape_spread(pipe_tape(t->pipe, i), t->tp, at.sequence);
         tape_context(pipe_tape(t->pipe, i), t->cp);
@@ -268,6 +277,7 @@ static status *open_zero(struct trainer *t)
                               .pp = t->pp,
                               .shards = (int)c->parallel.dp_shard,
                               .workers = t->workers,
+                              .compute = t->compute,
                               .param_dtype = c->train.param_dtype == TRAIN_BF16 ? DTYPE_BF16 : DTYPE_F32,
                               .grad_dtype = c->train.grad_dtype == TRAIN_BF16 ? DTYPE_BF16 : DTYPE_F32,
                               .stochastic = c->train.param_rounding == ROUNDING_STOCHASTIC,
@@ -495,6 +505,7 @@ status *trainer_close(struct trainer *t)
     pipe_close(t->pipe);
     model_close(t->ref_model);
     model_close(t->model);
+    compute_close(t->compute);
     workers_close(t->workers);
     device_close(t->device);
     comm_close(t->dp_tp);

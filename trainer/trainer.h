@@ -11,6 +11,7 @@
 #include "trainer/balance.h"
 #include "trainer/config.h"
 #include "trainer/metrics.h"
+#include "trainer/ops/compute.h"
 #include "trainer/ops/routes.h"
 #include "trainer/parallel/experts.h"
 #include "trainer/parallel/owners.h"
@@ -46,6 +47,7 @@ struct trainer {
     bool training; /* not an evaluation alone: those hold whole parameters, whatever parallel.zero says */
     struct device *device;
     struct workers *workers;
+    struct compute *compute; /* on device, with workers */
     struct metrics *metrics;
 
     struct dataset *data[DATASET_KINDS], *heldout; /* data: by kind, NULL where the run has none */

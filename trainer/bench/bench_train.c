@@ -215,7 +215,7 @@ static status *open_ours(struct train_bench *t, int64_t length)
     const struct zero_options zero = { .micro_batches = 1, .workers = t->workers };
     TRY(open_model(t));
     TRY(open_tokens(t, length));
-    TRY(pipe_open(NULL, PIPE_1F1B, 1, 1, t->m->width, t->workers, 0, &t->pipe));
+    TRY(pipe_open(NULL, PIPE_1F1B, 1, 1, t->m->width, t->workers, NULL, 0, &t->pipe));
     tape_bf16(pipe_tape(t->pipe, 0), bf16);
     TRY(zero_open(&zero, &t->m->params, t->b->world, &t->zero));
     TRY(pipe_dry(t->pipe, t->in.tokens, &w));

@@ -92,7 +92,8 @@ struct params {
     int chunks;       /* runs of units that are here; 0: all units, as one run */
     struct param_chunk chunk[CHUNKS_MAX]; /* of what lies before `experts` */
     float *data, *grad;
-    struct params *whole; /* of a view (parallel/experts.h): the list that this is a part of; else NULL */
+    struct compute *compute; /* where the blocks are (compute.h), to be set before they are; NULL: the host. Borrowed */
+    struct params *whole;    /* of a view (parallel/experts.h): the list that this is a part of; else NULL */
 };
 
 /* For `declare`: append a parameter of 1 or 2 dimensions (rows 0: one dimension). NULL when out of memory. */

@@ -3,6 +3,7 @@
 
 #include "comm/base/mem.h"
 #include "comm/comm.h"
+#include "trainer/ops/compute.h"
 #include "trainer/ops/kernels.h"
 
 enum { BLOCK_BYTES = 4 << 20 };
@@ -15,13 +16,14 @@ int64_t tensor_elems(const struct tensor *x)
     return n;
 }
 
-status *tape_open(struct workers *w, const struct kernels *k, size_t cap_bytes, struct tape **out)
+status *tape_open(struct workers *w, struct compute *c, size_t cap_bytes, struct tape **out)
 {
     struct tape *t = mem_calloc(1, sizeof *t);
     if (!t)
         return ERR(NO_MEMORY, "a tape");
-    t->workers = w;
-    t->kernels = k ? k : &kernels_cpu;
+    t->compute = c;
+    t->workers = c ? c->workers : w;
+    t->kernels = c ? c->kernels : &kernels_cpu;
     t->mode = TAPE_FORWARD;
     arena_init(&t->arena, cap_bytes && cap_bytes < BLOCK_BYTES ? cap_bytes : BLOCK_BYTES, cap_bytes);
     *out = t;

@@ -59,6 +59,7 @@ enum tape_backward {
 
 enum tape_recompute { TAPE_RECOMPUTE_NONE, TAPE_RECOMPUTE_BLOCK, TAPE_RECOMPUTE_ATTENTION };
 
+struct compute; /* trainer/ops/compute.h */
 struct kernels; /* trainer/ops/kernels.h: one table of raw kernels a device */
 struct rope_table;
 struct comm;
@@ -80,8 +81,9 @@ struct tape_blocks {
 
 struct tape {
     struct arena arena;
-    struct workers *workers;       /* borrowed; may be NULL */
-    const struct kernels *kernels; /* the device's table */
+    struct compute *compute;       /* borrowed; NULL: the CPU */
+    struct workers *workers;       /* what its kernels take; borrowed; may be NULL */
+    const struct kernels *kernels; /* its table */
     enum tape_mode mode;
     struct tape_record *last; /* newest record; linked backwards */
     struct rope_table *rope;  /* angles made since tape_begin, shared by all layers */
@@ -107,8 +109,9 @@ struct tape {
     int64_t context_floats;
 };
 
-/* kernels NULL: the CPU's. cap_bytes 0: no cap on activations. */
-status *tape_open(struct workers *w, const struct kernels *k, size_t cap_bytes, struct tape **out) WARN_UNUSED;
+/* c: where to compute; NULL: on the CPU, with the threads w (may be NULL). Borrowed. cap_bytes 0: no cap on
+ * activations. */
+status *tape_open(struct workers *w, struct compute *c, size_t cap_bytes, struct tape **out) WARN_UNUSED;
 void tape_close(struct tape *t); /* NULL is fine */
 /* From now on blocks (op_block), or what is attention in them (op_block_attention), keep their outputs only; backward
  * runs each again. The same bits, for a second forward pass of these and the memory of one's activations instead of

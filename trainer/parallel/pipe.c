@@ -49,7 +49,7 @@ static uint32_t group_of(const struct pipe *p)
     return p->most < (uint32_t)p->s.stages ? p->most : (uint32_t)p->s.stages;
 }
 
-static status *open_all(struct pipe *p, struct workers *w, size_t cap_bytes)
+static status *open_all(struct pipe *p, struct workers *w, struct compute *c, size_t cap_bytes)
 {
     int depth = schedule_in_flight(&p->s, p->most), copies = p->s.chunks > 1 && p->s.stage == 0 ? (int)group_of(p) : 1;
     p->op = mem_array(NULL, schedule_ops(&p->s, p->most) + 1, sizeof *p->op);
@@ -60,12 +60,12 @@ static status *open_all(struct pipe *p, struct workers *w, size_t cap_bytes)
         return ERR(NO_MEMORY, "%d tapes of a pipeline", depth);
     p->copies = copies;
     for (; p->slots < depth; p->slots++)
-        TRY(tape_open(w, NULL, cap_bytes / (size_t)depth, &p->slot[p->slots].tape));
+        TRY(tape_open(w, c, cap_bytes / (size_t)depth, &p->slot[p->slots].tape));
     return NULL;
 }
 
 status *pipe_open(struct comm *pp, enum pipe_schedule how, int chunks, uint32_t most, int64_t width, struct workers *w,
-                  size_t cap_bytes, struct pipe **out)
+                  struct compute *c, size_t cap_bytes, struct pipe **out)
 {
     struct pipe *p = mem_calloc(1, sizeof *p);
     if (!p)
@@ -75,7 +75,7 @@ status *pipe_open(struct comm *pp, enum pipe_schedule how, int chunks, uint32_t 
     p->s = (struct pipe_shape){ how, pp ? pp->size : 1, pp ? pp->rank : 0, chunks };
     p->width = width;
     p->most = most;
-    status *st = open_all(p, w, cap_bytes);
+    status *st = open_all(p, w, c, cap_bytes);
     if (st) {
         pipe_close(p);
         return st;

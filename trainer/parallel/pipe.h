@@ -35,9 +35,10 @@ struct pipe_work {
 
 /* pp: this rank and its neighbours, in order; NULL: one stage. chunks: of a rank, with PIPE_INTERLEAVED; else 1. most:
  * micro-batches that a rank runs in a step, at most; width: channels between two stages. cap_bytes: of all activations,
- * 0: none. w, pp are borrowed. Not collective. */
+ * 0: none. w: threads of the CPU; c: where passes compute (tape_open). w, c, pp are borrowed. Not
+ * collective. */
 status *pipe_open(struct comm *pp, enum pipe_schedule how, int chunks, uint32_t most, int64_t width, struct workers *w,
-                  size_t cap_bytes, struct pipe **out) WARN_UNUSED;
+                  struct compute *c, size_t cap_bytes, struct pipe **out) WARN_UNUSED;
 void pipe_close(struct pipe *p); /* NULL is fine */
 /* The tapes, to be set up alike: tapes [0, pipe_tapes) */
 int pipe_tapes(const struct pipe *p);

@@ -36,6 +36,7 @@ struct zero_options {
     int shards;              /* 0: dp; INVALID if it does not divide dp */
     uint32_t micro_batches;  /* a step has at most so many, 0: any number. If no lane has two, a buffer is saved */
     struct workers *workers; /* for norms and updates; may be NULL. Borrowed */
+    struct compute *compute; /* where parameters, gradients and moments live (compute.h); NULL: the host. Borrowed */
     /* DTYPE_BF16: tensors hold bf16, rounded from f32 parameters that are kept as the moments are (0: DTYPE_F32: they
      * hold the parameters). At every stage they get their memory here, and zero_update is followed by shards_refresh.
      */
