@@ -89,8 +89,9 @@ status *comm_open(const char *name, int *argc, char ***argv, struct comm **out) 
  * initialise and end. Collective over that communicator. */
 status *comm_from_mpi(int fortran_handle, struct comm **out) WARN_UNUSED;
 /* The ranks of parent (duplicated) with messages of their own, for memory of `dev`; a duplicate of parent where that is
- * host memory. With device memory in all buffers of a call on all its ranks (else it is the parent's backend that moves
- * them):
+ * host memory. Buffers in host memory are moved by the parent's backend, as are barriers: one communicator serves both,
+ * and what takes one for numbers on the host (comm_agree, norms, counts) may be given this. With device memory in all
+ * buffers of a call on all its ranks:
  * - What `s` has been given before the call is waited for by the device, and what it is given after the call sees its
  *   results: the host waits for neither. comm_wait of an exchange likewise; comm_test says whether the device is done.
  *   comm_iallreduce has no stream: its input must be ready.

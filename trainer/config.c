@@ -21,8 +21,8 @@
 
 static const struct option top_rows[] = {
     ROW(OPT_ENUM, top_config, device, "device", "cpu", 0, 0, "cpu|cuda", "", "where tensors live"),
-    ROW(OPT_ENUM, top_config, comm, "comm", "mpi", 0, 0, "mpi|self", "",
-        "how ranks talk; self: one process without MPI"),
+    ROW(OPT_ENUM, top_config, comm, "comm", "auto", 0, 0, "auto|mpi|nccl|self", "",
+        "how ranks move tensors; auto: nccl with device: cuda, else mpi; self: one process without MPI"),
     ROW(OPT_INT, top_config, threads, "threads", "0", 0, 1024, NULL, "",
         "compute threads of a rank; 0: its share of the cores that it may run on"),
 };
@@ -549,6 +549,9 @@ static status *check_keep(const struct config *c, const char *name)
 static status *check_together(struct config *c, const char *name)
 {
     const struct train_config *t = &c->train;
+    if (c->top.comm == TRANSPORT_NCCL && c->top.device == DEVICE_CPU)
+        return ERR(INVALID, "%s: comm: nccl moves the memory of GPUs: it needs device: cuda (with device: cpu: mpi)",
+                   name);
     if (t->global_batch % t->micro_batch)
         return ERR(INVALID, "%s: train.micro_batch %lld does not divide train.global_batch %lld", name,
                    (long long)t->micro_batch, (long long)t->global_batch);

@@ -14,8 +14,11 @@
 #include "trainer/optim/optim.h"
 #include "trainer/when.h"
 
+enum { DEVICE_CPU, DEVICE_CUDA };
+enum { TRANSPORT_AUTO, TRANSPORT_MPI, TRANSPORT_NCCL, TRANSPORT_SELF };
 struct top_config { /* keys without a section */
-    int device, comm;
+    int device;     /* DEVICE_CPU, DEVICE_CUDA */
+    int comm;
     int64_t threads;
 };
 

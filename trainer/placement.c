@@ -17,7 +17,7 @@ static bool may_use(const struct placement_rank *r, int core)
 
 struct placement placement_of(const struct placement_rank *all, int n, int me)
 {
-    struct placement p = { 0 };
+    struct placement p = { .host = all[me].host };
     for (int i = 0; i < n; i++) {
         bool here = all[i].host == all[me].host;
         p.ranks_here += here;

@@ -16,6 +16,7 @@ struct placement_rank {
 };
 
 struct placement {
+    uint64_t host;  /* of this rank: placement_rank.host */
     int ranks_here; /* ranks of this host */
     int rank_here;  /* this one's place among them */
     int threads;    /* compute threads: its share of its cores, at least 1 */

@@ -9,6 +9,7 @@
 #include "trainer/data/tokenizer.h"
 #include "trainer/hf/hf_load.h"
 #include "trainer/mesh_plan.h"
+#include "trainer/rank_device.h"
 
 #include <inttypes.h>
 #include <string.h>
@@ -125,8 +126,6 @@ static status *open_model_at(const struct trainer *t, const struct tp_place *at,
 
 static status *open_model(struct trainer *t)
 {
-    static const char *const devices[] = { "cpu", "cuda" };
-    TRY(device_open(devices[t->cfg->top.device], 0, &t->device));
     if (!t->device->host)
         return ERR(UNSUPPORTED,
                    "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only",
@@ -235,30 +234,44 @@ static void say_line(void *arg, const char *line)
     metrics_say(arg, "%s", line);
 }
 
+/* The ranks that differ from this one along these axes only: for host memory and the device's. Collective over all. */
+static status *open_axis(struct trainer *t, unsigned mask, struct comm **out)
+{
+    struct comm *ranks = NULL;
+    TRY(mesh_comm(&t->mesh, t->world, mask, &ranks));
+    if (t->device->host || ranks->size == 1) { /* alone there is nothing to move */
+        *out = ranks;
+        return NULL;
+    }
+    status *st = comm_agree(t->world, comm_over(ranks, t->device, 0, out));
+    comm_close(ranks);
+    return st;
+}
+
 static status *open_mesh(struct trainer *t)
 {
     const struct config *c = t->cfg;
     t->mesh = (struct mesh){ { (int)c->parallel.pp, (int)c->parallel.dp, (int)c->parallel.ep, (int)c->parallel.cp,
                                (int)c->parallel.tp } };
     TRY(mesh_init(&t->mesh, t->world->size));
-    TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP | 1u << MESH_EP, &t->dp));
+    TRY(open_axis(t, 1u << MESH_DP | 1u << MESH_EP, &t->dp));
     if (t->mesh.size[MESH_EP] > 1) {
-        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_EP, &t->ep));
-        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP, &t->ep_dp));
+        TRY(open_axis(t, 1u << MESH_EP, &t->ep));
+        TRY(open_axis(t, 1u << MESH_DP, &t->ep_dp));
     }
     if (t->mesh.size[MESH_PP] > 1)
-        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_PP, &t->pp));
+        TRY(open_axis(t, 1u << MESH_PP, &t->pp));
     if (t->mesh.size[MESH_CP] > 1)
-        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_CP, &t->cp));
-    return t->mesh.size[MESH_TP] > 1 ? mesh_comm(&t->mesh, t->world, 1u << MESH_TP, &t->tp) : NULL;
+        TRY(open_axis(t, 1u << MESH_CP, &t->cp));
+    return t->mesh.size[MESH_TP] > 1 ? open_axis(t, 1u << MESH_TP, &t->tp) : NULL;
 }
 
 static status *open_muon(struct trainer *t, struct params *dense)
 {
     if (t->tp)
-        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP | 1u << MESH_EP | 1u << MESH_TP, &t->dp_tp));
+        TRY(open_axis(t, 1u << MESH_DP | 1u << MESH_EP | 1u << MESH_TP, &t->dp_tp));
     if (t->tp && t->experts)
-        TRY(mesh_comm(&t->mesh, t->world, 1u << MESH_DP | 1u << MESH_TP, &t->ep_dp_tp));
+        TRY(open_axis(t, 1u << MESH_DP | 1u << MESH_TP, &t->ep_dp_tp));
     status *st = owners_open(dense, t->zero, t->dp, t->tp, t->tp ? t->dp_tp : t->dp, t->workers, &t->owners);
     if (!st && t->experts)
         st = experts_open_muon(t->experts, t->tp, t->tp ? t->ep_dp_tp : t->ep_dp, t->workers);
@@ -404,6 +417,7 @@ static status *open_all(struct trainer *t)
     t->training = true;
     TRY(placement_read(t->world, &t->place));
     TRY(choose_mesh(t));
+    TRY(rank_device_open(&t->cfg->top, t->world, &t->place, &t->device));
     TRY(open_mesh(t));
     TRY(comm_agree(t->world, metrics_open(t->cfg->run.dir, t->world->rank == 0, &t->metrics)));
     if (t->plan)
@@ -448,6 +462,7 @@ static status *open_for_eval(struct trainer *t)
 {
     TRY(placement_read(t->world, &t->place));
     TRY(choose_mesh(t));
+    TRY(rank_device_open(&t->cfg->top, t->world, &t->place, &t->device));
     TRY(open_mesh(t));
     status *st = open_eval_data(t);
     if (!st)
@@ -507,7 +522,6 @@ status *trainer_close(struct trainer *t)
     model_close(t->model);
     compute_close(t->compute);
     workers_close(t->workers);
-    device_close(t->device);
     comm_close(t->dp_tp);
     comm_close(t->ep_dp_tp);
     comm_close(t->pp);
@@ -516,6 +530,7 @@ status *trainer_close(struct trainer *t)
     comm_close(t->ep);
     comm_close(t->ep_dp);
     comm_close(t->dp);
+    device_close(t->device);
     for (int i = 0; i < t->phases; i++) {
         pack_fini(&t->phase[i].pack);
         stream_fini(&t->phase[i].stream);

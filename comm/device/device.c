@@ -65,7 +65,19 @@ static status *find_ops(const char *name, void **handle, const struct device_ops
     return unknown_device(name);
 }
 
-status *device_open(const char *name, int index, struct device **out)
+/* d is of `name`; n: its index, or (turns) to be taken modulo the number of devices. */
+static status *open_index(struct device *d, int n, bool turns)
+{
+    int count = 1;
+    if (n < 0)
+        return ERR(INVALID, "device: index %d", n);
+    if (turns && d->ops->count)
+        TRY(d->ops->count(&count));
+    d->index = turns ? n % count : n;
+    return d->ops->open(d, d->index);
+}
+
+static status *open_device(const char *name, int n, bool turns, struct device **out)
 {
     struct device *d = mem_calloc(1, sizeof *d);
     if (!d)
@@ -75,8 +87,7 @@ status *device_open(const char *name, int index, struct device **out)
         mem_free(d);
         return st;
     }
-    d->index = index;
-    st = index < 0 ? ERR(INVALID, "device: index %d", index) : d->ops->open(d, index);
+    st = open_index(d, n, turns);
     if (st) {
         if (d->plugin)
             dlclose(d->plugin);
@@ -85,6 +96,21 @@ status *device_open(const char *name, int index, struct device **out)
     }
     *out = d;
     return NULL;
+}
+
+status *device_open(const char *name, int index, struct device **out)
+{
+    return open_device(name, index, false, out);
+}
+
+status *device_open_nth(const char *name, int n, struct device **out)
+{
+    return open_device(name, n, true, out);
+}
+
+uint64_t device_identity(struct device *d)
+{
+    return d->ops->identity ? d->ops->identity(d) : (uint64_t)d->index;
 }
 
 void device_close(struct device *d)

@@ -21,7 +21,7 @@ struct stream; /* opaque to callers */
 struct event;
 struct comm_ops;
 
-enum { DEVICE_ABI = 2 };
+enum { DEVICE_ABI = 3 };
 
 struct device_ops {
     const char *name;
@@ -45,6 +45,9 @@ struct device_ops {
     /* True: p points into memory of a device, as alloc gives, and the host must not read it. NULL: never. */
     bool (*on_device)(struct device *d, const void *p);
     const struct comm_ops *comm; /* moves its memory between ranks (comm_over), NULL: none is built in */
+    status *(*count)(int *out);  /* how many this process may open; NULL: one. DEVICE: none */
+    /* Which one it is: the same in every process of a host, another for each of its devices. NULL: the index. */
+    uint64_t (*identity)(struct device *d);
 };
 
 struct device {
@@ -68,7 +71,10 @@ typedef const struct device_plugin *device_plugin_fn(void);
  * Errors: INVALID lists the backends; UNSUPPORTED: built without it, or another build's plugin; DEVICE: no usable GPU.
  */
 status *device_open(const char *name, int index, struct device **out) WARN_UNUSED;
-void device_close(struct device *d); /* NULL is fine */
+/* The same, device n modulo how many there are: for ranks that count themselves on their host. */
+status *device_open_nth(const char *name, int n, struct device **out) WARN_UNUSED;
+uint64_t device_identity(struct device *d); /* device_ops.identity */
+void device_close(struct device *d);        /* NULL is fine */
 
 extern const struct device_ops *const device_registry[]; /* generated; ends with NULL */
 

@@ -48,13 +48,19 @@ static status *cuda_error(int line, cudaError_t rc, const char *call)
             return cuda_error(__LINE__, cuda_rc_, #call);                                                              \
     } while (0)
 
+static status *gpu_count(int *out)
+{
+    cudaError_t rc = cudaGetDeviceCount(out);
+    if (rc != cudaSuccess || *out == 0)
+        return ERR(DEVICE, "device: cuda was asked for, but this machine has no usable GPU: %s",
+                   rc == cudaSuccess ? "none was found" : cudaGetErrorString(rc));
+    return NULL;
+}
+
 static status *gpu_open(struct device *d, int index)
 {
     int count = 0;
-    cudaError_t rc = cudaGetDeviceCount(&count);
-    if (rc != cudaSuccess || count == 0)
-        return ERR(DEVICE, "device: cuda was asked for, but this machine has no usable GPU: %s",
-                   rc == cudaSuccess ? "none was found" : cudaGetErrorString(rc));
+    TRY(gpu_count(&count));
     if (index >= count)
         return ERR(DEVICE, "device: cuda was asked for, but GPU %d does not exist: this machine has %d", index, count);
     CUDA_TRY(cudaSetDevice(index));
@@ -252,6 +258,17 @@ static bool gpu_on_device(struct device *d, const void *p)
     return a.type == cudaMemoryTypeDevice || a.type == cudaMemoryTypeManaged;
 }
 
+static uint64_t gpu_identity(struct device *d)
+{
+    struct cudaDeviceProp p;
+    uint64_t half[2] = { (uint64_t)d->index, 0 };
+    if (cudaGetDeviceProperties(&p, d->index) == cudaSuccess)
+        memcpy(half, &p.uuid, sizeof half);
+    else
+        (void)cudaGetLastError();
+    return half[0] ^ half[1];
+}
+
 /* Where the build found no nccl.h, nothing defines it. */
 extern "C" const struct comm_ops comm_nccl_ops __attribute__((weak));
 
@@ -275,6 +292,8 @@ static const struct device_ops cuda_ops = {
     .copy = gpu_copy,
     .on_device = gpu_on_device,
     .comm = &comm_nccl_ops,
+    .count = gpu_count,
+    .identity = gpu_identity,
 };
 
 static const struct device_plugin plugin = { DEVICE_ABI, TESSERA_BUILD_ID, &cuda_ops };
