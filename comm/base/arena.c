@@ -12,16 +12,33 @@ struct arena_block {
     unsigned char *data;
 };
 
+static void *get_block(void *arg, size_t bytes)
+{
+    (void)arg;
+    return mem_block(bytes, 4096);
+}
+
+static void put_block(void *arg, void *p, size_t bytes)
+{
+    (void)arg;
+    mem_block_free(p, bytes);
+}
+
 void arena_init(struct arena *a, size_t block_bytes, size_t cap_bytes)
 {
-    *a = (struct arena){ .block_bytes = block_bytes ? block_bytes : 1 << 20, .cap_bytes = cap_bytes };
+    arena_init_from(a, (struct arena_source){ get_block, put_block, NULL }, block_bytes, cap_bytes);
+}
+
+void arena_init_from(struct arena *a, struct arena_source source, size_t block_bytes, size_t cap_bytes)
+{
+    *a = (struct arena){ .source = source, .block_bytes = block_bytes ? block_bytes : 1 << 20, .cap_bytes = cap_bytes };
 }
 
 void arena_fini(struct arena *a)
 {
     for (struct arena_block *b = a->first, *next; b; b = next) {
         next = b->next;
-        mem_block_free(b->data, b->bytes);
+        a->source.put(a->source.arg, b->data, b->bytes);
         mem_free(b);
     }
     *a = (struct arena){ 0 };
@@ -35,7 +52,7 @@ static struct arena_block *new_block(struct arena *a, size_t bytes)
     struct arena_block *b = mem_alloc(sizeof *b);
     if (!b)
         return NULL;
-    *b = (struct arena_block){ .bytes = size, .data = mem_block(size, 4096) };
+    *b = (struct arena_block){ .bytes = size, .data = a->source.get(a->source.arg, size) };
     if (!b->data) {
         mem_free(b);
         return NULL;

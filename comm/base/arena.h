@@ -9,8 +9,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Where blocks come from. */
+struct arena_source {
+    void *(*get)(void *arg, size_t bytes); /* at least 64-byte aligned; NULL: there are none */
+    void (*put)(void *arg, void *p, size_t bytes);
+    void *arg;
+};
+
 struct arena_block;
 struct arena {
+    struct arena_source source;
     struct arena_block *first, *current;
     size_t block_bytes; /* size of a new block, at least */
     size_t cap_bytes;   /* 0: no cap */
@@ -26,6 +34,8 @@ struct arena_mark {
 
 /* block_bytes 0: 1 MiB. Neither allocates; arena_fini may be called twice. */
 void arena_init(struct arena *a, size_t block_bytes, size_t cap_bytes);
+/* The same of blocks of another memory, which the host may not be able to read (arena_zalloc is not for it). */
+void arena_init_from(struct arena *a, struct arena_source source, size_t block_bytes, size_t cap_bytes);
 void arena_fini(struct arena *a);
 /* 64-byte aligned, not zeroed. NULL when over the cap or out of memory. */
 void *arena_alloc(struct arena *a, size_t bytes);

@@ -523,6 +523,7 @@ static struct tensor *llama_forward(struct model *m, struct tape *t, const struc
                                     in->seg.position[i], (long long)l->c.max_positions));
     if (has(&p, 0))
         x = op_embedding(t, param(&p, l->embed), in->token, in->tokens);
+    op_segments(t, &in->seg, in->tokens);
     op_rope_angles(t, in->seg.position, in->tokens, l->c.head_dim, &l->rope);
     for (int64_t i = 0; i < l->c.layers; i++)
         if (has(&p, i + 1))

@@ -22,9 +22,10 @@ struct block_record {
 
 /* What of a tape must not point into a region that is gone. */
 struct region {
-    struct arena_mark mark;
+    struct arena_mark mark, host;
     struct tape_record *last;
     struct rope_table *rope;
+    struct tape_copy *copies;
     float *room, *context_part;
     int64_t room_floats, context_floats;
     enum tape_mode mode;
@@ -33,6 +34,8 @@ struct region {
 static struct region open_region(struct tape *t, enum tape_mode mode)
 {
     struct region r = { .mark = arena_mark(&t->arena),
+                        .host = arena_mark(&t->host),
+                        .copies = t->copies,
                         .last = t->last,
                         .rope = t->rope,
                         .room = t->room,
@@ -48,9 +51,12 @@ static struct region open_region(struct tape *t, enum tape_mode mode)
 
 static void close_region(struct tape *t, const struct region *r)
 {
-    size_t bytes = t->arena.used_bytes - r->mark.used_bytes;
+    size_t bytes = t->arena.used_bytes - r->mark.used_bytes, host = t->host.used_bytes - r->host.used_bytes;
     t->block_bytes = bytes > t->block_bytes ? bytes : t->block_bytes;
+    t->block_host = host > t->block_host ? host : t->block_host;
     arena_release(&t->arena, r->mark);
+    arena_release(&t->host, r->host);
+    t->copies = r->copies;
     t->last = r->last;
     t->rope = r->rope;
     t->room = r->room;
@@ -158,7 +164,7 @@ static struct tensor *run_dropped(struct tape *t, block_fn *run, const void *arg
     if (out && !same_shape(out, x))
         out = misfit(t, "op_block", "a block's output has its input's shape", x, out);
     if (out && runs(t))
-        memcpy(y->data, out->data, (size_t)tensor_elems(y) * sizeof(float));
+        copy_there(t, y->data, out->data, (size_t)tensor_elems(y) * sizeof(float));
     close_region(t, &region);
     if (whole)
         (void)leave(t, index, false);

@@ -7,7 +7,7 @@
 
 #include <string.h>
 
-enum { HALF_BYTES = 1 << 20 };
+enum { HALF_BYTES = 1 << 20, ALIGN = 64 };
 
 static status *open_device(struct compute *c, bool deterministic)
 {
@@ -80,19 +80,30 @@ void compute_free(struct compute *c, void *p, size_t bytes)
         c->device->ops->free(c->device, p, bytes);
 }
 
-/* A half that no copy reads any more. */
-static status *take_half(struct compute *c, struct compute_half **out)
+static status *wait_all(struct compute *c)
 {
-    const struct device_ops *ops = c->device->ops;
-    struct compute_half *h = &c->half[c->next];
-    c->next = !c->next;
-    bool done = true;
-    if (h->used)
-        TRY(ops->event_query(c->device, h->free, &done));
-    if (!done)
-        TRY(ops->stream_sync(c->device, c->stream));
-    h->used = false;
-    *out = h;
+    TRY(c->device->ops->stream_sync(c->device, c->stream));
+    c->half[0].used = c->half[1].used = 0;
+    return NULL;
+}
+
+/* Room for `bytes` that no copy reads any more: what is small goes behind what the half has, so that nobody waits until
+ * both are full of copies that have not been made yet. */
+static status *take_room(struct compute *c, size_t bytes, char **out)
+{
+    struct compute_half *h = &c->half[c->now];
+    if (h->used + bytes > HALF_BYTES) {
+        bool done = true;
+        c->now = !c->now;
+        h = &c->half[c->now];
+        if (h->used)
+            TRY(c->device->ops->event_query(c->device, h->free, &done));
+        if (!done)
+            TRY(wait_all(c));
+        h->used = 0;
+    }
+    *out = h->bytes + h->used;
+    h->used += (bytes + ALIGN - 1) / ALIGN * ALIGN;
     return NULL;
 }
 
@@ -104,12 +115,11 @@ status *compute_put(struct compute *c, void *dst, const void *src, size_t bytes)
     }
     for (size_t at = 0, n; at < bytes; at += n) {
         n = bytes - at < HALF_BYTES ? bytes - at : HALF_BYTES;
-        struct compute_half *h;
-        TRY(take_half(c, &h));
-        memcpy(h->bytes, (const char *)src + at, n);
-        TRY(c->device->ops->copy(c->device, (char *)dst + at, h->bytes, n, c->stream));
-        TRY(c->device->ops->event_record(c->device, h->free, c->stream));
-        h->used = true;
+        char *room;
+        TRY(take_room(c, n, &room));
+        memcpy(room, (const char *)src + at, n);
+        TRY(c->device->ops->copy(c->device, (char *)dst + at, room, n, c->stream));
+        TRY(c->device->ops->event_record(c->device, c->half[c->now].free, c->stream));
     }
     return NULL;
 }
@@ -122,11 +132,11 @@ status *compute_get(struct compute *c, void *dst, const void *src, size_t bytes)
     }
     for (size_t at = 0, n; at < bytes; at += n) {
         n = bytes - at < HALF_BYTES ? bytes - at : HALF_BYTES;
-        struct compute_half *h;
-        TRY(take_half(c, &h));
-        TRY(c->device->ops->copy(c->device, h->bytes, (const char *)src + at, n, c->stream));
-        TRY(c->device->ops->stream_sync(c->device, c->stream));
-        memcpy((char *)dst + at, h->bytes, n);
+        char *room;
+        TRY(take_room(c, n, &room));
+        TRY(c->device->ops->copy(c->device, room, (const char *)src + at, n, c->stream));
+        TRY(wait_all(c));
+        memcpy((char *)dst + at, room, n);
     }
     return NULL;
 }

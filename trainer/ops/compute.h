@@ -22,10 +22,10 @@ struct compute {
     const struct ops_plugin *plugin;
     struct compute_half {
         char *bytes; /* pinned */
+        size_t used; /* copies from these may be under way */
         struct event *free;
-        bool used; /* a copy from it may be under way */
     } half[2];
-    int next;
+    int now;
 };
 
 /* threads (may be NULL): borrowed, as d is; what kernels of the CPU take. deterministic: libraries may choose only what

@@ -1,7 +1,9 @@
-/* op: what the files of ops share: checks, memory of the arena, records. For op files only. */
+/* op: what the files of ops share: checks, memory of the arenas, records, what kernels read of the host. For op files
+ * only. */
 #ifndef TESSERA_TRAINER_OPS_OP_H
 #define TESSERA_TRAINER_OPS_OP_H
 
+#include "trainer/ops/compute.h"
 #include "trainer/ops/kernels.h"
 #include "trainer/ops/ops.h"
 
@@ -67,18 +69,65 @@ static inline bool learns(const struct tape *t, const struct tensor *x)
     return t->mode != TAPE_FORWARD && x && x->grad;
 }
 
+static inline void *take_from(struct tape *t, struct arena *a, size_t bytes)
+{
+    void *p = t->error ? NULL : arena_alloc(a, bytes);
+    if (!p && !t->error)
+        tape_fail(t,
+                  ERR(NO_MEMORY, "%zu bytes of activations: %zu in use, cap %zu", bytes, a->used_bytes, a->cap_bytes));
+    return p;
+}
+
+/* What the host writes and reads: records, descriptions, its own index arrays. */
 static inline void *take(struct tape *t, size_t count, size_t bytes)
 {
-    void *p = t->error ? NULL : arena_alloc(&t->arena, count * bytes);
-    if (!p && !t->error)
-        tape_fail(t, ERR(NO_MEMORY, "%zu bytes of activations: %zu in use, cap %zu", count * bytes, t->arena.used_bytes,
-                         t->arena.cap_bytes));
-    return p;
+    return take_from(t, t->records, count * bytes);
+}
+
+/* What kernels write and read. On the CPU the same. */
+static inline void *take_there(struct tape *t, size_t count, size_t bytes)
+{
+    return take_from(t, &t->arena, count * bytes);
 }
 
 static inline float *take_floats(struct tape *t, int64_t n)
 {
-    return take(t, (size_t)n, sizeof(float));
+    return take_there(t, (size_t)n, sizeof(float));
+}
+
+/* Where it is plain memory, nothing has to be copied between host and kernels. */
+static inline bool at_home(const struct tape *t)
+{
+    return compute_host(t->compute);
+}
+
+/* dst and src where kernels see them. */
+static inline void copy_there(struct tape *t, void *dst, const void *src, size_t bytes)
+{
+    status *st = t->error ? NULL : compute_copy(t->compute, dst, src, bytes);
+    if (st)
+        tape_fail(t, st);
+}
+
+/* What kernels read of an index array of the host: itself, or a copy that all ops of this pass share. A dry pass takes
+ * its memory and does not read it. NULL stays NULL. */
+static inline const int32_t *on_device(struct tape *t, const int32_t *host, int64_t n)
+{
+    if (at_home(t) || !host)
+        return host;
+    for (const struct tape_copy *c = t->copies; c; c = c->next)
+        if (c->host == host && c->n == n)
+            return c->there;
+    struct tape_copy *c = take(t, 1, sizeof *c);
+    int32_t *there = take_there(t, (size_t)n, sizeof *there);
+    if (t->error)
+        return NULL;
+    status *st = runs(t) ? compute_put(t->compute, there, host, (size_t)n * sizeof *there) : NULL;
+    if (st)
+        tape_fail(t, st);
+    *c = (struct tape_copy){ t->copies, host, n, there };
+    t->copies = c;
+    return there;
 }
 
 /* A tensor with a zeroed gradient, if any, and data not yet written. */

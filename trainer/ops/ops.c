@@ -80,6 +80,7 @@ struct tensor *op_embedding(struct tape *t, struct tensor *table, const int32_t 
                                     (long long)i, id[i], (long long)rows));
     if (table->cut)
         id = own_ids(t, table->cut, id, n);
+    id = on_device(t, id, n);
     struct tensor *y = make(t, 2, (int64_t[]){ n, table->dim[1] }, learns(t, table));
     if (!y)
         return NULL;
@@ -183,8 +184,9 @@ static const float *rope_angles(struct tape *t, const int32_t *position, int64_t
     if (t->error)
         return NULL;
     double amplitude = rope_frequencies(how, d, frequency);
-    if (runs(t))
-        t->kernels->rope_table(t->workers, angles, position, n, d, frequency, amplitude);
+    const int32_t *there = on_device(t, position, n);
+    if (runs(t) && !t->error)
+        t->kernels->rope_table(t->workers, angles, there, n, d, frequency, amplitude);
     *r = (struct rope_table){ t->rope, position, n, d, *how, angles };
     t->rope = r;
     return angles;
@@ -230,9 +232,24 @@ struct attention_record {
     struct tape_record base;
     struct tensor *q, *k, *v, *o;
     const struct segments *seg;
+    struct segments there; /* as kernels see them */
     int64_t window;
     float *lse;
 };
+
+static struct segments segments_there(struct tape *t, const struct segments *seg, int64_t n)
+{
+    struct segments there = *seg;
+    there.offset = on_device(t, seg->offset, seg->count + 1);
+    there.position = on_device(t, seg->position, n);
+    return there;
+}
+
+void op_segments(struct tape *t, const struct segments *seg, int64_t n)
+{
+    if (!t->error)
+        (void)segments_there(t, seg, n);
+}
 
 static struct attention attention_of(const struct tape *t, const struct tensor *q, const struct tensor *k,
                                      const struct tensor *v, const struct segments *seg)
@@ -267,7 +284,9 @@ static void attention_backward(struct tape *t, const struct tape_record *base, u
     }
     if (t->error)
         return;
+    a.seg = &r->there;
     t->kernels->attention_bwd(t->workers, &a);
+    a.seg = r->seg;
     if (t->context)
         context_sum(t, r->k, r->v, &a);
 }
@@ -309,19 +328,19 @@ static status *check_cache(const struct tape *t, const struct kv_cache *c, const
 }
 
 /* k and v go behind what the cache holds; a->past says how much that was. */
-static void append(struct kv_cache *c, const struct segments *seg, int32_t *past, struct attention *a)
+static void append(struct tape *t, struct kv_cache *c, const struct segments *seg, int32_t *past, struct attention *a)
 {
     int64_t row = (int64_t)c->kv_heads * c->head_dim;
     for (int32_t s = 0; s < seg->count; s++) {
         int64_t from = seg->offset[s], count = seg->offset[s + 1] - from, to = (int64_t)s * c->cap + c->len[s];
-        memcpy(c->k + to * row, a->k + from * row, (size_t)(count * row) * sizeof(float));
-        memcpy(c->v + to * row, a->v + from * row, (size_t)(count * row) * sizeof(float));
+        copy_there(t, c->k + to * row, a->k + from * row, (size_t)(count * row) * sizeof(float));
+        copy_there(t, c->v + to * row, a->v + from * row, (size_t)(count * row) * sizeof(float));
         past[s] = c->len[s];
         c->len[s] += (int32_t)count;
     }
     a->k = c->k;
     a->v = c->v;
-    a->past = past;
+    a->past = on_device(t, past, c->segments);
     a->cap = c->cap;
 }
 
@@ -352,6 +371,9 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
     struct tensor *o = make_like(t, q, learns(t, q) || learns(t, k) || learns(t, v));
     float *lse = o && o->grad ? take_floats(t, q->dim[0] * q->dim[1]) : NULL;
     int32_t *past = cache ? take(t, (size_t)cache->segments, sizeof *past) : NULL;
+    if (cache && !runs(t))
+        (void)on_device(t, past, cache->segments);
+    struct segments there = segments_there(t, seg, q->dim[0]);
     if (t->error || (t->context && !context_room(t, k)))
         return NULL;
     struct attention a = attention_of(t, q, k, v, seg);
@@ -359,9 +381,10 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
     a.o = o->data;
     a.lse = lse;
     if (cache && runs(t))
-        append(cache, seg, past, &a);
+        append(t, cache, seg, past, &a);
     if (t->context && runs(t))
         context_keys(t, k, v, &a);
+    a.seg = &there;
     if (runs(t) && !t->error)
         t->kernels->attention(t->workers, &a);
     struct attention_record *r = o->grad ? record(t, sizeof *r, attention_backward) : NULL;
@@ -371,6 +394,7 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
         r->v = v;
         r->o = o;
         r->seg = seg;
+        r->there = there;
         r->window = window;
         r->lse = lse;
     }
@@ -481,7 +505,7 @@ struct tensor *op_sum(struct tape *t, struct tensor *x)
         return misfit(t, "op_sum", "an f32 tensor is needed", x, NULL);
     int64_t n = tensor_elems(x);
     struct tensor *y = make(t, 1, (int64_t[]){ 1 }, learns(t, x));
-    double *partial = take(t, (size_t)((n + SUM_BLOCK - 1) / SUM_BLOCK), sizeof *partial);
+    double *partial = take_there(t, (size_t)((n + SUM_BLOCK - 1) / SUM_BLOCK), sizeof *partial);
     if (t->error)
         return NULL;
     if (runs(t))

@@ -96,6 +96,9 @@ struct tensor *op_outgoing(struct tape *t, struct tensor *x);
 /* Take the angles that op_rope will need of these positions (D = d) now: what is made inside a block goes with it. */
 void op_rope_angles(struct tape *t, const int32_t *position, int64_t n, int64_t d, const struct rope *how);
 
+/* Bring these segments, of n tokens here, to where attention computes, now; as op_rope_angles does. */
+void op_segments(struct tape *t, const struct segments *seg, int64_t n);
+
 /* A block of a model: y = run(t, arg, index, x), of x's shape, from nothing but its arguments and parameters. With
  * tape_recompute the tape keeps y alone, and backward calls `run` again; arg[bytes] is copied, what it points to must
  * outlive backward. Else this is the call and no more. */

@@ -44,7 +44,7 @@ static bool take_logprob_scratch(struct tape *t, struct logprob *p, bool train)
     p->rows = take_floats(t, p->chunk * p->c);
     p->drows = train ? take_floats(t, p->chunk * p->c) : NULL;
     p->logits = take_floats(t, p->chunk * p->v);
-    p->index = take(t, (size_t)p->chunk, sizeof *p->index);
+    p->index = take_there(t, (size_t)p->chunk, sizeof *p->index);
     if (p->kept)
         *p->kept = LOGPROB_NOTHING;
     return !t->error;
@@ -55,7 +55,7 @@ static bool take_parts(struct tape *t, struct logprob *p)
 {
     p->parts = t->tp->size;
     p->own = t->tp->rank;
-    p->part = take(t, (size_t)p->parts * (size_t)p->n, sizeof *p->part);
+    p->part = take_there(t, (size_t)p->parts * (size_t)p->n, sizeof *p->part);
     return p->part != NULL;
 }
 
@@ -99,6 +99,7 @@ struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor 
         if (target[i] >= vocab)
             return tape_fail(t, ERR(INVALID, "op_logprob: token %lld has target %d, the vocabulary has %lld",
                                     (long long)i, target[i], (long long)vocab));
+    target = on_device(t, target, n);
     struct tensor *y = make(t, 1, &n, learns(t, x) || learns(t, w));
     struct logprob p = { .n = n,
                          .c = x->dim[1],
@@ -133,15 +134,15 @@ struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor 
 /* ---- logits ---- */
 
 /* Columns of every rank, one rank's [N, count] after another's, go to their places in y. */
-static void place_columns(const struct tape *t, const struct tensor_cut *cut, const float *from, size_t stride,
+static void place_columns(struct tape *t, const struct tensor_cut *cut, const float *from, size_t stride,
                           struct tensor *y)
 {
     for (int r = 0; r < t->tp->size; r++, from += stride) {
         uint64_t begin, end;
         layout_cut((uint64_t)cut->total, (uint64_t)t->tp->size, (uint64_t)r, &begin, &end);
         for (int64_t i = 0; i < y->dim[0]; i++)
-            memcpy((float *)y->data + i * cut->total + (int64_t)begin, from + (uint64_t)i * (end - begin),
-                   (end - begin) * sizeof(float));
+            copy_there(t, (float *)y->data + i * cut->total + (int64_t)begin, from + (uint64_t)i * (end - begin),
+                       (end - begin) * sizeof(float));
     }
 }
 
@@ -164,7 +165,7 @@ struct tensor *op_logits(struct tape *t, struct tensor *x, struct tensor *w)
     if (t->error || !runs(t))
         return t->error ? NULL : y;
     float *own = all + (size_t)t->tp->rank * stride;
-    memset(own, 0, stride * sizeof *own);
+    t->kernels->zero(t->workers, own, (int64_t)stride);
     t->kernels->gemm(t->workers, &(struct gemm){ .m = n,
                                                  .n = w->cut->count,
                                                  .k = x->dim[1],

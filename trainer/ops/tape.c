@@ -16,6 +16,19 @@ int64_t tensor_elems(const struct tensor *x)
     return n;
 }
 
+static void *get_there(void *arg, size_t bytes)
+{
+    void *p = NULL;
+    status *st = compute_alloc(arg, bytes, &p);
+    status_free(st); /* the caller says how much it wanted */
+    return st ? NULL : p;
+}
+
+static void put_there(void *arg, void *p, size_t bytes)
+{
+    compute_free(arg, p, bytes);
+}
+
 status *tape_open(struct workers *w, struct compute *c, size_t cap_bytes, struct tape **out)
 {
     struct tape *t = mem_calloc(1, sizeof *t);
@@ -25,7 +38,15 @@ status *tape_open(struct workers *w, struct compute *c, size_t cap_bytes, struct
     t->workers = c ? c->workers : w;
     t->kernels = c ? c->kernels : &kernels_cpu;
     t->mode = TAPE_FORWARD;
-    arena_init(&t->arena, cap_bytes && cap_bytes < BLOCK_BYTES ? cap_bytes : BLOCK_BYTES, cap_bytes);
+    size_t block = cap_bytes && cap_bytes < BLOCK_BYTES ? cap_bytes : BLOCK_BYTES;
+    t->records = &t->arena;
+    if (compute_host(c)) {
+        arena_init(&t->arena, block, cap_bytes);
+    } else {
+        arena_init_from(&t->arena, (struct arena_source){ get_there, put_there, c }, block, cap_bytes);
+        arena_init(&t->host, 0, 0);
+        t->records = &t->host;
+    }
     *out = t;
     return NULL;
 }
@@ -36,6 +57,7 @@ void tape_close(struct tape *t)
         return;
     status_free(t->error);
     arena_fini(&t->arena);
+    arena_fini(&t->host);
     mem_free(t);
 }
 
@@ -76,46 +98,68 @@ void tape_begin(struct tape *t, enum tape_mode mode)
     t->error = NULL;
     t->last = NULL;
     t->rope = NULL;
+    t->copies = NULL;
     t->outside = t->inside = NULL;
     t->room = NULL;
     t->room_floats = 0;
     t->context_part = NULL;
     t->context_floats = 0;
-    t->block_bytes = 0;
+    t->block_bytes = t->block_host = 0;
     t->routed = 0;
     t->mode = mode;
     arena_reset(&t->arena);
+    arena_reset(&t->host);
 }
 
 /* Replace the blocks a dry pass has grown by one of the same use: then any pass that takes no more fits, whatever its
  * sizes. */
-static status *settle(struct tape *t)
+static status *settle(struct arena *a)
 {
-    size_t peak = t->arena.peak_bytes, cap = t->arena.cap_bytes;
-    if (!t->arena.first || t->arena.held_bytes <= t->arena.block_bytes)
+    size_t peak = a->peak_bytes, cap = a->cap_bytes;
+    if (!a->first || a->held_bytes <= a->block_bytes)
         return NULL;
-    uint64_t grown = t->arena.grown;
-    arena_fini(&t->arena);
-    arena_init(&t->arena, peak, cap);
-    void *p = arena_alloc(&t->arena, peak);
-    t->arena.grown += grown;
-    arena_reset(&t->arena);
+    uint64_t grown = a->grown;
+    struct arena_source source = a->source;
+    arena_fini(a);
+    arena_init_from(a, source, peak, cap);
+    void *p = arena_alloc(a, peak);
+    a->grown += grown;
+    arena_reset(a);
     return p ? NULL : ERR(NO_MEMORY, "%zu bytes for activations", peak);
+}
+
+/* Room for a block that backward runs again. */
+static void reserve(struct tape *t, struct arena *a, size_t bytes)
+{
+    if (!t->error && bytes && !arena_alloc(a, bytes))
+        tape_fail(t, ERR(NO_MEMORY, "%zu bytes of activations of a block: %zu in use, cap %zu", bytes, a->used_bytes,
+                         a->cap_bytes));
+}
+
+/* The first error since it was last taken. */
+static status *take_error(struct tape *t)
+{
+    status *st = t->error;
+    t->error = NULL;
+    return status_first(st, compute_check(t->compute, false));
 }
 
 status *tape_end(struct tape *t)
 {
-    if (!t->error && t->mode == TAPE_DRY && t->block_bytes && !arena_alloc(&t->arena, t->block_bytes))
-        tape_fail(t, ERR(NO_MEMORY, "%zu bytes of activations of a block: %zu in use, cap %zu", t->block_bytes,
-                         t->arena.used_bytes, t->arena.cap_bytes));
-    status *st = t->error;
-    t->error = NULL;
+    if (t->mode == TAPE_DRY) {
+        reserve(t, &t->arena, t->block_bytes);
+        reserve(t, &t->host, t->block_host);
+    }
+    status *st = take_error(t);
     if (st) { /* nothing to replay */
         t->last = NULL;
         t->mode = TAPE_FORWARD;
         return st;
     }
-    return t->mode == TAPE_DRY ? settle(t) : NULL;
+    if (t->mode != TAPE_DRY)
+        return NULL;
+    TRY(settle(&t->arena));
+    return settle(&t->host);
 }
 
 status *tape_backward(struct tape *t, struct tensor *root, const float *droot, unsigned halves)
@@ -130,9 +174,7 @@ status *tape_backward(struct tape *t, struct tensor *root, const float *droot, u
         t->kernels->scale(t->workers, root->grad, droot, 1.0f, tensor_elems(root));
     for (const struct tape_record *r = t->last; r; r = r->prev)
         r->backward(t, r, halves);
-    status *st = t->error;
-    t->error = NULL;
-    return st;
+    return take_error(t);
 }
 
 struct tensor *tape_fail(struct tape *t, status *st)

@@ -6,10 +6,11 @@
  *     status *st = tape_end(t);                             // the first error, or NULL
  *     tape_backward(t, logp, dlogp, TAPE_BACKWARD_ALL);     // adds into the .grad of every tensor that has one
  *
- * A tape owns its arena and holds one micro-batch: outputs, what forward keeps for backward, and gradients of
- * activations live there until the next tape_begin. After shapes have been seen once (a TAPE_DRY pass with the largest
- * shapes) nothing is allocated. Backward accumulates (+=) into gradients. One thread drives a tape; kernels share the
- * rank's workers. Results depend on no thread count. */
+ * A tape owns its arenas and holds one micro-batch: outputs, what forward keeps for backward, and gradients of
+ * activations live there until the next tape_begin. On a device they are in its memory, which the host does not read or
+ * write (compute.h); records, tensors' descriptions and what the host alone needs are in an arena of the host's. After
+ * shapes have been seen once (a TAPE_DRY pass with the largest shapes) nothing is allocated. Backward accumulates (+=)
+ * into gradients. One thread drives a tape; kernels share the rank's workers. Results depend on no thread count. */
 #ifndef TESSERA_TRAINER_OPS_TAPE_H
 #define TESSERA_TRAINER_OPS_TAPE_H
 
@@ -65,7 +66,15 @@ struct rope_table;
 struct comm;
 struct tape;
 
-/* One op's part of backward. Ops put their own fields behind it, in the arena (ops.c). */
+/* What of the host a device has a copy of since tape_begin: on_device in op.h. */
+struct tape_copy {
+    struct tape_copy *next;
+    const int32_t *host;
+    int64_t n;
+    int32_t *there;
+};
+
+/* One op's part of backward. Ops put their own fields behind it (ops.c). */
 struct tape_record {
     struct tape_record *prev;
     void (*backward)(struct tape *t, const struct tape_record *r, unsigned halves); /* adds into gradients */
@@ -80,19 +89,22 @@ struct tape_blocks {
 };
 
 struct tape {
-    struct arena arena;
+    struct arena arena;            /* activations and gradients */
+    struct arena host;             /* of a device: what the host writes and reads */
+    struct arena *records;         /* that one, or on the CPU the same as activations */
     struct compute *compute;       /* borrowed; NULL: the CPU */
     struct workers *workers;       /* what its kernels take; borrowed; may be NULL */
     const struct kernels *kernels; /* its table */
     enum tape_mode mode;
     struct tape_record *last; /* newest record; linked backwards */
     struct rope_table *rope;  /* angles made since tape_begin, shared by all layers */
+    struct tape_copy *copies; /* the same of index arrays on a device */
     status *error;            /* first error since tape_begin */
 
     enum tape_recompute recompute;    /* tape_recompute */
     bool bf16;                        /* tape_bf16 */
     const struct tape_blocks *blocks; /* tape_blocks; may be NULL */
-    size_t block_bytes;               /* with it, the most that a block has taken since tape_begin */
+    size_t block_bytes, block_host;   /* with it, the most that a block has taken since tape_begin, of both arenas */
 
     struct comm *tp; /* tape_spread */
     bool sequence;
@@ -134,10 +146,11 @@ void tape_experts(struct tape *t, struct comm *ep);
 void tape_context(struct tape *t, struct comm *context);
 /* Forget all records and tensors of before. */
 void tape_begin(struct tape *t, enum tape_mode mode);
-/* Take the tape's first error. After TAPE_DRY the tensors are gone, and the arena is one block that holds as much as
- * was taken. */
+/* Take the tape's first error, of a device's kernels too as far as they have come. After TAPE_DRY the tensors are gone,
+ * and each arena is one block that holds as much as was taken. */
 status *tape_end(struct tape *t) WARN_UNUSED;
-/* Seed `root` with droot (same shape, f32, overwrites root->grad; NULL: what root->grad holds already) and replay. Only
+/* Seed `root` with droot (same shape, f32, where activations are; overwrites root->grad; NULL: what root->grad holds
+ * already) and replay. Only
  * after TAPE_TRAIN without error, once for each half: INPUT first and WEIGHT later, or both at once. INVALID if root
  * has no gradient. Collective over the ranks of a spread tape, as a pass is; an error of the transport is returned. */
 status *tape_backward(struct tape *t, struct tensor *root, const float *droot, unsigned halves) WARN_UNUSED;
