@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Experts on several ranks under mpirun: the losses of one rank, whose routes are replayed; what ep 2 saved goes on at ep 1 and ep 4 with the same hashes. And
-`tessera eval` of a model with experts and adapters: the same from one rank, from several, from ep 2, and from the merged weights alone."""
+`tessera eval` of a model with experts and adapters: the same from one rank, from several, from ep 2, and from the merged weights alone; and adapters alone."""
 
 import json
 import pathlib
@@ -67,8 +67,8 @@ def near(got, want, bound, text):
                 job.check(abs(x - y) <= bound * abs(y), f"{text}: row {a['row']}: {key} {a[key]}, not {b[key]}")
 
 
-# Adapters of attention beside experts that are frozen; the reference is the model without them.
-lora = config("lora", lora={"targets": "['*.q_proj', '*.v_proj']", "rank": 4}, algo_warmup_sft_steps=0, algo_reference="base", model_balance_rate=0)
+# Adapters of attention and of experts; the reference is the model without them.
+lora = config("lora", lora={"targets": "['*.q_proj', '*.experts.*']", "rank": 4}, algo_warmup_sft_steps=0, algo_reference="base", model_balance_rate=0)
 job.run(4, lora, "parallel.ep=2", "parallel.dp=2")
 for path, reference in ((config("dealt"), "eval.reference=0"), (lora, "eval.reference=")):
     want = score(1, path, reference)
@@ -83,3 +83,17 @@ job.tool("ckpt", "export", tmp / "lora" / "ckpt", STEPS, tmp / "merged")
 got = score(1, lora, "eval.reference=0", f"model.init_from={tmp / 'merged'}")[1]
 near([dict(r, logps=r["ref_logps"]) for r in got], [dict(r, ref_logps=r["logps"]) for r in got], 1e-5, "merged weights")
 job.say("passed: merged weights")
+
+# Alone they have the names that peft has for layers of single experts.
+job.tool("ckpt", "export", tmp / "lora" / "ckpt", STEPS, tmp / "adapter", "--adapter")
+raw = (tmp / "adapter" / "adapter_model.safetensors").read_bytes()
+shapes = {k: v["shape"] for k, v in json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")]).items() if k != "__metadata__"}
+model = json.loads((tmp / "merged" / "config.json").read_text())
+c, heads, f = model["hidden_size"], model["num_attention_heads"] * model["head_dim"], EXPERTS["model_expert_ffn"]
+layers = {f"model.layers.{i}.self_attn.q_proj": (heads, c) for i in range(3)}
+layers |= {f"model.layers.{i}.mlp.experts.{e}.{n}_proj": (c, f) if n == "down" else (f, c) for i in (1, 2) for e in range(8) for n in ("gate", "up", "down")}
+wanted = {f"base_model.model.{k}.lora_{ab}.weight": [4, n] if ab == "A" else [m, 4] for k, (m, n) in layers.items() for ab in "AB"}
+job.check(shapes == wanted, f"adapters: {sorted(set(map(str, shapes.items())) ^ set(map(str, wanted.items())))[:6]}")
+targets = json.loads((tmp / "adapter" / "adapter_config.json").read_text())["target_modules"]
+job.check(sorted(targets) == sorted(layers), f"target_modules: {targets}")
+job.say("passed: adapters alone")

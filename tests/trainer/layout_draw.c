@@ -144,14 +144,23 @@ static bool draw_experts(struct draw *d, struct words *w)
     return bias;
 }
 
+/* Whether some layer has experts: of those behind the first ones every sparse_step-th. */
+static bool has_experts(const struct words *what)
+{
+    long step = words_number(what, "model.sparse_step", 1), i = words_number(what, "model.first_dense", 0);
+    while ((i + 1) % step)
+        i++;
+    return words_number(what, "model.experts", 0) && i < words_number(what, "model.layers", 1);
+}
+
 /* Adapters, frozen parameters, or neither. */
 static bool draw_tuning(struct draw *d, struct words *w)
 {
-    static const char *const targets[] = { "*_proj", "*.q_proj,*.v_proj,*.o_proj", "*.0.self_attn.*" },
+    static const char *const targets[] = { "*_proj", "*.q_proj,*.v_proj,*.o_proj", "*.0.self_attn.*", "*.experts.*" },
                              *const freeze[] = { "*embed*", "*.layers.0.*", "*norm*,*_proj*" };
     int kind = (int)draw_below(d, 6);
     if (kind == 0) {
-        words_add(w, "lora.targets=%s", targets[draw_below(d, 3)]);
+        words_add(w, "lora.targets=%s", targets[draw_below(d, has_experts(w) ? 4 : 3)]);
         words_add(w, "lora.rank=%d", ONE_OF(d, 2, 3, 5));
     }
     if (kind == 1)
@@ -193,15 +202,6 @@ static void draw_what(struct draw *d, struct words *w)
     words_add(w, "optim.clip=%s", one_in(d, 3) ? "0" : one_in(d, 2) ? "0.05" : "1");
     words_add(w, "optim.weight_decay=%s", one_in(d, 2) ? "0" : "0.1");
     words_add(w, "optim.kind=%s", one_in(d, 6) ? "muon" : "adamw");
-}
-
-/* Whether some layer has experts: of those behind the first ones every sparse_step-th. */
-static bool has_experts(const struct words *what)
-{
-    long step = words_number(what, "model.sparse_step", 1), i = words_number(what, "model.first_dense", 0);
-    while ((i + 1) % step)
-        i++;
-    return words_number(what, "model.experts", 0) && i < words_number(what, "model.layers", 1);
 }
 
 bool job_has_experts(const struct layout_job *j)
@@ -410,6 +410,8 @@ static const char *mistake_of_experts(struct draw *d, struct layout_job *j)
     words_set(&j->what, "model.ffn", "8");
     words_set(&j->what, "model.first_dense", "0");
     words_set(&j->what, "model.sparse_step", "1");
+    if (words_get(&j->what, "lora.targets", NULL)) /* of layers that are there without experts, too */
+        words_set(&j->what, "lora.targets", "*_proj");
     if (which > 3)
         words_set(&j->how, "parallel.ep", "4");
     else

@@ -415,6 +415,52 @@ static void frozen_experts(void **state)
     }
 }
 
+/* Adapters of experts lie with them; the reference is the base. */
+static void adapters_of_experts(void **state)
+{
+    (void)state;
+    char record[160], replay[160];
+    routes_option(record, "record", 9);
+    routes_option(replay, "replay", 9);
+    const char *o[] = { "lora.targets=*.experts.*,*.q_proj",
+                        "lora.rank=3",
+                        "algo.reference=base",
+                        "algo.warmup_sft_steps=0",
+                        record,
+                        "checkpoint.url=",
+                        NULL,
+                        NULL,
+                        NULL };
+    (void)run_case("whole", 0, NULL, o);
+    o[4] = replay;
+    for (int c = 0; c < SPREADS; c++) {
+        (void)run_case("spread", 0, &spreads[c], o);
+        for (int step = 1; step <= STEPS; step++) {
+            expect_near("spread", "whole", step, "loss");
+            expect_near("spread", "whole", step, "grad_norm");
+        }
+    }
+    static const struct mesh_case from = { 4, { "parallel.ep=2", "parallel.dp=2", "parallel.bucket=8K" } },
+                                  to[] = { { 1, { "parallel.zero=0" } }, { 4, { "parallel.ep=4" } } };
+    static const char *const hashes[] = { "weights_hash", "moments_hash" }; /* the reference is no state */
+    o[5] = "checkpoint.every=1";
+    o[6] = "checkpoint.keep_last=0";
+    o[7] = "checkpoint.state_hash=true";
+    (void)run_case("low", 0, &from, o);
+    o[5] = "checkpoint.resume=3";
+    o[6] = "checkpoint.rewind=true";
+    for (size_t c = 0; c < sizeof to / sizeof *to; c++) {
+        char saved[32], loaded[32];
+        assert_int_equal(run_case("low", 0, &to[c], o).resumed_from, 3);
+        for (int h = 0; h < 2; h++) {
+            last_value("low", "save_start", 3, hashes[h], saved);
+            last_value("low", "resume", 3, hashes[h], loaded);
+            assert_string_equal(loaded, saved);
+        }
+        expect_near("low", "whole", STEPS, "loss");
+    }
+}
+
 /* Saved with experts on two ranks, resumed on one and more: every tensor bit for bit. */
 static void resumes_with_other_experts(void **state)
 {
@@ -520,11 +566,17 @@ static void refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(refusals),           cmocka_unit_test(same_bits),
-        cmocka_unit_test(loads_become_equal), cmocka_unit_test(references_have_biases),
-        cmocka_unit_test(tensor_parallel),    cmocka_unit_test(resumes),
-        cmocka_unit_test(expert_parallel),    cmocka_unit_test(every_loss_on_cut_experts),
-        cmocka_unit_test(frozen_experts),     cmocka_unit_test(resumes_with_other_experts),
+        cmocka_unit_test(refusals),
+        cmocka_unit_test(same_bits),
+        cmocka_unit_test(loads_become_equal),
+        cmocka_unit_test(references_have_biases),
+        cmocka_unit_test(tensor_parallel),
+        cmocka_unit_test(resumes),
+        cmocka_unit_test(expert_parallel),
+        cmocka_unit_test(every_loss_on_cut_experts),
+        cmocka_unit_test(frozen_experts),
+        cmocka_unit_test(resumes_with_other_experts),
+        cmocka_unit_test(adapters_of_experts),
     };
     return cmocka_run_group_tests(tests, make_data, remove_data);
 }

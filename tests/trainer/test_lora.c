@@ -1,7 +1,8 @@
 /* Adapters and frozen parameters. On a model: the first pass is the base's to the last bit, the merged weights compute
- * what the adapters do, switched off they are not there, patterns fit what they say. In whole jobs whose ranks are
- * threads: the base stays as it was; ranks, ZeRO stage, recomputed blocks and the kind of reference change no bit;
- * resumes at other meshes bring every tensor back; a save writes the adapters and their moments and no more. */
+ * what the adapters do, by the chain rule their gradients are the adapters' ones, switched off they are not there,
+ * patterns fit what they say. In whole jobs whose ranks are threads: the base stays as it was; ranks, ZeRO stage,
+ * recomputed blocks and the kind of reference change no bit; resumes at other meshes bring every tensor back; a save
+ * writes the adapters and their moments and no more. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -26,10 +27,19 @@ static const struct model_ops *llama(void)
     return ops;
 }
 
-static status *open_tuned(const char *targets, const char *freeze, struct model **out)
+static status *open_sized(bool experts, const char *targets, const char *freeze, struct model **out)
 {
-    static const char *const sizes[][2] = { { "layers", "2" }, { "hidden", "24" }, { "heads", "4" },
-                                            { "ffn", "40" },   { "tied", "true" }, { "kv_heads", "2" } };
+    const char *const sizes[][2] = {
+        { "layers", "2" },
+        { "hidden", "24" },
+        { "heads", "4" },
+        { "ffn", "40" },
+        { "tied", "true" },
+        { "kv_heads", "2" },
+        { "experts", experts ? "5" : "0" },
+        { "experts_per_token", experts ? "2" : "0" },
+        { "expert_ffn", experts ? "10" : "0" },
+    };
     void *config = mem_calloc(1, llama()->config_bytes);
     struct lora_config lora;
     status *st = options_defaults(llama()->options, config);
@@ -52,6 +62,11 @@ static status *open_tuned(const char *targets, const char *freeze, struct model 
     return st;
 }
 
+static status *open_tuned(const char *targets, const char *freeze, struct model **out)
+{
+    return open_sized(false, targets, freeze, out);
+}
+
 static struct model *opened(const char *targets, const char *freeze)
 {
     struct model *m = NULL;
@@ -59,22 +74,32 @@ static struct model *opened(const char *targets, const char *freeze)
     return m;
 }
 
-static void logps(struct model *m, float out[TOKENS])
+/* Of a model; and with gradients those of their sum, each times another number. */
+static void pass(struct model *m, bool gradients, float out[TOKENS])
 {
     int32_t token[TOKENS], target[TOKENS], position[TOKENS], offset[] = { 0, 17, TOKENS };
+    float by[TOKENS];
     for (int i = 0; i < TOKENS; i++) {
         token[i] = (i * 11 + 3) % VOCAB;
         target[i] = (i * 7 + 5) % VOCAB;
         position[i] = i < offset[1] ? i : i - offset[1];
+        by[i] = (float)(i % 5) - 1.5f;
     }
     struct model_input in = { .tokens = TOKENS, .token = token, .seg = { 2, offset, position } };
     struct tape *t;
     must(tape_open(NULL, NULL, 0, &t));
-    tape_begin(t, TAPE_FORWARD);
+    tape_begin(t, gradients ? TAPE_TRAIN : TAPE_FORWARD);
     struct tensor *h = m->ops->forward(m, t, &in), *y = op_logprob(t, h, m->ops->head(m), target, 1);
     must(tape_end(t));
     memcpy(out, y->data, TOKENS * sizeof *out);
+    if (gradients)
+        must(tape_backward(t, y, by, TAPE_BACKWARD_ALL));
     tape_close(t);
+}
+
+static void logps(struct model *m, float out[TOKENS])
+{
+    pass(m, false, out);
 }
 
 static void starts_at_the_base(void **state)
@@ -113,41 +138,98 @@ static void starts_at_the_base(void **state)
     model_close(m);
 }
 
-static void merged_is_adapted(void **state)
+/* |z - scale y|^2 / |scale y|^2 of y [m, n] = a [m, k] x [k, n], row-major, each given so or transposed. */
+static double off_product(const float *a, bool a_trans, const float *x, bool x_trans, uint64_t m, uint64_t k,
+                          uint64_t n, double scale, const float *z)
 {
-    (void)state;
-    struct model *plain = opened("", ""), *m = opened("*.k_proj,*.o_proj,*.1.mlp.*", "");
-    float base[TOKENS], adapted[TOKENS], off[TOKENS], merged[TOKENS];
-    for (int i = 0; i < m->params.count; i++)
-        for (uint64_t e = 0; m->params.p[i].adapter && e < param_elems(&m->params.p[i]); e++)
-            ((float *)m->params.p[i].value.data)[e] =
-                0.2f * (float)rng_normal((struct rng_at){ .seed = 1, .sample = (uint32_t)i }, e);
-    logps(plain, base);
-    logps(m, adapted);
-    m->adapters_off = true;
-    logps(m, off);
-    assert_memory_equal(off, base, sizeof off);
+    double off = 0, all = 0;
+    for (uint64_t i = 0; i < m; i++)
+        for (uint64_t j = 0; j < n; j++) {
+            double y = 0;
+            for (uint64_t l = 0; l < k; l++)
+                y += (double)a[a_trans ? l * m + i : i * k + l] * (double)x[x_trans ? j * k + l : l * n + j];
+            off += ((double)z[i * n + j] - scale * y) * ((double)z[i * n + j] - scale * y);
+            all += scale * scale * y * y;
+        }
+    return all > 0 ? off / all : off;
+}
+
+/* By the chain rule the gradients of B and A are scale dW A^T and scale B^T dW, each expert's too. */
+static void expect_chain_rule(struct model *plain, struct model *m)
+{
+    float seen[TOKENS];
+    pass(plain, true, seen);
+    pass(m, true, seen);
+    for (int i = 0; i < plain->params.count; i++) {
+        const struct param *of = &m->params.p[i];
+        if (of->lora_a < 0)
+            continue;
+        const struct tensor *a = &m->params.p[of->lora_a].value, *b = &m->params.p[of->lora_b].value;
+        int first = of->shape.ndim - 2;
+        uint64_t rows = of->shape.dim[first], cols = of->shape.dim[first + 1];
+        double scale = (double)m->lora_scale;
+        for (uint64_t e = 0; e < (first ? of->shape.dim[0] : 1); e++) {
+            const float *dw = plain->params.p[i].value.grad + e * rows * cols,
+                        *ea = (const float *)a->data + e * RANK * cols, *eb = (const float *)b->data + e * rows * RANK;
+            double da = off_product(eb, true, dw, false, RANK, rows, cols, scale, a->grad + e * RANK * cols),
+                   db = off_product(dw, false, ea, true, rows, cols, RANK, scale, b->grad + e * rows * RANK);
+            if (!(da < 1e-8 && db < 1e-8))
+                fail_msg("%s, matrix %d: gradients of A and B are off by %g, %g", of->name, (int)e, sqrt(da), sqrt(db));
+        }
+    }
+}
+
+static int merge_all(struct model *plain, struct model *m)
+{
     int layers = 0;
     for (int i = 0; i < plain->params.count; i++) {
         struct param *w = &plain->params.p[i], *of = &m->params.p[i];
         if (of->lora_a < 0)
             continue;
         const float *a = m->params.p[of->lora_a].value.data, *b = m->params.p[of->lora_b].value.data;
-        uint64_t n = param_elems(w), first = n / 3; /* in two goes, the second from inside a row */
-        lora_merge(w->value.data, 0, first, w->shape.dim[1], a, b, RANK, m->lora_scale);
-        lora_merge((float *)w->value.data + first, first, n - first, w->shape.dim[1], a, b, RANK, m->lora_scale);
-        layers++;
+        int at = w->shape.ndim - 2;
+        uint64_t rows = w->shape.dim[at], cols = w->shape.dim[at + 1], n = rows * cols, part = n / 3;
+        for (uint64_t e = 0; e < (at ? w->shape.dim[0] : 1); e++) { /* in two goes, the second from inside a row */
+            float *x = (float *)w->value.data + e * n;
+            const float *ea = a + e * RANK * cols, *eb = b + e * rows * RANK;
+            lora_merge(x, 0, part, cols, ea, eb, RANK, m->lora_scale);
+            lora_merge(x + part, part, n - part, cols, ea, eb, RANK, m->lora_scale);
+            layers++;
+        }
     }
-    assert_int_equal(layers, 2 + 2 + 3);
-    logps(plain, merged);
-    double most = 0;
-    for (int i = 0; i < TOKENS; i++) {
-        assert_true(fabs((double)merged[i] - (double)adapted[i]) <= 1e-5 * fabs((double)adapted[i]));
-        most = fmax(most, fabs((double)adapted[i] - (double)base[i]));
+    return layers;
+}
+
+static void merged_is_adapted(void **state)
+{
+    (void)state;
+    for (int experts = 0; experts < 2; experts++) {
+        struct model *plain = NULL, *m = NULL;
+        must(open_sized(experts, "", "", &plain));
+        must(open_sized(experts, experts ? "*.k_proj,*.experts.*" : "*.k_proj,*.o_proj,*.1.mlp.*", "", &m));
+        float base[TOKENS], adapted[TOKENS], off[TOKENS], merged[TOKENS];
+        for (int i = 0; i < m->params.count; i++)
+            for (uint64_t e = 0; m->params.p[i].adapter && e < param_elems(&m->params.p[i]); e++)
+                ((float *)m->params.p[i].value.data)[e] =
+                    0.2f * (float)rng_normal((struct rng_at){ .seed = 1, .sample = (uint32_t)i }, e);
+        logps(plain, base);
+        logps(m, adapted);
+        m->adapters_off = true;
+        logps(m, off);
+        assert_memory_equal(off, base, sizeof off);
+        m->adapters_off = false;
+        assert_int_equal(merge_all(plain, m), experts ? 2 + 2 * 3 * 5 : 2 + 2 + 3);
+        logps(plain, merged);
+        double most = 0;
+        for (int i = 0; i < TOKENS; i++) {
+            assert_true(fabs((double)merged[i] - (double)adapted[i]) <= 1e-5 * fabs((double)adapted[i]));
+            most = fmax(most, fabs((double)adapted[i] - (double)base[i]));
+        }
+        assert_true(most > 1e-2);
+        expect_chain_rule(plain, m);
+        model_close(plain);
+        model_close(m);
     }
-    assert_true(most > 1e-2);
-    model_close(plain);
-    model_close(m);
 }
 
 static void patterns(void **state)

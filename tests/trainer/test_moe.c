@@ -1,7 +1,7 @@
 /* op_moe against formulas written here in double: outputs, the balance loss, and gradients by central differences of
- * both. Then: halves, threads and recomputed passes change no bit, a token's bits depend on no other token, experts
- * without tokens and with all of them, and experts on several ranks, each with tokens of its own or none, have the bits
- * of one rank with all tokens. */
+ * both, with adapters of the experts too. Then: halves, threads and recomputed passes change no bit, a token's bits
+ * depend on no other token, experts without tokens and with all of them, and experts on several ranks, each with tokens
+ * of its own or none, have the bits of one rank with all tokens. */
 #include "comm/base/mem.h"
 #include "tests/support/comm_threads.h"
 #include "trainer/ops/kernels.h"
@@ -15,8 +15,8 @@
 
 #include <cmocka.h>
 
-enum { INPUTS = 5, ELEMS = 2048, MOST = 64 };
-enum { X, ROUTER, GATE, UP, DOWN };
+enum { X, ROUTER, GATE, UP, DOWN, LOW, INPUTS = LOW + 6 }; /* LOW: A and B of gate's adapters, of up's, of down's */
+enum { ELEMS = 2048, MOST = 64 };
 
 struct problem {
     const char *name;
@@ -24,17 +24,20 @@ struct problem {
     struct router how;
     float lean; /* bias[e] = lean * (e - E/2); 0: no bias */
     float balance_weight;
+    int rank; /* of every expert's adapters; 0: none */
 };
 
 static const struct problem problems[] = {
-    { "qwen3", 9, 6, 5, { 5, 2, 1, 1, false, true, 1 }, 0, 0.7f },
-    { "not normalised", 7, 4, 3, { 4, 3, 1, 1, false, false, 1.5f }, 0, 0 },
-    { "one of one", 3, 4, 3, { 1, 1, 1, 1, false, true, 1 }, 0, 0.5f },
-    { "all of them", 5, 3, 4, { 4, 4, 1, 1, true, true, 1 }, 0, 0.3f },
-    { "deepseek v3", 8, 6, 4, { 8, 3, 4, 2, true, true, 2.5f }, 0.03f, 0.9f },
-    { "sigmoid, as it is", 6, 5, 4, { 6, 2, 1, 1, true, false, 1 }, -0.05f, 0.4f },
-    { "groups of a softmax", 8, 5, 3, { 6, 2, 3, 1, false, false, 4 }, 0, 0.2f },
-    { "all to the last one", 6, 4, 3, { 4, 1, 1, 1, false, true, 1 }, 100, 0.5f },
+    { "qwen3", 9, 6, 5, { 5, 2, 1, 1, false, true, 1 }, 0, 0.7f, 0 },
+    { "not normalised", 7, 4, 3, { 4, 3, 1, 1, false, false, 1.5f }, 0, 0, 0 },
+    { "one of one", 3, 4, 3, { 1, 1, 1, 1, false, true, 1 }, 0, 0.5f, 3 },
+    { "all of them", 5, 3, 4, { 4, 4, 1, 1, true, true, 1 }, 0, 0.3f, 0 },
+    { "deepseek v3", 8, 6, 4, { 8, 3, 4, 2, true, true, 2.5f }, 0.03f, 0.9f, 0 },
+    { "sigmoid, as it is", 6, 5, 4, { 6, 2, 1, 1, true, false, 1 }, -0.05f, 0.4f, 0 },
+    { "groups of a softmax", 8, 5, 3, { 6, 2, 3, 1, false, false, 4 }, 0, 0.2f, 0 },
+    { "all to the last one", 6, 4, 3, { 4, 1, 1, 1, false, true, 1 }, 100, 0.5f, 0 },
+    { "adapters", 7, 5, 3, { 4, 2, 1, 1, false, true, 1 }, 0, 0.6f, 2 },
+    { "adapters, all to the last one", 5, 4, 3, { 4, 1, 1, 1, true, false, 2 }, 100, 0, 1 },
 };
 enum { PROBLEMS = sizeof problems / sizeof *problems };
 
@@ -47,6 +50,8 @@ struct inputs {
     bool freeze;
 };
 
+static const float low_scale = 1.5f;
+
 static float draw(uint32_t *s)
 {
     *s = *s * 1664525u + 1013904223u;
@@ -55,10 +60,9 @@ static float draw(uint32_t *s)
 
 static void fill(const struct problem *p, struct inputs *in)
 {
-    int e = (int)p->how.experts;
-    const int64_t dims[INPUTS][3] = {
-        { p->n, p->c }, { e, p->c }, { e, p->f, p->c }, { e, p->f, p->c }, { e, p->c, p->f }
-    };
+    int64_t e = p->how.experts, c = p->c, f = p->f, r = p->rank;
+    const int64_t dims[INPUTS][3] = { { p->n, c }, { e, c },    { e, f, c }, { e, f, c }, { e, c, f }, { e, r, c },
+                                      { e, f, r }, { e, r, c }, { e, f, r }, { e, r, f }, { e, c, r } };
     uint32_t s = 5;
     memset(in, 0, sizeof *in);
     for (int i = 0; i < INPUTS; i++) {
@@ -76,8 +80,17 @@ static void fill(const struct problem *p, struct inputs *in)
 
 static struct expert_weights weights_of(const struct problem *p, struct inputs *in)
 {
-    return (struct expert_weights){ &in->t[ROUTER], p->lean != 0 ? &in->bias : NULL, &in->t[GATE], &in->t[UP],
-                                    &in->t[DOWN] };
+    struct expert_weights w = { .router = &in->t[ROUTER],
+                                .bias = p->lean != 0 ? &in->bias : NULL,
+                                .gate = &in->t[GATE],
+                                .up = &in->t[UP],
+                                .down = &in->t[DOWN] };
+    if (p->rank) {
+        w.low.gate = (struct low_rank){ &in->t[LOW], &in->t[LOW + 1], low_scale };
+        w.low.up = (struct low_rank){ &in->t[LOW + 2], &in->t[LOW + 3], low_scale };
+        w.low.down = (struct low_rank){ &in->t[LOW + 4], &in->t[LOW + 5], low_scale };
+    }
+    return w;
 }
 
 /* ---- the same in double ---- */
@@ -106,6 +119,17 @@ static int before(const struct problem *p, const double *value, int e)
     for (int i = 0; i < p->how.experts; i++)
         n += in_best_group(p, value, i) && (value[i] > value[e] || (i < e && value[i] == value[e]));
     return n;
+}
+
+/* Element [e, row, col] of a stack of matrices with their adapters. */
+static double adapted(const struct problem *p, const struct inputs *in, int which, int e, int row, int col)
+{
+    int m = which == DOWN ? p->c : p->f, k = which == DOWN ? p->f : p->c, low = LOW + 2 * (which - GATE);
+    double w = in->value[which][(e * m + row) * k + col];
+    for (int r = 0; r < p->rank; r++)
+        w += (double)low_scale * in->value[low + 1][(e * m + row) * p->rank + r] *
+             in->value[low][(e * p->rank + r) * k + col];
+    return w;
 }
 
 static double plain(const struct problem *p, struct inputs *in, double *y, int *count)
@@ -138,11 +162,11 @@ static double plain(const struct problem *p, struct inputs *in, double *y, int *
             for (int f = 0; f < p->f; f++) {
                 double g = 0, u = 0;
                 for (int c = 0; c < p->c; c++) {
-                    g += in->value[GATE][(e * p->f + f) * p->c + c] * in->value[X][n * p->c + c];
-                    u += in->value[UP][(e * p->f + f) * p->c + c] * in->value[X][n * p->c + c];
+                    g += adapted(p, in, GATE, e, f, c) * in->value[X][n * p->c + c];
+                    u += adapted(p, in, UP, e, f, c) * in->value[X][n * p->c + c];
                 }
                 for (int c = 0; c < p->c; c++)
-                    y[n * p->c + c] += w * in->value[DOWN][(e * p->c + c) * p->f + f] * g / (1 + exp(-g)) * u;
+                    y[n * p->c + c] += w * adapted(p, in, DOWN, e, c, f) * g / (1 + exp(-g)) * u;
             }
         }
     }
@@ -374,7 +398,7 @@ static status *rank_of_experts(struct comm *world, void *arg)
     memmove(mine->data[X], mine->data[X] + first * p.c, (size_t)(mine->t[X].dim[0] * p.c) * sizeof(float));
     for (int i = GATE; i < INPUTS; i++) {
         mine->t[i].dim[0] = here;
-        mine->t[i].data = mine->data[i] + world->rank * here * p.c * p.f;
+        mine->t[i].data = mine->data[i] + world->rank * tensor_elems(&mine->t[i]);
     }
     TRY(tape_open(NULL, NULL, 0, &t));
     tape_experts(t, world);
@@ -394,7 +418,7 @@ static status *rank_of_experts(struct comm *world, void *arg)
     memcpy(job->grad[X] + first * p.c, mine->grad[X], (size_t)tensor_elems(&mine->t[X]) * sizeof(float));
     memcpy(job->router[world->rank], mine->grad[ROUTER], sizeof job->router[0]);
     for (int i = GATE; i < INPUTS; i++)
-        memcpy(job->grad[i] + world->rank * here * p.c * p.f, mine->grad[i],
+        memcpy(job->grad[i] + world->rank * tensor_elems(&mine->t[i]), mine->grad[i],
                (size_t)tensor_elems(&mine->t[i]) * sizeof(float));
     tape_close(t);
     mem_free(mine);
@@ -449,10 +473,12 @@ static void errors(void **state)
 {
     (void)state;
     struct tape *t;
-    const struct problem *p = &problems[0];
+    const struct problem *p = &problems[0], *low = &problems[PROBLEMS - 2];
     assert_null(tape_open(NULL, NULL, 0, &t));
-    fill(p, &in);
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 7; i++) {
+        if (i > 4)
+            p = low;
+        fill(p, &in);
         struct expert_weights w = weights_of(p, &in);
         struct router how = p->how;
         struct tensor bad = in.t[i < 4 ? i + 1 : DOWN];
@@ -460,6 +486,10 @@ static void errors(void **state)
         struct tensor **const at[] = { &w.router, &w.gate, &w.up, &w.down };
         if (i < 4)
             *at[i] = &bad;
+        else if (i == 5)
+            w.low.up.b = NULL;
+        else if (i == 6)
+            w.low.down = w.low.gate; /* of another shape */
         else
             how.top = how.experts + 1;
         tape_begin(t, TAPE_TRAIN);

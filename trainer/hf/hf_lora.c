@@ -23,32 +23,35 @@ static bool matrix_name(const char *name, const char *which, char out[PARAM_NAME
 bool hf_adapter_exists(tessera *t, const char *name)
 {
     struct tessera_tensor d = TESSERA_TENSOR;
-    char a[PARAM_NAME_BYTES];
-    status *st = matrix_name(name, "lora_A", a) ? tessera_stored(t, "adapter", a, &d) : ERR(NOT_FOUND, "%s", name);
+    char a[PARAM_NAME_BYTES], ours[PARAM_NAME_BYTES];
+    (void)hf_expert(name, ours);
+    status *st = matrix_name(ours, "lora_A", a) ? tessera_stored(t, "adapter", a, &d) : ERR(NOT_FOUND, "%s", name);
     bool found = !st;
     status_free(st);
     return found;
 }
 
-/* A matrix of the adapter, whole, added to s. */
+/* A matrix of the adapter, or of one expert's, whole, added to s. */
 static status *add_matrix(tessera *t, tessera_state *s, const char *name, const char *which, float **to,
                           uint64_t dim[2])
 {
     struct tessera_tensor stored = TESSERA_TENSOR;
-    char full[PARAM_NAME_BYTES];
-    if (!matrix_name(name, which, full))
+    char full[PARAM_NAME_BYTES], ours[PARAM_NAME_BYTES];
+    int64_t expert = hf_expert(name, ours);
+    int first = expert < 0 ? 0 : 1; /* of the matrix's dimensions */
+    if (!matrix_name(ours, which, full))
         return ERR(NOT_FOUND, "%s has no adapter", name);
     TRY(tessera_stored(t, "adapter", full, &stored));
-    if (stored.ndim != 2)
-        return ERR(CORRUPT, "adapter/%s is no matrix", full);
-    struct shape shape = { .ndim = 2, .dim = { stored.shape[0], stored.shape[1] } };
+    if (stored.ndim != first + 2 || (first && (uint64_t)expert >= stored.shape[0]))
+        return ERR(CORRUPT, "adapter/%s has no matrix for %s", full, name);
+    struct shape shape = { .ndim = 2, .dim = { stored.shape[first], stored.shape[first + 1] } };
     bool ok;
     uint64_t n = shape_volume(&shape, &ok);
     *to = ok ? mem_array(NULL, n + 1, sizeof **to) : NULL;
     if (!*to)
         return ERR(NO_MEMORY, "adapter/%s", full);
     memcpy(dim, shape.dim, 2 * sizeof *dim);
-    struct tessera_tensor d = hf_tensor(full, DTYPE_F32, &shape);
+    struct tessera_tensor d = hf_part(full, DTYPE_F32, &shape, expert, stored.shape[0]);
     d.part = "adapter";
     d.data = *to;
     return tessera_state_add_tensor(s, &d);
@@ -90,6 +93,21 @@ void hf_adapter_free(struct hf_adapter *a)
 
 /* ---- peft ---- */
 
+/* Of the matrix a, each expert's layer by the name that peft has for it, or the only one. */
+static status *add_targets(const struct tessera_tensor *a, json_t *targets)
+{
+    char one[PARAM_NAME_BYTES];
+    for (uint64_t e = 0; e < (a->ndim == 3 ? a->shape[0] : 1); e++) {
+        if (a->ndim == 3)
+            hf_name(a->name, e, one);
+        else
+            snprintf(one, sizeof one, "%s", a->name);
+        if (json_array_append_new(targets, json_stringn(one, strlen(one) - (sizeof a_ends - 1))))
+            return ERR(INVALID, "the name of adapter/%s is not UTF-8", a->name);
+    }
+    return NULL;
+}
+
 /* Names of the adapted layers. */
 static status *list_targets(tessera *t, json_t *targets)
 {
@@ -99,9 +117,8 @@ static status *list_targets(tessera *t, json_t *targets)
         struct tessera_tensor d = TESSERA_TENSOR;
         TRY(tessera_stored_at(t, i, &d));
         size_t n = strlen(d.name), end = sizeof a_ends - 1;
-        if (!strcmp(d.part, "adapter") && n > end && !strcmp(d.name + n - end, a_ends) &&
-            json_array_append_new(targets, json_stringn(d.name, n - end)))
-            return ERR(INVALID, "the name of adapter/%s is not UTF-8", d.name);
+        if (!strcmp(d.part, "adapter") && n > end && !strcmp(d.name + n - end, a_ends))
+            TRY(add_targets(&d, targets));
     }
     return NULL;
 }

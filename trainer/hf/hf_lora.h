@@ -14,7 +14,8 @@ struct hf_adapter {
     float scale;
 };
 
-/* Whether the step that t settled on has an adapter of the matrix `name` ("....q_proj.weight"). */
+/* Whether the step that t settled on has an adapter of the matrix `name` ("....q_proj.weight", or of one expert:
+ * "....experts.7.up_proj.weight"). */
 bool hf_adapter_exists(tessera *t, const char *name);
 /* Load it; `config` is the step's stored configuration. NOT_FOUND, CORRUPT. */
 status *hf_adapter_load(tessera *t, uint64_t step, const char *name, const char *config,

@@ -52,23 +52,16 @@ static void name_of(const struct param *p, bool layer, char name[PARAM_NAME_BYTE
         name[n - w] = 0;
 }
 
-enum matched { PARAMETERS, LAYERS, MATRICES }; /* the latter: of linear layers, and experts' */
-
-static bool is_one(const struct param *p, enum matched what)
-{
-    return what == PARAMETERS || (p->linear && (what == MATRICES || !p->experts));
-}
-
 /* Names that a pattern could have been, each last word of a kind once. */
-static void list_names(const struct params *ps, enum matched what, char text[NAMES_BYTES])
+static void list_names(const struct params *ps, bool layers, char text[NAMES_BYTES])
 {
     size_t used = 0;
     text[0] = 0;
     for (int i = 0; i < ps->count; i++) {
         char name[PARAM_NAME_BYTES], kind[PARAM_NAME_BYTES + 4];
-        if (!is_one(&ps->p[i], what))
+        if (layers && !ps->p[i].linear)
             continue;
-        name_of(&ps->p[i], what != PARAMETERS, name);
+        name_of(&ps->p[i], layers, name);
         const char *digits = strpbrk(name, "0123456789"), *rest = digits ? strchr(digits, '.') : NULL;
         snprintf(kind, sizeof kind, "%s%s", rest ? "*" : "", rest ? rest : name);
         const char *seen = strstr(text, kind);
@@ -80,23 +73,23 @@ static void list_names(const struct params *ps, enum matched what, char text[NAM
 }
 
 /* mark[i] for every parameter that a pattern fits. */
-static status *match(const struct params *ps, const char *key, const char *patterns, enum matched what, bool *mark)
+static status *match(const struct params *ps, const char *key, const char *patterns, bool layers, bool *mark)
 {
     char pattern[PARAM_NAME_BYTES];
     while (next_pattern(&patterns, pattern)) {
         bool any = false;
         for (int i = 0; i < ps->count; i++) {
             char name[PARAM_NAME_BYTES];
-            name_of(&ps->p[i], what != PARAMETERS, name);
-            bool fits = is_one(&ps->p[i], what) && !fnmatch(pattern, name, 0);
+            name_of(&ps->p[i], layers, name);
+            bool fits = (!layers || ps->p[i].linear) && !fnmatch(pattern, name, 0);
             mark[i] = mark[i] || fits;
             any = any || fits;
         }
         if (!any) {
             char names[NAMES_BYTES];
-            list_names(ps, what, names);
+            list_names(ps, layers, names);
             return ERR(INVALID, "%s: \"%s\" fits no %s of this model (there are: %s)", key, pattern,
-                       what != PARAMETERS ? "linear layer" : "parameter", names);
+                       layers ? "linear layer" : "parameter", names);
         }
     }
     return NULL;
@@ -104,31 +97,38 @@ static status *match(const struct params *ps, const char *key, const char *patte
 
 /* ---- adapters ---- */
 
-/* One of the two matrices of parameter w's adapter; cut along `dim` where w is. Returns its index, or -1. */
-static int add_matrix(struct params *ps, int w, const char *which, uint64_t rows_, uint64_t cols, int dim)
+/* One of the two matrices of parameter w's adapter, or of each expert's; its rows (side 0) or columns (1) are cut where
+ * w's are. Returns its index, or -1. */
+static int add_matrix(struct params *ps, int w, const char *which, uint64_t rows_, uint64_t cols, int side)
 {
     char layer[PARAM_NAME_BYTES], name[PARAM_NAME_BYTES];
     name_of(&ps->p[w], true, layer);
     if (snprintf(name, sizeof name, "%s.%s.weight", layer, which) >= (int)sizeof name)
         return -1;
-    bool zero = dim == 0;
+    bool zero = side == 0;
+    int first = ps->p[w].shape.ndim - 2; /* of the two dimensions */
+    struct shape shape = { 2, { rows_, cols } };
+    if (first)
+        shape = (struct shape){ 3, { ps->p[w].shape.dim[0], rows_, cols } };
     struct param *p =
-        params_add(ps, name, rows_, cols, zero ? INIT_ZERO : INIT_UNIFORM, zero ? 0 : 1 / sqrtf((float)cols), true);
+        params_add_shape(ps, name, &shape, zero ? INIT_ZERO : INIT_UNIFORM, zero ? 0 : 1 / sqrtf((float)cols), true);
     if (!p)
         return -1;
     const struct param *of = &ps->p[w];
+    p->experts = of->experts;
     p->adapter = true;
     p->unit = of->unit;
     p->block = of->block;
-    p->cut[dim] = of->cut[dim];
+    p->cut[first + side] = of->cut[first + side];
     p->rule = of->rule;
-    p->on_heads = of->cut[1 - dim] >= 0; /* whole, and seen by a part of the layer */
+    p->on_heads = of->cut[first + 1 - side] >= 0; /* whole, and seen by a part of the layer */
     return ps->count - 1;
 }
 
 static status *adapt(struct params *ps, int w, uint64_t rank)
 {
-    uint64_t m = ps->p[w].shape.dim[0], k = ps->p[w].shape.dim[1];
+    const struct shape *s = &ps->p[w].shape;
+    uint64_t m = s->dim[s->ndim - 2], k = s->dim[s->ndim - 1];
     int a = add_matrix(ps, w, "lora_A", rank, k, 1), b = a < 0 ? -1 : add_matrix(ps, w, "lora_B", m, rank, 0);
     if (b < 0)
         return ERR(NO_MEMORY, "the adapter of %s", ps->p[w].name);
@@ -142,8 +142,7 @@ static status *tune(struct model *m, const struct tuning *how, bool *mark)
     struct params *ps = &m->params;
     int base = ps->count;
     bool lora = *how->lora->targets;
-    TRY(match(ps, lora ? "lora.targets" : "train.freeze", lora ? how->lora->targets : how->freeze,
-              lora ? LAYERS : PARAMETERS, mark));
+    TRY(match(ps, lora ? "lora.targets" : "train.freeze", lora ? how->lora->targets : how->freeze, lora, mark));
     for (int i = 0; i < base; i++) {
         struct param *p = &ps->p[i];
         p->frozen = p->frozen || lora || mark[i];
@@ -164,7 +163,7 @@ static status *tune(struct model *m, const struct tuning *how, bool *mark)
 static status *give_to_muon(struct params *ps, const char *patterns, bool *mark)
 {
     int n = 0;
-    TRY(match(ps, "optim.muon", patterns, MATRICES, mark));
+    TRY(match(ps, "optim.muon", patterns, true, mark));
     for (int i = 0; i < ps->count; i++)
         n += ps->p[i].muon = mark[i] && !ps->p[i].frozen;
     return n ? NULL : ERR(INVALID, "optim.muon: \"%.200s\" fits no linear layer that trains", patterns);
@@ -192,15 +191,19 @@ status *model_tune(struct model *m, const struct tuning *how)
     return st;
 }
 
-struct tensor *model_linear(struct model *m, struct tape *t, struct tensor *x, int w, int bias)
+struct low_rank model_adapter(struct model *m, int w)
 {
     struct param *p = m->params.p;
-    struct tensor *b = bias < 0 ? NULL : &p[bias].value;
-    bool plain = p[w].lora_a < 0 || m->adapters_off;
-    struct low_rank low = { 0 };
-    if (!plain)
-        low = (struct low_rank){ &p[p[w].lora_a].value, &p[p[w].lora_b].value, m->lora_scale };
-    return op_linear_low_rank(t, x, &p[w].value, b, plain ? NULL : &low);
+    if (p[w].lora_a < 0 || m->adapters_off)
+        return (struct low_rank){ 0 };
+    return (struct low_rank){ &p[p[w].lora_a].value, &p[p[w].lora_b].value, m->lora_scale };
+}
+
+struct tensor *model_linear(struct model *m, struct tape *t, struct tensor *x, int w, int bias)
+{
+    struct tensor *b = bias < 0 ? NULL : &m->params.p[bias].value;
+    struct low_rank low = model_adapter(m, w);
+    return op_linear_low_rank(t, x, &m->params.p[w].value, b, low.a ? &low : NULL);
 }
 
 /* ---- from a checkpoint ---- */

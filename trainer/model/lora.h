@@ -28,8 +28,10 @@ struct tuning {
 float lora_scale(const struct lora_config *c);
 /* Add the adapters to a model whose parameters are declared, without memory yet, and freeze what is not to train.
  * Adapters are named LAYER.lora_A.weight and LAYER.lora_B.weight, behind all other parameters, cut over
- * tensor-parallel ranks as their layer is. A tied parameter is frozen by any of its names. INVALID: a pattern fits
- * nothing (with names that there are), both kinds are asked for, or nothing trains, or nothing by Muon. */
+ * tensor-parallel ranks as their layer is. Experts' layers, which are one tensor of all ("...mlp.experts.gate_proj"),
+ * have an adapter each, which lies with its expert: [E, rank, K] and [E, M, rank]. A tied parameter is frozen by any of
+ * its names. INVALID: a pattern fits nothing (with names that there are), both kinds are asked for, or nothing trains,
+ * or nothing by Muon. */
 status *model_tune(struct model *m, const struct tuning *how) WARN_UNUSED;
 /* Section lora of a stored configuration (config_text); targets stays NULL. Fields that it lacks get their defaults. */
 status *lora_stored(const char *text, struct lora_config *out) WARN_UNUSED;

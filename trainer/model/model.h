@@ -39,7 +39,7 @@ struct param {
     struct param_cut rule;
     int block;          /* the block (op_block) that alone uses it, or -1 */
     bool on_heads;      /* whole, but applied to this rank's heads: its gradient is a part of the whole one's */
-    bool linear;        /* the matrix of a linear layer, or of each expert's: lora.h may adapt the former */
+    bool linear;        /* the matrix of a linear layer, or of each expert's: lora.h may adapt it */
     bool frozen;        /* does not train: no gradient, no optimiser state */
     bool buffer;        /* frozen, but steps change it by other means: saved anew each time */
     bool experts;       /* dimension 0 counts experts */
@@ -194,6 +194,9 @@ struct model {
 /* For `forward`: y = x w^T + b, with the adapter of parameter w, if it has one; indices into params.p, bias -1: none.
  */
 struct tensor *model_linear(struct model *m, struct tape *t, struct tensor *x, int w, int bias);
+
+/* For `forward`: the adapter of parameter w; a NULL: it has none, or adapters are off. */
+struct low_rank model_adapter(struct model *m, int w);
 
 extern const struct model_ops *const model_registry[]; /* generated; ends with NULL */
 

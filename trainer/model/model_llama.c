@@ -474,8 +474,13 @@ static struct tensor *ffn(const struct pass *p, struct tensor *h, const struct f
 static struct tensor *routed(const struct pass *p, struct tensor *h, int64_t i)
 {
     const struct llama_layer *l = &p->l->layer[i];
-    const struct expert_weights w = { param(p, l->router), param(p, l->bias), param(p, l->routed.gate),
-                                      param(p, l->routed.up), param(p, l->routed.down) };
+    const struct expert_weights w = { param(p, l->router),
+                                      param(p, l->bias),
+                                      param(p, l->routed.gate),
+                                      param(p, l->routed.up),
+                                      param(p, l->routed.down),
+                                      { model_adapter(p->m, l->routed.gate), model_adapter(p->m, l->routed.up),
+                                        model_adapter(p->m, l->routed.down) } };
     const struct expert_load *load = p->in->tokens ? p->m->load : NULL;
     struct route_watch watch = { .padding = p->in->padding };
     if (load) {

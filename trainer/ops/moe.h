@@ -8,7 +8,7 @@
 #ifndef TESSERA_TRAINER_OPS_MOE_H
 #define TESSERA_TRAINER_OPS_MOE_H
 
-#include "trainer/ops/tape.h"
+#include "trainer/ops/ops.h"
 
 struct routes; /* trainer/ops/routes.h */
 
@@ -30,6 +30,9 @@ struct expert_weights {
     struct tensor *bias;      /* [E], or NULL: selects only, has no gradient (Wang et al. 2024, arXiv:2408.15664) */
     struct tensor *gate, *up; /* [E, F, C]; over tensor-parallel ranks cut along F */
     struct tensor *down;      /* [E, C, F]; the same */
+    struct {                  /* each expert's, a [E, R, K], b [E, M, R], cut as in ops.h; a NULL: none */
+        struct low_rank gate, up, down;
+    } low;
 };
 
 /* What else there is to say of a layer's micro-batch. Borrowed, fields may be NULL; arrays must outlive backward. */

@@ -123,13 +123,6 @@ static struct tensor *add_low_rank(struct tape *t, struct tensor *x, struct tens
     return t->error ? NULL : y;
 }
 
-static bool same_cut(const struct tensor_cut *a, const struct tensor_cut *b)
-{
-    if (!a || !b)
-        return !a && !b;
-    return a->dim == b->dim && a->first == b->first && a->count == b->count && a->total == b->total;
-}
-
 static const char *low_rank_misfit(const struct tensor *w, const struct low_rank *low)
 {
     const struct tensor *a = low->a, *b = low->b;

@@ -113,11 +113,12 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
 
 /* ---- each expert's rows ---- */
 
-struct grouped_record {
-    struct tape_record base;
+/* y[i] = w[e] x[i] for each row i of expert e, and its gradients. x [rows, K], w [experts, M, K], y [rows, M]. */
+struct grouped {
     const struct routing *g;
-    struct tensor *x, *w, *y;
-    struct gemm *room;
+    const struct tensor *w;
+    float *x, *y, *dx, *dy;
+    struct gemm *room; /* [experts] */
 };
 
 static void *matrix(const struct tensor *w, int64_t e)
@@ -127,83 +128,140 @@ static void *matrix(const struct tensor *w, int64_t e)
 
 enum product { FORWARD, TO_INPUT, TO_WEIGHT };
 
-/* All experts' products of a kind; those without rows have none. */
-static void multiply(struct tape *t, const struct grouped_record *r, enum product kind)
+static struct gemm product(const struct grouped *r, enum product kind, int64_t e)
 {
-    int64_t m = r->w->dim[1], k = r->w->dim[2];
+    int64_t m = r->w->dim[1], k = r->w->dim[2], at = r->g->from[e], rows = r->g->from[e + 1] - at;
+    if (kind == FORWARD)
+        return (struct gemm){ .m = rows,
+                              .n = m,
+                              .k = k,
+                              .a = r->x + at * k,
+                              .lda = k,
+                              .b = matrix(r->w, e),
+                              .b_dtype = r->w->dtype,
+                              .ldb = k,
+                              .b_trans = true,
+                              .c = r->y + at * m,
+                              .ldc = m };
+    if (kind == TO_INPUT)
+        return (struct gemm){ .m = rows,
+                              .n = k,
+                              .k = m,
+                              .a = r->dy + at * m,
+                              .lda = m,
+                              .b = matrix(r->w, e),
+                              .b_dtype = r->w->dtype,
+                              .ldb = k,
+                              .c = r->dx + at * k,
+                              .ldc = k };
+    return (struct gemm){ .m = m,
+                          .n = k,
+                          .k = rows,
+                          .a = r->dy + at * m,
+                          .lda = m,
+                          .a_trans = true,
+                          .b = r->x + at * k,
+                          .b_dtype = DTYPE_F32,
+                          .ldb = k,
+                          .c = r->w->grad + e * m * k,
+                          .ldc = k };
+}
+
+/* All experts' products of a kind; those without rows have none. */
+static void multiply(struct tape *t, struct grouped r, enum product kind, bool sum)
+{
     size_t count = 0;
-    for (int64_t e = 0; e < r->g->experts; e++) {
-        int64_t at = r->g->from[e], rows = r->g->from[e + 1] - at;
-        float *x = (float *)r->x->data + at * k, *dy = r->y->grad ? r->y->grad + at * m : NULL;
-        if (!rows)
+    for (int64_t e = 0; e < r.g->experts; e++) {
+        if (r.g->from[e + 1] == r.g->from[e])
             continue;
-        r->room[count++] = kind == FORWARD    ? (struct gemm){ .m = rows,
-                                                               .n = m,
-                                                               .k = k,
-                                                               .a = x,
-                                                               .lda = k,
-                                                               .b = matrix(r->w, e),
-                                                               .b_dtype = r->w->dtype,
-                                                               .ldb = k,
-                                                               .b_trans = true,
-                                                               .c = (float *)r->y->data + at * m,
-                                                               .ldc = m }
-                           : kind == TO_INPUT ? (struct gemm){ .m = rows,
-                                                               .n = k,
-                                                               .k = m,
-                                                               .a = dy,
-                                                               .lda = m,
-                                                               .b = matrix(r->w, e),
-                                                               .b_dtype = r->w->dtype,
-                                                               .ldb = k,
-                                                               .c = r->x->grad + at * k,
-                                                               .ldc = k,
-                                                               .add = true }
-                                              : (struct gemm){ .m = m,
-                                                               .n = k,
-                                                               .k = rows,
-                                                               .a = dy,
-                                                               .lda = m,
-                                                               .a_trans = true,
-                                                               .b = x,
-                                                               .b_dtype = DTYPE_F32,
-                                                               .ldb = k,
-                                                               .c = r->w->grad + e * m * k,
-                                                               .ldc = k,
-                                                               .add = true };
+        r.room[count] = product(&r, kind, e);
+        r.room[count].add = sum;
+        r.room[count++].bf16 = t->bf16;
     }
-    for (size_t i = 0; i < count; i++)
-        r->room[i].bf16 = t->bf16;
-    t->kernels->gemms(t->workers, r->room, count);
+    t->kernels->gemms(t->workers, r.room, count);
+}
+
+struct grouped_record {
+    struct tape_record base;
+    const struct routing *g;
+    struct tensor *x, *w, *y;
+    struct gemm *room;
+    struct low_rank low; /* a NULL: none */
+    float *u, *du; /* [rows, R]: scale x a^T, and scale dy b, which the half of the inputs leaves to the weights' */
+};
+
+static struct grouped of_weight(const struct grouped_record *r)
+{
+    return (struct grouped){ r->g, r->w, r->x->data, r->y->data, r->x->grad, r->y->grad, r->room };
+}
+
+static struct grouped of_a(const struct grouped_record *r)
+{
+    return (struct grouped){ r->g, r->low.a, r->x->data, r->u, r->x->grad, r->du, r->room };
+}
+
+static struct grouped of_b(const struct grouped_record *r)
+{
+    return (struct grouped){ r->g, r->low.b, r->u, r->y->data, r->du, r->y->grad, r->room };
+}
+
+static void scale_rows(struct tape *t, const struct grouped_record *r, float *u)
+{
+    t->kernels->scale(t->workers, u, u, r->low.scale, r->g->rows * r->low.a->dim[1]);
+}
+
+static void grouped_forward(struct tape *t, const struct grouped_record *r)
+{
+    multiply(t, of_weight(r), FORWARD, false);
+    if (!r->low.a)
+        return;
+    multiply(t, of_a(r), FORWARD, false);
+    scale_rows(t, r, r->u);
+    multiply(t, of_b(r), FORWARD, true);
 }
 
 static void grouped_backward(struct tape *t, const struct tape_record *base, unsigned halves)
 {
     const struct grouped_record *r = (const void *)base;
+    bool low = r->low.a != NULL;
     if (INPUT_HALF(halves) && r->x->grad)
-        multiply(t, r, TO_INPUT);
+        multiply(t, of_weight(r), TO_INPUT, true);
+    if (INPUT_HALF(halves) && low) {
+        multiply(t, of_b(r), TO_INPUT, false);
+        scale_rows(t, r, r->du);
+    }
+    if (INPUT_HALF(halves) && low && r->x->grad)
+        multiply(t, of_a(r), TO_INPUT, true);
     if (WEIGHT_HALF(halves) && r->w->grad)
-        multiply(t, r, TO_WEIGHT);
+        multiply(t, of_weight(r), TO_WEIGHT, true);
+    if (WEIGHT_HALF(halves) && low && r->low.a->grad)
+        multiply(t, of_a(r), TO_WEIGHT, true);
+    if (WEIGHT_HALF(halves) && low && r->low.b->grad)
+        multiply(t, of_b(r), TO_WEIGHT, true);
 }
 
-/* y[i] = w[e] x[i] for each row i of expert e. x [rows, K], w [experts, M, K], y [rows, M]. */
-static struct tensor *grouped(struct tape *t, struct tensor *x, struct tensor *w, const struct routing *g)
+/* y[i] = (w[e] + scale b[e] a[e]) x[i] for each row i of expert e. */
+static struct tensor *grouped(struct tape *t, struct tensor *x, struct tensor *w, const struct low_rank *low,
+                              const struct routing *g)
 {
     if (!x)
         return NULL;
-    struct tensor *y = make(t, 2, (int64_t[]){ g->rows, w->dim[1] }, t->mode != TAPE_FORWARD);
-    struct gemm *room = take(t, (size_t)g->experts, sizeof *room);
+    struct grouped_record now = { .g = g, .x = x, .w = w, .low = *low };
+    int64_t least = low->a ? g->rows * low->a->dim[1] : 0;
+    now.y = make(t, 2, (int64_t[]){ g->rows, w->dim[1] }, t->mode != TAPE_FORWARD);
+    now.room = take(t, (size_t)g->experts, sizeof *now.room);
+    now.u = low->a ? take_floats(t, least) : NULL;
+    now.du = low->a && t->mode != TAPE_FORWARD ? take_floats(t, least) : NULL;
     if (t->error)
         return NULL;
-    struct grouped_record now = { { 0 }, g, x, w, y, room };
     if (runs(t))
-        multiply(t, &now, FORWARD);
-    struct grouped_record *r = y->grad ? record(t, sizeof *r, grouped_backward) : NULL;
+        grouped_forward(t, &now);
+    struct grouped_record *r = now.y->grad ? record(t, sizeof *r, grouped_backward) : NULL;
     if (r) {
         now.base = r->base;
         *r = now;
     }
-    return t->error ? NULL : y;
+    return t->error ? NULL : now.y;
 }
 
 /* ---- the op ---- */
@@ -211,6 +269,19 @@ static struct tensor *grouped(struct tape *t, struct tensor *x, struct tensor *w
 static bool is_stack(const struct tensor *w, int64_t experts, int64_t rows, int64_t cols)
 {
     return w->ndim == 3 && w->dim[0] == experts && w->dim[1] == rows && w->dim[2] == cols && is_weight(w);
+}
+
+static const char *low_rank_misfit(const struct tensor *w, const struct low_rank *low)
+{
+    const struct tensor *a = low->a, *b = low->b;
+    if (!a && !b)
+        return NULL;
+    int64_t rank = a && a->ndim == 3 ? a->dim[1] : 0;
+    if (!a || !b || !is_stack(a, w->dim[0], rank, w->dim[2]) || !is_stack(b, w->dim[0], w->dim[1], rank))
+        return "an expert's adapter is [E, R, K] and [E, M, R]";
+    if (!same_cut(b->cut, cut_along(w, 1) ? w->cut : NULL) || !same_cut(a->cut, cut_along(w, 2) ? w->cut : NULL))
+        return "its adapter is not cut as it is";
+    return NULL;
 }
 
 static struct tensor *bad_experts(struct tape *t, const struct tensor *x, const struct expert_weights *w,
@@ -235,6 +306,9 @@ static struct tensor *bad_experts(struct tape *t, const struct tensor *x, const 
     why = why ? why : cut_misfit(t, w->down, 4);
     if (!why && !w->gate->cut != !w->down->cut)
         why = "one is cut over ranks, the other is not";
+    why = why ? why : low_rank_misfit(w->gate, &w->low.gate);
+    why = why ? why : low_rank_misfit(w->up, &w->low.up);
+    why = why ? why : low_rank_misfit(w->down, &w->low.down);
     return why ? misfit(t, "op_moe", why, w->gate, w->down) : (struct tensor *)(size_t)x;
 }
 
@@ -251,8 +325,8 @@ struct tensor *op_moe(struct tape *t, struct tensor *x, const struct expert_weig
     struct routing *g = z ? routing_new(t, r, x->dim[0], w->gate->dim[0]) : NULL;
     struct tensor *weight = g ? route(t, z, w->bias, g, watch) : NULL;
     struct tensor *rows = weight ? op_dispatch(t, x, g) : NULL;
-    struct tensor *gate = grouped(t, rows, w->gate, g), *up = grouped(t, rows, w->up, g);
-    struct tensor *made = rows ? grouped(t, op_swiglu(t, gate, up), w->down, g) : NULL;
+    struct tensor *gate = grouped(t, rows, w->gate, &w->low.gate, g), *up = grouped(t, rows, w->up, &w->low.up, g);
+    struct tensor *made = rows ? grouped(t, op_swiglu(t, gate, up), w->down, &w->low.down, g) : NULL;
     struct tensor *y = made ? op_combine(t, made, weight, g) : NULL;
     return y && w->gate->cut ? tp_leave(t, y) : y;
 }

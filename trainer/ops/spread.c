@@ -16,6 +16,13 @@ bool cut_along(const struct tensor *w, int dim)
     return w->cut && w->cut->dim == dim;
 }
 
+bool same_cut(const struct tensor_cut *a, const struct tensor_cut *b)
+{
+    if (!a || !b)
+        return !a && !b;
+    return a->dim == b->dim && a->first == b->first && a->count == b->count && a->total == b->total;
+}
+
 const char *cut_misfit(const struct tape *t, const struct tensor *w, unsigned dims)
 {
     if (!w->cut)

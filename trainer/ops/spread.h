@@ -13,6 +13,7 @@
 
 /* Is w cut along dimension dim? */
 bool cut_along(const struct tensor *w, int dim);
+bool same_cut(const struct tensor_cut *a, const struct tensor_cut *b); /* NULL: whole */
 /* Why the tape cannot use w in an op that knows cuts along `dims` (a mask), or NULL. */
 const char *cut_misfit(const struct tape *t, const struct tensor *w, unsigned dims);
 
