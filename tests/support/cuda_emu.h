@@ -1,11 +1,21 @@
-/* cuda_emu: as much of CUDA as trainer/ops/cuda uses, on the CPU, so that the same .cu files compile with g++ and their
- * tests run without a GPU. Included before anything else (-include).
+/* cuda_emu: as much of CUDA as trainer/ops/cuda and comm/device/device_cuda.cu use, on the CPU, so that the same .cu
+ * files compile with g++ and their tests run without a GPU. Included before anything else (-include).
  *
- * A block's threads are fibers that take turns on the caller's thread; they change at __syncthreads, __syncwarp and
- * warp exchanges only. What differs from a GPU is meant to find mistakes: blocks and threads run in ascending or in
+ * A block's threads are fibers that take turns on one thread; they change at __syncthreads, __syncwarp and warp
+ * exchanges only. What differs from a GPU is meant to find mistakes: blocks and threads run in ascending or in
  * descending order (emu_order), so that what needs a barrier that is not there comes out differently in one of them;
- * shared memory and cudaMalloc's are full of NaN; a barrier that not all threads of a block reach, an exchange that not
- * all 32 threads of a warp reach, and a launch that a GPU would refuse end the program. There are no atomics. */
+ * shared memory and cudaMalloc's are full of NaN, freed memory too; a barrier that not all threads of a block reach, an
+ * exchange that not all 32 threads of a warp reach, a launch that a GPU would refuse, and a copy across the end of a
+ * block of memory end the program. There are no atomics.
+ *
+ * Device memory is one region that can be read and written only while a kernel, a copy or a fill runs: what else
+ * touches it ends the process with SIGSEGV, after a line that says so and the callers' addresses. (While one thread of
+ * a process runs a kernel, others of it are not caught.)
+ *
+ * Work on a stream is done when the call returns. With TESSERA_EMU_LATE=1 it is queued, and runs as late as CUDA
+ * allows: when the host waits for its stream, or asks for the second time for an event behind it; then a wait that is
+ * missing shows. TESSERA_EMU_GPUS: how many GPUs there are (8), all with the same memory; TESSERA_EMU_BYTES: how much
+ * of it (16 GiB). */
 #ifndef TESSERA_TESTS_SUPPORT_CUDA_EMU_H
 #define TESSERA_TESTS_SUPPORT_CUDA_EMU_H
 
@@ -37,31 +47,59 @@ struct emu_triple {
 struct emu_place {
     struct emu_triple thread, block, block_dim, grid_dim;
 };
-extern __thread struct emu_place emu_here;
+extern __thread struct emu_place emu_here __attribute__((tls_model("initial-exec")));
 #define threadIdx (emu_here.thread)
 #define blockIdx  (emu_here.block)
 #define blockDim  (emu_here.block_dim)
 #define gridDim   (emu_here.grid_dim)
 
+typedef struct emu_stream *cudaStream_t;
+typedef struct emu_event *cudaEvent_t;
+
 /* Of all launches from now on, on this thread. */
 extern "C" void emu_order(bool descending);
-void emu_run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void *arg);
+bool emu_descending(void);
+/* Ends the program if no GPU would take such a launch. */
+void emu_check(dim3 grid, dim3 block, size_t shared_bytes);
+void emu_run(dim3 grid, dim3 block, size_t shared_bytes, bool descending, void (*body)(void *), void *arg);
+/* Work of a stream: run now with device memory open, or, where emu_late(), queued; run(arg) is called once. */
+bool emu_late(void);
+void emu_now(void (*run)(void *), void *arg);
+void emu_push(cudaStream_t s, void (*run)(void *), void *arg);
 /* The block's shared memory; ends the program if fewer bytes were asked for at launch. */
 void *emu_shared(size_t bytes);
 void __syncthreads(void);
 /* Leave bytes for the others of the warp, wait until all have, and return where theirs are, `stride` bytes apart. */
 const unsigned char *emu_exchange(unsigned mask, const void *mine, size_t bytes, size_t *stride);
 
-template <class B> static void emu_body(void *body)
+template <class F> static void emu_call(void *f)
 {
-    (*static_cast<B *>(body))();
+    (*static_cast<F *>(f))();
+}
+
+template <class F> static void emu_call_last(void *f)
+{
+    emu_call<F>(f);
+    delete static_cast<F *>(f);
+}
+
+template <class F> static void emu_queue(cudaStream_t s, F work)
+{
+    if (emu_late())
+        emu_push(s, emu_call_last<F>, new F(work));
+    else
+        emu_now(emu_call<F>, &work);
 }
 
 template <class... P, class... A>
-static void emu_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... a)
+static void emu_launch(cudaStream_t s, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... a)
 {
-    auto body = [&] { kernel(static_cast<P>(a)...); };
-    emu_run(grid, block, shared_bytes, emu_body<decltype(body)>, &body);
+    bool descending = emu_descending();
+    emu_check(grid, block, shared_bytes);
+    emu_queue(s, [=] {
+        auto body = [&] { kernel(static_cast<P>(a)...); };
+        emu_run(grid, block, shared_bytes, descending, emu_call<decltype(body)>, &body);
+    });
 }
 
 static inline unsigned emu_lane(void)
@@ -142,63 +180,48 @@ static inline unsigned __float_as_uint(float f)
     return u;
 }
 
-/* ---- the runtime ---- */
+/* ---- the runtime (cuda_emu_runtime.cc): names and meanings are CUDA's ---- */
 
-typedef struct emu_stream *cudaStream_t;
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation = 2 };
+enum cudaError_t {
+    cudaSuccess,
+    cudaErrorInvalidValue,
+    cudaErrorMemoryAllocation,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNotReady = 600
+};
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum { cudaMemcpyDeviceToDevice = 3 };
+enum { cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault };
+enum { cudaHostAllocPortable = 1, cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
+struct cudaPointerAttributes {
+    enum cudaMemoryType type;
+};
 
-static inline const char *cudaGetErrorString(cudaError_t rc)
-{
-    return rc == cudaSuccess ? "no error" : "out of memory";
-}
+const char *cudaGetErrorString(cudaError_t rc);
+cudaError_t cudaGetLastError(void);
+cudaError_t cudaGetDeviceCount(int *count);
+cudaError_t cudaSetDevice(int index);
+cudaError_t cudaDeviceSynchronize(void);
+cudaError_t cudaFuncSetAttribute(const void *kernel, int attribute, int value);
 
-static inline cudaError_t cudaGetLastError(void)
-{
-    return cudaSuccess;
-}
+cudaError_t cudaMalloc(void **p, size_t bytes); /* 4 KiB aligned */
+cudaError_t cudaFree(void *p);
+cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned flags);
+cudaError_t cudaFreeHost(void *p);
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p);
+cudaError_t cudaMemset(void *p, int value, size_t bytes);
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t s);
+cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, int kind, cudaStream_t s);
 
-static inline cudaError_t cudaGetDeviceCount(int *count)
-{
-    *count = 1;
-    return cudaSuccess;
-}
-
-static inline cudaError_t cudaSetDevice(int index)
-{
-    return index == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t)
-{
-    return cudaSuccess;
-}
-
-static inline cudaError_t cudaFuncSetAttribute(const void *, int, int)
-{
-    return cudaSuccess;
-}
-
-static inline cudaError_t cudaMalloc(void **p, size_t bytes)
-{
-    size_t size = (bytes + 255) / 256 * 256;
-    *p = aligned_alloc(256, size ? size : 256);
-    if (*p)
-        memset(*p, 0xff, size);
-    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-
-static inline cudaError_t cudaFree(void *p)
-{
-    free(p);
-    return cudaSuccess;
-}
-
-static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
-{
-    memset(p, value, bytes);
-    return cudaSuccess;
-}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags);
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority);
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest);
+cudaError_t cudaStreamDestroy(cudaStream_t s);
+cudaError_t cudaStreamSynchronize(cudaStream_t s);
+cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned flags);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t e);
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s);
+cudaError_t cudaEventQuery(cudaEvent_t e);
 
 #endif

@@ -1,6 +1,8 @@
-/* cuda_emu_lt: what trainer/ops/cuda/lt.cu is on a GPU: the product as cuBLASLt defines it, column-major, in plain
- * loops. Asks for leading dimensions that cover the rows, and has no algorithm for products of three columns. */
+/* cuda_emu_lt: what trainer/ops/cuda/lt.cu is on a GPU: the product as cuBLASLt defines it, column-major, sums in
+ * f64. Asks for leading dimensions that cover the rows, and has no algorithm for products of three columns. */
 #include "trainer/ops/cuda/gpu.h"
+
+#include <vector>
 
 struct lt {
     int unused;
@@ -18,10 +20,33 @@ void lt_close(struct lt *)
 {
 }
 
-static double element(const struct lt_call *c, const void *p, bool trans, int64_t ld, int64_t row, int64_t col)
+/* Element (row, col) of what is used. */
+static double element(bool bf16, const void *p, bool trans, int64_t ld, int64_t row, int64_t col)
 {
-    int64_t at = trans ? row * ld + col : col * ld + row; /* element (row, col) of what is used */
-    return c->bf16 ? (double)wide(static_cast<const uint16_t *>(p)[at]) : (double)static_cast<const float *>(p)[at];
+    int64_t at = trans ? row * ld + col : col * ld + row;
+    return bf16 ? (double)wide(static_cast<const uint16_t *>(p)[at]) : (double)static_cast<const float *>(p)[at];
+}
+
+static void multiply(const struct lt_call &c)
+{
+    size_t m = (size_t)c.m;
+    std::vector<double> a(m * (size_t)c.k), sum(m);
+    for (int64_t k = 0; k < c.k; k++)
+        for (int64_t i = 0; i < c.m; i++)
+            a[(size_t)(k * c.m + i)] = element(c.bf16, c.a, c.a_trans, c.lda, i, k);
+    for (int64_t j = 0; j < c.n; j++) {
+        std::fill(sum.begin(), sum.end(), 0.0);
+        for (int64_t k = 0; k < c.k; k++) {
+            const double *column = &a[(size_t)k * m];
+            double b = element(c.bf16, c.b, c.b_trans, c.ldb, k, j);
+            for (size_t i = 0; i < m; i++)
+                sum[i] += column[i] * b;
+        }
+        for (size_t i = 0; i < m; i++) {
+            float *to = c.c + j * c.ldc + (int64_t)i;
+            *to = (float)sum[i] + (c.bias ? c.bias[i] : 0.0f) + (c.beta != 0 ? *to : 0.0f);
+        }
+    }
 }
 
 bool lt_matmul(struct workers *w, const struct lt_call *c)
@@ -32,13 +57,8 @@ bool lt_matmul(struct workers *w, const struct lt_call *c)
         w->error = status_first(w->error, ERR(INTERNAL, "a leading dimension is too small"));
     if ((c->beta != 0 && c->beta != 1) || (c->bias && c->beta != 0))
         w->error = status_first(w->error, ERR(INTERNAL, "a beta of %g", (double)c->beta));
-    for (int64_t j = 0; j < c->n && !w->error; j++)
-        for (int64_t i = 0; i < c->m; i++) {
-            double sum = 0;
-            for (int64_t k = 0; k < c->k; k++)
-                sum += element(c, c->a, c->a_trans, c->lda, i, k) * element(c, c->b, c->b_trans, c->ldb, k, j);
-            float *to = c->c + j * c->ldc + i;
-            *to = (float)sum + (c->bias ? c->bias[i] : 0.0f) + (c->beta != 0 ? *to : 0.0f);
-        }
+    struct lt_call call = *c;
+    if (!w->error)
+        emu_queue(w->stream, [=] { multiply(call); });
     return true;
 }

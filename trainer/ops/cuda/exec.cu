@@ -35,7 +35,7 @@ void *gpu_scratch(struct workers *w, enum scratch area, size_t bytes)
         w->scratch[area].bytes = bytes;
     }
 #ifdef CUDA_EMULATED
-    memset(w->scratch[area].p, 0xff, w->scratch[area].bytes); /* nobody reads what an earlier call left */
+    (void)cudaMemsetAsync(w->scratch[area].p, 0xff, w->scratch[area].bytes, w->stream); /* nobody reads older calls' */
 #endif
     return w->scratch[area].p;
 }

@@ -94,7 +94,7 @@ static void launch(struct workers *w, const char *what, void (*kernel)(P...), di
                                        what))
         return;
 #ifdef CUDA_EMULATED
-    emu_launch(kernel, grid, dim3(block), shared, a...);
+    emu_launch(w->stream, kernel, grid, dim3(block), shared, a...);
 #else
     kernel<<<grid, block, shared, w->stream>>>(static_cast<P>(a)...);
 #endif
