@@ -196,10 +196,16 @@ enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemory
 struct cudaPointerAttributes {
     enum cudaMemoryType type;
 };
+struct cudaDeviceProp {
+    struct {
+        char bytes[16];
+    } uuid;
+};
 
 const char *cudaGetErrorString(cudaError_t rc);
 cudaError_t cudaGetLastError(void);
 cudaError_t cudaGetDeviceCount(int *count);
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int index);
 cudaError_t cudaSetDevice(int index);
 cudaError_t cudaDeviceSynchronize(void);
 cudaError_t cudaFuncSetAttribute(const void *kernel, int attribute, int value);
