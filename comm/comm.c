@@ -321,7 +321,7 @@ static void count_time(const struct comm_req *req, uint64_t waited_ns)
 {
     if (!req->of)
         return;
-    req->of->flight_ns += clock_ns() - req->began_ns;
+    req->of->flight_ns += (req->ended_ns ? req->ended_ns : clock_ns()) - req->began_ns;
     req->of->wait_ns += waited_ns;
 }
 

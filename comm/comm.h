@@ -29,9 +29,9 @@ size_t comm_type_bytes(enum comm_type t); /* of one element; 0 for what is no ty
 /* A request in flight. Filled by comm_i*; lives in the caller until it is done. */
 struct comm_req {
     void *impl;
-    const struct comm_ops *ops; /* NULL: nothing in flight */
-    struct comm *of;            /* whose times it counts in, NULL: none */
-    uint64_t began_ns;
+    const struct comm_ops *ops;  /* NULL: nothing in flight */
+    struct comm *of;             /* whose times it counts in, NULL: none */
+    uint64_t began_ns, ended_ns; /* ended_ns, of a backend that knows: when it was done; 0: when it is found so */
 };
 
 enum { COMM_TAG_MAX = 32767 };
@@ -66,7 +66,8 @@ struct comm_ops {
     /* c over the ranks of parent, for memory of dev; NULL in backends for host memory. */
     status *(*over)(struct comm *c, struct comm *parent, struct device *dev, double timeout_s);
     status *(*keep)(struct comm *c, void *buf, size_t bytes); /* NULL: nothing to do */
-    bool thread_multiple;                                     /* other threads may use other comms at the same time */
+    /* Other threads may use other comms at the same time, and (host memory) test or wait for requests of this one. */
+    bool thread_multiple;
 };
 
 struct comm {
@@ -77,7 +78,8 @@ struct comm {
      * 2 (size - 1) / size of a reduction, (size - 1) times its own part of an all-gather. Other calls are not counted.
      */
     uint64_t sent_bytes;
-    /* Of exchanges: time from their start until they were found done, and of that what a thread has waited for it. */
+    /* Of exchanges: time from their start until they were found done (progress.h: by its thread), and of that what
+     * their caller has waited for it. */
     uint64_t flight_ns, wait_ns;
     struct stream *stream; /* of the call under way, for the backend */
     void *impl;

@@ -1,17 +1,19 @@
 /* comm_mpi: ranks of an MPI job. The only file that includes mpi.h.
  *
  * Invariants: every communicator used here is a duplicate of our own, so that our messages never meet the caller's, and
- * returns errors instead of ending the job. Request objects come from the communicator's free list, which grows to the
- * most ever in flight; after that neither an exchange nor a reduction makes an allocation of ours. Counts are cut to
- * what MPI's int holds, alike on all ranks because all know the same sizes. gatherv and scatterv are plain messages
- * under a tag of their own, since only the root knows the total. MPI may block with a busy core in the collectives (it
- * yields); comm_wait does not. */
+ * returns errors instead of ending the job. Request objects come from the communicator's free list, SPARE at a time,
+ * and all idle ones have room for the most messages that one ever had: how many are in flight at once, and which are
+ * idle, depends on timing, and a steady job shall make no allocation of ours. Counts are cut to what MPI's int holds,
+ * alike on all ranks because all know the same sizes. gatherv and scatterv are plain messages under a tag of their own,
+ * since only the root knows the total. MPI may block with a busy core in the collectives (it yields); comm_wait does
+ * not. */
 #include "comm/comm.h"
 
 #include "comm/base/mem.h"
 
 #include <limits.h>
 #include <mpi.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,11 +23,12 @@
 enum {
     CHUNK_BYTES = 1 << 30,  /* of one message */
     REDUCE_BYTES = 4 << 20, /* of one allreduce: Open MPI 4.1 on 2 cores does 4 MiB pieces 2x faster than 256 MiB */
+    SPARE = 8,              /* requests */
     TAG_GATHER = COMM_TAG_MAX + 1,
     TAG_SCATTER = COMM_TAG_MAX + 2,
 };
 
-/* One request of ours: n requests of MPI. */
+/* One request of ours: n requests of MPI. Who has it tests it, on whichever thread; the lists have a lock. */
 struct mpi_req {
     struct mpi_req *next_all, *next_free;
     struct mpi_comm *owner;
@@ -37,7 +40,11 @@ struct mpi_req {
 
 struct mpi_comm {
     MPI_Comm comm;
-    struct mpi_req *all, *free;
+    struct {
+        pthread_mutex_t lock;
+        struct mpi_req *all, *free;
+        size_t most; /* messages of one request so far */
+    } synced;
 };
 
 /* ---- errors ---- */
@@ -70,6 +77,7 @@ static MPI_Comm handle(const struct comm *c)
 static status *adopt(struct comm *c, struct mpi_comm *m, MPI_Comm comm)
 {
     m->comm = comm;
+    pthread_mutex_init(&m->synced.lock, NULL);
     MPI_TRY(MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN));
     MPI_TRY(MPI_Comm_rank(comm, &c->rank));
     MPI_TRY(MPI_Comm_size(comm, &c->size));
@@ -187,7 +195,8 @@ static void mpi_close(struct comm *c)
     MPI_Finalized(&finalised);
     if (!finalised)
         MPI_Comm_free(&m->comm);
-    for (struct mpi_req *q = m->all, *next; q; q = next) {
+    pthread_mutex_destroy(&m->synced.lock);
+    for (struct mpi_req *q = m->synced.all, *next; q; q = next) {
         next = q->next_all;
         mem_free(q->r);
         mem_free(q->s);
@@ -251,25 +260,52 @@ static status *reserve(struct mpi_req *q, size_t need)
 
 static void give_req(struct mpi_req *q)
 {
-    q->next_free = q->owner->free;
-    q->owner->free = q;
+    struct mpi_comm *m = q->owner;
+    pthread_mutex_lock(&m->synced.lock);
+    status_free(reserve(q, m->synced.most)); /* who takes it tries again */
+    q->next_free = m->synced.free;
+    m->synced.free = q;
+    pthread_mutex_unlock(&m->synced.lock);
+}
+
+/* With the lock held: idle objects, where there are none. */
+static void add_spare(struct mpi_comm *m)
+{
+    for (int i = 0; i < SPARE; i++) {
+        struct mpi_req *q = mem_calloc(1, sizeof *q);
+        if (!q)
+            return;
+        q->owner = m;
+        q->next_all = m->synced.all;
+        q->next_free = m->synced.free;
+        m->synced.all = m->synced.free = q;
+    }
+}
+
+/* With the lock held: an idle object, NULL: there is no memory. Others get as much room as it needs. */
+static struct mpi_req *take_idle(struct mpi_comm *m, size_t need)
+{
+    bool more = need > m->synced.most || !m->synced.free;
+    if (!m->synced.free)
+        add_spare(m);
+    m->synced.most = need > m->synced.most ? need : m->synced.most;
+    for (struct mpi_req *q = m->synced.free; more && q; q = q->next_free)
+        status_free(reserve(q, m->synced.most));
+    struct mpi_req *q = m->synced.free;
+    if (q)
+        m->synced.free = q->next_free;
+    return q;
 }
 
 /* An idle request object with room for `need` MPI requests. */
 static status *take_req(struct comm *c, size_t need, struct mpi_req **out)
 {
     struct mpi_comm *m = c->impl;
-    struct mpi_req *q = m->free;
-    if (q) {
-        m->free = q->next_free;
-    } else {
-        q = mem_calloc(1, sizeof *q);
-        if (!q)
-            return ERR(NO_MEMORY, "request");
-        q->owner = m;
-        q->next_all = m->all;
-        m->all = q;
-    }
+    pthread_mutex_lock(&m->synced.lock);
+    struct mpi_req *q = take_idle(m, need);
+    pthread_mutex_unlock(&m->synced.lock);
+    if (!q)
+        return ERR(NO_MEMORY, "request");
     q->n = 0;
     status *st = reserve(q, need);
     if (st) {

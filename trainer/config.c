@@ -127,6 +127,10 @@ static const struct option parallel_rows[] = {
         "over so many neighbours of dp zero cuts, dp / dp_shard replicas of all of them; 0: all of dp"),
     ROW(OPT_SIZE, parallel_config, bucket, "bucket", "16MiB", 4096, 4e9, NULL, "bytes",
         "gradient bytes reduced at a time"),
+    ROW(OPT_ENUM, parallel_config, progress, "progress", "auto", 0, 0, "auto|thread|calls", "",
+        "what moves messages under way over dp and pp: a thread of its own, or the calls of who computes; auto: a "
+        "thread "
+        "where a rank has a core to spare"),
 };
 static const struct option memory_rows[] = {
     ROW(OPT_SIZE, memory_config, activations, "activations", "0", 0, 0, NULL, "bytes",
@@ -778,7 +782,7 @@ static bool defines_state(const char *key)
 static bool is_place(const char *key)
 {
     return !strncmp(key, "checkpoint.", 11) || !strncmp(key, "run.", 4) || !strncmp(key, "eval.", 5) ||
-           !strcmp(key, "threads") || !strcmp(key, "train.max_seconds");
+           !strcmp(key, "threads") || !strcmp(key, "parallel.progress") || !strcmp(key, "train.max_seconds");
 }
 
 static const char *find_line(const char *text, const char *key, size_t key_len, size_t *value_len)

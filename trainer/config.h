@@ -75,8 +75,10 @@ struct parallel_config {
     char *stages;
     uint64_t bucket;
     bool sequence;
+    int progress;
 };
 enum { CP_MAX = 64 };
+enum { PROGRESS_AUTO, PROGRESS_THREAD, PROGRESS_CALLS };
 
 struct memory_config {
     uint64_t activations, rank; /* rank: of all, for parallel: auto; 0: what the machine has */

@@ -23,16 +23,15 @@ struct placement placement_of(const struct placement_rank *all, int n, int me)
         p.ranks_here += here;
         p.rank_here += here && i < me;
     }
-    double share = 0;
     for (int c = 0; c < PLACEMENT_CORES; c++) {
         int users = 0;
         for (int i = 0; i < n && may_use(&all[me], c); i++)
             users += all[i].host == all[me].host && may_use(&all[i], c);
-        share += users ? 1.0 / users : 0;
+        p.share += users ? 1.0 / users : 0;
     }
-    if (all[me].quota > 0 && all[me].quota / p.ranks_here < share)
-        share = all[me].quota / p.ranks_here;
-    p.threads = share > 1 ? (int)(share + 1e-6) : 1;
+    if (all[me].quota > 0 && all[me].quota / p.ranks_here < p.share)
+        p.share = all[me].quota / p.ranks_here;
+    p.threads = p.share > 1 ? (int)(p.share + 1e-6) : 1;
     return p;
 }
 

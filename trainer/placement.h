@@ -19,7 +19,8 @@ struct placement {
     uint64_t host;  /* of this rank: placement_rank.host */
     int ranks_here; /* ranks of this host */
     int rank_here;  /* this one's place among them */
-    int threads;    /* compute threads: its share of its cores, at least 1 */
+    double share;   /* of its cores, beside the other ranks; it may be less than 1 */
+    int threads;    /* compute threads: whole ones of it, at least 1 */
 };
 
 /* Of rank `me` among `n`. A core that several ranks of a host may run on counts for each of them as a fraction; a quota

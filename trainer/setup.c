@@ -84,6 +84,11 @@ static status *open_scratch(struct trainer *t)
 
 /* --- numbers */
 
+static int threads_of(const struct trainer *t)
+{
+    return t->cfg->top.threads ? (int)t->cfg->top.threads : t->place.threads;
+}
+
 /* Stages of the pipeline on each rank. */
 static int chunks_of(const struct trainer *t)
 {
@@ -130,7 +135,7 @@ static status *open_model(struct trainer *t)
         return ERR(UNSUPPORTED,
                    "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only",
                    t->device->ops->name);
-    TRY(workers_open(t->cfg->top.threads ? (int)t->cfg->top.threads : t->place.threads, &t->workers));
+    TRY(workers_open(threads_of(t), &t->workers));
     TRY(compute_open(t->device, t->workers, t->cfg->train.deterministic, &t->compute));
     struct tp_place at = { .size = t->tp ? t->tp->size : 1,
                            .rank = t->tp ? t->tp->rank : 0,
@@ -264,6 +269,30 @@ static status *open_mesh(struct trainer *t)
     if (t->mesh.size[MESH_CP] > 1)
         TRY(open_axis(t, 1u << MESH_CP, &t->cp));
     return t->mesh.size[MESH_TP] > 1 ? open_axis(t, 1u << MESH_TP, &t->tp) : NULL;
+}
+
+/* Half a core that no compute thread takes will do: most of the time nothing moves. Memory of a device moves without.
+ */
+static bool wants_progress(const struct trainer *t)
+{
+    int how = t->cfg->parallel.progress;
+    bool spare = t->place.share >= threads_of(t) + 0.5 && t->world->ops->thread_multiple;
+    return t->world->size > 1 && t->device->host && (how == PROGRESS_THREAD || (how == PROGRESS_AUTO && spare));
+}
+
+/* The axes whose messages are under way while passes run. Local. */
+static status *open_progress(struct trainer *t)
+{
+    struct comm **axes[] = { &t->dp, &t->ep_dp, &t->pp };
+    if (!wants_progress(t))
+        return NULL;
+    if (!t->world->ops->thread_multiple)
+        return ERR(UNSUPPORTED, "parallel.progress: thread: this MPI lets one thread of a rank call it (legal: auto, "
+                                "calls)");
+    TRY(progress_open(&t->progress));
+    for (size_t i = 0; i < sizeof axes / sizeof *axes; i++)
+        TRY(progress_drive(t->progress, axes[i]));
+    return NULL;
 }
 
 static status *open_muon(struct trainer *t, struct params *dense)
@@ -419,6 +448,7 @@ static status *open_all(struct trainer *t)
     TRY(choose_mesh(t));
     TRY(rank_device_open(&t->cfg->top, t->world, &t->place, &t->device));
     TRY(open_mesh(t));
+    TRY(comm_agree(t->world, open_progress(t)));
     TRY(comm_agree(t->world, metrics_open(t->cfg->run.dir, t->world->rank == 0, &t->metrics)));
     if (t->plan)
         mesh_plan_print(t->plan, say_line, t->metrics);
@@ -531,6 +561,7 @@ status *trainer_close(struct trainer *t)
     comm_close(t->ep_dp);
     comm_close(t->dp);
     device_close(t->device);
+    progress_close(t->progress);
     for (int i = 0; i < t->phases; i++) {
         pack_fini(&t->phase[i].pack);
         stream_fini(&t->phase[i].stream);

@@ -521,13 +521,15 @@ static void say_run(struct trainer *t)
     char part[64] = "";
     if (trained < weights)
         snprintf(part, sizeof part, " (%.3f M train)", (double)trained * 1e-6);
-    metrics_say(
-        t->metrics, "run %s: %s of %.2f M parameters%s, %s, ZeRO %d, %d thread%s a rank, steps %" PRIu64 " to %lld",
-        t->cfg->run.name, t->model->ops->name, (double)weights * 1e-6, part, mesh, (int)t->cfg->parallel.zero,
-        workers_count(t->workers), workers_count(t->workers) == 1 ? "" : "s", t->step, (long long)t->cfg->train.steps);
+    metrics_say(t->metrics,
+                "run %s: %s of %.2f M parameters%s, %s, ZeRO %d, %d thread%s a rank%s, steps %" PRIu64 " to %lld",
+                t->cfg->run.name, t->model->ops->name, (double)weights * 1e-6, part, mesh, (int)t->cfg->parallel.zero,
+                workers_count(t->workers), workers_count(t->workers) == 1 ? "" : "s",
+                t->progress ? " and one for messages" : "", t->step, (long long)t->cfg->train.steps);
     metrics_begin(t->metrics, "run", t->step);
     metrics_text(t->metrics, "name", t->cfg->run.name);
     metrics_text(t->metrics, "mesh", mesh);
+    metrics_text(t->metrics, "progress", t->progress ? "thread" : "calls");
     metrics_integer(t->metrics, "parameters", weights);
     metrics_integer(t->metrics, "trained_parameters", trained);
     say_memory(t);

@@ -8,6 +8,7 @@
 #define TESSERA_TRAINER_TRAINER_H
 
 #include "ckpt/ckpt.h"
+#include "comm/progress.h"
 #include "trainer/balance.h"
 #include "trainer/config.h"
 #include "trainer/metrics.h"
@@ -44,6 +45,7 @@ struct trainer {
     struct mesh_plan *plan;         /* of parallel: auto, else NULL */
     struct comm *dp, *cp, *tp, *pp; /* the ranks of this one's axes; cp, tp, pp NULL: there is one; dp: of dp x ep */
     struct comm *ep, *ep_dp;        /* of ep, NULL: there is one; with it, of dp alone */
+    struct progress *progress;      /* what moves messages of dp, ep_dp and pp; NULL: the calls that are made */
     bool training; /* not an evaluation alone: those hold whole parameters, whatever parallel.zero says */
     struct device *device;
     struct workers *workers;

@@ -1,11 +1,13 @@
 /* The conformance suite over `self` and ranks as threads; `test_comm_suite mpi` runs it as one rank of an MPI job
- * (test_comm_mpi.sh starts that), and `test_comm_suite mpi cores` prints how many cores such a rank may use. On a GPU
- * (tests/gpu/run starts these): `nccl`, as one rank, the suite over memory of its GPU; `nccl-dies`, the last rank kills
- * itself and the others say what they are told; `nccl-version`. */
+ * (test_comm_mpi.sh starts that), `test_comm_suite mpi progress` beside a thread that drives what is under way, and
+ * `test_comm_suite mpi cores` prints how many cores such a rank may use. On a GPU (tests/gpu/run starts these): `nccl`,
+ * as one rank, the suite over memory of its GPU; `nccl-dies`, the last rank kills itself and the others say what they
+ * are told; `nccl-version`. */
 #include "comm/base/clock.h"
 #include "comm/base/log.h"
 #include "comm/base/mem.h"
 #include "comm/device/device.h"
+#include "comm/progress.h"
 #include "tests/support/comm_on_device.h"
 #include "tests/support/comm_suite.h"
 #include "tests/support/comm_threads.h"
@@ -147,6 +149,14 @@ static int run_mpi(int argc, char **argv)
         comm_close(c);
         return 0;
     }
+    struct progress *p = NULL;
+    struct comm *world = c;
+    if (!st)
+        st = comm_dup(world, &c);
+    if (!st && argc > 2 && !strcmp(argv[2], "progress"))
+        st = progress_open(&p);
+    if (!st)
+        st = progress_drive(p, &c);
     if (!st)
         st = comm_suite_run(c);
     if (!st && c->size > 1 && c->rank < 2) /* the receiver sees that sizes differ; the sender cannot */
@@ -157,9 +167,11 @@ static int run_mpi(int argc, char **argv)
         comm_abort(c, status_exit_code(st));
     int code = status_exit_code(st);
     if (!st && c->rank == 0)
-        printf("comm suite over mpi: %d ranks passed\n", c->size);
+        printf("comm suite over %s: %d ranks passed\n", c->ops->name, c->size);
     status_free(st);
     comm_close(c);
+    progress_close(p);
+    comm_close(world);
     return code;
 }
 

@@ -51,8 +51,8 @@ def steady(name, ranks, **change):
 for deterministic in (True, False):
     for zero in (0, 1):
         for ranks in (1, 3):
-            steady(f"steady-{deterministic}-{zero}-{ranks}", ranks, train_deterministic=deterministic, parallel_zero=zero)
+            steady(f"steady-{deterministic}-{zero}-{ranks}", ranks, train_deterministic=deterministic, parallel_zero=zero, parallel_progress=("calls", "thread")[zero])
 steady("steady-3-3", 3, parallel_zero=3, algo_reference="live")  # three ranks for eight micro-batches: one idles
-steady("steady-2-2x2", 4, parallel_zero=2, parallel_dp_shard=2)
+steady("steady-2-2x2", 4, parallel_zero=2, parallel_dp_shard=2, parallel_progress="thread")
 steady("steady-tp", 4, parallel_dp=2, parallel_tp=2, parallel_sequence=True)
 steady("steady-recompute", 2, parallel_tp=2, memory={"recompute": "block"})

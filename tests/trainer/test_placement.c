@@ -46,6 +46,23 @@ static void unbound_ranks_share_the_host(void **state)
     is(r, 1, 0, 1, 0, PLACEMENT_CORES);
 }
 
+/* What is left of it beside whole threads, for messages (parallel.progress). */
+static void shares_are_fractions_too(void **state)
+{
+    (void)state;
+    struct placement_rank r[4];
+    for (int i = 0; i < 4; i++)
+        r[i] = rank_on(7, 0, 3, 0);
+    assert_float_equal(placement_of(r, 2, 1).share, 1.5, 1e-12);
+    assert_float_equal(placement_of(r, 4, 0).share, 0.75, 1e-12);
+    is(r, 2, 1, 2, 1, 1);
+    is(r, 4, 0, 4, 0, 1);
+    for (int i = 0; i < 4; i++)
+        r[i] = rank_on(7, 4 * i, 4 * i + 4, 10);
+    assert_float_equal(placement_of(r, 4, 2).share, 2.5, 1e-12);
+    is(r, 4, 2, 4, 2, 2);
+}
+
 static void hosts_are_told_apart(void **state)
 {
     (void)state;
@@ -117,8 +134,11 @@ static void ranks_see_their_cores(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(unbound_ranks_share_the_host),   cmocka_unit_test(hosts_are_told_apart),
-        cmocka_unit_test(bound_ranks_use_what_they_have), cmocka_unit_test(a_quota_is_shared),
+        cmocka_unit_test(unbound_ranks_share_the_host),
+        cmocka_unit_test(shares_are_fractions_too),
+        cmocka_unit_test(hosts_are_told_apart),
+        cmocka_unit_test(bound_ranks_use_what_they_have),
+        cmocka_unit_test(a_quota_is_shared),
         cmocka_unit_test(ranks_see_their_cores),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
