@@ -114,7 +114,8 @@ static void test_complaints(void **state)
     refused("kind: dpo, reference: alive", "precomputed");
     refused("kind: kto, loss: hinge", "apo_zero_unpaired");
     refused("kind: kto, label_smoothing: 0.1", "label_smoothing");
-    refused("kind: dpo}\ncomm: nccl\nmemory: {recompute: none", "comm: nccl moves the memory of GPUs: it needs device: cuda");
+    refused("kind: dpo}\ncomm: nccl\nmemory: {recompute: none",
+            "comm: nccl moves the memory of GPUs: it needs device: cuda");
 }
 
 static void test_data_of_kinds(void **state)
