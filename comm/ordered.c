@@ -48,7 +48,13 @@ static void add_up(const float *const *from, int ranks, size_t n, float *out)
     }
 }
 
-status *ordered_reduce_scatter(struct comm *c, const float *x, size_t n, size_t slice, float *out, float *room)
+static bool on_host(const struct ordered_at *at)
+{
+    return !at || !at->add_up;
+}
+
+status *ordered_reduce_scatter(struct comm *c, const float *x, size_t n, size_t slice, float *out, float *room,
+                               const struct ordered_at *at)
 {
     TRY(check(c, n, slice));
     struct comm_xfer xfer[2 * ORDERED_RANKS];
@@ -65,12 +71,15 @@ status *ordered_reduce_scatter(struct comm *c, const float *x, size_t n, size_t 
         xfer[messages++] = (struct comm_xfer){ r, 0, false, room, mine * sizeof *x };
         room += mine;
     }
-    TRY(comm_exchange(c, xfer, messages, NULL));
+    TRY(comm_exchange(c, xfer, messages, at ? at->stream : NULL));
+    if (!on_host(at))
+        return at->add_up(at->arg, from, c->size, c->rank, mine, out);
     add_up(from, c->size, mine, out);
     return NULL;
 }
 
-status *ordered_allgather(struct comm *c, const float *in, size_t n, size_t slice, float *out)
+status *ordered_allgather(struct comm *c, const float *in, size_t n, size_t slice, float *out,
+                          const struct ordered_at *at)
 {
     TRY(check(c, n, slice));
     struct comm_xfer xfer[2 * ORDERED_RANKS];
@@ -82,15 +91,18 @@ status *ordered_allgather(struct comm *c, const float *in, size_t n, size_t slic
         xfer[messages++] =
             (struct comm_xfer){ r, 0, false, out + slice_begin(n, slice, r), slice_elems(n, slice, r) * sizeof *out };
     }
-    if (bytes)
-        memmove(out + slice_begin(n, slice, c->rank), in, bytes);
-    return comm_exchange(c, xfer, messages, NULL);
+    float *own = out + slice_begin(n, slice, c->rank);
+    if (bytes && on_host(at))
+        memmove(own, in, bytes);
+    else if (bytes && own != in)
+        TRY(at->copy(at->arg, own, in, bytes));
+    return comm_exchange(c, xfer, messages, at ? at->stream : NULL);
 }
 
-status *ordered_allreduce(struct comm *c, float *x, size_t n, float *room)
+status *ordered_allreduce(struct comm *c, float *x, size_t n, float *room, const struct ordered_at *at)
 {
     size_t slice = ordered_slice(c, n);
     float *mine = x + slice_begin(n, slice, c->rank);
-    TRY(ordered_reduce_scatter(c, x, n, slice, mine, room));
-    return ordered_allgather(c, mine, n, slice, x);
+    TRY(ordered_reduce_scatter(c, x, n, slice, mine, room, at));
+    return ordered_allgather(c, mine, n, slice, x, at);
 }

@@ -118,6 +118,8 @@ int main(int argc, char **argv)
     const char *verb = argc > 1 ? argv[1] : "";
     const int words = argc - 2;
     char **word = argv + 2;
+    /* Of a GPU, before anybody opens it: with fewer queues than streams one that waits for a peer holds up another. */
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
     if (!strcmp(verb, "train") && words && !strcmp(word[0], "--help-config")) {
         config_help(stdout);
         return 0;

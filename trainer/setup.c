@@ -162,10 +162,17 @@ static status *open_model(struct trainer *t)
     TRY(open_routes(t));
     if (t->training)
         TRY(balance_open(t->model, t->model->ops->layers(t->model), most, &t->balance));
-    TRY(pipe_open(t->pp, (enum pipe_schedule)t->cfg->parallel.schedule, at.chunks, most, t->model->width, t->workers,
+    return NULL;
+}
+
+/* Collective: a pipeline's stages open their ways to each other. */
+static status *open_passes(struct trainer *t)
+{
+    uint32_t most = (uint32_t)(t->cfg->train.global_batch / t->cfg->train.micro_batch);
+    TRY(pipe_open(t->pp, (enum pipe_schedule)t->cfg->parallel.schedule, chunks_of(t), most, t->model->width, t->workers,
                   t->compute, (size_t)t->cfg->memory.activations, &t->pipe));
     for (int i = 0; i < pipe_tapes(t->pipe); i++) {
-        tape_spread(pipe_tape(t->pipe, i), t->tp, at.sequence);
+        tape_spread(pipe_tape(t->pipe, i), t->tp, t->tp && t->cfg->parallel.sequence);
         tape_context(pipe_tape(t->pipe, i), t->cp);
         tape_bf16(pipe_tape(t->pipe, i), t->cfg->train.dtype == TRAIN_BF16);
         tape_experts(pipe_tape(t->pipe, i), t->ep);
@@ -460,6 +467,7 @@ static status *open_all(struct trainer *t)
     if (!st)
         st = open_model(t);
     TRY(comm_agree(t->world, st));
+    TRY(comm_agree(t->world, open_passes(t)));
     TRY(open_zero(t));
     TRY(dry_runs(t));
     TRY(comm_agree(t->world, task_eval_open(t)));
@@ -498,6 +506,7 @@ static status *open_for_eval(struct trainer *t)
     if (!st)
         st = open_model(t);
     TRY(comm_agree(t->world, st));
+    TRY(comm_agree(t->world, open_passes(t)));
     TRY(comm_agree(t->world, dry_run(t, &t->heldout_pack)));
     params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
     TRY(init_weights(t));

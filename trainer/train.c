@@ -431,7 +431,7 @@ static status *one_step(struct trainer *t)
                              .ep_sent = sent_by(t->ep),
                              .cp_sent = sent_by(t->cp),
                              .tp_sent = sent_by(t->tp),
-                             .pp_sent = sent_by(t->pp) };
+                             .pp_sent = pipe_sent_bytes(t->pipe) };
     take_times(t, &r);
     TRY(train_step(t, &r));
     take_times(t, &r);
@@ -439,7 +439,7 @@ static status *one_step(struct trainer *t)
     r.ep_sent = sent_by(t->ep) - r.ep_sent;
     r.cp_sent = sent_by(t->cp) - r.cp_sent;
     r.tp_sent = sent_by(t->tp) - r.tp_sent;
-    r.pp_sent = sent_by(t->pp) - r.pp_sent;
+    r.pp_sent = pipe_sent_bytes(t->pipe) - r.pp_sent;
     r.seconds = ns_to_s(clock_ns() - began);
     save_cost_step(&t->cost, saving, r.seconds);
     TRY(count_allocations(t, &r));

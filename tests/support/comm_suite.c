@@ -562,10 +562,10 @@ static status *check_ordered(struct comm *c)
         }
         part[own] = room[ordered_room(c, slice)] = x[n] = 7;
         uint64_t before = c->sent_bytes, most = 2 * (ranks - 1) * slice * sizeof *x;
-        TRY(ordered_reduce_scatter(c, x, n, slice, part, room));
+        TRY(ordered_reduce_scatter(c, x, n, slice, part, room, NULL));
         EXPECT(own == 0 || !memcmp(part, want + mine, own * sizeof *x), "reduce-scatter of %zu", n);
         EXPECT(n == 0 || x[0] == uneven(c->rank, 0), "a reduce-scatter wrote its input");
-        TRY(ordered_allreduce(c, x, n, room));
+        TRY(ordered_allreduce(c, x, n, room, NULL));
         EXPECT(!memcmp(x, want, n * sizeof *x), "allreduce of %zu", n);
         uint64_t sent = c->sent_bytes - before, all = sent;
         EXPECT(sent <= 2 * most, "%zu elements: rank %d sent %llu bytes", n, c->rank, (unsigned long long)sent);
@@ -573,7 +573,7 @@ static status *check_ordered(struct comm *c)
         EXPECT(all == 3 * (ranks - 1) * n * sizeof *x, "%zu elements: %llu bytes were sent", n,
                (unsigned long long)all);
         memset(x, 0, n * sizeof *x);
-        TRY(ordered_allgather(c, part, n, slice, x));
+        TRY(ordered_allgather(c, part, n, slice, x, NULL));
         EXPECT(!memcmp(x, want, n * sizeof *x), "allgather of %zu", n);
         EXPECT(part[own] == 7 && room[ordered_room(c, slice)] == 7 && x[n] == 7, "wrote past the end");
         mem_free(x);
@@ -581,7 +581,7 @@ static status *check_ordered(struct comm *c)
         mem_free(want);
         mem_free(room);
     }
-    status *st = ordered_allgather(c, NULL, (size_t)c->size + 1, 1, NULL);
+    status *st = ordered_allgather(c, NULL, (size_t)c->size + 1, 1, NULL, NULL);
     EXPECT(status_code(st) == ST_INVALID);
     status_free(st);
     return NULL;

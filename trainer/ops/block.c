@@ -27,7 +27,8 @@ struct region {
     struct rope_table *rope;
     struct tape_copy *copies;
     float *room, *context_part;
-    int64_t room_floats, context_floats;
+    int64_t room_floats, context_floats, context_rows;
+    int32_t *context_order;
     enum tape_mode mode;
 };
 
@@ -42,6 +43,8 @@ static struct region open_region(struct tape *t, enum tape_mode mode)
                         .context_part = t->context_part,
                         .room_floats = t->room_floats,
                         .context_floats = t->context_floats,
+                        .context_rows = t->context_rows,
+                        .context_order = t->context_order,
                         .mode = t->mode };
     t->last = NULL;
     t->outside = t->inside = NULL;
@@ -63,6 +66,8 @@ static void close_region(struct tape *t, const struct region *r)
     t->room_floats = r->room_floats;
     t->context_part = r->context_part;
     t->context_floats = r->context_floats;
+    t->context_rows = r->context_rows;
+    t->context_order = r->context_order;
     t->outside = t->inside = NULL;
     t->mode = r->mode;
 }

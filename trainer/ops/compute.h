@@ -37,6 +37,10 @@ static inline bool compute_host(const struct compute *c)
 {
     return !c || c->host;
 }
+static inline struct stream *compute_stream(const struct compute *c)
+{
+    return c ? c->stream : NULL;
+}
 
 /* 4 KiB aligned, zeroed. Errors: NO_MEMORY with the size. */
 status *compute_alloc(struct compute *c, size_t bytes, void **out) WARN_UNUSED;

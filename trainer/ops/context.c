@@ -5,6 +5,7 @@
 
 #include "comm/ordered.h"
 #include "trainer/ops/op.h"
+#include "trainer/ops/rank_sums.h"
 
 static size_t part_elems(const struct tape *t, const struct tensor *k)
 {
@@ -58,11 +59,40 @@ status *context_check(const struct tape *t, const struct segments *seg, int64_t 
     return NULL;
 }
 
+/* Index arrays of `rows` rows a rank: where token i lies in the order of ranks, and then where what is i-th there lies
+ * in that of tokens. Made once a pass for a device's kernels; the host counts as it goes. */
+static const int32_t *order(struct tape *t, int64_t rows)
+{
+    int64_t c = t->context->size, n = c * rows;
+    if (at_home(t))
+        return NULL;
+    if (t->context_rows != rows || !t->context_order) {
+        int32_t *index = take(t, 2 * (size_t)n, sizeof *index);
+        for (int64_t i = 0; index && i < n; i++) {
+            index[i] = (int32_t)(i % c * rows + i / c);
+            index[n + i] = (int32_t)(i % rows * c + i / rows);
+        }
+        t->context_order = index;
+        t->context_rows = rows;
+    }
+    return on_device(t, t->context_order, 2 * n);
+}
+
+void context_prepare(struct tape *t, int64_t rows)
+{
+    if (t->context)
+        (void)order(t, rows);
+}
+
 /* Between the order of tokens and that of ranks, `row` floats a token. */
-static void reorder(const struct tape *t, float *tokens, float *ranks, int64_t rows, int64_t row, bool to_tokens)
+static void reorder(struct tape *t, float *tokens, float *ranks, int64_t rows, int64_t row, bool to_tokens)
 {
     int64_t c = t->context->size;
-    for (int64_t r = 0; r < c; r++)
+    const int32_t *from = order(t, rows);
+    if (from && !t->error)
+        t->kernels->embedding(t->workers, to_tokens ? tokens : ranks, to_tokens ? ranks : tokens, DTYPE_F32,
+                              to_tokens ? from : from + c * rows, c * rows, row);
+    for (int64_t r = 0; at_home(t) && r < c; r++)
         for (int64_t j = 0; j < rows; j++) {
             float *at = tokens + (j * c + r) * row, *by_rank = ranks + (r * rows + j) * row;
             memcpy(to_tokens ? at : by_rank, to_tokens ? by_rank : at, (size_t)row * sizeof *at);
@@ -72,9 +102,8 @@ static void reorder(const struct tape *t, float *tokens, float *ranks, int64_t r
 static void gather(struct tape *t, const struct tensor *x, float *whole, float *room)
 {
     int64_t rows = x->dim[0], row = rows ? tensor_elems(x) / rows : 0;
-    status *st =
-        t->error ? NULL : comm_allgather(t->context, x->data, room, (size_t)tensor_elems(x) * sizeof *room, NULL);
-    failed(t, st);
+    size_t bytes = (size_t)tensor_elems(x) * sizeof *room;
+    failed(t, t->error ? NULL : comm_allgather(t->context, x->data, room, bytes, compute_stream(t->compute)));
     if (!t->error)
         reorder(t, whole, room, rows, row, true);
 }
@@ -104,8 +133,10 @@ static void sum(struct tape *t, const struct tensor *x, float *whole, float *by_
     float *mine = by_rank + (int64_t)t->context->rank * own;
     if (t->error || !x->grad)
         return;
+    const struct ordered_at at = rank_sums_at(t->compute);
     reorder(t, whole, by_rank, rows, row, false);
-    failed(t, ordered_reduce_scatter(t->context, by_rank, part_elems(t, x), (size_t)own, mine, room));
+    if (!t->error)
+        failed(t, ordered_reduce_scatter(t->context, by_rank, part_elems(t, x), (size_t)own, mine, room, &at));
     t->kernels->axpy(t->workers, x->grad, mine, 1.0f, own);
 }
 
@@ -126,17 +157,36 @@ void context_add(struct tape *t, double *value, size_t count)
 struct tokens_record {
     struct tape_record base;
     struct tensor *x, *y;
+    const int32_t *token; /* on a device [rows]: the token of each row here, -1: none */
+    float *room;          /* [rows] */
 };
 
 static void tokens_backward(struct tape *t, const struct tape_record *base, unsigned halves)
 {
     const struct tokens_record *r = (const void *)base;
-    int64_t c = t->context->size, first = t->context->rank;
-    for (int64_t i = first; INPUT_HALF(halves) && i < r->y->dim[0]; i += c)
+    int64_t c = t->context->size, first = t->context->rank, tokens = r->y->dim[0];
+    if (INPUT_HALF(halves) && !at_home(t)) {
+        t->kernels->embedding(t->workers, r->room, r->y->grad, DTYPE_F32, r->token, r->x->dim[0], 1);
+        t->kernels->axpy(t->workers, r->x->grad, r->room, 1.0f, r->x->dim[0]);
+    }
+    for (int64_t i = first; INPUT_HALF(halves) && at_home(t) && i < tokens; i += c)
         r->x->grad[i / c] += r->y->grad[i];
 }
 
 enum { VALUES = 5 }; /* of a token: x and the stats */
+
+/* For a device: the token of each row here, -1: none; then where each token's first value lies among those of all
+ * ranks, of which each has n arrays of `rows`. */
+static const int32_t *token_index(struct tape *t, int64_t tokens, int64_t n, int64_t rows)
+{
+    int64_t c = t->context->size;
+    int32_t *index = at_home(t) ? NULL : take(t, (size_t)(rows + tokens), sizeof *index);
+    for (int64_t j = 0, i = t->context->rank; index && j < rows; j++, i += c)
+        index[j] = i < tokens ? (int32_t)i : -1;
+    for (int64_t i = 0; index && i < tokens; i++)
+        index[rows + i] = (int32_t)(i % c * n * rows + i / c);
+    return index ? on_device(t, index, rows + tokens) : NULL;
+}
 
 struct tensor *op_all_tokens(struct tape *t, struct tensor *x, int64_t tokens, struct logprob_stats *stats)
 {
@@ -152,6 +202,7 @@ struct tensor *op_all_tokens(struct tape *t, struct tensor *x, int64_t tokens, s
     float *to[VALUES] = { y ? y->data : NULL };
     for (int64_t v = 1; v < n; v++)
         to[v] = take_floats(t, tokens);
+    const int32_t *index = token_index(t, tokens, n, rows);
     if (t->error)
         return NULL;
     if (runs(t)) {
@@ -160,9 +211,11 @@ struct tensor *op_all_tokens(struct tape *t, struct tensor *x, int64_t tokens, s
             memcpy(from + 1, (const float *[]){ stats->entropy, stats->logit, stats->log_square, stats->top },
                    (VALUES - 1) * sizeof *from);
         for (int64_t v = 0; v < n; v++)
-            memcpy(own + v * rows, from[v], (size_t)rows * sizeof *own);
-        failed(t, comm_allgather(t->context, own, all, (size_t)(n * rows) * sizeof *own, NULL));
-        for (int64_t v = 0; v < n; v++)
+            copy_there(t, own + v * rows, from[v], (size_t)rows * sizeof *own);
+        failed(t, comm_allgather(t->context, own, all, (size_t)(n * rows) * sizeof *own, compute_stream(t->compute)));
+        for (int64_t v = 0; v < n && index; v++)
+            t->kernels->embedding(t->workers, to[v], all + v * rows, DTYPE_F32, index + rows, tokens, 1);
+        for (int64_t v = 0; v < n && !index; v++)
             for (int64_t i = 0; i < tokens; i++)
                 to[v][i] = all[(i % c * n + v) * rows + i / c];
     }
@@ -172,6 +225,8 @@ struct tensor *op_all_tokens(struct tape *t, struct tensor *x, int64_t tokens, s
     if (r) {
         r->x = x;
         r->y = y;
+        r->token = index;
+        r->room = own;
     }
     return t->error ? NULL : y;
 }

@@ -96,7 +96,7 @@ static void exchange(struct tape *t, const struct routing *g, float *sorted, flo
             to += count * c;
         }
     }
-    failed(t, comm_exchange(t->ep, g->xfer, n, NULL));
+    failed(t, comm_exchange(t->ep, g->xfer, n, compute_stream(t->compute)));
 }
 
 /* ---- to the experts ---- */

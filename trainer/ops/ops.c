@@ -249,6 +249,7 @@ void op_segments(struct tape *t, const struct segments *seg, int64_t n)
 {
     if (!t->error)
         (void)segments_there(t, seg, n);
+    context_prepare(t, n);
 }
 
 static struct attention attention_of(const struct tape *t, const struct tensor *q, const struct tensor *k,

@@ -62,7 +62,8 @@ static bool take_parts(struct tape *t, struct logprob *p)
 static void exchange_parts(struct tape *t, const struct logprob *p)
 {
     size_t n = (size_t)p->n;
-    status *st = comm_allgather(t->tp, p->part + (size_t)p->own * n, p->part, n * sizeof *p->part, NULL);
+    status *st =
+        comm_allgather(t->tp, p->part + (size_t)p->own * n, p->part, n * sizeof *p->part, compute_stream(t->compute));
     if (st)
         tape_fail(t, status_wrap(st, "op_logprob: parts of %lld tokens", (long long)p->n));
     else
@@ -178,7 +179,7 @@ struct tensor *op_logits(struct tape *t, struct tensor *x, struct tensor *w)
                                                  .c = own,
                                                  .ldc = w->cut->count,
                                                  .bf16 = t->bf16 });
-    status *st = comm_allgather(t->tp, own, all, stride * sizeof *own, NULL);
+    status *st = comm_allgather(t->tp, own, all, stride * sizeof *own, compute_stream(t->compute));
     if (st)
         return tape_fail(t, status_wrap(st, "op_logits"));
     place_columns(t, w->cut, all, stride, y);

@@ -4,6 +4,7 @@
 
 #include "comm/ordered.h"
 #include "trainer/ops/op.h"
+#include "trainer/ops/rank_sums.h"
 
 struct crossing {
     struct tape_record base;
@@ -70,13 +71,14 @@ static void enter_backward(struct tape *t, const struct tape_record *base, unsig
     const struct crossing *r = (const void *)base;
     int64_t own = (int64_t)r->elems;
     float *sum = r->to->grad;
+    const struct ordered_at at = rank_sums_at(t->compute);
     if (!INPUT_HALF(halves) || t->error)
         return;
     if (r->from->cut_rows) {
         sum = own_slice(t, r, sum, &own);
-        failed(t, ordered_reduce_scatter(t->tp, r->to->grad, r->elems, r->slice, sum, t->room));
+        failed(t, ordered_reduce_scatter(t->tp, r->to->grad, r->elems, r->slice, sum, t->room, &at));
     } else {
-        failed(t, ordered_allreduce(t->tp, sum, r->elems, t->room));
+        failed(t, ordered_allreduce(t->tp, sum, r->elems, t->room, &at));
     }
     t->kernels->axpy(t->workers, r->from->grad, sum, 1.0f, own);
 }
@@ -105,8 +107,9 @@ struct tensor *tp_enter(struct tape *t, struct tensor *x)
     if (!y || (y->grad && !take_room(t, rows, c)))
         return NULL;
     size_t elems = (size_t)(rows * c), slice = (size_t)(slice_rows(t, rows) * c);
+    const struct ordered_at at = rank_sums_at(t->compute);
     if (x->cut_rows && runs(t))
-        failed(t, ordered_allgather(t->tp, x->data, elems, slice, y->data));
+        failed(t, ordered_allgather(t->tp, x->data, elems, slice, y->data, &at));
     struct crossing *r = y->grad ? record(t, sizeof *r, enter_backward) : NULL;
     if (r) {
         r->from = x;
@@ -153,19 +156,21 @@ struct tensor *op_whole(struct tape *t, struct tensor *x)
 static void leave_backward(struct tape *t, const struct tape_record *base, unsigned halves)
 {
     const struct crossing *r = (const void *)base;
+    const struct ordered_at at = rank_sums_at(t->compute);
     if (INPUT_HALF(halves) && !t->error) /* nothing else has a gradient for `from` */
-        failed(t, ordered_allgather(t->tp, r->to->grad, r->elems, r->slice, r->from->grad));
+        failed(t, ordered_allgather(t->tp, r->to->grad, r->elems, r->slice, r->from->grad, &at));
 }
 
 struct tensor *tp_leave(struct tape *t, struct tensor *y)
 {
     int64_t rows = y->dim[0], c = y->dim[1], part = slice_rows(t, rows);
     size_t elems = (size_t)(rows * c), slice = (size_t)(part * c);
+    const struct ordered_at at = rank_sums_at(t->compute);
     if (!take_room(t, rows, c))
         return NULL;
     if (!t->sequence) { /* backward: every rank has dy already */
         if (runs(t))
-            failed(t, ordered_allreduce(t->tp, y->data, elems, t->room));
+            failed(t, ordered_allreduce(t->tp, y->data, elems, t->room, &at));
         return t->error ? NULL : y;
     }
     struct tensor *z = make(t, 2, (int64_t[]){ part, c }, y->grad != NULL);
@@ -174,7 +179,7 @@ struct tensor *tp_leave(struct tape *t, struct tensor *y)
     z->cut_rows = rows;
     if (runs(t)) {
         t->kernels->zero(t->workers, z->data, part * c);
-        failed(t, ordered_reduce_scatter(t->tp, y->data, elems, slice, z->data, t->room));
+        failed(t, ordered_reduce_scatter(t->tp, y->data, elems, slice, z->data, t->room, &at));
     }
     struct crossing *r = z->grad ? record(t, sizeof *r, leave_backward) : NULL;
     if (r) {

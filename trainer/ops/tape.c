@@ -104,6 +104,7 @@ void tape_begin(struct tape *t, enum tape_mode mode)
     t->room_floats = 0;
     t->context_part = NULL;
     t->context_floats = 0;
+    t->context_order = NULL;
     t->block_bytes = t->block_host = 0;
     t->routed = 0;
     t->mode = mode;

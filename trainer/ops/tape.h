@@ -119,6 +119,8 @@ struct tape {
     struct comm *context; /* tape_context; NULL: every pack is whole */
     float *context_part;  /* since tape_begin: room for the keys and values of all tokens */
     int64_t context_floats;
+    int32_t *context_order; /* since tape_begin: of context_rows rows a rank; on a device only (context.c) */
+    int64_t context_rows;
 };
 
 /* c: where to compute; NULL: on the CPU, with the threads w (may be NULL). Borrowed. cap_bytes 0: no cap on

@@ -5,15 +5,25 @@
  * after the backward pass. Every wait is thus for something that the neighbour does earlier in its own order, and no
  * stage waits in a circle. From the last rank's chunks to the next ones of the first rank it is as between neighbours,
  * but that the first rank keeps so many copies of gradients that go back: the last receives them a group of
- * micro-batches later. Forward alone, outputs are received before as many as a group have come behind them. */
+ * micro-batches later. Forward alone, outputs are received before as many as a group have come behind them.
+ *
+ * On a device the calls of a communicator run in the order in which they were started, each until its peer has joined
+ * it: a send would hold up the receive behind it, which the peer may wait for. So each way between two neighbours is a
+ * communicator of these two alone, on which one sends and the other receives, in the same order. */
 #include "trainer/parallel/pipe.h"
 
+#include "comm/agree.h"
 #include "comm/base/mem.h"
+#include "trainer/ops/compute.h"
 #include "trainer/ops/ops.h"
 
-#include <string.h>
+enum { TAG_FORWARD, TAG_BACKWARD, WAYS, OWN_MOST = 2 * WAYS };
 
-enum { TAG_FORWARD, TAG_BACKWARD };
+/* One way to or from a neighbour. */
+struct lane {
+    struct comm *comm;
+    int peer;
+};
 
 struct slot {
     struct tape *tape;
@@ -26,17 +36,21 @@ struct slot {
 
 struct copy { /* of an input's gradient */
     float *data;
+    int64_t elems;
     struct comm_req sent;
 };
 
 struct pipe {
-    struct comm *pp; /* NULL: one stage */
+    struct comm *pp;                 /* NULL: one stage */
+    struct lane in[WAYS], out[WAYS]; /* by tag */
+    struct comm *own[OWN_MOST];      /* on a device: of lanes */
+    int owns;
+    struct compute *compute;
     struct pipe_shape s;
     int slots, copies, live, peak, next_copy;
     int64_t width;
     struct slot *slot;
     struct copy *copy;
-    int64_t copy_elems;
 
     uint32_t most, planned; /* op is of so many micro-batches */
     struct pipe_op *op;     /* [schedule_ops(most)] */
@@ -64,6 +78,41 @@ static status *open_all(struct pipe *p, struct workers *w, struct compute *c, si
     return NULL;
 }
 
+static int rank_before(const struct pipe *p)
+{
+    return (p->s.stage + p->s.stages - 1) % p->s.stages;
+}
+
+static int rank_behind(const struct pipe *p)
+{
+    return (p->s.stage + 1) % p->s.stages;
+}
+
+/* In host memory no message holds up another. */
+static void share_lanes(struct pipe *p)
+{
+    p->in[TAG_FORWARD] = p->out[TAG_BACKWARD] = (struct lane){ p->pp, rank_before(p) };
+    p->out[TAG_FORWARD] = p->in[TAG_BACKWARD] = (struct lane){ p->pp, rank_behind(p) };
+}
+
+/* Of every border, both ways. Only with chunks something goes from the last rank to the first. Collective. */
+static status *open_lanes(struct pipe *p)
+{
+    int borders = p->s.chunks > 1 ? p->s.stages : p->s.stages - 1;
+    status *st = NULL;
+    for (int i = 0; i < borders * WAYS; i++) {
+        int before = i / WAYS, tag = i % WAYS;
+        bool first = p->s.stage == before, second = p->s.stage == (before + 1) % p->s.stages;
+        struct comm *c = NULL;
+        st = status_first(st, comm_split(p->pp, first || second ? 0 : -1, second, &c));
+        if (!c)
+            continue;
+        p->own[p->owns++] = c;
+        *(first == (tag == TAG_FORWARD) ? &p->out[tag] : &p->in[tag]) = (struct lane){ c, first };
+    }
+    return st;
+}
+
 status *pipe_open(struct comm *pp, enum pipe_schedule how, int chunks, uint32_t most, int64_t width, struct workers *w,
                   struct compute *c, size_t cap_bytes, struct pipe **out)
 {
@@ -75,7 +124,12 @@ status *pipe_open(struct comm *pp, enum pipe_schedule how, int chunks, uint32_t 
     p->s = (struct pipe_shape){ how, pp ? pp->size : 1, pp ? pp->rank : 0, chunks };
     p->width = width;
     p->most = most;
+    p->compute = c;
     status *st = open_all(p, w, c, cap_bytes);
+    if (pp && compute_host(c))
+        share_lanes(p);
+    else if (pp)
+        st = comm_agree(pp, status_first(st, open_lanes(p)));
     if (st) {
         pipe_close(p);
         return st;
@@ -91,7 +145,9 @@ void pipe_close(struct pipe *p)
     for (int i = 0; i < p->slots; i++)
         tape_close(p->slot[i].tape);
     for (int i = 0; i < p->copies; i++)
-        mem_free(p->copy[i].data);
+        compute_free(p->compute, p->copy[i].data, (size_t)p->copy[i].elems * sizeof(float));
+    for (int i = 0; i < p->owns; i++)
+        comm_close(p->own[i]);
     mem_free(p->slot);
     mem_free(p->copy);
     mem_free(p->op);
@@ -129,28 +185,27 @@ int pipe_peak(const struct pipe *p)
     return p->peak;
 }
 
+uint64_t pipe_sent_bytes(const struct pipe *p)
+{
+    uint64_t bytes = p->pp ? p->pp->sent_bytes : 0;
+    for (int i = 0; i < p->owns; i++)
+        bytes += p->own[i]->sent_bytes;
+    return bytes;
+}
+
 /* ---- messages ---- */
 
-static int rank_before(const struct pipe *p)
-{
-    return (p->s.stage + p->s.stages - 1) % p->s.stages;
-}
-
-static int rank_behind(const struct pipe *p)
-{
-    return (p->s.stage + 1) % p->s.stages;
-}
-
-static struct comm_xfer message(struct tensor *x, bool send, int peer, int tag)
+static status *receive(struct pipe *p, struct tensor *x, int tag)
 {
     size_t bytes = (size_t)tensor_elems(x) * sizeof(float);
-    return (struct comm_xfer){ peer, tag, send, tag == TAG_FORWARD ? x->data : x->grad, bytes };
+    struct comm_xfer m = { p->in[tag].peer, tag, false, tag == TAG_FORWARD ? x->data : x->grad, bytes };
+    return comm_exchange(p->in[tag].comm, &m, 1, compute_stream(p->compute));
 }
 
-static status *receive(struct pipe *p, struct tensor *x, int peer, int tag)
+static status *send(struct pipe *p, float *data, size_t bytes, int tag, struct comm_req *sent)
 {
-    struct comm_xfer m = message(x, false, peer, tag);
-    return comm_exchange(p->pp, &m, 1, NULL);
+    struct comm_xfer m = { p->out[tag].peer, tag, true, data, bytes };
+    return comm_iexchange(p->out[tag].comm, &m, 1, compute_stream(p->compute), sent);
 }
 
 static status *send_gradient(struct pipe *p, const struct tensor *x)
@@ -159,9 +214,8 @@ static status *send_gradient(struct pipe *p, const struct tensor *x)
     struct copy *c = &p->copy[p->next_copy];
     p->next_copy = (p->next_copy + 1) % p->copies;
     TRY(comm_wait(&c->sent));
-    memcpy(c->data, x->grad, bytes);
-    struct comm_xfer m = { rank_before(p), TAG_BACKWARD, true, c->data, bytes };
-    return comm_iexchange(p->pp, &m, 1, NULL, &c->sent);
+    TRY(compute_copy(p->compute, c->data, x->grad, bytes));
+    return send(p, c->data, bytes, TAG_BACKWARD, &c->sent);
 }
 
 static status *wait_sent(struct pipe *p)
@@ -193,22 +247,21 @@ static status *run_forward(struct pipe *p, uint32_t k, int chunk, struct slot *s
     tape_begin(s->tape, mode);
     s->x = begins(p, chunk) ? NULL : op_boundary(s->tape, tokens, p->width);
     if (s->x)
-        TRY(receive(p, s->x, rank_before(p), TAG_FORWARD));
+        TRY(receive(p, s->x, TAG_FORWARD));
     s->y = w->forward(w->arg, s->tape, chunk, s->x);
     TRY(tape_end(s->tape));
     if (pipe_ends(p, chunk)) {
         w->result(w->arg, k, s->y);
         return NULL;
     }
-    struct comm_xfer m = message(s->y, true, rank_behind(p), TAG_FORWARD);
-    return comm_iexchange(p->pp, &m, 1, NULL, &s->sent);
+    return send(p, s->y->data, (size_t)tensor_elems(s->y) * sizeof(float), TAG_FORWARD, &s->sent);
 }
 
 static status *run_backward(struct pipe *p, struct slot *s, unsigned halves, const struct pipe_work *w)
 {
     bool input = halves & (unsigned)TAPE_BACKWARD_INPUT, weight = halves & (unsigned)TAPE_BACKWARD_WEIGHT;
     if (input && !pipe_ends(p, s->chunk))
-        TRY(receive(p, s->y, rank_behind(p), TAG_BACKWARD));
+        TRY(receive(p, s->y, TAG_BACKWARD));
     (void)w->prepare(w->arg, s->k);
     TRY(tape_backward(s->tape, s->y, NULL, halves));
     if (input && s->x)
@@ -284,13 +337,16 @@ status *pipe_forward(struct pipe *p, uint32_t first, uint32_t end, const struct 
 
 static status *take_copies(struct pipe *p, int64_t elems)
 {
-    for (int i = 0; i < p->copies && elems > p->copy_elems; i++) {
-        float *data = mem_array(p->copy[i].data, (size_t)elems, sizeof *data);
-        if (!data)
-            return ERR(NO_MEMORY, "a gradient between stages of %lld elements", (long long)elems);
-        p->copy[i].data = data;
+    for (int i = 0; i < p->copies && elems > p->copy[i].elems; i++) {
+        struct copy *c = &p->copy[i];
+        void *data;
+        compute_free(p->compute, c->data, (size_t)c->elems * sizeof *c->data);
+        *c = (struct copy){ 0 };
+        TRY(status_wrap(compute_alloc(p->compute, (size_t)elems * sizeof *c->data, &data),
+                        "a gradient between stages"));
+        c->data = data;
+        c->elems = elems;
     }
-    p->copy_elems = elems > p->copy_elems ? elems : p->copy_elems;
     return NULL;
 }
 

@@ -35,8 +35,8 @@ struct pipe_work {
 
 /* pp: this rank and its neighbours, in order; NULL: one stage. chunks: of a rank, with PIPE_INTERLEAVED; else 1. most:
  * micro-batches that a rank runs in a step, at most; width: channels between two stages. cap_bytes: of all activations,
- * 0: none. w: threads of the CPU; c: where passes compute (tape_open). w, c, pp are borrowed. Not
- * collective. */
+ * 0: none. w: threads of the CPU; c: where passes compute (tape_open). w, c, pp are borrowed.
+ * Collective over pp where c is a device. */
 status *pipe_open(struct comm *pp, enum pipe_schedule how, int chunks, uint32_t most, int64_t width, struct workers *w,
                   struct compute *c, size_t cap_bytes, struct pipe **out) WARN_UNUSED;
 void pipe_close(struct pipe *p); /* NULL is fine */
@@ -55,5 +55,6 @@ status *pipe_train(struct pipe *p, uint32_t first, uint32_t end, const struct pi
 status *pipe_forward(struct pipe *p, uint32_t first, uint32_t end, const struct pipe_work *w) WARN_UNUSED;
 /* Most micro-batches whose activations were kept at a time, since pipe_open; each chunk of one counts. */
 int pipe_peak(const struct pipe *p);
+uint64_t pipe_sent_bytes(const struct pipe *p); /* comm.sent_bytes of pp and of what it was split into; one stage: 0 */
 
 #endif

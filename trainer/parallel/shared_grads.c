@@ -3,9 +3,7 @@
 
 #include "comm/agree.h"
 #include "comm/base/mem.h"
-#include "comm/ordered.h"
-
-#include <string.h>
+#include "trainer/ops/rank_sums.h"
 
 /* Parameters that `share` neighbouring ranks hold. */
 struct sharers {
@@ -16,6 +14,7 @@ struct sharers {
 };
 
 struct shared_grads {
+    struct compute *compute; /* where gradients are */
     int groups;
     struct sharers group[ORDERED_RANKS];
 };
@@ -49,6 +48,19 @@ static bool any_shared(const struct params *p, int share)
     return false;
 }
 
+static uint64_t room_elems(const struct sharers *g)
+{
+    return ordered_room(g->comm, ordered_slice(g->comm, g->elems)) + 1;
+}
+
+static status *take(struct compute *c, uint64_t elems, float **out)
+{
+    void *p;
+    TRY(status_wrap(compute_alloc(c, elems * sizeof **out, &p), "sums of shared gradients"));
+    *out = p;
+    return NULL;
+}
+
 static status *open_group(struct sharers *g, const struct params *p, int share, const struct zero_run *run,
                           const uint64_t *at, uint64_t runs, struct comm *tp)
 {
@@ -60,9 +72,8 @@ static status *open_group(struct sharers *g, const struct params *p, int share, 
     find_runs(p, share, run, runs, at, g->run);
     for (uint64_t i = 0; i < g->runs; i++)
         g->elems += g->run[i].end - g->run[i].begin;
-    g->buffer = mem_array(NULL, g->elems + 1, sizeof *g->buffer);
-    g->room = mem_array(NULL, ordered_room(g->comm, ordered_slice(g->comm, g->elems)) + 1, sizeof *g->room);
-    return g->buffer && g->room ? NULL : ERR(NO_MEMORY, "sums of %llu shared gradients", (unsigned long long)g->elems);
+    TRY(take(p->compute, g->elems + 1, &g->buffer));
+    return take(p->compute, room_elems(g), &g->room);
 }
 
 status *shared_grads_open(const struct params *p, const struct zero_run *run, const uint64_t *at, uint64_t runs,
@@ -74,6 +85,8 @@ status *shared_grads_open(const struct params *p, const struct zero_run *run, co
         return s ? NULL : ERR(NO_MEMORY, "shared gradients");
     }
     status *st = comm_agree(tp, s ? NULL : ERR(NO_MEMORY, "shared gradients"));
+    if (!st)
+        s->compute = p->compute;
     for (int share = 2; !st && share <= tp->size && s->groups < ORDERED_RANKS; share++)
         if (any_shared(p, share))
             st = comm_agree(tp, open_group(&s->group[s->groups++], p, share, run, at, runs, tp));
@@ -91,33 +104,36 @@ void shared_grads_close(struct shared_grads *s)
         return;
     for (int i = 0; i < s->groups; i++) {
         struct sharers *g = &s->group[i];
+        compute_free(s->compute, g->buffer, (g->elems + 1) * sizeof *g->buffer);
+        if (g->room)
+            compute_free(s->compute, g->room, room_elems(g) * sizeof *g->room);
         comm_close(g->comm);
         mem_free(g->run);
-        mem_free(g->buffer);
-        mem_free(g->room);
     }
     mem_free(s);
 }
 
 /* Between the gradients and the buffer, run by run. */
-static void copy(float *grads, const struct sharers *g, bool to_buffer)
+static status *copy(struct shared_grads *s, float *grads, const struct sharers *g, bool to_buffer)
 {
     float *at = g->buffer;
     for (uint64_t i = 0; i < g->runs; i++) {
         float *grad = grads + g->run[i].begin;
         size_t n = g->run[i].end - g->run[i].begin;
-        memcpy(to_buffer ? at : grad, to_buffer ? grad : at, n * sizeof *at);
+        TRY(compute_copy(s->compute, to_buffer ? at : grad, to_buffer ? grad : at, n * sizeof *at));
         at += n;
     }
+    return NULL;
 }
 
 status *shared_grads_sum(struct shared_grads *s, float *grads)
 {
+    const struct ordered_at at = rank_sums_at(s->compute);
     for (int i = 0; i < s->groups; i++) {
         struct sharers *g = &s->group[i];
-        copy(grads, g, true);
-        TRY(ordered_allreduce(g->comm, g->buffer, g->elems, g->room));
-        copy(grads, g, false);
+        TRY(copy(s, grads, g, true));
+        TRY(ordered_allreduce(g->comm, g->buffer, g->elems, g->room, &at));
+        TRY(copy(s, grads, g, false));
     }
     return NULL;
 }

@@ -4,14 +4,18 @@
 
 #include "comm/agree.h"
 #include "comm/base/mem.h"
+#include "trainer/ops/compute.h"
+#include "trainer/ops/kernels.h"
 #include "trainer/parallel/shards.h"
 
 enum { TIED_TAG = 2, SLICE_ELEMS = 1 << 20 };
 
 struct tied {
     struct comm *dp, *pp;     /* pp NULL: one stage */
+    struct compute *compute;  /* where gradients are */
     struct zero *head;        /* the head's gradient; NULL: it is on another stage */
     float *from, *to, *slice; /* gradients of the head and of the embedding, NULL where they are not; room to receive */
+    uint64_t room;            /* elements of the slice */
     uint64_t elems;
     uint64_t offset, all; /* of the embedding in the model's block, and its elements */
     bool cut;             /* ZeRO 2 and 3: a shard has its runs of both gradients, and adds these */
@@ -48,8 +52,11 @@ static status *open_part(struct tied *t, struct model *m, const struct param *ta
     if (last_stage(t->pp))
         return NULL;
     uint64_t most = t->elems + PARAM_ALIGN; /* a shard's runs have the padding, too */
-    t->slice = mem_array(NULL, most < SLICE_ELEMS ? most : SLICE_ELEMS, sizeof *t->slice);
-    return t->slice ? NULL : ERR(NO_MEMORY, "a slice of a tied weight's gradient");
+    void *slice;
+    t->room = most < SLICE_ELEMS ? most : SLICE_ELEMS;
+    TRY(status_wrap(compute_alloc(t->compute, t->room * sizeof *t->slice, &slice), "a tied weight's gradient"));
+    t->slice = slice;
+    return NULL;
 }
 
 status *tied_open(const struct zero_options *o, struct model *m, struct comm *dp, struct comm *pp, struct tied **out)
@@ -63,6 +70,7 @@ status *tied_open(const struct zero_options *o, struct model *m, struct comm *dp
         t->dp = dp;
         t->pp = pp;
         t->cut = o->stage >= 2;
+        t->compute = m->params.compute;
         st = open_part(t, m, &m->params.p[name->alias]);
     }
     st = comm_agree(dp, st);
@@ -91,7 +99,7 @@ void tied_close(struct tied *t)
     if (!t)
         return;
     zero_close(t->head);
-    mem_free(t->slice);
+    compute_free(t->compute, t->slice, t->room * sizeof *t->slice);
     mem_free(t);
 }
 
@@ -151,10 +159,13 @@ void tied_memory(const struct tied *t, struct zero_memory *m)
     m->messages += head.messages;
 }
 
-static void add(float *to, const float *from, uint64_t n)
+static void add(const struct tied *t, float *to, const float *from, uint64_t n)
 {
-    for (uint64_t i = 0; i < n; i++)
-        to[i] += from[i];
+    if (!compute_host(t->compute))
+        t->compute->kernels->axpy(t->compute->workers, to, from, 1.0f, (int64_t)n);
+    else
+        for (uint64_t i = 0; i < n; i++)
+            to[i] += from[i];
 }
 
 status *tied_sum(struct tied *t, struct zero *z)
@@ -170,16 +181,16 @@ status *tied_sum(struct tied *t, struct zero *z)
     if (t->cut && first_stage(t->pp))
         t->to = zero_own_sums(z, t->offset, t->all, &t->elems);
     if (t->from && t->to) {
-        add(t->to, t->from, t->elems);
+        add(t, t->to, t->from, t->elems);
         return NULL;
     }
     for (uint64_t at = 0; at < t->elems; at += SLICE_ELEMS) {
         uint64_t n = t->elems - at < SLICE_ELEMS ? t->elems - at : SLICE_ELEMS;
         struct comm_xfer x = { t->to ? t->pp->size - 1 : 0, TIED_TAG, !t->to, t->to ? t->slice : t->from + at,
                                n * sizeof(float) };
-        TRY(comm_exchange(t->pp, &x, 1, NULL));
+        TRY(comm_exchange(t->pp, &x, 1, compute_stream(t->compute)));
         if (t->to)
-            add(t->to + at, t->slice, n);
+            add(t, t->to + at, t->slice, n);
     }
     return NULL;
 }
@@ -194,5 +205,5 @@ status *tied_share(struct model *m, struct shards *s, struct comm *pp)
     const struct param *p = last_stage(pp) ? m->tied.p : &m->params.p[name->alias];
     struct comm_xfer x = { last_stage(pp) ? 0 : pp->size - 1, TIED_TAG, !last_stage(pp), p->value.data,
                            param_elems(p) * dtype_bytes(p->value.dtype) };
-    return comm_exchange(pp, &x, 1, NULL);
+    return comm_exchange(pp, &x, 1, compute_stream(m->params.compute));
 }

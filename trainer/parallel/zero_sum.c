@@ -615,7 +615,7 @@ status *zero_reduce(struct zero *z, double *norm)
     for (uint64_t b = 0; z->o.cp && b < z->k->n; b++) {
         struct zero_run run = own_part(z, b);
         if (run_elems(run))
-            TRY(ordered_allreduce(z->o.cp, field(z) + field_at(z, b, run.begin), run_elems(run), z->cp_room));
+            TRY(ordered_allreduce(z->o.cp, field(z) + field_at(z, b, run.begin), run_elems(run), z->cp_room, NULL));
     }
     TRY(shared_grads_sum(z->shared, field(z)));
     round_sums(z, false);
