@@ -10,6 +10,7 @@
 #define TESSERA_TRAINER_OPS_KERNELS_H
 
 #include "comm/base/dtype.h"
+#include "comm/base/rng.h"
 #include "comm/base/thread.h"
 #include "trainer/ops/moe.h"
 #include "trainer/ops/ops.h"
@@ -125,6 +126,28 @@ struct mix {
     float *dweight;       /* [N, K] += row[place[n, j]] . dy[n], in f64; or NULL */
 };
 
+/* Draws that round: element i of a call is element first + i of a box in a tensor, row-major, and takes word e of the
+ * sequence at `at` (comm/base/rng.h), e being its place in the whole tensor. */
+enum { ROUNDING_DIMS = 8 };
+struct rounding {
+    struct rng_at at;
+    int ndim; /* at least 1 */
+    uint64_t dim[ROUNDING_DIMS], off[ROUNDING_DIMS], len[ROUNDING_DIMS];
+    uint64_t first;
+};
+/* The same draws with inner dimensions that the box has whole made one with the next outer one. */
+static inline struct rounding rounding_joined(const struct rounding *r)
+{
+    struct rounding j = *r;
+    for (; j.ndim > 1 && j.len[j.ndim - 1] == j.dim[j.ndim - 1]; j.ndim--) {
+        int inner = j.ndim - 1, outer = inner - 1;
+        j.off[outer] *= j.dim[inner];
+        j.len[outer] *= j.dim[inner];
+        j.dim[outer] *= j.dim[inner];
+    }
+    return j;
+}
+
 struct kernels {
     const char *name;
     void (*gemm)(struct workers *w, const struct gemm *g);
@@ -165,6 +188,18 @@ struct kernels {
     void (*add_scalar)(struct workers *w, float *y, const float *s, int64_t n);          /* y += *s */
     void (*zero)(struct workers *w, float *y, int64_t n);
     void (*widen)(struct workers *w, float *y, const uint16_t *x, int64_t n); /* bf16 to f32 */
+    /* bf16 of x, to nearest, ties to even, as bf16_from_f32 (dtype.h). */
+    void (*narrow)(struct workers *w, uint16_t *y, const float *x, int64_t n);
+    /* x = what of it bf16 can hold, as narrow and widen. */
+    void (*round_low)(struct workers *w, float *x, int64_t n);
+    /* bf16 of x, up or down by draws: the chance of the larger magnitude is how much of the way x has gone to it. What
+     * is no number or infinite as narrow. */
+    void (*narrow_drawn)(struct workers *w, uint16_t *y, const float *x, int64_t n, const struct rounding *how);
+    /* y[i ldy + j] = (or += if `add`) x[i ldx + j], i < n, j < c. No overlap. */
+    void (*copy_rows)(struct workers *w, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n, int64_t c,
+                      bool add);
+    /* As the function of this name below. */
+    void (*block_sums)(struct workers *w, const float *x, int64_t n, bool squared, double *out);
     /* *y = sum of x: block_sums, then tree_sum; partial [ceil(n / 1024)] is scratch. */
     void (*sum)(struct workers *w, float *y, const float *x, int64_t n, double *partial);
     void (*logprob)(struct workers *w, const struct logprob *p);

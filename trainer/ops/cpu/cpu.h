@@ -77,6 +77,11 @@ void cpu_axpy(struct workers *w, float *y, const float *x, float s, int64_t n);
 void cpu_add_scalar(struct workers *w, float *y, const float *s, int64_t n);
 void cpu_zero(struct workers *w, float *y, int64_t n);
 void cpu_widen(struct workers *w, float *y, const uint16_t *x, int64_t n);
+void cpu_narrow(struct workers *w, uint16_t *y, const float *x, int64_t n);
+void cpu_round_low(struct workers *w, float *x, int64_t n);
+void cpu_narrow_drawn(struct workers *w, uint16_t *y, const float *x, int64_t n, const struct rounding *how);
+void cpu_copy_rows(struct workers *w, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n, int64_t c,
+                   bool add);
 void cpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial);
 void cpu_logprob(struct workers *w, const struct logprob *p);
 void cpu_logprob_merge(struct workers *w, const struct logprob *p);

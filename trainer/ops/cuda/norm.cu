@@ -4,7 +4,7 @@
 
 namespace
 {
-enum { SPLIT = 256, COLUMNS = WARP, LANES = BLOCK / COLUMNS };
+enum { SPLIT = 256, COLUMNS = WARP, LANES = BLOCK / COLUMNS, SUM_LANES = 16 };
 
 template <int W>
 __global__ void norm_rows(float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c,
@@ -119,20 +119,20 @@ void columns(struct workers *w, const char *what, float *y, const float *dy, con
     }
 }
 
-/* out[b]: the f64 sum of elements [1024 b, 1024 (b + 1)). */
-__global__ void sum_blocks(double *out, const float *x, int64_t n)
+/* out[b]: the f64 sum of elements [1024 b, 1024 (b + 1)), or of their squares, by SUM_LANES threads in the CPU's order:
+ * a lane's elements are SUM_LANES apart, then lanes are added pairwise, the farthest first. Squares are exact in f64.
+ */
+__global__ void sum_blocks(double *out, const float *x, int64_t n, bool squared)
 {
-    struct room {
-        double sum[WARPS];
-    };
-    SHARED(room, s);
-    int64_t first = (int64_t)blockIdx.x * SUM_BLOCK, end = min_of(first + SUM_BLOCK, n);
+    int64_t b = (int64_t)blockIdx.x * (BLOCK / SUM_LANES) + threadIdx.x / SUM_LANES;
+    int64_t end = min_of((b + 1) * SUM_BLOCK, n);
     double sum = 0;
-    for (int64_t i = first + threadIdx.x; i < end; i += BLOCK)
-        sum += (double)x[i];
-    sum = block_sum(sum, s.sum);
-    if (threadIdx.x == 0)
-        out[blockIdx.x] = sum;
+    for (int64_t i = b * SUM_BLOCK + threadIdx.x % SUM_LANES; i < end; i += SUM_LANES)
+        sum += squared ? (double)x[i] * (double)x[i] : (double)x[i];
+    for (int step = SUM_LANES / 2; step; step /= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (threadIdx.x % SUM_LANES == 0 && b * SUM_BLOCK < n)
+        out[b] = sum;
 }
 
 /* tree_sum, by one block. A level's sums go to the front of what they are made of: read, wait, write. */
@@ -179,9 +179,14 @@ void gpu_bias_bwd(struct workers *w, float *db, const float *dy, int64_t n, int6
     columns(w, "bias_bwd", db, dy, NULL, NULL, n, m);
 }
 
+void gpu_block_sums(struct workers *w, const float *x, int64_t n, bool squared, double *out)
+{
+    launch(w, "block_sums", sum_blocks, gpu_blocks(n, (int64_t)SUM_BLOCK * (BLOCK / SUM_LANES)), BLOCK, 0, out, x, n,
+           squared);
+}
+
 void gpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial)
 {
-    int64_t blocks = (n + SUM_BLOCK - 1) / SUM_BLOCK;
-    launch(w, "sum", sum_blocks, (unsigned)blocks, BLOCK, WARPS * sizeof(double), partial, x, n);
-    launch(w, "sum", sum_tree, 1, BLOCK, 0, y, partial, blocks);
+    gpu_block_sums(w, x, n, false, partial);
+    launch(w, "sum", sum_tree, 1, BLOCK, 0, y, partial, (n + SUM_BLOCK - 1) / SUM_BLOCK);
 }

@@ -1,0 +1,58 @@
+/* cuda_cases: how the files of kernel families say a case, and run it; for test_cuda_kernels only. A file's tests are
+ * in the lists at the end of this header. */
+#ifndef TESSERA_TESTS_TRAINER_CUDA_CASES_H
+#define TESSERA_TESTS_TRAINER_CUDA_CASES_H
+
+#include "trainer/ops/kernels.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+enum { MOST = 16, OWN = 0, LIBRARY = 1 };
+
+/* READ and INTS must not change; CLOSE: f32, near the CPU's; EXACT: the CPU's bits; JUNK: scratch. */
+enum kind { READ, INTS, CLOSE, EXACT, JUNK };
+
+struct buffer {
+    enum kind kind;
+    size_t bytes;
+    void *value; /* before */
+};
+
+struct run {
+    const char *what;
+    void (*call)(const struct kernels *k, struct workers *w, void **p, const void *arg);
+    const void *arg;
+    struct buffer b[MOST];
+    int count;
+    double tolerance;
+    int gemm; /* OWN or LIBRARY: whose products */
+};
+
+float draw(void); /* in [-2, 2) */
+int32_t draw_below(int32_t n);
+
+/* Another buffer of the case: zeros, drawn floats, zeros. */
+void *add_buffer(struct run *r, enum kind kind, size_t bytes);
+float *floats(struct run *r, enum kind kind, int64_t n);
+int32_t *ints(struct run *r, int64_t n);
+
+/* Run the case everywhere, and forget its buffers. */
+void check_one(struct run *r, bool skewed);
+
+/* clang-format off */
+#define CUDA_CASES(X) \
+    X(elements) X(adamw) X(norms) X(sums) X(rounds) X(rounds_by_draws) X(rows_move) X(embeddings) X(ropes) X(gemm) \
+    X(gemms) X(logprob) X(attention) X(attention_of_ranks) X(attention_with_cache) X(attention_in_bf16) X(routes) X(mixes)
+/* clang-format on */
+#define CUDA_CASE_DECLARED(name) void test_##name(void **state);
+CUDA_CASES(CUDA_CASE_DECLARED)
+#undef CUDA_CASE_DECLARED
+
+#endif

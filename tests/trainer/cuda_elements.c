@@ -1,0 +1,286 @@
+/* cuda_elements: cases of elements, rows, sums, tables and angles; see test_cuda_kernels.c. */
+#include "tests/trainer/cuda_cases.h"
+
+/* ---- elements ---- */
+
+static void call_elements(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    int64_t n = *(const int64_t *)arg;
+    k->swiglu(w, p[0], p[1], p[2], n);
+    k->swiglu_bwd(w, p[3], p[4], p[5], p[1], p[2], n);
+    k->swiglu_bwd(w, NULL, p[4], p[5], p[1], p[2], n);
+    k->swiglu_bwd(w, p[3], NULL, p[5], p[1], p[2], n);
+    k->add(w, p[6], p[1], p[2], n);
+    k->scale(w, p[7], p[1], -1.7f, n);
+    k->axpy(w, p[8], p[1], 0.3f, n);
+    k->add_scalar(w, p[9], p[1], n);
+    k->zero(w, p[10], n);
+    k->widen(w, p[11], p[12], n);
+    k->scale(w, p[13], p[13], 3.0f, n); /* in place */
+}
+
+void test_elements(void **state)
+{
+    (void)state;
+    static const int64_t sizes[] = { 1, 3, 4, 1025, 4099 };
+    for (int skew = 0; skew < 2; skew++)
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+            int64_t n = sizes[i];
+            struct run r = { .what = "elements", .call = call_elements, .arg = &n, .tolerance = 1e-6 };
+            for (int b = 0; b < 12; b++) {
+                float *x = floats(&r, b == 1 || b == 2 || b == 5 ? READ : CLOSE, n);
+                for (int64_t j = 0; b == 1 && j < n; j++)
+                    x[j] *= j % 7 == 3 ? 60 : 4;
+            }
+            uint16_t *half = add_buffer(&r, READ, (size_t)n * sizeof *half);
+            for (int64_t j = 0; j < n; j++)
+                half[j] = bf16_from_f32(draw());
+            floats(&r, CLOSE, n);
+            check_one(&r, skew);
+        }
+}
+
+static void call_adamw(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    size_t n = (size_t) * (const int64_t *)arg;
+    k->adamw(w, p[0], p[1], p[2], p[3], n, 1e-2, 0.9, 0.95, 1e-8, 0.1, 1, 0.5);
+    k->adamw(w, p[0], p[1], p[2], p[3], n, 3e-2, 0.8, 0.99, 1e-6, 0.0, 7, 1.0);
+}
+
+void test_adamw(void **state)
+{
+    (void)state;
+    for (int64_t n = 1; n < 3000; n = n * 7 + 2) {
+        struct run r = { .what = "adamw", .call = call_adamw, .arg = &n, .tolerance = 2e-6 };
+        floats(&r, CLOSE, n);
+        floats(&r, READ, n);
+        floats(&r, CLOSE, n);
+        float *v = floats(&r, CLOSE, n);
+        for (int64_t i = 0; i < n; i++)
+            v[i] = fabsf(v[i]);
+        check_one(&r, n % 2);
+    }
+}
+
+/* ---- rows and columns ---- */
+
+struct shape {
+    int64_t rows, c;
+};
+
+static void call_norm(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct shape *s = arg;
+    k->rmsnorm(w, p[0], p[1], p[2], p[3], s->rows, s->c, 1e-5f);
+    k->rmsnorm_bwd(w, p[4], p[5], p[2], p[3], p[1], s->rows, s->c);
+    k->rmsnorm_bwd_weight(w, p[6], p[5], p[2], p[1], s->rows, s->c);
+    k->bias_bwd(w, p[7], p[5], s->rows, s->c);
+}
+
+void test_norms(void **state)
+{
+    (void)state;
+    static const struct shape shapes[] = { { 1, 1 },   { 5, 7 },    { 9, 64 },   { 17, 300 }, { 3, 1028 },
+                                           { 255, 3 }, { 256, 33 }, { 700, 36 }, { 2, 130 },  { 0, 8 } };
+    for (int skew = 0; skew < 2; skew++)
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+            const struct shape *s = &shapes[i];
+            struct run r = { .what = "norm", .call = call_norm, .arg = s, .tolerance = 1e-5 };
+            floats(&r, CLOSE, s->rows * s->c);
+            floats(&r, CLOSE, s->rows);
+            floats(&r, READ, s->rows * s->c);
+            floats(&r, READ, s->c);
+            floats(&r, CLOSE, s->rows * s->c);
+            floats(&r, READ, s->rows * s->c);
+            floats(&r, CLOSE, s->c);
+            floats(&r, CLOSE, s->c);
+            check_one(&r, skew);
+        }
+}
+
+static void call_sum(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    int64_t n = *(const int64_t *)arg;
+    k->sum(w, p[0], p[1], n, p[2]);
+    k->block_sums(w, p[1], n, false, p[3]);
+    k->block_sums(w, p[1], n, true, p[4]);
+}
+
+void test_sums(void **state)
+{
+    (void)state;
+    static const int64_t sizes[] = { 0, 1, 17, 1023, 1024, 1025, 5000, 1024 * 7, 1024 * 270 + 5 };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        struct run r = { .what = "sum", .call = call_sum, .arg = &sizes[i] };
+        size_t blocks = (size_t)((sizes[i] + SUM_BLOCK - 1) / SUM_BLOCK) * sizeof(double);
+        floats(&r, EXACT, 1);
+        floats(&r, READ, sizes[i]);
+        add_buffer(&r, JUNK, blocks);
+        add_buffer(&r, EXACT, blocks);
+        add_buffer(&r, EXACT, blocks);
+        check_one(&r, i % 2);
+    }
+}
+
+/* ---- rounding, and rows that move ---- */
+
+static void call_round(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    int64_t n = *(const int64_t *)arg;
+    k->narrow(w, p[0], p[1], n);
+    k->round_low(w, p[2], n);
+}
+
+/* Numbers, ties, subnormals, infinities and what is none. */
+static void fill_bits(float *x, int64_t n)
+{
+    static const uint32_t bits[] = { 0x3f808000u, 0x3f818000u, 0x7f7fffffu, 0x7f800000u, 0xff800000u,
+                                     0x7f800001u, 0xffc01234u, 0x00000001u, 0x80007fffu, 0x00018000u };
+    for (int64_t i = 0; i < n; i++)
+        memcpy(&x[i], &bits[(i / 3) % 10], i % 3 ? 0 : sizeof *x);
+}
+
+void test_rounds(void **state)
+{
+    (void)state;
+    static const int64_t sizes[] = { 0, 1, 1027, 132 * 16 * 256 + 77 }; /* the last one: threads take several */
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        struct run r = { .what = "round", .call = call_round, .arg = &sizes[i] };
+        add_buffer(&r, EXACT, (size_t)sizes[i] * sizeof(uint16_t));
+        fill_bits(floats(&r, READ, sizes[i]), sizes[i]);
+        fill_bits(floats(&r, EXACT, sizes[i]), sizes[i]);
+        check_one(&r, i % 2);
+    }
+}
+
+struct drawing {
+    int64_t n;
+    struct rounding how;
+};
+
+static void call_drawn(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct drawing *d = arg;
+    k->narrow_drawn(w, p[0], p[1], d->n, &d->how);
+}
+
+void test_rounds_by_draws(void **state)
+{
+    (void)state;
+    static const struct rng_at at = { .seed = 0x123456789abcdefu, .sample = 77, .step = 5, .stream = RNG_ROUND };
+    static const struct drawing cases[] = {
+        { 1000, { at, 1, { 5000 }, { 0 }, { 5000 }, 3 } },
+        { 4097, { at, 2, { 100, 60 }, { 10, 0 }, { 80, 60 }, 61 } },      /* rows of a tensor */
+        { 1234, { at, 2, { 100, 60 }, { 0, 13 }, { 100, 17 }, 29 } },     /* columns */
+        { 700, { at, 3, { 9, 10, 31 }, { 2, 3, 5 }, { 5, 6, 24 }, 17 } }, /* of each a part */
+        { 900, { at, 3, { 9, 10, 31 }, { 2, 3, 0 }, { 5, 6, 31 }, 25 } },
+        { 40, { at, 2, { 1 << 20, 1 << 15 }, { (1 << 19) + 1, 0 }, { 10, 1 << 15 }, 5 } }, /* words beyond 2^34 */
+        { 0, { at, 1, { 4 }, { 0 }, { 4 }, 0 } },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct run r = { .what = "rounding by draws", .call = call_drawn, .arg = &cases[i] };
+        add_buffer(&r, EXACT, (size_t)cases[i].n * sizeof(uint16_t));
+        fill_bits(floats(&r, READ, cases[i].n), cases[i].n);
+        check_one(&r, i % 2);
+    }
+}
+
+struct moving {
+    int64_t n, c, ldy, ldx;
+};
+
+static void call_rows(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct moving *m = arg;
+    k->copy_rows(w, p[0], m->ldy, p[2], m->ldx, m->n, m->c, false);
+    k->copy_rows(w, p[1], m->ldy, p[2], m->ldx, m->n, m->c, true);
+}
+
+void test_rows_move(void **state)
+{
+    (void)state;
+    static const struct moving shapes[] = { { 1, 1, 1, 1 },     { 40, 1, 3, 1 },        { 7, 12, 12, 36 },
+                                            { 33, 16, 20, 16 }, { 33, 16, 18, 16 },     { 5, 300, 301, 304 },
+                                            { 0, 4, 4, 4 },     { 2000, 400, 400, 404 } };
+    for (int skew = 0; skew < 2; skew++)
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+            const struct moving *m = &shapes[i];
+            struct run r = { .what = "rows", .call = call_rows, .arg = m };
+            floats(&r, EXACT, m->n * m->ldy);
+            floats(&r, EXACT, m->n * m->ldy);
+            floats(&r, READ, m->n * m->ldx);
+            check_one(&r, skew);
+        }
+}
+
+/* ---- tables and angles ---- */
+
+struct lookup {
+    int64_t n, c, rows;
+    bool half;
+};
+
+static void call_embedding(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct lookup *l = arg;
+    k->embedding(w, p[0], p[1], l->half ? DTYPE_BF16 : DTYPE_F32, p[2], l->n, l->c);
+    k->embedding_bwd(w, p[3], p[4], p[2], l->n, l->c);
+}
+
+void test_embeddings(void **state)
+{
+    (void)state;
+    static const struct lookup lookups[] = { { 1, 1, 1, false },      { 31, 5, 4, true },    { 33, 64, 50, false },
+                                             { 100, 130, 900, true }, { 70, 700, 3, false }, { 40, 516, 40, false } };
+    for (int skew = 0; skew < 2; skew++)
+        for (size_t i = 0; i < sizeof lookups / sizeof *lookups; i++) {
+            const struct lookup *l = &lookups[i];
+            struct run r = { .what = "embedding", .call = call_embedding, .arg = l, .tolerance = 3e-6 };
+            floats(&r, CLOSE, l->n * l->c);
+            uint16_t *table = add_buffer(&r, READ, (size_t)(l->rows * l->c) * (l->half ? 2 : 4));
+            for (int64_t j = 0; j < l->rows * l->c; j++)
+                if (l->half)
+                    table[j] = bf16_from_f32(draw());
+                else
+                    ((float *)(void *)table)[j] = draw();
+            int32_t *id = ints(&r, l->n);
+            for (int64_t j = 0; j < l->n; j++)
+                id[j] = j % 5 == 4 ? -1 : j % 3 == 2 ? 0 : draw_below((int32_t)l->rows);
+            floats(&r, CLOSE, l->rows * l->c);
+            floats(&r, READ, l->n * l->c);
+            check_one(&r, skew);
+        }
+}
+
+struct angles {
+    int64_t n, h, d;
+    double frequency[200], amplitude;
+};
+
+static void call_rope(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct angles *a = arg;
+    k->rope_table(w, p[0], p[1], a->n, a->d, a->frequency, a->amplitude);
+    k->rope(w, p[2], p[3], p[0], a->n, a->h, a->d);
+    k->rope_bwd(w, p[4], p[5], p[0], a->n, a->h, a->d);
+}
+
+void test_ropes(void **state)
+{
+    (void)state;
+    static const int64_t heads[][3] = { { 1, 1, 2 }, { 7, 3, 6 }, { 20, 2, 64 }, { 5, 4, 260 } };
+    for (int skew = 0; skew < 2; skew++)
+        for (size_t i = 0; i < 4; i++) {
+            struct angles a = { .n = heads[i][0], .h = heads[i][1], .d = heads[i][2], .amplitude = 1.25 };
+            for (int64_t j = 0; j < a.d / 2; j++)
+                a.frequency[j] = pow(10000.0, -2.0 * (double)j / (double)a.d);
+            struct run r = { .what = "rope", .call = call_rope, .arg = &a, .tolerance = 1e-6 };
+            floats(&r, CLOSE, a.n * a.d);
+            int32_t *position = ints(&r, a.n);
+            for (int64_t j = 0; j < a.n; j++)
+                position[j] = draw_below(3000);
+            for (int b = 0; b < 4; b++)
+                floats(&r, b % 2 ? READ : CLOSE, a.n * a.h * a.d);
+            check_one(&r, skew);
+        }
+}

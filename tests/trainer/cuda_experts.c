@@ -1,0 +1,105 @@
+/* cuda_experts: cases of routing and mixing of experts; see test_cuda_kernels.c. */
+#include "tests/trainer/cuda_cases.h"
+
+/* ---- experts ---- */
+
+struct choices {
+    int64_t n;
+    struct router how;
+    bool bias, given, share;
+};
+
+static void call_route(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct choices *c = arg;
+    struct route r = { .n = c->n,
+                       .how = &c->how,
+                       .z = p[0],
+                       .bias = c->bias ? p[1] : NULL,
+                       .given = c->given,
+                       .score = p[2],
+                       .expert = p[3],
+                       .weight = p[4],
+                       .dweight = p[5],
+                       .dshare = c->share ? p[6] : NULL,
+                       .dz = p[7] };
+    k->route(w, &r);
+    k->route_bwd(w, &r);
+}
+
+static void check_route(struct choices c)
+{
+    struct run r = { .what = "route", .call = call_route, .arg = &c, .tolerance = 2e-6 };
+    int64_t e = c.how.experts, top = c.how.top;
+    float *z = floats(&r, READ, c.n * e), *bias = floats(&r, READ, e);
+    for (int64_t i = 0; i < c.n * e; i++)
+        z[i] = i % 3 == 0 ? roundf(z[i]) : z[i]; /* ties */
+    for (int64_t i = 0; i < e; i++)
+        bias[i] = roundf(bias[i]) * 0.125f;
+    floats(&r, CLOSE, c.n * e);
+    int32_t *expert = add_buffer(&r, EXACT, (size_t)(c.n * top) * sizeof *expert);
+    for (int64_t i = 0; c.given && i < c.n * top; i++)
+        expert[i] = (int32_t)((i / top * 3 + i % top) % e);
+    floats(&r, CLOSE, c.n * top);
+    floats(&r, READ, c.n * top);
+    floats(&r, READ, e);
+    floats(&r, CLOSE, c.n * e);
+    check_one(&r, false);
+}
+
+void test_routes(void **state)
+{
+    (void)state;
+    check_route((struct choices){ 1, { .experts = 1, .top = 1, .scale = 1 }, false, false, false });
+    check_route((struct choices){ 9, { .experts = 8, .top = 2, .normalise = true, .scale = 1 }, false, false, true });
+    check_route((struct choices){ 6, { .experts = 100, .top = 40, .scale = 2.5f }, true, false, true });
+    check_route((struct choices){
+        7,
+        { .experts = 64, .top = 6, .groups = 8, .top_groups = 3, .sigmoid = true, .normalise = true, .scale = 2.5f },
+        true,
+        false,
+        true });
+    check_route((struct choices){
+        5, { .experts = 160, .top = 3, .groups = 40, .top_groups = 2, .scale = 1 }, false, false, false });
+    check_route(
+        (struct choices){ 3, { .experts = 1024, .top = 64, .normalise = true, .scale = 1 }, false, false, true });
+    check_route((struct choices){ 5, { .experts = 33, .top = 4, .sigmoid = true, .scale = 1 }, true, true, true });
+}
+
+struct mixing {
+    int64_t n, k, c;
+    bool in_place;
+};
+
+static void call_mix(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct mixing *t = arg;
+    struct mix m = {
+        .n = t->n, .k = t->k, .c = t->c, .row = p[0], .weight = p[1], .place = p[2], .y = p[3], .dy = p[4]
+    };
+    k->mix(w, &m);
+    m.dweight = p[6];
+    k->mix_bwd(w, &m);
+    m.drow = t->in_place ? p[0] : p[5];
+    k->mix_bwd(w, &m);
+}
+
+void test_mixes(void **state)
+{
+    (void)state;
+    static const struct mixing shapes[] = { { 1, 1, 1, false }, { 5, 3, 70, false }, { 13, 2, 33, true } };
+    for (size_t i = 0; i < 3; i++) {
+        const struct mixing *t = &shapes[i];
+        struct run r = { .what = "mix", .call = call_mix, .arg = t, .tolerance = 3e-6 };
+        floats(&r, t->in_place ? CLOSE : READ, t->n * t->k * t->c);
+        floats(&r, READ, t->n * t->k);
+        int32_t *place = ints(&r, t->n * t->k);
+        for (int64_t j = 0; j < t->n * t->k; j++)
+            place[j] = (int32_t)(t->n * t->k - 1 - j);
+        floats(&r, CLOSE, t->n * t->c);
+        floats(&r, READ, t->n * t->c);
+        floats(&r, CLOSE, t->n * t->k * t->c);
+        floats(&r, CLOSE, t->n * t->k);
+        check_one(&r, false);
+    }
+}

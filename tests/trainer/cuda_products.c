@@ -1,0 +1,199 @@
+/* cuda_products: cases of products and log-probabilities; see test_cuda_kernels.c. */
+#include "tests/trainer/cuda_cases.h"
+
+/* ---- products ---- */
+
+static void call_gemm(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    struct gemm g = *(const struct gemm *)arg;
+    g.a = p[0];
+    g.b = p[1];
+    g.c = p[2];
+    g.bias = g.bias ? p[3] : NULL;
+    k->gemm(w, &g);
+}
+
+static void check_gemm(struct gemm g, int64_t pad, int which)
+{
+    struct run r = { .what = "gemm", .call = call_gemm, .arg = &g, .tolerance = 1e-5, .gemm = which };
+    g.lda = (g.a_trans ? g.m : g.k) + pad;
+    g.ldb = (g.b_trans ? g.k : g.n) + 2 * pad;
+    g.ldc = g.n + pad;
+    floats(&r, READ, (g.a_trans ? g.k : g.m) * g.lda);
+    int64_t elems = (g.b_trans ? g.n : g.k) * g.ldb;
+    if (g.b_dtype == DTYPE_BF16) {
+        uint16_t *b = add_buffer(&r, READ, (size_t)elems * sizeof *b);
+        for (int64_t i = 0; i < elems; i++)
+            b[i] = bf16_from_f32(draw());
+    } else {
+        floats(&r, READ, elems);
+    }
+    floats(&r, CLOSE, g.m * g.ldc);
+    floats(&r, READ, g.n);
+    check_one(&r, pad > 0);
+}
+
+void test_gemm(void **state)
+{
+    (void)state;
+    static const int64_t sizes[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 64, 64, 16 }, { 65, 130, 33 }, { 130, 3, 64 } };
+    static const float some_bias = 0;
+    for (size_t i = 0; i < 5; i++)
+        for (int how = 0; how < 32; how++)
+            for (int which = 0; which < 2; which++) {
+                struct gemm g = { .m = sizes[i][0], .n = sizes[i][1], .k = sizes[i][2] };
+                g.a_trans = how & 1;
+                g.b_trans = how & 2;
+                g.b_dtype = how & 4 ? DTYPE_BF16 : DTYPE_F32;
+                g.bf16 = how & 8;
+                g.add = how & 16;
+                g.bias = !g.add && (how & 1) ? &some_bias : NULL;
+                check_gemm(g, how % 3, which);
+            }
+    check_gemm((struct gemm){ .m = 5, .n = 70, .k = 0, .b_dtype = DTYPE_F32, .bias = &some_bias }, 1, LIBRARY);
+    check_gemm((struct gemm){ .m = 5, .n = 70, .k = 0, .b_dtype = DTYPE_F32, .add = true }, 1, OWN);
+}
+
+enum { GROUPS = 50 };
+
+static void call_gemms(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const int64_t *rows = arg;
+    struct gemm g[GROUPS];
+    int64_t n = 9, depth = 20, at = 0;
+    for (int i = 0; i < GROUPS; i++) {
+        g[i] = (struct gemm){ .m = rows[i],
+                              .n = n,
+                              .k = depth,
+                              .a = (float *)p[0] + at * depth,
+                              .lda = depth,
+                              .b = (float *)p[1] + i * n * depth,
+                              .b_dtype = DTYPE_F32,
+                              .ldb = depth,
+                              .b_trans = true,
+                              .c = (float *)p[2] + at * n,
+                              .ldc = n };
+        at += rows[i];
+    }
+    k->gemms(w, g, GROUPS);
+}
+
+void test_gemms(void **state)
+{
+    (void)state;
+    int64_t rows[GROUPS], all = 0;
+    for (int i = 0; i < GROUPS; i++)
+        all += rows[i] = i % 6 == 1 ? 0 : i % 11 == 3 ? 70 : i % 4;
+    for (int which = 0; which < 2; which++) {
+        struct run r = { .what = "gemms", .call = call_gemms, .arg = rows, .tolerance = 1e-5, .gemm = which };
+        floats(&r, READ, all * 20);
+        floats(&r, READ, GROUPS * 9 * 20);
+        floats(&r, CLOSE, all * 9);
+        check_one(&r, false);
+    }
+}
+
+/* ---- log-probabilities ---- */
+
+struct scores {
+    int64_t n, c, v, chunk, first, vocab;
+    int parts;
+    bool half, bf16, stats, keep;
+};
+
+enum { X, W, TARGET, LOGP, LSE_OF, STATS, DLOGP, DX, DW, LOGITS, ROWS, DROWS, INDEX, PART };
+
+static void call_logprob(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct scores *s = arg;
+    enum logprob_kept kept = LOGPROB_NOTHING;
+    float *stats = p[STATS];
+    struct logprob a = { .n = s->n,
+                         .c = s->c,
+                         .v = s->v,
+                         .chunk = s->chunk,
+                         .vocab = s->vocab,
+                         .parts = s->parts,
+                         .part = s->parts ? p[PART] : NULL,
+                         .x = p[X],
+                         .w_dtype = s->half ? DTYPE_BF16 : DTYPE_F32,
+                         .target = p[TARGET],
+                         .temperature = 1.3f,
+                         .logp = p[LOGP],
+                         .lse = p[LSE_OF],
+                         .dlogp = p[DLOGP],
+                         .rows = p[ROWS],
+                         .drows = p[DROWS],
+                         .logits = p[LOGITS],
+                         .kept = s->keep ? &kept : NULL,
+                         .bf16 = s->bf16,
+                         .index = p[INDEX] };
+    if (s->stats)
+        a.stats = (struct logprob_stats){ stats, stats + s->n, stats + 2 * s->n, stats + 3 * s->n };
+    for (int i = 0; i < (s->parts ? s->parts : 1); i++) {
+        a.own = i;
+        a.first = i * s->v;
+        a.w = (const unsigned char *)p[W] + (size_t)(a.first * s->c) * (s->half ? 2 : 4);
+        k->logprob(w, &a);
+    }
+    if (s->parts)
+        k->logprob_merge(w, &a);
+    for (int i = 0; i < (s->parts ? s->parts : 1); i++) { /* each part's share */
+        a.own = i;
+        a.first = i * s->v;
+        a.w = (const unsigned char *)p[W] + (size_t)(a.first * s->c) * (s->half ? 2 : 4);
+        a.dx = s->keep ? NULL : p[DX];
+        a.dw = (float *)p[DW] + a.first * s->c;
+        k->logprob_bwd(w, &a);
+        a.dx = p[DX];
+        a.dw = NULL;
+        if (s->keep)
+            k->logprob_bwd(w, &a);
+    }
+}
+
+static void check_logprob(struct scores s, int which)
+{
+    struct run r = { .what = "logprob", .call = call_logprob, .arg = &s, .tolerance = 1e-5, .gemm = which };
+    int64_t all = s.v * (s.parts ? s.parts : 1);
+    s.vocab = all;
+    floats(&r, READ, s.n * s.c);
+    void *weights = add_buffer(&r, READ, (size_t)(all * s.c) * (s.half ? 2 : 4));
+    for (int64_t i = 0; i < all * s.c; i++)
+        if (s.half)
+            ((uint16_t *)weights)[i] = bf16_from_f32(draw());
+        else
+            ((float *)weights)[i] = draw();
+    if (!s.half) /* two equal rows: the first one is the top */
+        memcpy((float *)weights + (all - 1) * s.c, weights, (size_t)s.c * sizeof(float));
+    int32_t *target = ints(&r, s.n);
+    for (int64_t i = 0; i < s.n; i++)
+        target[i] = i % 4 == 1 ? -1 : draw_below((int32_t)all);
+    target[s.n - 1] = (int32_t)all - 1;
+    floats(&r, CLOSE, s.n);
+    floats(&r, CLOSE, s.n);
+    floats(&r, CLOSE, 4 * s.n);
+    floats(&r, READ, s.n);
+    floats(&r, CLOSE, s.n * s.c);
+    floats(&r, CLOSE, all * s.c);
+    floats(&r, JUNK, s.chunk * s.v);
+    floats(&r, JUNK, s.chunk * s.c);
+    floats(&r, JUNK, s.chunk * s.c);
+    add_buffer(&r, JUNK, (size_t)s.chunk * sizeof(int32_t));
+    add_buffer(&r, JUNK, (size_t)(s.n * (s.parts ? s.parts : 1)) * sizeof(struct logprob_part));
+    check_one(&r, false);
+}
+
+void test_logprob(void **state)
+{
+    (void)state;
+    for (int which = 0; which < 2; which++) {
+        check_logprob((struct scores){ .n = 20, .c = 12, .v = 300, .chunk = 20, .stats = true, .keep = true }, which);
+        check_logprob((struct scores){ .n = 21, .c = 9, .v = 700, .chunk = 8, .half = true }, which);
+        check_logprob((struct scores){ .n = 13, .c = 8, .v = 33, .chunk = 5, .stats = true, .bf16 = true }, which);
+        check_logprob((struct scores){ .n = 7, .c = 8, .v = 40, .chunk = 3, .half = true, .bf16 = true }, which);
+        check_logprob((struct scores){ .n = 9, .c = 5, .v = 50, .chunk = 4, .parts = 3, .stats = true }, which);
+        check_logprob((struct scores){ .n = 9, .c = 5, .v = 50, .chunk = 9, .parts = 2 }, which);
+    }
+    check_logprob((struct scores){ .n = 1, .c = 1, .v = 1, .chunk = 1, .stats = true }, OWN);
+}
