@@ -25,6 +25,9 @@ static const struct option top_rows[] = {
         "how ranks move tensors; auto: nccl with device: cuda, else mpi; self: one process without MPI"),
     ROW(OPT_INT, top_config, threads, "threads", "0", 0, 1024, NULL, "",
         "compute threads of a rank; 0: its share of the cores that it may run on"),
+    ROW(OPT_ENUM, top_config, debug, "debug", "off", 0, 0, "off|nan", "",
+        "nan: look at what every op, its backward, the sums of gradients and the update have written; the first NaN or "
+        "infinity ends the run with the op's or the parameter's name. Slow"),
 };
 static const struct option run_rows[] = {
     ROW(OPT_STRING, run_config, name, "name", NULL, 0, 0, NULL, "", "name of the run, in logs and metrics"),
@@ -782,7 +785,8 @@ static bool defines_state(const char *key)
 static bool is_place(const char *key)
 {
     return !strncmp(key, "checkpoint.", 11) || !strncmp(key, "run.", 4) || !strncmp(key, "eval.", 5) ||
-           !strcmp(key, "threads") || !strcmp(key, "parallel.progress") || !strcmp(key, "train.max_seconds");
+           !strcmp(key, "threads") || !strcmp(key, "debug") || !strcmp(key, "parallel.progress") ||
+           !strcmp(key, "train.max_seconds");
 }
 
 static const char *find_line(const char *text, const char *key, size_t key_len, size_t *value_len)

@@ -19,8 +19,10 @@ enum { TRANSPORT_AUTO, TRANSPORT_MPI, TRANSPORT_NCCL, TRANSPORT_SELF };
 struct top_config { /* keys without a section */
     int device;     /* DEVICE_CPU, DEVICE_CUDA */
     int comm;
+    int debug; /* DEBUG_OFF, DEBUG_NAN */
     int64_t threads;
 };
+enum { DEBUG_OFF, DEBUG_NAN };
 
 struct run_config {
     char *name, *dir;

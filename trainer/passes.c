@@ -5,6 +5,7 @@
  * come from passes over all of them before the first that trains: forward only, so no stage waits for a way back. */
 #include "trainer/trainer.h"
 
+#include <inttypes.h>
 #include <string.h>
 
 /* ---- where parameters or gradients are cut over ranks ---- */
@@ -276,7 +277,7 @@ static status *sum_scalars(struct trainer *t, uint32_t k, int width, double *sum
 static void must_pass(struct trainer *t, status *st)
 {
     if (st)
-        trainer_abort(t, st);
+        trainer_abort(t, status_wrap(st, "step %" PRIu64, t->step + 1));
 }
 
 status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double sums[ALGO_STATISTICS],

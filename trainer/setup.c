@@ -179,7 +179,7 @@ static status *open_passes(struct trainer *t)
         tape_recompute(pipe_tape(t->pipe, i), (enum tape_recompute)t->cfg->memory.recompute);
     }
     t->tape = pipe_tape(t->pipe, 0);
-    return NULL;
+    return debug_open(t);
 }
 
 struct dry {
@@ -559,6 +559,7 @@ status *trainer_close(struct trainer *t)
     pipe_close(t->pipe);
     model_close(t->ref_model);
     model_close(t->model);
+    watch_close(t->watch);
     compute_close(t->compute);
     workers_close(t->workers);
     comm_close(t->dp_tp);

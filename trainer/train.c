@@ -220,8 +220,12 @@ static status *optimise(struct trainer *t, const struct phase *p, struct step_re
     const struct optim_config *o = &t->cfg->optim;
     TRY(zero_norm(t->zero, &r->norm));
     TRY(experts_reduce(t->experts, &r->norm));
+    TRY(debug_gradients(t));
     if (!isfinite(r->norm))
-        return ERR(INVALID, "the gradient is not finite at step %" PRIu64 ": try a smaller optim.lr", t->step + 1);
+        return ERR(INVALID,
+                   "the gradient is not finite at step %" PRIu64
+                   ": try a smaller optim.lr; debug: nan says where it began",
+                   t->step + 1);
     r->lr = schedule_lr(o, p->peak_lr, t->step - p->first_step, p->steps);
     struct adamw a = {
         r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, clip_scale(o->clip, r->norm), t->optimiser_step + 1
@@ -261,11 +265,14 @@ static status *train_step(struct trainer *t, struct step_result *r)
     for (int m = 0; m < p->algo->metric_count; m++)
         r->metric[m] = sums[m] / algo_divisor(&counts, p->algo->metrics[m].per);
     if (!isfinite(r->metric[0]))
-        return ERR(INVALID, "the loss is not finite at step %" PRIu64 ": try a smaller optim.lr or optim.clip",
+        return ERR(INVALID,
+                   "the loss is not finite at step %" PRIu64
+                   ": try a smaller optim.lr or optim.clip; debug: nan says where it began",
                    t->step + 1);
     TRY(optimise(t, p, r));
     TRY(balance_finish(t->balance, t->zero, k, t->dp, t->pp, before_overwrite, t, &r->load));
     TRY(show_update(t));
+    TRY(debug_values(t));
     t->samples[t->current] += counts.rows;
     t->tokens += r->tokens;
     t->step++;

@@ -14,6 +14,7 @@
 #include "trainer/metrics.h"
 #include "trainer/ops/compute.h"
 #include "trainer/ops/routes.h"
+#include "trainer/ops/watch.h"
 #include "trainer/parallel/experts.h"
 #include "trainer/parallel/owners.h"
 #include "trainer/parallel/pipe.h"
@@ -50,6 +51,7 @@ struct trainer {
     struct device *device;
     struct workers *workers;
     struct compute *compute; /* on device, with workers */
+    struct watch *watch;     /* NULL: no debug: nan */
     struct metrics *metrics;
 
     struct dataset *data[DATASET_KINDS], *heldout; /* data: by kind, NULL where the run has none */
@@ -203,6 +205,14 @@ struct state_hashes {
     uint64_t weights, moments, reference;
 };
 status *state_hashes(struct trainer *t, struct state_hashes *out) WARN_UNUSED;
+
+/* debug.c: debug: nan */
+/* Have the tapes' ops looked at, if the config asks for it. */
+status *debug_open(struct trainer *t) WARN_UNUSED;
+/* INVALID names the first parameter whose summed gradient, or whose value after the update, is not finite. Both
+ * collective; without debug: nan nothing happens. */
+status *debug_gradients(struct trainer *t) WARN_UNUSED;
+status *debug_values(struct trainer *t) WARN_UNUSED;
 
 /* Enter the phase of t->step: at the switch from SFT the optimiser restarts and references are computed. Collective. */
 status *trainer_enter_phase(struct trainer *t, int phase) WARN_UNUSED;

@@ -157,6 +157,27 @@ def adapters(data):
     job.say(f"adapters of {len(layers)} layers, merged and alone")
 
 
+def planted(data):
+    """debug: nan names the op and the weight, once."""
+    shutil.copytree(tmp / "whole", tmp / "planted-weights")
+    name, row, column = "model.layers.1.mlp.gate_proj.weight", 5, 3
+    path = tmp / "planted-weights" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    (n,) = struct.unpack("<Q", raw[:8])
+    tensor = json.loads(raw[8:8 + n])[name]
+    rows, columns = tensor["shape"]
+    struct.pack_into("<f", raw, 8 + n + tensor["data_offsets"][0] + 4 * (row * columns + column), float("nan"))
+    path.write_bytes(raw)
+    config = job.write_config(tmp, "planted", data, model_init_from=tmp / "planted-weights")
+    for debug, words in (("off", ["the loss is not finite at step 1", "debug: nan"]),
+                         ("nan", ["step 1: ", f"op_linear of {name}, block 1, forward of micro-batch 0: ", f"{rows}] is nan at [0, {row}], element {row};",
+                                  f"its weight [{rows}, {columns}] is nan at [{row}, {column}], element {row * columns + column}", "(rank 0)"])):
+        out, err = job.tool("train", config, f"debug={debug}", "threads=1", status=65)
+        errors = job.error_lines(out + err)
+        job.check(len(errors) == 1 and all(w in errors[0] for w in words), f"debug={debug}: {err}")
+    job.say("a planted NaN is named")
+
+
 def refusals(data):
     base = here / "fixtures" / "linear"
 
@@ -213,4 +234,5 @@ def refusals(data):
 round_trips()
 data = training()
 adapters(data)
+planted(data)
 refusals(data)

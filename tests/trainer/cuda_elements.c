@@ -122,6 +122,36 @@ void test_sums(void **state)
     }
 }
 
+static void call_find(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    k->find_nonfinite(w, p[0], p[1], *(const int64_t *)arg);
+}
+
+/* No bad element, one at the ends, several. */
+void test_firsts(void **state)
+{
+    (void)state;
+    static const int64_t sizes[] = { 0, 1, 255, 257, 1030, 128 * 256 + 700 };
+    static const float bad[] = { NAN, INFINITY, -INFINITY };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int where = 0; where < 4; where++) {
+            if (where % 2 == 0 && i + 1 == sizeof sizes / sizeof *sizes)
+                continue; /* it takes its time */
+            int64_t n = sizes[i], at = where == 1 ? 0 : where == 2 ? n - 1 : n / 2;
+            struct run r = { .what = "find_nonfinite", .call = call_find, .arg = &n };
+            int64_t *first = add_buffer(&r, EXACT, sizeof *first);
+            float *x = floats(&r, READ, n);
+            for (int64_t j = at; where && n && j < n; j += where == 3 ? 1 + n / 5 : n)
+                x[j] = bad[j % 3];
+            if (n > 1)
+                x[at ? 0 : 1] = 3e38f;
+            int64_t got = -1;
+            kernels_cpu.find_nonfinite(NULL, &got, x, n);
+            assert_int_equal(got, where && n ? at : n);
+            check_one(&r, where % 2);
+        }
+}
+
 /* ---- rounding, and rows that move ---- */
 
 static void call_round(const struct kernels *k, struct workers *w, void **p, const void *arg)

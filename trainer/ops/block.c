@@ -27,12 +27,13 @@ struct region {
     struct rope_table *rope;
     struct tape_copy *copies;
     float *room, *context_part;
-    int64_t room_floats, context_floats, context_rows;
+    int64_t room_floats, context_floats, context_rows, block;
     int32_t *context_order;
     enum tape_mode mode;
 };
 
-static struct region open_region(struct tape *t, enum tape_mode mode)
+/* block: what runs in it. */
+static struct region open_region(struct tape *t, int64_t block, enum tape_mode mode)
 {
     struct region r = { .mark = arena_mark(&t->arena),
                         .host = arena_mark(&t->host),
@@ -45,8 +46,10 @@ static struct region open_region(struct tape *t, enum tape_mode mode)
                         .context_floats = t->context_floats,
                         .context_rows = t->context_rows,
                         .context_order = t->context_order,
+                        .block = t->block,
                         .mode = t->mode };
     t->last = NULL;
+    t->block = block;
     t->outside = t->inside = NULL;
     t->mode = mode;
     return r;
@@ -69,6 +72,7 @@ static void close_region(struct tape *t, const struct region *r)
     t->context_rows = r->context_rows;
     t->context_order = r->context_order;
     t->outside = t->inside = NULL;
+    t->block = r->block;
     t->mode = r->mode;
 }
 
@@ -128,7 +132,9 @@ static struct tensor *run_kept(struct tape *t, block_fn *run, const void *arg, i
     if (!enter(t, index, false))
         return NULL;
     mark_end(t, index, first_backward);
+    t->block = index;
     struct tensor *y = run(t, arg, index, x);
+    t->block = -1;
     mark_end(t, index, last_backward);
     return leave(t, index, false) ? y : NULL;
 }
@@ -138,13 +144,12 @@ static void block_backward(struct tape *t, const struct tape_record *base, unsig
     const struct block_record *r = (const void *)base;
     if (t->error || (r->whole && !enter(t, r->index, true)))
         return;
-    struct region region = open_region(t, TAPE_TRAIN);
+    struct region region = open_region(t, r->index, TAPE_TRAIN);
     struct tensor *x = twin_of(t, r->x), *y = x ? r->run(t, r->arg, r->index, x) : NULL;
     if (y && y->grad && !t->error) {
         unsigned needed = WEIGHT_HALF(halves) ? (unsigned)TAPE_BACKWARD_ALL : halves; /* gradients inside are gone */
         t->kernels->scale(t->workers, y->grad, r->y->grad, 1.0f, tensor_elems(y));
-        for (const struct tape_record *in = t->last; in; in = in->prev)
-            in->backward(t, in, needed);
+        tape_replay(t, t->last, needed);
         if (INPUT_HALF(halves) && r->x->grad)
             t->kernels->axpy(t->workers, r->x->grad, x->grad, 1.0f, tensor_elems(x));
     }
@@ -164,7 +169,7 @@ static struct tensor *run_dropped(struct tape *t, block_fn *run, const void *arg
     memcpy(own, arg, bytes);
     if (whole && !enter(t, index, false))
         return NULL;
-    struct region region = open_region(t, runs(t) ? TAPE_FORWARD : TAPE_DRY);
+    struct region region = open_region(t, index, runs(t) ? TAPE_FORWARD : TAPE_DRY);
     struct tensor *in = runs(t) ? x : twin_of(t, x), *out = in ? run(t, own, index, in) : NULL;
     if (out && !same_shape(out, x))
         out = misfit(t, "op_block", "a block's output has its input's shape", x, out);
@@ -181,6 +186,7 @@ static struct tensor *run_dropped(struct tape *t, block_fn *run, const void *arg
         r->arg = own;
         r->index = index;
         r->whole = whole;
+        r->base.look = (struct tape_look){ whole ? "op_block" : "op_block_attention", { x }, { NULL } };
     }
     return out && !t->error ? y : NULL;
 }

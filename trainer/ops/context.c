@@ -227,6 +227,7 @@ struct tensor *op_all_tokens(struct tape *t, struct tensor *x, int64_t tokens, s
         r->y = y;
         r->token = index;
         r->room = own;
+        r->base.look = (struct tape_look){ "op_all_tokens", { x }, { NULL } };
     }
-    return t->error ? NULL : y;
+    return done(t, "op_all_tokens", y, NULL);
 }

@@ -138,8 +138,9 @@ struct tensor *op_dispatch(struct tape *t, struct tensor *x, struct routing *g)
         r->x = x;
         r->rows = rows;
         r->sorted = sorted;
+        r->base.look = (struct tape_look){ "op_dispatch", { x }, { NULL } };
     }
-    return t->error ? NULL : rows;
+    return done(t, "op_dispatch", rows, NULL);
 }
 
 /* ---- and back ---- */
@@ -194,6 +195,7 @@ struct tensor *op_combine(struct tape *t, struct tensor *rows, struct tensor *we
         r->weight = weight;
         r->y = y;
         r->sorted = sorted;
+        r->base.look = (struct tape_look){ "op_combine", { rows, weight }, { NULL } };
     }
-    return t->error ? NULL : y;
+    return done(t, "op_combine", y, NULL);
 }

@@ -202,6 +202,8 @@ struct kernels {
     void (*block_sums)(struct workers *w, const float *x, int64_t n, bool squared, double *out);
     /* *y = sum of x: block_sums, then tree_sum; partial [ceil(n / 1024)] is scratch. */
     void (*sum)(struct workers *w, float *y, const float *x, int64_t n, double *partial);
+    /* *first = the index of the first NaN or infinity of x, n if there is none. */
+    void (*find_nonfinite)(struct workers *w, int64_t *first, const float *x, int64_t n);
     void (*logprob)(struct workers *w, const struct logprob *p);
     void (*logprob_merge)(struct workers *w, const struct logprob *p);
     void (*logprob_bwd)(struct workers *w, const struct logprob *p);

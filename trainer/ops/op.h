@@ -6,6 +6,7 @@
 #include "trainer/ops/compute.h"
 #include "trainer/ops/kernels.h"
 #include "trainer/ops/ops.h"
+#include "trainer/ops/watch.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -168,8 +169,18 @@ static inline void *record(struct tape *t, size_t bytes,
     memset(r, 0, bytes);
     r->prev = t->last;
     r->backward = backward;
+    r->block = t->block;
     t->last = r;
     return r;
+}
+
+/* What an op returns: y, or NULL if the tape has failed, which it does if somebody looks and y is not finite. weight:
+ * what y was made with, for the message, or NULL. */
+static inline struct tensor *done(struct tape *t, const char *op, struct tensor *y, const struct tensor *weight)
+{
+    if (t->watch && y && !t->error && runs(t))
+        watch_output(t, op, y, weight);
+    return t->error ? NULL : y;
 }
 
 /* A small weight as f32: its data, or a widened copy in the arena. */

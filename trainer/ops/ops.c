@@ -91,8 +91,10 @@ struct tensor *op_embedding(struct tape *t, struct tensor *table, const int32_t 
         r->table = table;
         r->y = y;
         r->id = id;
+        r->base.look = (struct tape_look){ "op_embedding", { NULL }, { table } };
     }
-    return t->error ? NULL : table->cut ? tp_leave(t, y) : y;
+    y = done(t, "op_embedding", y, table);
+    return y && table->cut ? tp_leave(t, y) : y;
 }
 
 /* ---- rmsnorm ---- */
@@ -137,8 +139,9 @@ struct tensor *op_rmsnorm(struct tape *t, struct tensor *x, struct tensor *w, fl
         r->rrms = rrms;
         r->rows = rows;
         r->c = c;
+        r->base.look = (struct tape_look){ "op_rmsnorm", { x }, { w } };
     }
-    return t->error ? NULL : y;
+    return done(t, "op_rmsnorm", y, w);
 }
 
 /* ---- rope ---- */
@@ -222,8 +225,9 @@ struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position
         r->x = x;
         r->y = y;
         r->angles = angles;
+        r->base.look = (struct tape_look){ "op_rope", { x }, { NULL } };
     }
-    return t->error ? NULL : y;
+    return done(t, "op_rope", y, NULL);
 }
 
 /* ---- attention ---- */
@@ -398,8 +402,9 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
         r->there = there;
         r->window = window;
         r->lse = lse;
+        r->base.look = (struct tape_look){ "op_attention", { q, k, v }, { NULL } };
     }
-    return t->error ? NULL : o;
+    return done(t, "op_attention", o, NULL);
 }
 
 /* ---- elementwise and sums ---- */
@@ -410,8 +415,8 @@ struct elementwise_record {
     float s;
 };
 
-static void push(struct tape *t, struct tensor *a, struct tensor *b, struct tensor *y, float s,
-                 void (*backward)(struct tape *, const struct tape_record *, unsigned))
+static struct tensor *push(struct tape *t, const char *op, struct tensor *a, struct tensor *b, struct tensor *y,
+                           float s, void (*backward)(struct tape *, const struct tape_record *, unsigned))
 {
     struct elementwise_record *r = y->grad ? record(t, sizeof *r, backward) : NULL;
     if (r) {
@@ -419,7 +424,9 @@ static void push(struct tape *t, struct tensor *a, struct tensor *b, struct tens
         r->b = b;
         r->y = y;
         r->s = s;
+        r->base.look = (struct tape_look){ op, { a, b }, { NULL } };
     }
+    return done(t, op, y, NULL);
 }
 
 static void swiglu_backward(struct tape *t, const struct tape_record *base, unsigned halves)
@@ -441,8 +448,7 @@ struct tensor *op_swiglu(struct tape *t, struct tensor *gate, struct tensor *up)
         return NULL;
     if (runs(t))
         t->kernels->swiglu(t->workers, y->data, gate->data, up->data, tensor_elems(y));
-    push(t, gate, up, y, 0, swiglu_backward);
-    return t->error ? NULL : y;
+    return push(t, "op_swiglu", gate, up, y, 0, swiglu_backward);
 }
 
 static void add_backward(struct tape *t, const struct tape_record *base, unsigned halves)
@@ -465,8 +471,7 @@ struct tensor *op_add(struct tape *t, struct tensor *a, struct tensor *b)
         return NULL;
     if (runs(t))
         t->kernels->add(t->workers, y->data, a->data, b->data, tensor_elems(y));
-    push(t, a, b, y, 0, add_backward);
-    return t->error ? NULL : y;
+    return push(t, "op_add", a, b, y, 0, add_backward);
 }
 
 static void scale_backward(struct tape *t, const struct tape_record *base, unsigned halves)
@@ -487,8 +492,7 @@ struct tensor *op_scale(struct tape *t, struct tensor *x, float s)
         return NULL;
     if (runs(t))
         t->kernels->scale(t->workers, y->data, x->data, s, tensor_elems(y));
-    push(t, x, NULL, y, s, scale_backward);
-    return t->error ? NULL : y;
+    return push(t, "op_scale", x, NULL, y, s, scale_backward);
 }
 
 static void sum_backward(struct tape *t, const struct tape_record *base, unsigned halves)
@@ -511,6 +515,5 @@ struct tensor *op_sum(struct tape *t, struct tensor *x)
         return NULL;
     if (runs(t))
         t->kernels->sum(t->workers, y->data, x->data, n, partial);
-    push(t, x, NULL, y, 0, sum_backward);
-    return t->error ? NULL : y;
+    return push(t, "op_sum", x, NULL, y, 0, sum_backward);
 }

@@ -62,8 +62,9 @@ static struct tensor *product(struct tape *t, struct tensor *x, struct tensor *w
         r->w = w;
         r->b = b;
         r->y = y;
+        r->base.look = (struct tape_look){ "op_linear", { x }, { w, b } };
     }
-    return t->error ? NULL : y;
+    return done(t, "op_linear", y, w);
 }
 
 /* ---- changed by a product of low rank ---- */
@@ -119,8 +120,9 @@ static struct tensor *add_low_rank(struct tape *t, struct tensor *x, struct tens
         r->low = *low;
         r->u = u;
         r->du = du;
+        r->base.look = (struct tape_look){ "op_linear_low_rank", { x }, { low->a, low->b } };
     }
-    return t->error ? NULL : y;
+    return done(t, "op_linear_low_rank", y, low->a);
 }
 
 static const char *low_rank_misfit(const struct tensor *w, const struct low_rank *low)

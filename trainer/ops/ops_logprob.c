@@ -128,8 +128,9 @@ struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor 
         r->w = w;
         r->y = y;
         r->p = p;
+        r->base.look = (struct tape_look){ "op_logprob", { x }, { w } };
     }
-    return t->error ? NULL : y;
+    return done(t, "op_logprob", y, w);
 }
 
 /* ---- logits ---- */
@@ -183,5 +184,5 @@ struct tensor *op_logits(struct tape *t, struct tensor *x, struct tensor *w)
     if (st)
         return tape_fail(t, status_wrap(st, "op_logits"));
     place_columns(t, w->cut, all, stride, y);
-    return y;
+    return done(t, "op_logits", y, w);
 }

@@ -107,8 +107,9 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
         rec->weight = weight;
         rec->r = r;
         rec->r.n -= watch ? watch->padding : 0; /* no gradient comes to it */
+        rec->base.look = (struct tape_look){ "op_moe (routing)", { z }, { NULL } };
     }
-    return t->error ? NULL : weight;
+    return done(t, "op_moe (routing)", weight, bias);
 }
 
 /* ---- each expert's rows ---- */
@@ -260,8 +261,9 @@ static struct tensor *grouped(struct tape *t, struct tensor *x, struct tensor *w
     if (r) {
         now.base = r->base;
         *r = now;
+        r->base.look = (struct tape_look){ "op_moe (experts)", { x }, { w, low->a, low->b } };
     }
-    return t->error ? NULL : now.y;
+    return done(t, "op_moe (experts)", now.y, w);
 }
 
 /* ---- the op ---- */

@@ -116,6 +116,7 @@ struct tensor *tp_enter(struct tape *t, struct tensor *x)
         r->to = y;
         r->elems = elems;
         r->slice = slice;
+        r->base.look = (struct tape_look){ "sum over tensor-parallel ranks", { x }, { NULL } };
     }
     t->outside = x;
     t->inside = t->error ? NULL : y;
@@ -171,7 +172,7 @@ struct tensor *tp_leave(struct tape *t, struct tensor *y)
     if (!t->sequence) { /* backward: every rank has dy already */
         if (runs(t))
             failed(t, ordered_allreduce(t->tp, y->data, elems, t->room, &at));
-        return t->error ? NULL : y;
+        return done(t, "sum over tensor-parallel ranks", y, NULL);
     }
     struct tensor *z = make(t, 2, (int64_t[]){ part, c }, y->grad != NULL);
     if (!z)
@@ -187,6 +188,7 @@ struct tensor *tp_leave(struct tape *t, struct tensor *y)
         r->to = z;
         r->elems = elems;
         r->slice = slice;
+        r->base.look = (struct tape_look){ "gather over tensor-parallel ranks", { y }, { NULL } };
     }
-    return t->error ? NULL : z;
+    return done(t, "sum over tensor-parallel ranks", z, NULL);
 }

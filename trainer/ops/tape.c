@@ -5,6 +5,7 @@
 #include "comm/comm.h"
 #include "trainer/ops/compute.h"
 #include "trainer/ops/kernels.h"
+#include "trainer/ops/watch.h"
 
 enum { BLOCK_BYTES = 4 << 20 };
 
@@ -71,6 +72,11 @@ void tape_recompute(struct tape *t, enum tape_recompute what)
     t->recompute = what;
 }
 
+void tape_watch(struct tape *t, struct watch *w)
+{
+    t->watch = w;
+}
+
 void tape_blocks(struct tape *t, const struct tape_blocks *b)
 {
     t->blocks = b;
@@ -106,6 +112,7 @@ void tape_begin(struct tape *t, enum tape_mode mode)
     t->context_floats = 0;
     t->context_order = NULL;
     t->block_bytes = t->block_host = 0;
+    t->block = -1;
     t->routed = 0;
     t->mode = mode;
     arena_reset(&t->arena);
@@ -163,6 +170,15 @@ status *tape_end(struct tape *t)
     return settle(&t->host);
 }
 
+void tape_replay(struct tape *t, const struct tape_record *last, unsigned halves)
+{
+    for (const struct tape_record *r = last; r && (!t->watch || !t->error); r = r->prev) {
+        r->backward(t, r, halves);
+        if (t->watch)
+            watch_record(t, r, halves);
+    }
+}
+
 status *tape_backward(struct tape *t, struct tensor *root, const float *droot, unsigned halves)
 {
     if (t->mode != TAPE_TRAIN || t->error)
@@ -173,8 +189,10 @@ status *tape_backward(struct tape *t, struct tensor *root, const float *droot, u
         return ERR(INVALID, "backward halves %u are none", halves);
     if (droot && droot != root->grad)
         t->kernels->scale(t->workers, root->grad, droot, 1.0f, tensor_elems(root));
-    for (const struct tape_record *r = t->last; r; r = r->prev)
-        r->backward(t, r, halves);
+    if (t->watch)
+        watch_root(t, root);
+    if (!t->watch || !t->error)
+        tape_replay(t, t->last, halves);
     return take_error(t);
 }
 

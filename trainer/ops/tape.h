@@ -64,6 +64,7 @@ struct compute; /* trainer/ops/compute.h */
 struct kernels; /* trainer/ops/kernels.h: one table of raw kernels a device */
 struct rope_table;
 struct comm;
+struct watch;
 struct tape;
 
 /* What of the host a device has a copy of since tape_begin: on_device in op.h. */
@@ -74,10 +75,19 @@ struct tape_copy {
     int32_t *there;
 };
 
+/* For tape_watch: what a record's backward adds gradients to, in each half; NULL: nothing more. */
+enum { TAPE_LOOK = 3 };
+struct tape_look {
+    const char *op; /* "op_linear" */
+    struct tensor *input[TAPE_LOOK], *weight[TAPE_LOOK];
+};
+
 /* One op's part of backward. Ops put their own fields behind it (ops.c). */
 struct tape_record {
     struct tape_record *prev;
     void (*backward)(struct tape *t, const struct tape_record *r, unsigned halves); /* adds into gradients */
+    struct tape_look look;
+    int64_t block; /* that the op was called in, -1: none */
 };
 
 /* Called around each block (op_block), in forward and again in backward: what a block's parameters need before it runs,
@@ -105,6 +115,10 @@ struct tape {
     bool bf16;                        /* tape_bf16 */
     const struct tape_blocks *blocks; /* tape_blocks; may be NULL */
     size_t block_bytes, block_host;   /* with it, the most that a block has taken since tape_begin, of both arenas */
+
+    struct watch *watch;  /* tape_watch; NULL: nobody looks */
+    int64_t block;        /* that is running (op_block), or -1 */
+    uint32_t micro_batch; /* of this pass, for messages; whoever drives the tape sets it */
 
     struct comm *tp; /* tape_spread */
     bool sequence;
@@ -135,6 +149,10 @@ void tape_recompute(struct tape *t, enum tape_recompute what);
  * bf16, added up in f32 (kernels.h, gemm.bf16), and on a GPU those of op_attention too; all else, and what is stored,
  * stays f32. */
 void tape_bf16(struct tape *t, bool bf16);
+/* From now on the outputs of every op, and after it the gradients that its backward adds to, are looked at, and the
+ * first one that is not finite is an error, INVALID, that names the op, its block, the shape, the place and the value
+ * (watch.h); borrowed; NULL: nobody looks, which costs nothing. */
+void tape_watch(struct tape *t, struct watch *w);
 /* From now on call these around each block; borrowed; NULL: none. */
 void tape_blocks(struct tape *t, const struct tape_blocks *b);
 /* From now on weights may be cut (tensor.cut) over the ranks of tp, which all run the same passes; borrowed. sequence:
@@ -157,6 +175,8 @@ status *tape_end(struct tape *t) WARN_UNUSED;
  * has no gradient. Collective over the ranks of a spread tape, as a pass is; an error of the transport is returned. */
 status *tape_backward(struct tape *t, struct tensor *root, const float *droot, unsigned halves) WARN_UNUSED;
 
+/* Records from `last` on, newest first; for tape.c and block.c. */
+void tape_replay(struct tape *t, const struct tape_record *last, unsigned halves);
 /* Set the first error; returns NULL, so that an op can `return tape_fail(...)`. Takes st. */
 struct tensor *tape_fail(struct tape *t, status *st);
 

@@ -245,6 +245,7 @@ static status *run_forward(struct pipe *p, uint32_t k, int chunk, struct slot *s
     TRY(comm_wait(&s->sent));
     int64_t tokens = w->prepare(w->arg, k);
     tape_begin(s->tape, mode);
+    s->tape->micro_batch = k;
     s->x = begins(p, chunk) ? NULL : op_boundary(s->tape, tokens, p->width);
     if (s->x)
         TRY(receive(p, s->x, TAG_FORWARD));

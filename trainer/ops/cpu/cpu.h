@@ -83,6 +83,7 @@ void cpu_narrow_drawn(struct workers *w, uint16_t *y, const float *x, int64_t n,
 void cpu_copy_rows(struct workers *w, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n, int64_t c,
                    bool add);
 void cpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial);
+void cpu_find_nonfinite(struct workers *w, int64_t *first, const float *x, int64_t n);
 void cpu_logprob(struct workers *w, const struct logprob *p);
 void cpu_logprob_merge(struct workers *w, const struct logprob *p);
 void cpu_logprob_bwd(struct workers *w, const struct logprob *p);

@@ -34,6 +34,7 @@ const struct kernels kernels_cpu = {
     .copy_rows = cpu_copy_rows,
     .block_sums = block_sums,
     .sum = cpu_sum,
+    .find_nonfinite = cpu_find_nonfinite,
     .logprob = cpu_logprob,
     .logprob_merge = cpu_logprob_merge,
     .logprob_bwd = cpu_logprob_bwd,

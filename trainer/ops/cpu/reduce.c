@@ -1,5 +1,5 @@
 /* reduce: sums that depend on no thread count and on no cut at multiples of 1,024: f64 over aligned blocks, then a
- * dyadic tree. */
+ * dyadic tree. And where the first number is that is none. */
 #include "trainer/ops/cpu/cpu.h"
 
 struct sum_job {
@@ -43,4 +43,27 @@ void cpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *par
 {
     block_sums(w, x, n, false, partial);
     *y = (float)tree_sum(partial, (int64_t)task_count(n, SUM_BLOCK));
+}
+
+/* A NaN or an infinity has an exponent of ones. */
+static bool any_nonfinite(const float *x, int64_t n)
+{
+    const uint32_t ones = 0x7f800000;
+    uint32_t found = 0, bits;
+    for (int64_t i = 0; i < n; i++) {
+        memcpy(&bits, x + i, sizeof bits);
+        found |= (bits & ones) == ones;
+    }
+    return found;
+}
+
+void cpu_find_nonfinite(struct workers *w, int64_t *first, const float *x, int64_t n)
+{
+    int64_t i = 0;
+    (void)w;
+    while (i < n && !any_nonfinite(x + i, min64(SUM_BLOCK, n - i)))
+        i += SUM_BLOCK;
+    while (i < n && !any_nonfinite(x + i, 1))
+        i++;
+    *first = min64(i, n);
 }

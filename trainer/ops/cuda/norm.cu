@@ -152,6 +152,43 @@ __global__ void sum_tree(float *y, double *s, int64_t n)
     if (threadIdx.x == 0)
         *y = n ? (float)s[0] : 0.0f;
 }
+
+struct least_room {
+    int64_t least[BLOCK];
+};
+
+/* The least of the block's values, on thread 0. */
+__device__ int64_t block_least(int64_t i, least_room &s)
+{
+    s.least[threadIdx.x] = i;
+    __syncthreads();
+    for (int t = 1; t < BLOCK && threadIdx.x == 0; t++)
+        i = min_of(i, s.least[t]);
+    return i;
+}
+
+/* out[b]: where the first element that is not finite is, of those that block b looks at; n: nowhere. */
+__global__ void first_of_blocks(int64_t *out, const float *x, int64_t n)
+{
+    SHARED(least_room, s);
+    int64_t i = (int64_t)blockIdx.x * BLOCK + threadIdx.x, step = (int64_t)gridDim.x * BLOCK;
+    while (i < n && (__float_as_uint(x[i]) & 0x7f800000u) != 0x7f800000u)
+        i += step;
+    i = block_least(min_of(i, n), s);
+    if (threadIdx.x == 0)
+        out[blockIdx.x] = i;
+}
+
+__global__ void first_of_all(int64_t *first, const int64_t *found, int64_t blocks, int64_t n)
+{
+    SHARED(least_room, s);
+    int64_t least = n;
+    for (int64_t i = threadIdx.x; i < blocks; i += BLOCK)
+        least = min_of(least, found[i]);
+    least = block_least(least, s);
+    if (threadIdx.x == 0)
+        *first = least;
+}
 } // namespace
 
 void gpu_rmsnorm(struct workers *w, float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c,
@@ -189,4 +226,14 @@ void gpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *par
 {
     gpu_block_sums(w, x, n, false, partial);
     launch(w, "sum", sum_tree, 1, BLOCK, 0, y, partial, (n + SUM_BLOCK - 1) / SUM_BLOCK);
+}
+
+void gpu_find_nonfinite(struct workers *w, int64_t *first, const float *x, int64_t n)
+{
+    enum { MOST = 128 };
+    int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    blocks = blocks < MOST ? blocks : (int64_t)MOST;
+    int64_t *found = (int64_t *)gpu_scratch(w, SCRATCH_CALL, (size_t)(blocks + 1) * sizeof *found);
+    launch(w, "find_nonfinite", first_of_blocks, (unsigned)blocks, BLOCK, sizeof(struct least_room), found, x, n);
+    launch(w, "find_nonfinite", first_of_all, 1, BLOCK, sizeof(struct least_room), first, found, blocks, n);
 }
