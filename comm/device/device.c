@@ -113,6 +113,14 @@ uint64_t device_identity(struct device *d)
     return d->ops->identity ? d->ops->identity(d) : (uint64_t)d->index;
 }
 
+void device_model(struct device *d, char *text, size_t bytes)
+{
+    if (d->ops->model)
+        d->ops->model(d, text, bytes);
+    else
+        snprintf(text, bytes, "%s", d->ops->name);
+}
+
 void device_close(struct device *d)
 {
     if (!d)

@@ -21,7 +21,7 @@ struct stream; /* opaque to callers */
 struct event;
 struct comm_ops;
 
-enum { DEVICE_ABI = 3 };
+enum { DEVICE_ABI = 4 };
 
 struct device_ops {
     const char *name;
@@ -48,6 +48,8 @@ struct device_ops {
     status *(*count)(int *out);  /* how many this process may open; NULL: one. DEVICE: none */
     /* Which one it is: the same in every process of a host, another for each of its devices. NULL: the index. */
     uint64_t (*identity)(struct device *d);
+    /* What it is called by who made it, "NVIDIA H100 80GB HBM3". NULL: the backend's name. */
+    void (*model)(struct device *d, char *text, size_t bytes);
 };
 
 struct device {
@@ -73,8 +75,9 @@ typedef const struct device_plugin *device_plugin_fn(void);
 status *device_open(const char *name, int index, struct device **out) WARN_UNUSED;
 /* The same, device n modulo how many there are: for ranks that count themselves on their host. */
 status *device_open_nth(const char *name, int n, struct device **out) WARN_UNUSED;
-uint64_t device_identity(struct device *d); /* device_ops.identity */
-void device_close(struct device *d);        /* NULL is fine */
+uint64_t device_identity(struct device *d);                    /* device_ops.identity */
+void device_model(struct device *d, char *text, size_t bytes); /* device_ops.model, cut off where it is too long */
+void device_close(struct device *d);                           /* NULL is fine */
 
 extern const struct device_ops *const device_registry[]; /* generated; ends with NULL */
 

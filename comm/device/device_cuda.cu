@@ -9,6 +9,7 @@
 
 #include <cuda_runtime.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <string.h>
 
 #ifndef TESSERA_BUILD_ID
@@ -269,6 +270,14 @@ static uint64_t gpu_identity(struct device *d)
     return half[0] ^ half[1];
 }
 
+static void gpu_model(struct device *d, char *text, size_t bytes)
+{
+    struct cudaDeviceProp p;
+    bool known = cudaGetDeviceProperties(&p, d->index) == cudaSuccess;
+    (void)cudaGetLastError();
+    snprintf(text, bytes, "%s", known ? p.name : "cuda");
+}
+
 /* Where the build found no nccl.h, nothing defines it. */
 extern "C" const struct comm_ops comm_nccl_ops __attribute__((weak));
 
@@ -294,6 +303,7 @@ static const struct device_ops cuda_ops = {
     .comm = &comm_nccl_ops,
     .count = gpu_count,
     .identity = gpu_identity,
+    .model = gpu_model,
 };
 
 static const struct device_plugin plugin = { DEVICE_ABI, TESSERA_BUILD_ID, &cuda_ops };

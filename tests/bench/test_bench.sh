@@ -37,6 +37,7 @@ assert 0 < r["fence_step_ratio"] and 0 < r["save_gbps"] <= r["save_gbps_best"] a
 assert abs(r["rate_ratio"] - r["save_gbps"] / r["limit_gbps"]) < 0.05 * r["rate_ratio"] + 0.01
 assert 0 < r["staging_peak_bytes"] <= r["staging_cap_bytes"] or r["staging_peak_bytes"] == 0
 assert r["rss_peak_bytes"] > r["state_bytes"] / r["ranks"], "a rank holds its tensors"
+assert r["device"] == "cpu" and r["d2h_gbps"] is r["h2d_gbps"] is r["save_d2h_gbps"] is r["d2h_ratio"] is None, "no link"
 assert r["state_bytes"] == 24 << 20 and r["ranks"] == 4 and r["pairs"] == 3 and r["saves"] == 6, "2 saves in each of 3 windows"
 END
 
@@ -116,13 +117,17 @@ import json
 cases = [json.loads(line) for line in open("out")]
 assert cases
 for r in cases:
-    keys = "model params dtype threads tokens_per_s peer peer_tokens_per_s ratio ceiling_tokens_per_s ceiling_share"
+    keys = """device model params dtype threads tokens_per_s peer peer_tokens_per_s ratio ceiling_tokens_per_s ceiling_share
+        flops_per_token peak_tflops mfu peer_mfu matmul_tflops mfu_matmul"""
     assert list(r) == keys.split(), r
     assert r["model"] == "tiny 3x20" and r["params"] == 2 * 30848 + 521 * 64 + 64 and r["threads"] == 2
     assert r["peer"] == "torch none " + r["dtype"] and r["peer_tokens_per_s"] == 60 / 0.25
     assert 0 < r["tokens_per_s"] and 0 < r["ceiling_tokens_per_s"]
     assert abs(r["ratio"] * r["peer_tokens_per_s"] / r["tokens_per_s"] - 1) < 0.01
     assert abs(r["ceiling_share"] * r["ceiling_tokens_per_s"] / r["tokens_per_s"] - 1) < 0.01
+    assert r["device"] == "cpu" and r["peak_tflops"] is r["mfu"] is r["peer_mfu"] is None, "nobody's data sheet"
+    assert r["flops_per_token"] == 6 * r["params"] + 12 * 2 * 64 * 20
+    assert r["matmul_tflops"] > 0 and abs(r["mfu_matmul"] * r["matmul_tflops"] * 1e12 / (r["flops_per_token"] * r["tokens_per_s"]) - 1) < 0.1
 END
 ranks 1 train --quick || fail "bench train without a peer, as a table"
 grep -q "^peer  *-  *$" out || fail "a peer came from nowhere"

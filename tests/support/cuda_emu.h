@@ -197,6 +197,7 @@ struct cudaPointerAttributes {
     enum cudaMemoryType type;
 };
 struct cudaDeviceProp {
+    char name[256];
     struct {
         char bytes[16];
     } uuid;

@@ -301,6 +301,7 @@ cudaError_t cudaSetDevice(int index)
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int index)
 {
+    snprintf(p->name, sizeof p->name, "emulated");
     memset(p->uuid.bytes, index + 1, sizeof p->uuid.bytes / 2);
     memset(p->uuid.bytes + sizeof p->uuid.bytes / 2, 0, sizeof p->uuid.bytes / 2);
     return cudaSuccess;

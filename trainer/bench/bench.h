@@ -10,7 +10,7 @@
  *   bench_irregular.c   ways to store runs                    slices.c  the tensors of that one
  *   bench_train.c   training steps     ceiling.c  their products and updates alone     peer.c  PyTorch beside them
  *   bench_comm.c   sums of gradients over ranks
- *   measure.c  medians, intervals, CPU seconds */
+ *   measure.c  medians, intervals, CPU seconds        site.c  the CPU or a GPU, products and copies on it */
 #ifndef TESSERA_TRAINER_BENCH_BENCH_H
 #define TESSERA_TRAINER_BENCH_BENCH_H
 

@@ -8,13 +8,13 @@
  * plans and takes memory, comes before all rounds. (3) A window ends when its save is committed. (4) Times are the
  * slowest rank's, bytes are sums over ranks. */
 #include "trainer/bench/bench.h"
-#include "trainer/bench/gemms.h"
 
 #include "comm/agree.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
 #include "trainer/bench/limits.h"
 #include "trainer/bench/measure.h"
+#include "trainer/bench/site.h"
 #include "trainer/bench/slices.h"
 #include "trainer/ops/kernels.h"
 
@@ -66,8 +66,9 @@ struct irregular_bench {
     const struct irregular_options *o;
     struct mesh mesh;
     struct slices held;
-    float *block, *reduce; /* three GEMM matrices; a buffer */
-    int64_t gemms;         /* of a step */
+    struct gemms products;
+    float *reduce; /* a buffer */
+    int64_t gemms; /* of a step */
     struct way way[MODES];
 };
 
@@ -76,7 +77,7 @@ struct irregular_bench {
 /* Adds what the step's fences took to *fence. */
 static status *train_step(struct irregular_bench *ib, struct way *w, double *fence)
 {
-    gemms_run(ib->block, ib->gemms);
+    gemms_run(&ib->products, ib->gemms);
     TRY(comm_allreduce(ib->b->world, ib->reduce, REDUCE, COMM_F32, COMM_MAX, NULL));
     for (uint64_t i = 0; i < ib->held.layers * SLICES_KINDS; i++) {
         const struct slice *x = &ib->held.slice[i];
@@ -98,7 +99,7 @@ static status *calibrate(struct irregular_bench *ib)
     for (int i = 0; i < 5; i++) {
         TRY(comm_barrier(ib->b->world));
         uint64_t t0 = clock_ns();
-        gemms_run(ib->block, 8);
+        gemms_run(&ib->products, 8);
         double took = ns_to_s(clock_ns() - t0) / 8;
         TRY(comm_allreduce(ib->b->world, &took, 1, COMM_F64, COMM_MAX, NULL));
         best = took < best ? took : best;
@@ -307,9 +308,9 @@ static status *open_memory(struct irregular_bench *ib)
     ib->mesh.size[MESH_TP] = tp;
     ib->mesh.size[MESH_DP] = n / tp;
     TRY(slices_open(ib->o->state_bytes, &ib->mesh, ib->b->world->rank, true, &ib->held));
-    ib->block = gemms_open();
+    TRY(gemms_open(NULL, GEMMS_SIDE, false, &ib->products));
     ib->reduce = mem_calloc(REDUCE, sizeof *ib->reduce);
-    return ib->block && ib->reduce ? NULL : ERR(NO_MEMORY, "matrices");
+    return ib->reduce ? NULL : ERR(NO_MEMORY, "a buffer");
 }
 
 static status *measure(struct irregular_bench *ib)
@@ -348,7 +349,7 @@ static status *run(struct bench *b, const void *options)
         tessera_state_free(ib->way[m].state);
     }
     slices_close(&ib->held);
-    mem_free(ib->block);
+    gemms_close(&ib->products);
     mem_free(ib->reduce);
     mem_free(ib);
     return st;

@@ -7,9 +7,10 @@
  *
  * (1) Both kinds of window run the same code; only tessera_save is left out. (2) An on window ends when its last save
  * is committed, so that none of its cost falls into the next. (3) The first save of all, which plans and takes memory,
- * belongs to no window. (4) Times are the slowest rank's, CPU seconds are sums over ranks. */
+ * belongs to no window. (4) Times are the slowest rank's, CPU seconds are sums over ranks. (5) On a GPU tensors and
+ * products are its own; a step ends when it has done what was queued, and the rates' saves say how fast tensors left
+ * it: from the call until all copies of the save are done. */
 #include "trainer/bench/bench.h"
-#include "trainer/bench/gemms.h"
 
 #include "comm/agree.h"
 #include "comm/base/clock.h"
@@ -17,6 +18,7 @@
 #include "trainer/bench/field.h"
 #include "trainer/bench/limits.h"
 #include "trainer/bench/measure.h"
+#include "trainer/bench/site.h"
 #include "trainer/ops/kernels.h"
 
 #include <math.h>
@@ -24,16 +26,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CALIBRATION_STEPS = 5 };
+enum { CALIBRATION_STEPS = 5, GPU_SIDE = 4096, PLAIN_BYTES = 256 << 20, COPY_BYTES = 256 << 20 };
 
 struct save_options {
     uint64_t state_bytes, grad_bytes, chunk_bytes, staging_bytes;
-    int64_t tensors, windows, steps, step_ms, save_every, writers, repeats;
+    int64_t tensors, windows, steps, step_ms, save_every, writers, repeats, side;
+    int device;
     char *url;
 };
 
 #define AT(field) offsetof(struct save_options, field)
 static const struct option rows[] = {
+    { "device", OPT_ENUM, "cpu", 0, 0, "cpu|cuda", "", "where the tensors are, and the steps' products", AT(device) },
     { "url", OPT_STRING, "", 0, 0, NULL, "",
       "folder, or s3://BUCKET/PREFIX, in which the run makes one of its own, removed at the end", AT(url) },
     { "state_bytes", OPT_SIZE, "512MiB", 0, 0, NULL, "bytes", "what is saved, over all ranks", AT(state_bytes) },
@@ -49,6 +53,7 @@ static const struct option rows[] = {
     { "chunk_bytes", OPT_SIZE, "0", 0, 0, NULL, "bytes", "unit of writing; 0: the library's default", AT(chunk_bytes) },
     { "staging_bytes", OPT_SIZE, "0", 0, 0, NULL, "bytes", "cap of a rank's staging; 0: the library's default",
       AT(staging_bytes) },
+    { "gemm_side", OPT_INT, "0", 0, 1 << 15, NULL, "", "of the products; 0: 384, on a GPU 4096", AT(side) },
     { "repeats", OPT_INT, "5", 1, LIMIT_REPEATS, NULL, "", "saves and plain writes for the rates", AT(repeats) },
 };
 static const char *const quick[][2] = {
@@ -63,7 +68,7 @@ struct samples {
     uint64_t *call, *call_cpu;       /* [save] */
     uint64_t *fence;                 /* [save]: waits in the step after it */
     uint64_t *fence_step;            /* [save]: that step */
-    uint64_t *idle;                  /* [repeat] */
+    uint64_t *idle, *copied;         /* [repeat]; copied: until the tensors may be overwritten, on a GPU */
     uint64_t *all;                   /* where they lie, one after another */
     size_t count, saves, saves_room; /* saves in windows */
 };
@@ -74,10 +79,15 @@ struct save_bench {
     struct field field;
     tessera *ckpt;
     tessera_state *state;
-    float *block, *grad; /* three GEMM matrices; the gradient */
+    struct site site;
+    struct gemms products;
+    float *grad, *change; /* the gradient; [1] where the tensors are: what a step adds */
     size_t grad_count;
-    int64_t gemms; /* of a step, of this rank */
-    uint64_t step; /* last one saved */
+    void *plain; /* what plain writes write */
+    size_t plain_bytes;
+    double to_host, to_device; /* pinned copies, bytes a second; NAN on the CPU */
+    int64_t gemms;             /* of a step, of this rank */
+    uint64_t step;             /* last one saved */
     struct samples s;
     uint64_t ckpt_cpu_ns, all_cpu_ns;   /* in on windows, this rank's */
     uint64_t live_bytes, written_bytes; /* of the last saves of on windows, this rank's */
@@ -90,20 +100,20 @@ struct save_bench {
 /* What the gradient and the tensors hold stays an ordinary number however long this runs. */
 static status *train_step(struct save_bench *sb, uint64_t *fence_ns)
 {
-    gemms_run(sb->block, sb->gemms);
+    const struct compute *c = sb->site.compute;
+    gemms_run(&sb->products, sb->gemms);
     TRY(comm_allreduce(sb->b->world, sb->grad, sb->grad_count, COMM_F32, COMM_SUM, NULL));
     kernels_cpu.scale(NULL, sb->grad, sb->grad, 1.0f / (float)sb->b->world->size, (int64_t)sb->grad_count);
     const size_t elems = (size_t)(sb->field.box_rows * sb->field.box_cols);
-    const float change = 0x1p-20f;
     *fence_ns = 0;
     for (uint64_t i = 0; i < sb->field.tensors; i++) {
         float *x = field_tensor(&sb->field, i);
         uint64_t t0 = clock_ns();
-        TRY(tessera_fence(sb->ckpt, x, elems * sizeof *x, NULL));
+        TRY(tessera_fence(sb->ckpt, x, elems * sizeof *x, c->stream));
         *fence_ns += clock_ns() - t0;
-        kernels_cpu.add_scalar(NULL, x, &change, (int64_t)elems);
+        c->kernels->add_scalar(c->workers, x, sb->change, (int64_t)elems);
     }
-    return NULL;
+    return compute_check(sb->site.compute, true);
 }
 
 static status *tick(struct save_bench *sb, bool *busy)
@@ -246,11 +256,17 @@ static status *run_windows(struct save_bench *sb)
 /* ---- rates */
 
 /* From the call to the commit, with nothing else to do. */
-static status *save_and_wait(struct save_bench *sb, uint64_t *ns)
+static status *save_and_wait(struct save_bench *sb, uint64_t *ns, uint64_t *copied)
 {
+    struct compute *c = sb->site.compute;
     TRY(bench_meet(sb->b));
     uint64_t t0 = clock_ns();
     TRY(tessera_save(sb->ckpt, sb->state, ++sb->step));
+    if (!c->host) {
+        TRY(tessera_fence(sb->ckpt, NULL, 0, c->stream));
+        TRY(compute_check(c, true));
+        *copied = clock_ns() - t0;
+    }
     TRY(tessera_wait(sb->ckpt, NULL));
     *ns = clock_ns() - t0;
     return rest(sb);
@@ -259,11 +275,10 @@ static status *save_and_wait(struct save_bench *sb, uint64_t *ns)
 static status *run_rates(struct save_bench *sb)
 {
     for (int64_t r = 0; r < sb->o->repeats; r++) {
-        TRY(save_and_wait(sb, &sb->s.idle[r]));
+        TRY(save_and_wait(sb, &sb->s.idle[r], &sb->s.copied[r]));
         status *st = NULL;
         if (!sb->b->world->rank)
-            st = limits_write(&sb->limits, sb->b->dir, sb->field.block, sb->field.block_bytes,
-                              field_total_bytes(&sb->field));
+            st = limits_write(&sb->limits, sb->b->dir, sb->plain, sb->plain_bytes, field_total_bytes(&sb->field));
         TRY(bench_meet(sb->b));
         TRY(comm_agree(sb->b->world, st));
     }
@@ -325,9 +340,12 @@ static void report(struct save_bench *sb, const double load[2], double *scratch)
         scratch[p] = (double)s->window[2 * p] / (double)s->window[2 * p + 1];
     double ratio = median_of(scratch, pairs);
     struct interval i90 = median_interval(scratch, pairs, 0.9);
+    double copied_ms = median_ms(scratch, s->copied, (size_t)sb->o->repeats);
+    double off = sb->site.compute->host ? NAN : (double)sb->field.block_bytes / copied_ms * 1e3; /* of a rank */
     size_t best;
     double limit_s = limits_median(&sb->limits, &best), limit_best_s = limits_least(&sb->limits);
     const struct figure f[] = {
+        { "device", 0, sb->site.name, 0, "where the tensors are" },
         { "call_cpu_ms_max", largest_ms(s->call_cpu, s->saves), NULL, 3, "ms CPU of the thread in tessera_save, most" },
         { "call_wall_ms_p50", call_ms, NULL, 3, "ms in tessera_save, median over saves" },
         { "fence_ms_max", largest_ms(s->fence, s->saves), NULL, 3, "ms waited in the fences of a step, most" },
@@ -346,6 +364,10 @@ static void report(struct save_bench *sb, const double load[2], double *scratch)
         { "rate_ratio", limit_s * 1e3 / idle_ms, NULL, 4, "save_gbps / limit_gbps" },
         { "save_gbps_best", bytes / idle_best_ms * 1e-6, NULL, 3, "GB/s, fastest save" },
         { "limit_gbps_best", bytes / limit_best_s * 1e-9, NULL, 3, "GB/s, fastest plain write" },
+        { "d2h_gbps", sb->to_host * 1e-9, NULL, 2, "GB/s, device to pinned memory, a plain copy, fastest" },
+        { "save_d2h_gbps", off * 1e-9, NULL, 2, "GB/s, from the call until a rank's tensors have left, median" },
+        { "d2h_ratio", off / sb->to_host, NULL, 4, "that to the plain copy" },
+        { "h2d_gbps", sb->to_device * 1e-9, NULL, 2, "GB/s, pinned memory to device, a plain copy, fastest" },
         { "live_bytes_share", (double)sb->live_bytes / (double)sb->written_bytes, NULL, 4,
           "written straight from the tensors, windows with saves" },
         { "staging_peak_bytes", (double)sb->staging_peak, NULL, 0, "of a rank, most" },
@@ -356,7 +378,8 @@ static void report(struct save_bench *sb, const double load[2], double *scratch)
         { "state_bytes", bytes, NULL, 0, "saved, over all ranks" },
         { "step_ms_p50", step_ms, NULL, 1, "ms, a step without saves, median" },
         { "step_ms_wanted", (double)sb->o->step_ms, NULL, 0, "ms, at least" },
-        { "gemms", (double)sb->gemms, NULL, 0, "of 384 x 384 x 384 in a step of a rank" },
+        { "gemms", (double)sb->gemms, NULL, 0, "square products in a step of a rank" },
+        { "gemm_side", (double)sb->products.side, NULL, 0, "of each" },
         { "ranks", sb->b->world->size, NULL, 0, "" },
         { "pairs", (double)pairs, NULL, 0, "" },
         { "steps", (double)steps, NULL, 0, "of a window" },
@@ -378,7 +401,7 @@ static status *open_samples(struct save_bench *sb)
     for (int64_t i = 0; i < o->steps; i++)
         a_window += save_due(o, i);
     s->saves_room = (size_t)o->windows * a_window;
-    s->count = windows + steps + 4 * s->saves_room + (size_t)o->repeats;
+    s->count = windows + steps + 4 * s->saves_room + 2 * (size_t)o->repeats;
     s->all = mem_calloc(s->count, sizeof *s->all);
     if (!s->all)
         return ERR(NO_MEMORY, "%zu samples", s->count);
@@ -389,24 +412,51 @@ static status *open_samples(struct save_bench *sb)
     s->fence = s->call_cpu + s->saves_room;
     s->fence_step = s->fence + s->saves_room;
     s->idle = s->fence_step + s->saves_room;
+    s->copied = s->idle + o->repeats;
     return NULL;
+}
+
+/* Plain writes take host memory; what is in it makes no difference to them. */
+static status *open_plain(struct save_bench *sb)
+{
+    if (sb->site.compute->host) {
+        sb->plain = sb->field.block;
+        sb->plain_bytes = sb->field.block_bytes;
+        return NULL;
+    }
+    sb->plain_bytes = PLAIN_BYTES < sb->field.block_bytes ? PLAIN_BYTES : sb->field.block_bytes;
+    sb->plain = mem_block(sb->plain_bytes, 4096);
+    if (!sb->plain)
+        return ERR(NO_MEMORY, "%zu bytes to write", sb->plain_bytes);
+    memset(sb->plain, 0x5a, sb->plain_bytes);
+    return site_copy_rates(&sb->site, sb->field.block_bytes < COPY_BYTES ? sb->field.block_bytes : COPY_BYTES,
+                           &sb->to_host, &sb->to_device);
 }
 
 static status *open_memory(struct save_bench *sb)
 {
     const struct save_options *o = sb->o;
+    const float change = 0x1p-20f;
     struct field_cut cut = { sb->b->world->rank, sb->b->world->size, false };
-    TRY(field_open(o->state_bytes, (uint64_t)o->tensors, cut, &sb->field));
+    void *room;
+    TRY(site_open(o->device ? "cuda" : "cpu", sb->b->world->rank, 0, &sb->site));
+    struct compute *c = sb->site.compute;
+    TRY(field_open_on(c, o->state_bytes, (uint64_t)o->tensors, cut, &sb->field));
     if (sb->field.block_bytes < LIMIT_PIECE_BYTES)
         return ERR(INVALID, "state_bytes: a rank's share must be at least %d bytes", LIMIT_PIECE_BYTES);
-    field_fill(&sb->field);
+    if (c->host)
+        field_fill(&sb->field);
+    TRY(open_plain(sb));
     sb->grad_count = (size_t)o->grad_bytes / sizeof *sb->grad;
     sb->grad = mem_calloc(sb->grad_count, sizeof *sb->grad);
-    sb->block = gemms_open();
-    if (!sb->grad || !sb->block)
-        return ERR(NO_MEMORY, "matrices");
+    if (!sb->grad)
+        return ERR(NO_MEMORY, "a gradient");
     for (size_t i = 0; i < sb->grad_count; i++)
         sb->grad[i] = 1;
+    TRY(compute_alloc(c, sizeof change, &room));
+    sb->change = room;
+    TRY(compute_put(c, sb->change, &change, sizeof change));
+    TRY(gemms_open(c, o->side ? o->side : c->host ? GEMMS_SIDE : GPU_SIDE, !c->host, &sb->products));
     return open_samples(sb);
 }
 
@@ -420,18 +470,19 @@ static status *open_checkpoint(struct save_bench *sb)
     o.staging_bytes = sb->o->staging_bytes;
     o.chunk_bytes = sb->o->chunk_bytes;
     o.writers = (int)sb->o->writers;
-    TRY(ckpt_open(&o, sb->b->world, NULL, NULL, &sb->ckpt));
+    TRY(ckpt_open(&o, sb->b->world, sb->site.device, NULL, &sb->ckpt));
+    ckpt_set_stream(sb->ckpt, sb->site.compute->stream);
     return comm_agree(sb->b->world, field_state(&sb->field, sb->ckpt, &sb->state));
 }
 
 static status *measure(struct save_bench *sb)
 {
-    uint64_t first;
+    uint64_t first, copied;
     double load[2] = { load_average(), NAN };
     TRY(open_checkpoint(sb));
     TRY(calibrate(sb));
     sb->rss_before = mem_peak_rss_bytes(); /* staging is taken by the first save */
-    TRY(save_and_wait(sb, &first));
+    TRY(save_and_wait(sb, &first, &copied));
     TRY(run_windows(sb));
     sb->rss_peak = mem_peak_rss_bytes();
     TRY(run_rates(sb));
@@ -446,15 +497,21 @@ static status *measure(struct save_bench *sb)
 
 static status *run(struct bench *b, const void *options)
 {
-    struct save_bench sb = { .b = b, .o = options, .limits = { .remote = b->remote } };
+    struct save_bench sb = {
+        .b = b, .o = options, .limits = { .remote = b->remote }, .to_host = NAN, .to_device = NAN
+    };
     status *st = comm_agree(b->world, open_memory(&sb));
     if (!st)
         st = measure(&sb);
     st = status_first(st, tessera_close(sb.ckpt));
     tessera_state_free(sb.state);
+    if (sb.plain != sb.field.block)
+        mem_block_free(sb.plain, sb.plain_bytes);
     field_close(&sb.field);
     mem_free(sb.grad);
-    mem_free(sb.block);
+    gemms_close(&sb.products);
+    compute_free(sb.site.compute, sb.change, sizeof *sb.change);
+    site_close(&sb.site);
     mem_free(sb.s.all);
     return st;
 }

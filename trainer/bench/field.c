@@ -15,28 +15,35 @@ static uint64_t begin_of(uint64_t n, int rank, int ranks)
 
 status *field_open(uint64_t state_bytes, uint64_t tensors, struct field_cut cut, struct field *out)
 {
+    return field_open_on(NULL, state_bytes, tensors, cut, out);
+}
+
+status *field_open_on(struct compute *c, uint64_t state_bytes, uint64_t tensors, struct field_cut cut,
+                      struct field *out)
+{
     uint64_t rows = state_bytes / tensors / FIELD_COLS / sizeof(float);
     if (rows < (uint64_t)cut.ranks || cut.ranks > FIELD_COLS)
         return ERR(INVALID, "state_bytes=%llu: %llu tensors of %d columns over %d ranks need at least %llu",
                    (unsigned long long)state_bytes, (unsigned long long)tensors, FIELD_COLS, cut.ranks,
                    (unsigned long long)cut.ranks * tensors * FIELD_COLS * sizeof(float));
-    struct field f = { .tensors = tensors, .rows = rows, .cut = cut, .box_rows = rows, .box_cols = FIELD_COLS };
+    struct field f = {
+        .tensors = tensors, .rows = rows, .cut = cut, .compute = c, .box_rows = rows, .box_cols = FIELD_COLS
+    };
     uint64_t *n = cut.columns ? &f.box_cols : &f.box_rows;
     *n = begin_of(*n, cut.rank + 1, cut.ranks) - begin_of(*n, cut.rank, cut.ranks);
     size_t bytes = (size_t)(f.box_rows * f.box_cols) * sizeof(float);
     f.stride = (bytes + ALIGN - 1) / ALIGN * ALIGN / sizeof(float);
     f.block_bytes = (size_t)tensors * f.stride * sizeof(float);
-    f.block = mem_block(f.block_bytes, ALIGN);
-    if (!f.block)
-        return ERR(NO_MEMORY, "%zu bytes of tensors", f.block_bytes);
+    void *block;
+    TRY(status_wrap(compute_alloc(c, f.block_bytes, &block), "the tensors"));
+    f.block = block;
     *out = f;
     return NULL;
 }
 
 void field_close(struct field *f)
 {
-    if (f->block)
-        mem_block_free(f->block, f->block_bytes);
+    compute_free(f->compute, f->block, f->block_bytes);
     f->block = NULL;
 }
 

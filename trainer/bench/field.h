@@ -6,6 +6,7 @@
 #define TESSERA_TRAINER_BENCH_FIELD_H
 
 #include "ckpt/ckpt.h"
+#include "trainer/ops/compute.h"
 
 enum { FIELD_COLS = 1024 };
 
@@ -17,11 +18,15 @@ struct field {
     uint64_t tensors, rows;
     struct field_cut cut;
     uint64_t box_rows, box_cols; /* of this rank, of every tensor */
+    struct compute *compute;     /* where the block is; NULL: the host. Borrowed */
     float *block;                /* touched */
     size_t block_bytes, stride;  /* floats from one tensor to the next */
 };
 /* About state_bytes over all ranks. INVALID: too few for that many tensors and ranks. */
 status *field_open(uint64_t state_bytes, uint64_t tensors, struct field_cut cut, struct field *out) WARN_UNUSED;
+/* In a device's memory, zero, where field_fill, field_clear and field_check do not reach. */
+status *field_open_on(struct compute *c, uint64_t state_bytes, uint64_t tensors, struct field_cut cut,
+                      struct field *out) WARN_UNUSED;
 void field_close(struct field *f);
 uint64_t field_total_bytes(const struct field *f); /* of all ranks */
 static inline float *field_tensor(const struct field *f, uint64_t i)

@@ -4,7 +4,7 @@ Started as `python3 -c THIS JSON` with the sizes; says one line: "ready NAME", o
 standard input is a number of steps to run, and each line on standard output the seconds that they took.
 
 A step: forward, cross entropy, backward, clip, AdamW, on tokens of the same shape. dtype bf16: under autocast, with f32
-weights. Where torch.compile works, a few steps each decide between it and eager mode.
+weights. device: cpu, or cuda, where a time ends when all work is done. Where torch.compile works, a few steps each decide between it and eager mode.
 """
 
 import json
@@ -61,7 +61,7 @@ class Block(nn.Module):
         q = turned(self.heads(self.q(h), c["heads"]), cos, sin)
         k = turned(self.heads(self.k(h), c["kv_heads"]), cos, sin)
         v = self.heads(self.v(h), c["kv_heads"])
-        o = F.scaled_dot_product_attention(q, k.to(v.dtype), v, is_causal=True, enable_gqa=c["kv_heads"] != c["heads"])
+        o = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, enable_gqa=c["kv_heads"] != c["heads"])
         x = x + self.o(o.transpose(1, 2).reshape(x.shape))
         h = self.post(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -89,20 +89,29 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
+if c["device"] != "cpu" and not torch.cuda.is_available():
+    print("none", "this PyTorch sees no GPU", flush=True)
+    sys.exit(0)
 model = Model()
-token, target = torch.randint(c["vocab"], (2, c["sequences"], c["tokens"])).unbind()
+gpu = c["device"] != "cpu"
+model = model.to(c["device"])
+token, target = torch.randint(c["vocab"], (2, c["sequences"], c["tokens"]), device=c["device"]).unbind()
 optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 def run(forward, steps):
+    if gpu:
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(steps):
-        with torch.autocast("cpu", torch.bfloat16, enabled=c["dtype"] == "bf16"):
+        with torch.autocast(c["device"], torch.bfloat16, enabled=c["dtype"] == "bf16"):
             loss = forward(token, target)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+    if gpu:
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
