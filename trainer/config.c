@@ -457,11 +457,28 @@ static status *apply_preset(struct sections *all, const struct algo_ops *algo, c
 /* Keys that say what tensors a model has: where a config says otherwise than config.json, one of them is wrong. */
 static bool shapes_tensors(const char *key)
 {
-    static const char *const keys[] = { "kind",        "layers",      "hidden",      "heads",
-                                        "kv_heads",    "head_dim",    "ffn",         "vocab",
-                                        "qk_norm",     "qkv_bias",    "experts",     "shared_experts",
-                                        "expert_ffn",  "router_bias", "first_dense", "sparse_step",
-                                        "dense_layers" };
+    static const char *const keys[] = { "kind",
+                                        "layers",
+                                        "hidden",
+                                        "heads",
+                                        "kv_heads",
+                                        "head_dim",
+                                        "ffn",
+                                        "vocab",
+                                        "qk_norm",
+                                        "qkv_bias",
+                                        "experts",
+                                        "shared_experts",
+                                        "expert_ffn",
+                                        "router_bias",
+                                        "first_dense",
+                                        "sparse_step",
+                                        "dense_layers",
+                                        "kv_lora_rank",
+                                        "q_lora_rank",
+                                        "qk_nope_head_dim",
+                                        "qk_rope_head_dim",
+                                        "v_head_dim" };
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         if (!strcmp(key, keys[i]))
             return true;

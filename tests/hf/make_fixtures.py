@@ -6,7 +6,7 @@ import shutil
 
 import make_logits
 import torch
-from transformers import (Dots1Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig,
+from transformers import (DeepseekV2Config, DeepseekV3Config, Dots1Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig,
                           AutoModelForCausalLM)
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fixtures")
@@ -37,6 +37,16 @@ MODELS = {
     "dots1": Dots1Config(**SMALL, num_key_value_heads=2, head_dim=8, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3,
                          moe_intermediate_size=8, norm_topk_prob=True, first_k_dense_replace=1, routed_scaling_factor=2.5, n_group=4,
                          topk_group=2, sliding_window=None, rope_parameters=rope(rope_type="default")),
+    "deepseek_v2": DeepseekV2Config(**SMALL, n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=8,
+                                    first_k_dense_replace=1, routed_scaling_factor=3.0, topk_method="group_limited_greedy", n_group=3,
+                                    topk_group=2, q_lora_rank=None, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=12,
+                                    rope_parameters=rope(rope_type="default")),
+    "deepseek_v3": DeepseekV3Config(**SMALL, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3,
+                                    moe_intermediate_size=8, norm_topk_prob=True, first_k_dense_replace=1, routed_scaling_factor=2.5,
+                                    n_group=4, topk_group=2, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=8,
+                                    v_head_dim=9, num_nextn_predict_layers=0,
+                                    rope_parameters=rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0,
+                                                         beta_slow=1.0, mscale=1.0, mscale_all_dim=0.7)),
 }
 
 for name, config in MODELS.items():

@@ -20,6 +20,9 @@ import job  # noqa: E402
 tmp = job.workspace()
 fixtures = sorted((here / "fixtures").iterdir())
 TIED = {"smollm2", "qwen3", "qwen3_moe"}
+LATENT = {"model_type": "deepseek_v3", "num_experts_per_tok": 1, "n_routed_experts": 2, "moe_intermediate_size": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
+          "qk_rope_head_dim": 4, "v_head_dim": 4, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+          "n_shared_experts": 0}
 
 
 def parse(path):
@@ -190,9 +193,17 @@ def refusals(data):
 
     for keys, words in (
             ({"model_type": "mixtral"}, 'model_type "mixtral" is not built'),
-            ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, 'model_type "deepseek_v3" is not built: multi-head latent attention is missing'),
+            ({"model_type": "deepseek_v4"}, 'model_type "deepseek_v4" is not built'),
             ({"model_type": "qwen3_moe"}, "key num_experts_per_tok is missing"),
-            ({"model_type": "deepseek", "kv_lora_rank": 512}, "multi-head latent attention (kv_lora_rank) is not built"),
+            ({"model_type": "deepseek", "kv_lora_rank": 512}, "multi-head latent attention (kv_lora_rank) of deepseek is not built"),
+            ({**LATENT, "v_head_dim": "gone"}, "key v_head_dim is missing"),
+            ({**LATENT, "n_group": None}, "key n_group is missing"),
+            ({**LATENT, "rope_interleave": False}, "rope_interleave: false is not built"),
+            ({**LATENT, "topk_method": "greedy"}, "deepseek_v3 with another topk_method than noaux_tc is not built"),
+            ({**LATENT, "scoring_func": "softmax"}, "deepseek_v3 with another scoring_func than sigmoid is not built"),
+            ({**LATENT, "model_type": "deepseek_v2", "norm_topk_prob": True}, "deepseek_v2 with norm_topk_prob: true is not built"),
+            ({**LATENT, "num_key_value_heads": 2}, "model.kv_heads: 2, but with model.kv_lora_rank there are as many as model.heads: 4"),
+            (LATENT, "missing model.layers.0.self_attn.kv_a_proj_with_mqa.weight"),
             ({"model_type": "qwen3_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
              "missing model.layers.0.mlp.experts.0.gate_proj.weight; missing model.layers.0.mlp.experts.1.gate_proj.weight"),
             ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not built'),

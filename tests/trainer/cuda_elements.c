@@ -314,3 +314,46 @@ void test_ropes(void **state)
             check_one(&r, skew);
         }
 }
+
+/* Into heads from heads and from what they share, from heads into what they share, zeros. */
+static void call_columns(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const int64_t *a = arg, n = a[0], heads = a[1], count = a[2];
+    struct column_copy c = { .n = n, .heads = heads, .count = count, .x = p[0], .y = p[1], .x_step = 2, .y_step = 1 };
+    c.x_token = heads * (c.x_head = 2 * count + 1);
+    c.y_token = heads * (c.y_head = count + 3);
+    k->columns(w, &c);
+    c.y = p[2];
+    c.add = true;
+    k->columns(w, &c);
+    struct column_copy shared = c;
+    shared.y = p[3];
+    shared.x_head = 0;
+    shared.x_step = 1;
+    k->columns(w, &shared);
+    struct column_copy sum = c;
+    sum.y = p[4];
+    sum.y_token = 3 * count;
+    sum.y_step = 3;
+    sum.y_head = 0;
+    k->columns(w, &sum);
+    c.x = NULL;
+    c.y = p[5];
+    c.add = false;
+    k->columns(w, &c);
+}
+
+void test_columns(void **state)
+{
+    (void)state;
+    static const int64_t sizes[][3] = { { 1, 1, 1 }, { 7, 3, 5 }, { 20, 2, 64 }, { 0, 2, 3 }, { 9, 16, 32 } };
+    for (int skew = 0; skew < 2; skew++)
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+            const int64_t *a = sizes[i], rows = a[0] * a[1];
+            struct run r = { .what = "columns", .call = call_columns, .arg = a, .tolerance = 1e-6 };
+            floats(&r, READ, rows * (2 * a[2] + 1));
+            for (int b = 1; b < 6; b++)
+                floats(&r, CLOSE, b == 4 ? a[0] * 3 * a[2] : rows * (a[2] + 3));
+            check_one(&r, skew);
+        }
+}

@@ -123,6 +123,24 @@ static void draw_model(struct draw *d, struct words *w)
         words_add(w, "model.rope_original=16");
 }
 
+/* Keys and values of latents, as many heads of both, which have sizes of their own. */
+static void draw_latent(struct draw *d, struct words *w)
+{
+    words_set(w, "model.kv_heads", words_get(w, "model.heads", ""));
+    words_set(w, "model.head_dim", "0");
+    words_set(w, "model.qk_norm", "false");
+    words_set(w, "model.qkv_bias", "false");
+    words_add(w, "model.kv_lora_rank=%d", ONE_OF(d, 4, 7, 12));
+    words_add(w, "model.q_lora_rank=%d", ONE_OF(d, 0, 5, 9));
+    words_add(w, "model.qk_nope_head_dim=%d", ONE_OF(d, 3, 4));
+    words_add(w, "model.qk_rope_head_dim=%d", ONE_OF(d, 2, 4));
+    words_add(w, "model.v_head_dim=%d", ONE_OF(d, 3, 6, 9));
+    if (strcmp(words_get(w, "model.rope_scaling", ""), "none"))
+        words_add(w, "model.rope_mscale_all_dim=%s", one_in(d, 2) ? "0" : "0.8");
+    if (!strncmp(words_get(w, "lora.targets", ""), "*.q_proj", 8)) /* there may be none, as there is no v_proj */
+        words_set(w, "lora.targets", "*.kv_*,*.o_proj");
+}
+
 /* Layers whose tokens choose their experts. Whether biases choose with them, which adapters leave as they are. */
 static bool draw_experts(struct draw *d, struct words *w)
 {
@@ -202,6 +220,8 @@ static void draw_what(struct draw *d, struct words *w)
     words_add(w, "optim.clip=%s", one_in(d, 3) ? "0" : one_in(d, 2) ? "0.05" : "1");
     words_add(w, "optim.weight_decay=%s", one_in(d, 2) ? "0" : "0.1");
     words_add(w, "optim.kind=%s", one_in(d, 6) ? "muon" : "adamw");
+    if (one_in(d, 5))
+        draw_latent(d, w);
 }
 
 bool job_has_experts(const struct layout_job *j)
@@ -362,6 +382,13 @@ static void flatten(struct layout_job *j, int ranks)
     j->ranks = ranks;
 }
 
+/* Adapters, if there are some, are of layers that every model has. */
+static void any_targets(struct layout_job *j)
+{
+    if (words_get(&j->what, "lora.targets", NULL))
+        words_set(&j->what, "lora.targets", "*_proj");
+}
+
 static const char *mistake_of_tp(struct draw *d, struct layout_job *j)
 {
     int tp = (int)draw_between(d, 2, 4), which = (int)draw_below(d, 4);
@@ -370,6 +397,10 @@ static const char *mistake_of_tp(struct draw *d, struct layout_job *j)
     words_set_number(&j->what, "model.heads", which == 0 ? 2 * tp + 1 : which == 1 ? tp * (tp + 1) : tp);
     words_set_number(&j->what, "model.kv_heads", which == 0 ? 1 : which == 1 ? tp + 1 : tp);
     words_set_number(&j->what, "model.ffn", which == 2 ? 5 * tp + 1 : 5 * tp);
+    if (which == 2) { /* some layer has such a block */
+        words_set(&j->what, "model.first_dense", "1");
+        any_targets(j);
+    }
     return ((const char *const[]){ "model.heads", "model.kv_heads", "model.ffn", "parallel.tp" })[which];
 }
 
@@ -410,8 +441,7 @@ static const char *mistake_of_experts(struct draw *d, struct layout_job *j)
     words_set(&j->what, "model.ffn", "8");
     words_set(&j->what, "model.first_dense", "0");
     words_set(&j->what, "model.sparse_step", "1");
-    if (words_get(&j->what, "lora.targets", NULL)) /* of layers that are there without experts, too */
-        words_set(&j->what, "lora.targets", "*_proj");
+    any_targets(j);
     if (which > 3)
         words_set(&j->how, "parallel.ep", "4");
     else

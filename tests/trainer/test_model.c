@@ -26,19 +26,97 @@ struct variant {
     const char *extra; /* "key=value,key=value" */
     int window, window_from;
     double stretch; /* of positions; 0: 1 */
+    int latent[5];  /* q_lora_rank, kv_lora_rank, sizes of unturned and turned parts, of values; 0: it is not */
+    double sharp;   /* with it, what scores are multiplied by */
 };
+enum { Q_RANK, KV_RANK, NOPE, ROPE, VALUE };
 
 static const struct variant variants[] = {
-    { "untied", 2, 24, 4, 4, 6, 40, false, false, false, "", 0, 0, 0 },
-    { "tied, grouped", 2, 24, 4, 2, 6, 33, true, false, false, "kv_heads=2,tied=true", 0, 0, 0 },
-    { "qwen2", 1, 20, 2, 1, 10, 24, true, false, true, "kv_heads=1,tied=true,qkv_bias=true", 0, 0, 0 },
-    { "qwen3", 2, 18, 3, 1, 8, 24, false, true, false, "kv_heads=1,head_dim=8,qk_norm=true", 0, 0, 0 },
-    { "all", 1, 16, 4, 2, 8, 20, true, true, true, "kv_heads=2,head_dim=8,qk_norm=true,qkv_bias=true,tied=true", 0, 0,
+    { "untied", 2, 24, 4, 4, 6, 40, false, false, false, "", 0, 0, 0, { 0 }, 0 },
+    { "tied, grouped", 2, 24, 4, 2, 6, 33, true, false, false, "kv_heads=2,tied=true", 0, 0, 0, { 0 }, 0 },
+    { "qwen2", 1, 20, 2, 1, 10, 24, true, false, true, "kv_heads=1,tied=true,qkv_bias=true", 0, 0, 0, { 0 }, 0 },
+    { "qwen3", 2, 18, 3, 1, 8, 24, false, true, false, "kv_heads=1,head_dim=8,qk_norm=true", 0, 0, 0, { 0 }, 0 },
+    { "all",
+      1,
+      16,
+      4,
+      2,
+      8,
+      20,
+      true,
+      true,
+      true,
+      "kv_heads=2,head_dim=8,qk_norm=true,qkv_bias=true,tied=true",
+      0,
+      0,
+      0,
+      { 0 },
       0 },
-    { "in a window, but for its first layer", 2, 16, 2, 1, 8, 20, true, false, false,
-      "kv_heads=1,tied=true,sliding_window=3,window_from=1", 3, 1, 0 },
-    { "in a window, stretched", 2, 16, 2, 2, 8, 20, false, false, false,
-      "sliding_window=5,rope_scaling=linear,rope_factor=4", 5, 0, 4 },
+    { "in a window, but for its first layer",
+      2,
+      16,
+      2,
+      1,
+      8,
+      20,
+      true,
+      false,
+      false,
+      "kv_heads=1,tied=true,sliding_window=3,window_from=1",
+      3,
+      1,
+      0,
+      { 0 },
+      0 },
+    { "in a window, stretched",
+      2,
+      16,
+      2,
+      2,
+      8,
+      20,
+      false,
+      false,
+      false,
+      "sliding_window=5,rope_scaling=linear,rope_factor=4",
+      5,
+      0,
+      4,
+      { 0 },
+      0 },
+    { "latent",
+      2,
+      20,
+      3,
+      3,
+      10,
+      24,
+      true,
+      false,
+      false,
+      "tied=true,kv_lora_rank=8,q_lora_rank=7,qk_nope_head_dim=4,qk_rope_head_dim=6,v_head_dim=5",
+      0,
+      0,
+      0,
+      { 7, 8, 4, 6, 5 },
+      1 },
+    { "latent, of larger values, stretched",
+      1,
+      18,
+      2,
+      2,
+      9,
+      20,
+      false,
+      false,
+      false,
+      "kv_lora_rank=6,qk_nope_head_dim=3,qk_rope_head_dim=2,v_head_dim=9,rope_scaling=linear,rope_factor=4,"
+      "rope_mscale_all_dim=2,sliding_window=6",
+      6,
+      0,
+      4,
+      { 0, 6, 3, 2, 9 },
+      1.6313902 },
 };
 enum { VARIANTS = sizeof variants / sizeof *variants };
 
@@ -188,26 +266,71 @@ static void plain_heads(const struct plain *p, double *y, const double *x, int l
     }
 }
 
+/* Pairs of neighbours turn; where they then lie does not matter to scores. */
+static void plain_turn_pairs(const struct plain *p, double *y, const double *x, int d, int position)
+{
+    double at_ = p->v->stretch > 0 ? position / p->v->stretch : position;
+    for (int i = 0; i < d; i += 2) {
+        double a = at_ * pow(100.0, -(double)i / d);
+        y[i] = x[i] * cos(a) - x[i + 1] * sin(a);
+        y[i + 1] = x[i + 1] * cos(a) + x[i] * sin(a);
+    }
+}
+
+/* q, k and v of one token by latents, h [hidden]. */
+static void plain_latent(const struct plain *p, const double *h, int layer, int position, double *q, double *k,
+                         double *v)
+{
+    const int *n = p->v->latent;
+    int hidden = p->v->hidden, qk = n[NOPE] + n[ROPE], each = n[NOPE] + n[VALUE];
+    double down[64], latent[64], made[64], key[64];
+    if (n[Q_RANK]) {
+        plain_linear(p, down, h, n[Q_RANK], hidden, layer_param(p, layer, "self_attn.q_a_proj.weight"), -1);
+        plain_norm(p, latent, down, n[Q_RANK], layer_param(p, layer, "self_attn.q_a_layernorm.weight"));
+        plain_linear(p, made, latent, p->v->heads * qk, n[Q_RANK], layer_param(p, layer, "self_attn.q_b_proj.weight"),
+                     -1);
+    } else {
+        plain_linear(p, made, h, p->v->heads * qk, hidden, layer_param(p, layer, "self_attn.q_proj.weight"), -1);
+    }
+    for (int i = 0; i < p->v->heads; i++) {
+        memcpy(q + i * qk, made + i * qk, (size_t)n[NOPE] * sizeof *q);
+        plain_turn_pairs(p, q + i * qk + n[NOPE], made + i * qk + n[NOPE], n[ROPE], position);
+    }
+    plain_linear(p, down, h, n[KV_RANK] + n[ROPE], hidden, layer_param(p, layer, "self_attn.kv_a_proj_with_mqa.weight"),
+                 -1);
+    plain_norm(p, latent, down, n[KV_RANK], layer_param(p, layer, "self_attn.kv_a_layernorm.weight"));
+    plain_turn_pairs(p, key, down + n[KV_RANK], n[ROPE], position);
+    plain_linear(p, made, latent, p->v->heads * each, n[KV_RANK], layer_param(p, layer, "self_attn.kv_b_proj.weight"),
+                 -1);
+    for (int i = 0; i < p->v->heads; i++) {
+        memcpy(k + i * qk, made + i * each, (size_t)n[NOPE] * sizeof *k);
+        memcpy(k + i * qk + n[NOPE], key, (size_t)n[ROPE] * sizeof *k);
+        memcpy(v + i * n[VALUE], made + i * each + n[NOPE], (size_t)n[VALUE] * sizeof *v);
+    }
+}
+
 /* Position i's attention output, given q of this token and k, v of all up to it. */
 static void plain_attend(const struct plain *p, double *o, const double *q, double k[][64], double v[][64], int i,
                          int layer)
 {
-    int d = p->v->head_dim, window = layer < p->v->window_from ? 0 : p->v->window;
+    const int *n = p->v->latent;
+    int d = n[KV_RANK] ? n[NOPE] + n[ROPE] : p->v->head_dim, dv = n[KV_RANK] ? n[VALUE] : d,
+        window = layer < p->v->window_from ? 0 : p->v->window;
     for (int h = 0; h < p->v->heads; h++) {
         int g = h / (p->v->heads / p->v->kv_heads);
         double total = 0;
-        memset(o + h * d, 0, (size_t)d * sizeof *o);
+        memset(o + h * dv, 0, (size_t)dv * sizeof *o);
         for (int j = window && i >= window ? i - window + 1 : 0; j <= i; j++) {
             double score = 0;
             for (int e = 0; e < d; e++)
                 score += q[h * d + e] * k[j][g * d + e];
-            score = exp(score / sqrt((double)d));
+            score = exp(score * (n[KV_RANK] ? p->v->sharp : 1) / sqrt((double)d));
             total += score;
-            for (int e = 0; e < d; e++)
-                o[h * d + e] += score * v[j][g * d + e];
+            for (int e = 0; e < dv; e++)
+                o[h * dv + e] += score * v[j][g * dv + e];
         }
-        for (int e = 0; e < d; e++)
-            o[h * d + e] /= total;
+        for (int e = 0; e < dv; e++)
+            o[h * dv + e] /= total;
     }
 }
 
@@ -225,11 +348,13 @@ static double plain_run(const struct plain *p, const int32_t *token, const int32
     for (int l = 0; l < p->v->layers; l++) {
         for (int i = 0; i < n; i++) {
             plain_norm(p, h, x[i], c, layer_param(p, l, "input_layernorm.weight"));
-            plain_heads(p, q, h, l, 'q', p->v->heads, i);
-            plain_heads(p, k[i], h, l, 'k', p->v->kv_heads, i);
-            plain_heads(p, v[i], h, l, 'v', p->v->kv_heads, i);
+            if (p->v->latent[KV_RANK])
+                plain_latent(p, h, l, i, q, k[i], v[i]);
+            for (int j = 0; j < 3 && !p->v->latent[KV_RANK]; j++)
+                plain_heads(p, j == 0 ? q : j == 1 ? k[i] : v[i], h, l, "qkv"[j], j ? p->v->kv_heads : p->v->heads, i);
             plain_attend(p, o, q, k, v, i, l);
-            plain_linear(p, y, o, c, p->v->heads * p->v->head_dim, layer_param(p, l, "self_attn.o_proj.weight"), -1);
+            int width = p->v->heads * (p->v->latent[KV_RANK] ? p->v->latent[VALUE] : p->v->head_dim);
+            plain_linear(p, y, o, c, width, layer_param(p, l, "self_attn.o_proj.weight"), -1);
             for (int j = 0; j < c; j++)
                 x[i][j] += y[j];
             plain_norm(p, h, x[i], c, layer_param(p, l, "post_attention_layernorm.weight"));
@@ -437,11 +562,9 @@ static void threads_and_dry_runs(void **state)
 }
 
 /* A prompt, then token by token against one cache a layer: the hidden states of the full pass. */
-static void decoding_equals_full_pass(void **state)
+static void decode(const struct variant *v)
 {
-    (void)state;
     static struct batch all;
-    const struct variant *v = &variants[3];
     struct model *m = open_variant(v, false);
     struct kv_cache cache[2];
     int32_t len[2] = { 0 };
@@ -475,6 +598,13 @@ static void decoding_equals_full_pass(void **state)
     tape_close(t);
     tape_close(u);
     model_close(m);
+}
+
+static void decoding_equals_full_pass(void **state)
+{
+    (void)state;
+    decode(&variants[3]);
+    decode(&variants[VARIANTS - 2]);
 }
 
 /* ---- declaration ---- */
@@ -546,6 +676,23 @@ static void names_and_shapes(void **state)
     model_close(m);
 }
 
+/* The same of latent attention, by its matrices' shapes: queries and values have sizes of their own. */
+static void flops_of_latents(void **state)
+{
+    (void)state;
+    const struct variant *v = &variants[VARIANTS - 2];
+    struct model *m = open_variant(v, false);
+    double matrices = 0, score = v->latent[NOPE] + v->latent[ROPE] + v->latent[VALUE];
+    for (int i = 0; i < m->params.count; i++)
+        if (m->params.p[i].shape.ndim == 2 && m->params.p[i].alias < 0)
+            matrices += (double)(m->params.p[i].shape.dim[0] * m->params.p[i].shape.dim[1]);
+    double want = 2 * matrices + 2 * v->layers * v->heads * score * 10;
+    assert_true(fabs(m->ops->flops_per_token(m, 10) - want) < 1e-6);
+    struct kv_shape kv = m->ops->kv_shape(m);
+    assert_true(kv.layers == v->layers && kv.kv_heads == v->heads && kv.head_dim == v->head_dim);
+    model_close(m);
+}
+
 static void initial_values(void **state)
 {
     (void)state;
@@ -591,9 +738,14 @@ static void refusals(void **state)
     static const struct {
         const char *key, *value, *words;
     } bad[] = {
-        { "kv_heads", "3", "model.kv_heads" }, { "hidden", "26", "model.hidden" },
-        { "head_dim", "7", "model.head_dim" }, { "vocab", "36", "model.vocab" },
+        { "kv_heads", "3", "model.kv_heads" },
+        { "hidden", "26", "model.hidden" },
+        { "head_dim", "7", "model.head_dim" },
+        { "vocab", "36", "model.vocab" },
         { "hidden", "20", "model.head_dim" },
+        { "v_head_dim", "4", "model.v_head_dim: 4 needs model.kv_lora_rank" },
+        { "rope_mscale_all_dim", "1", "needs model.kv_lora_rank" },
+        { "kv_lora_rank", "4", "model.qk_nope_head_dim: model.kv_lora_rank needs" },
     };
     void *config = mem_calloc(1, llama()->config_bytes);
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -637,6 +789,7 @@ int main(void)
         cmocka_unit_test(threads_and_dry_runs),
         cmocka_unit_test(decoding_equals_full_pass),
         cmocka_unit_test(names_and_shapes),
+        cmocka_unit_test(flops_of_latents),
         cmocka_unit_test(initial_values),
         cmocka_unit_test(refusals),
     };

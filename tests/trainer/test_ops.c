@@ -286,6 +286,25 @@ static void ref_rope(const struct problem *p, double *y)
     }
 }
 
+/* Columns 1, 3, 5 of heads, two of a row that all heads have, zeros. */
+static struct tensor *do_join(struct tape *t, const struct problem *p)
+{
+    const struct join_part parts[] = { { in(p, 0), 1, 2, 3 }, { in(p, 1), 1, 1, 2 }, { NULL, 0, 0, 2 } };
+    return op_join(t, 3, parts, 3);
+}
+
+static void ref_join(const struct problem *p, double *y)
+{
+    int64_t n = p->x[0].dim[0], own = p->x[0].dim[2], shared = p->x[1].dim[p->x[1].ndim - 1];
+    for (int64_t i = 0; i < n * 3; i++, y += 7) {
+        for (int j = 0; j < 3; j++)
+            y[j] = p->in[0][i * own + 1 + 2 * j];
+        for (int j = 0; j < 2; j++)
+            y[3 + j] = p->in[1][i / 3 * shared + 1 + j];
+        y[5] = y[6] = 0;
+    }
+}
+
 static struct tensor *do_attention(struct tape *t, const struct problem *p)
 {
     return op_attention(t, in(p, 0), in(p, 1), in(p, 2), &p->seg, p->window, NULL);
@@ -438,6 +457,8 @@ static void each_op(void **state)
         { .name = "rope", .count = 1, .dim = { { 7, 3, 34 } }, .op = do_rope, .ref = ref_rope },
         { .name = "rope, stretched", .count = 1, .dim = { { 7, 2, 16 } }, .op = do_stretched, .ref = ref_stretched },
         { .name = "rope of 2", .count = 1, .dim = { { 7, 1, 2 } }, .op = do_rope, .ref = ref_rope },
+        { .name = "join", .count = 2, .dim = { { 5, 3, 7 }, { 5, 4 } }, .op = do_join, .ref = ref_join },
+        { .name = "join, as a head", .count = 2, .dim = { { 2, 3, 6 }, { 2, 1, 3 } }, .op = do_join, .ref = ref_join },
         { .name = "attention",
           .count = 3,
           .dim = { { 7, 4, 6 }, { 7, 2, 6 }, { 7, 2, 6 } },
@@ -518,6 +539,10 @@ static void shape_errors(void **state)
     expect_error(t, op_rmsnorm(t, &x, &b, 1), "op_rmsnorm: [4, 8] and [4]");
     expect_error(t, op_rope(t, &odd, positions, &(struct rope){ .theta = 10 }), "op_rope: [4, 2, 7]");
     expect_error(t, op_rope(t, &x, positions, &(struct rope){ .theta = 10 }), "op_rope");
+    expect_error(t, op_join(t, 3, &(struct join_part){ &q, 0, 1, 9 }, 1), "op_join: [4, 3, 8]");
+    expect_error(t, op_join(t, 3, &(struct join_part){ &q, 3, 2, 4 }, 1), "not so many columns");
+    expect_error(t, op_join(t, 3, &(struct join_part){ &k, 0, 1, 2 }, 1), "op_join: [4, 2, 8]");
+    expect_error(t, op_join(t, 3, (struct join_part[]){ { &q, 0, 1, 2 }, { &w8, 0, 1, 2 } }, 2), "of the same tokens");
     expect_error(t, op_swiglu(t, &x, &w8), "op_swiglu: [4, 8] and [3, 8]");
     expect_error(t, op_add(t, &x, &w8), "op_add: [4, 8] and [3, 8]");
     expect_error(t, op_view(t, &x, 1, (int64_t[]){ 31 }), "op_view: [4, 8] and [31]");

@@ -38,8 +38,15 @@ static const struct same of_experts[] = {
     { "first_k_dense_replace", "first_dense", "0", 'i' },
     { "routed_scaling_factor", "router_scale", "1", 'f' },
     { "n_shared_experts", "shared_experts", "0", 'i' },
+}, of_groups[] = {
     { "n_group", "router_groups", "1", 'i' },
     { "topk_group", "router_top_groups", "1", 'i' },
+}, of_latent[] = {
+    { "kv_lora_rank", "kv_lora_rank", NULL, 'i' },
+    { "qk_nope_head_dim", "qk_nope_head_dim", NULL, 'i' },
+    { "qk_rope_head_dim", "qk_rope_head_dim", NULL, 'i' },
+    { "v_head_dim", "v_head_dim", NULL, 'i' },
+    { "q_lora_rank", "q_lora_rank", "0", 'i' }, /* null: none */
 }, of_qwen[] = {
     { "num_experts", "experts", NULL, 'i' }, /* or num_local_experts (transformers 5) */
     { "decoder_sparse_step", "sparse_step", "1", 'i' },
@@ -51,6 +58,7 @@ struct reading {
     const char *name;
     const json_t *root;
     struct hf_config *out;
+    bool latent; /* deepseek_v2, deepseek_v3 */
 };
 
 #define NOT_BUILT(r, fmt, ...) ERR(UNSUPPORTED, "%s: " fmt, (r)->name, __VA_ARGS__)
@@ -137,6 +145,8 @@ static status *take_scaling(const struct reading *r, const json_t *s, const char
 {
     TRY(put(r->out, "rope_scaling", type));
     TRY(take_one(r, s, "factor", "rope_factor", true));
+    if (r->latent)
+        TRY(take_one(r, s, "mscale_all_dim", "rope_mscale_all_dim", false));
     bool yarn = !strcmp(type, "yarn");
     if (!strcmp(type, "linear"))
         return NULL;
@@ -277,13 +287,47 @@ static status *take_dense_layers(const struct reading *r, const json_t *layers)
     return *text ? put(r->out, "dense_layers", text) : NULL;
 }
 
+/* Where their classes' defaults are other numbers than ours. */
+static status *need_defaults(const struct reading *r, bool v3)
+{
+    static const char *const keys[] = { "n_shared_experts",      "norm_topk_prob", "first_k_dense_replace",
+                                        "routed_scaling_factor", "n_group",        "topk_group" };
+    for (size_t i = 0; i < (v3 ? COUNT(keys) : 1); i++)
+        if (!value_of(r->root, keys[i]))
+            return ERR(INVALID, "%s: key %s is missing", r->name, keys[i]);
+    return NULL;
+}
+
+/* What DeepSeek-V2 and V3 have besides, and how each chooses experts. */
+static status *take_latent(const struct reading *r, const char *family)
+{
+    bool v3 = !strcmp(family, "deepseek_v3");
+    const char *method = json_string_value(value_of(r->root, "topk_method")),
+               *scores = json_string_value(value_of(r->root, "scoring_func"));
+    bool greedy = !v3 && (!method || !strcmp(method, "greedy"));
+    TRY(take_same(r, of_latent, COUNT(of_latent)));
+    if (json_is_false(value_of(r->root, "rope_interleave")))
+        return NOT_BUILT(r, "%s", "rope_interleave: false is not built");
+    if (method && !greedy && strcmp(method, v3 ? "noaux_tc" : "group_limited_greedy"))
+        return NOT_BUILT(r, "%s with another topk_method than %s is not built", family,
+                         v3 ? "noaux_tc" : "greedy and group_limited_greedy");
+    if (scores && strcmp(scores, v3 ? "sigmoid" : "softmax"))
+        return NOT_BUILT(r, "%s with another scoring_func than %s is not built", family, v3 ? "sigmoid" : "softmax");
+    if (!v3 && json_is_true(value_of(r->root, "norm_topk_prob")))
+        return NOT_BUILT(r, "%s", "deepseek_v2 with norm_topk_prob: true is not built");
+    TRY(need_defaults(r, v3));
+    TRY(put(r->out, "router", v3 ? "sigmoid" : "softmax"));
+    TRY(put(r->out, "router_bias", v3 ? "true" : "false"));
+    return greedy ? NULL : take_same(r, of_groups, COUNT(of_groups));
+}
+
 static status *take_experts(const struct reading *r, const char *family)
 {
     bool qwen = !strcmp(family, "qwen3_moe"), dots = !strcmp(family, "dots1");
-    if (!qwen && !dots && strcmp(family, "deepseek") != 0)
+    if (!qwen && !dots && strncmp(family, "deepseek", 8) != 0)
         return NULL;
-    if (json_number_value(value_of(r->root, "kv_lora_rank")) > 0)
-        return NOT_BUILT(r, "%s", "multi-head latent attention (kv_lora_rank) is not built");
+    if (!r->latent && json_number_value(value_of(r->root, "kv_lora_rank")) > 0)
+        return NOT_BUILT(r, "multi-head latent attention (kv_lora_rank) of %s is not built", family);
     const json_t *freq = value_of(r->root, "moe_layer_freq");
     if (freq && json_integer_value(freq) != 1)
         return NOT_BUILT(r, "%s", "moe_layer_freq other than 1 is not built");
@@ -293,6 +337,9 @@ static status *take_experts(const struct reading *r, const char *family)
         TRY(put_number(r, "router_aux_loss_coef", "balance_loss", value_of(r->root, "router_aux_loss_coef"), 'f'));
     if (qwen)
         return take_dense_layers(r, value_of(r->root, "mlp_only_layers"));
+    if (r->latent)
+        return take_latent(r, family);
+    TRY(take_same(r, of_groups, COUNT(of_groups)));
     const char *scores = json_string_value(value_of(r->root, "scoring_func"));
     bool sigmoid = dots || (scores && !strcmp(scores, "sigmoid"));
     if (scores && strcmp(scores, "sigmoid") && strcmp(scores, "softmax"))
@@ -301,23 +348,26 @@ static status *take_experts(const struct reading *r, const char *family)
     return put(r->out, "router_bias", dots ? "true" : "false");
 }
 
-static status *take_family(const struct reading *r, const char **family)
+static status *take_family(struct reading *r, const char **family)
 {
-    static const char *const families[] = { "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek", "dots1" };
+    static const char *const families[] = { "llama",    "mistral", "qwen2",       "qwen3",      "qwen3_moe",
+                                            "deepseek", "dots1",   "deepseek_v2", "deepseek_v3" };
     const char *type = json_string_value(value_of(r->root, "model_type"));
     char text[40];
     safetensors_text(type ? type : "", text, sizeof text);
     for (size_t i = 0; type && i < sizeof families / sizeof *families; i++)
         if (!strcmp(type, families[i])) {
             *family = families[i];
+            r->latent = !strncmp(type, "deepseek_v", 10);
             return NULL;
         }
-    return NOT_BUILT(
-        r, "model_type \"%s\" is not built%s (legal: llama, mistral, qwen2, qwen3, qwen3_moe, deepseek, dots1)", text,
-        value_of(r->root, "kv_lora_rank") ? ": multi-head latent attention is missing" : "");
+    return NOT_BUILT(r,
+                     "model_type \"%s\" is not built (legal: llama, mistral, qwen2, qwen3, qwen3_moe, deepseek, "
+                     "deepseek_v2, deepseek_v3, dots1)",
+                     text);
 }
 
-static status *take_all(const struct reading *r)
+static status *take_all(struct reading *r)
 {
     const char *family = NULL;
     TRY(take_family(r, &family));
@@ -326,7 +376,7 @@ static status *take_all(const struct reading *r)
     TRY(take_same(r, same, SAME));
     TRY(take_experts(r, family));
     const json_t *dim = value_of(r->root, "head_dim");
-    if (dim)
+    if (dim && !r->latent) /* there it is qk_rope_head_dim */
         TRY(put_number(r, "head_dim", "head_dim", dim, 'i'));
     else if (!strcmp(family, "qwen3"))
         TRY(put(r->out, "head_dim", "128")); /* Qwen3Config's default */
@@ -346,7 +396,7 @@ status *hf_config_parse(const char *json, size_t n, const char *name, struct hf_
     if (!root)
         safetensors_text(e.text, text, sizeof text);
     struct hf_config c = { .count = 0 };
-    struct reading r = { name, root, &c };
+    struct reading r = { .name = name, .root = root, .out = &c };
     status *st = !root                  ? ERR(INVALID, "%s:%d: %s", name, e.line, text)
                  : json_is_object(root) ? take_all(&r)
                                         : ERR(INVALID, "%s: not an object", name);
@@ -425,7 +475,27 @@ static json_t *scaling_json(const struct hf_config *c)
         if (number(c, "rope_amplitude", 0) > 0)
             json_object_set_new(s, "attention_factor", json_real(number(c, "rope_amplitude", 0)));
     }
+    if (number(c, "rope_mscale_all_dim", 0) > 0)
+        json_object_set_new(s, "mscale_all_dim", json_real(number(c, "rope_mscale_all_dim", 0)));
     return s;
+}
+
+/* With latent attention. */
+static status *family_of_latent(const struct hf_config *c, const char **type, const char **class)
+{
+    bool bias = is(c, "router_bias", "true"), sigmoid = is(c, "router", "sigmoid"),
+         norm = is(c, "router_norm", "true") || !hf_config_get(c, "router_norm"),
+         plain = number(c, "experts", 0) > 0 && number(c, "sliding_window", 0) <= 0 &&
+                 !*(hf_config_get(c, "dense_layers") ?: "") && number(c, "sparse_step", 1) < 2;
+    if (!plain || (bias != sigmoid) || (norm && !bias))
+        return ERR(
+            UNSUPPORTED,
+            "no Hugging Face family has this model with latent attention: both have experts, without dense_layers, "
+            "sparse_step and sliding_window; deepseek_v3 has a sigmoid with router_bias, deepseek_v2 a softmax "
+            "without it and without router_norm");
+    *type = bias ? "deepseek_v3" : "deepseek_v2";
+    *class = bias ? "DeepseekV3ForCausalLM" : "DeepseekV2ForCausalLM";
+    return NULL;
 }
 
 /* A model of the three, or none. */
@@ -458,6 +528,8 @@ static status *family_of(const struct hf_config *c, const char **type, const cha
 {
     bool norm = is(c, "qk_norm", "true"), bias = is(c, "qkv_bias", "true");
     double window = number(c, "sliding_window", 0), from = number(c, "window_from", 0);
+    if (number(c, "kv_lora_rank", 0) > 0)
+        return family_of_latent(c, type, class);
     if (number(c, "experts", 0) > 0)
         return family_of_experts(c, type, class);
     if (norm && bias)
@@ -507,6 +579,7 @@ static void add_experts(json_t *o, const struct hf_config *c, const char *type)
         json_object_set_new(o, "mlp_only_layers", dense_layers(c));
     } else {
         add_same(o, c, of_deepseek, COUNT(of_deepseek));
+        add_same(o, c, of_groups, COUNT(of_groups));
         json_object_set_new(o, "scoring_func", json_string(sigmoid ? "sigmoid" : "softmax"));
         json_object_set_new(o, "moe_layer_freq", whole(1));
     }
@@ -514,6 +587,18 @@ static void add_experts(json_t *o, const struct hf_config *c, const char *type)
         json_object_set_new(o, "router_aux_loss_coef", json_real(number(c, "balance_loss", 0)));
         json_object_set_new(o, "output_router_logits", json_true());
     }
+}
+
+static void add_latent(json_t *o, const struct hf_config *c, const char *type)
+{
+    add_same(o, c, of_latent, COUNT(of_latent));
+    if (number(c, "q_lora_rank", 0) < 1)
+        json_object_set_new(o, "q_lora_rank", json_null());
+    json_object_set_new(o, "head_dim", whole(number(c, "qk_rope_head_dim", 0)));
+    json_object_set_new(o, "topk_method",
+                        json_string(!strcmp(type, "deepseek_v3")        ? "noaux_tc"
+                                    : number(c, "router_groups", 1) > 1 ? "group_limited_greedy"
+                                                                        : "greedy"));
 }
 
 static json_t *config_json(const struct hf_config *c, const char *dtype, const char *type, const char *class)
@@ -530,6 +615,8 @@ static json_t *config_json(const struct hf_config *c, const char *dtype, const c
     add_experts(o, c, type);
     json_object_set_new(o, "num_key_value_heads", whole(kv > 0 ? kv : heads));
     json_object_set_new(o, "head_dim", whole(dim > 0 || heads < 1 ? dim : floor(hidden / heads)));
+    if (number(c, "kv_lora_rank", 0) > 0)
+        add_latent(o, c, type);
     json_object_set_new(o, "rope_theta", json_real(number(c, "rope_theta", 10000)));
     json_object_set_new(o, "rope_scaling", scaling_json(c));
     if (strcmp(type, "qwen2"))

@@ -1,9 +1,9 @@
 /* hf_config: the config.json of a Hugging Face model as settings of section model, and back.
  *
- * Families: llama (also SmolLM2), mistral, qwen2, qwen3, and with routed experts qwen3_moe, deepseek (DeepSeekMoE) and
- * dots1 (with DeepSeek-V3's router). What a config.json asks for and this program does not do
- * (latent attention, biases elsewhere, other scalings of positions, quantized weights) is UNSUPPORTED, in one line with
- * the key; keys that change no number are not looked at. Not collective. */
+ * Families: llama (also SmolLM2), mistral, qwen2, qwen3, and with routed experts qwen3_moe, deepseek (DeepSeekMoE),
+ * dots1 (with DeepSeek-V3's router), deepseek_v2 and deepseek_v3. What a config.json asks for and this program does not
+ * do (biases elsewhere, other scalings of positions, quantized weights) is UNSUPPORTED, in one line with the key; keys
+ * that change no number are not looked at. Not collective. */
 #ifndef TESSERA_TRAINER_HF_HF_CONFIG_H
 #define TESSERA_TRAINER_HF_HF_CONFIG_H
 

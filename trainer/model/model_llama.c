@@ -1,18 +1,22 @@
 /* llama: decoder-only transformers with RMSNorm, rotary embedding, SwiGLU and grouped-query attention. Llama, Qwen2
  * (qkv_bias), Qwen3 (qk_norm), Mistral (sliding_window) and SmolLM2 are configs of it, and with routed experts
- * Qwen3-MoE and DeepSeekMoE; names and shapes are those of their Hugging Face checkpoints, but for the experts'
- * matrices, which are one tensor of three dimensions each.
+ * Qwen3-MoE and DeepSeekMoE, with latent attention DeepSeek-V2 and V3; names and shapes are those of their Hugging Face
+ * checkpoints, but for the experts' matrices, which are one tensor of three dimensions each.
  *
  *   x = embed[token]
  *   layer:  x += o_proj(attention(rope(norm(q)), rope(norm(k)), v)),  q, k, v = projections of rmsnorm(x)
  *           x += down_proj(silu(gate) * up),                          gate, up = projections of rmsnorm(x)
  *       or  x += op_moe(rmsnorm(x)) + the same of the shared experts, which are one block of all their widths
+ *   with latent attention (kv_lora_rank; arXiv:2405.04434, 2.1), for each head
+ *           q = (a, rope(b)),  (a, b) of q_b_proj(rmsnorm(q_a_proj(x))), or of q_proj(x)
+ *           k = (c, rope(r)), v,  (c, v) of kv_b_proj(rmsnorm(l)),  (l, r) = kv_a_proj_with_mqa(x): r is of all heads
  *   hidden = rmsnorm(x);  the head (logits = hidden head^T) is op_logprob's business
  *
  * `declare` writes each tensor once; parameters of a layer are kept by index, since the list moves while it grows. */
 #include "trainer/model/model.h"
 
 #include "comm/base/mem.h"
+#include "trainer/model/llama_config.h"
 #include "trainer/ops/moe.h"
 #include "trainer/ops/routes.h"
 
@@ -21,92 +25,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct llama_config {
-    int kind;
-    int64_t layers, hidden, heads, kv_heads, head_dim, ffn, max_positions, vocab;
-    double rope_theta, norm_eps, init_std;
-    bool tied, qk_norm, qkv_bias;
-    int64_t window, window_from;
-    int rope_scaling;
-    double rope_factor, rope_original, rope_low, rope_high, rope_fast, rope_slow, rope_amplitude;
-    int64_t experts, experts_per_token, expert_ffn, shared_experts, first_dense, sparse_step, groups, top_groups;
-    int router;
-    bool router_norm, router_bias;
-    double router_scale, balance_loss, balance_rate;
-    char *dense_layers;
-};
-enum { ROUTER_SOFTMAX, ROUTER_SIGMOID };
-
-#define AT(field) offsetof(struct llama_config, field)
-static const struct option llama_rows[] = {
-    { "kind", OPT_ENUM, "llama", 0, 0, "llama", "", "model family", AT(kind) },
-    { "layers", OPT_INT, NULL, 1, 1024, NULL, "", "transformer blocks (num_hidden_layers)", AT(layers) },
-    { "hidden", OPT_INT, NULL, 1, 1e6, NULL, "", "width of the residual stream (hidden_size)", AT(hidden) },
-    { "heads", OPT_INT, NULL, 1, 1024, NULL, "", "query heads (num_attention_heads)", AT(heads) },
-    { "kv_heads", OPT_INT, "0", 0, 1024, NULL, "", "key/value heads (num_key_value_heads); 0: as many as heads",
-      AT(kv_heads) },
-    { "head_dim", OPT_INT, "0", 0, 256, NULL, "", "size of a head, even; 0: hidden / heads", AT(head_dim) },
-    { "ffn", OPT_INT, NULL, 1, 1e7, NULL, "", "width of the feed-forward block (intermediate_size)", AT(ffn) },
-    { "rope_theta", OPT_FLOAT, "10000", 1, 1e9, NULL, "", "base of the rotary angles", AT(rope_theta) },
-    { "rope_scaling", OPT_ENUM, "none", 0, 0, "none|linear|llama3|yarn", "",
-      "how the angles were stretched to longer texts (rope_type)", AT(rope_scaling) },
-    { "rope_factor", OPT_FLOAT, "1", 1, 1e6, NULL, "", "with rope_scaling: by how much (factor)", AT(rope_factor) },
-    { "rope_original", OPT_FLOAT, "0", 0, 1e8, NULL, "tokens",
-      "with llama3 and yarn: longest sequence before (original_max_position_embeddings)", AT(rope_original) },
-    { "rope_low", OPT_FLOAT, "1", 1e-3, 1e6, NULL, "", "with llama3: low_freq_factor", AT(rope_low) },
-    { "rope_high", OPT_FLOAT, "4", 1e-3, 1e6, NULL, "", "with llama3: high_freq_factor", AT(rope_high) },
-    { "rope_beta_fast", OPT_FLOAT, "32", 1e-3, 1e6, NULL, "", "with yarn: beta_fast", AT(rope_fast) },
-    { "rope_beta_slow", OPT_FLOAT, "1", 1e-3, 1e6, NULL, "", "with yarn: beta_slow", AT(rope_slow) },
-    { "rope_amplitude", OPT_FLOAT, "0", 0, 100, NULL, "",
-      "with yarn: factor of cosines and sines (attention_factor); 0: 0.1 ln(rope_factor) + 1", AT(rope_amplitude) },
-    { "sliding_window", OPT_INT, "0", 0, 1e9, NULL, "tokens",
-      "a token sees itself and those before it, so many in all (sliding_window); 0: all", AT(window) },
-    { "window_from", OPT_INT, "0", 0, 1024, NULL, "layers",
-      "the layers before this one have no window (max_window_layers)", AT(window_from) },
-    { "norm_eps", OPT_FLOAT, "1e-5", 1e-12, 1, NULL, "", "epsilon of RMSNorm (rms_norm_eps)", AT(norm_eps) },
-    { "tied", OPT_BOOL, "false", 0, 0, NULL, "", "output matrix is the embedding (tie_word_embeddings)", AT(tied) },
-    { "qk_norm", OPT_BOOL, "false", 0, 0, NULL, "", "RMSNorm on each query and key head, as in Qwen3", AT(qk_norm) },
-    { "qkv_bias", OPT_BOOL, "false", 0, 0, NULL, "", "biases on q, k, v, as in Qwen2 (attention_bias)", AT(qkv_bias) },
-    { "init_std", OPT_FLOAT, "0.02", 0, 10, NULL, "", "standard deviation of initial weights (initializer_range)",
-      AT(init_std) },
-    { "max_positions", OPT_INT, "2048", 1, 1e8, NULL, "tokens", "longest sequence (max_position_embeddings)",
-      AT(max_positions) },
-    { "vocab", OPT_INT, "0", 0, 1e8, NULL, "tokens", "rows of the embedding (vocab_size); 0: the tokenizer's",
-      AT(vocab) },
-    { "experts", OPT_INT, "0", 0, EXPERTS_MAX, NULL, "",
-      "routed experts of a layer (num_experts, n_routed_experts); 0: none, one feed-forward block", AT(experts) },
-    { "experts_per_token", OPT_INT, "0", 0, TOP_MAX, NULL, "",
-      "with experts: how many of them a token takes (num_experts_per_tok)", AT(experts_per_token) },
-    { "expert_ffn", OPT_INT, "0", 0, 1e7, NULL, "", "with experts: width of one (moe_intermediate_size)",
-      AT(expert_ffn) },
-    { "shared_experts", OPT_INT, "0", 0, 1024, NULL, "",
-      "with experts: so many more that all tokens take (n_shared_experts)", AT(shared_experts) },
-    { "dense_layers", OPT_LIST, "", 0, 0, NULL, "layers",
-      "layers without experts, [0, 5] (mlp_only_layers); they have one block of width ffn", AT(dense_layers) },
-    { "first_dense", OPT_INT, "0", 0, 1024, NULL, "layers", "so many first layers too (first_k_dense_replace)",
-      AT(first_dense) },
-    { "sparse_step", OPT_INT, "1", 1, 1024, NULL, "layers",
-      "of the others the layers i have experts where this divides i + 1 (decoder_sparse_step)", AT(sparse_step) },
-    { "router", OPT_ENUM, "softmax", 0, 0, "softmax|sigmoid", "", "what makes scores of logits (scoring_func)",
-      AT(router) },
-    { "router_norm", OPT_BOOL, "true", 0, 0, NULL, "",
-      "scores of a token's experts are divided by their sum (norm_topk_prob)", AT(router_norm) },
-    { "router_scale", OPT_FLOAT, "1", 1e-6, 1e6, NULL, "", "then multiplied by this (routed_scaling_factor)",
-      AT(router_scale) },
-    { "router_bias", OPT_BOOL, "false", 0, 0, NULL, "",
-      "scores are compared with a bias added, which weighs nothing (e_score_correction_bias)", AT(router_bias) },
-    { "router_groups", OPT_INT, "1", 1, EXPERTS_MAX, NULL, "",
-      "a token's experts are of router_top_groups groups of so many (n_group)", AT(groups) },
-    { "router_top_groups", OPT_INT, "1", 1, EXPERTS_MAX, NULL, "", "(topk_group)", AT(top_groups) },
-    { "balance_loss", OPT_FLOAT, "0", 0, 1e3, NULL, "",
-      "coefficient of the loss that keeps experts' loads equal (router_aux_loss_coef); 0: none", AT(balance_loss) },
-    { "balance_rate", OPT_FLOAT, "0", 0, 1, NULL, "",
-      "with router_bias: after a step the bias of experts with too few tokens grows by this, of those with too many it "
-      "shrinks; 0: it stays",
-      AT(balance_rate) },
-};
-static const struct option_table llama_options = { "model", llama_rows, sizeof llama_rows / sizeof *llama_rows };
-
 struct ffn {
     int gate, up, down;
 };
@@ -114,100 +32,19 @@ struct ffn {
 /* Parameters by index into params.p; -1 where the config has none. */
 struct llama_layer {
     int input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, o, post_norm;
-    struct ffn all, routed; /* what all tokens go through, and what experts are */
+    int q_a, q_a_norm, kv_a, kv_a_norm, kv_b; /* of latent attention, where q is q_b_proj if there is q_a */
+    struct ffn all, routed;                   /* what all tokens go through, and what experts are */
     int router, bias;
 };
 
 struct llama {
     struct llama_config c; /* zeros replaced by what they stand for; dense_layers is not looked at later */
     struct rope rope;
+    float score_scale; /* of latent attention: what queries are multiplied by */
     struct router how;
     int embed, norm, head;
     struct llama_layer layer[];
 };
-
-static struct llama_config resolved(const struct llama_config *config)
-{
-    struct llama_config c = *config;
-    c.kv_heads = c.kv_heads ? c.kv_heads : c.heads;
-    c.head_dim = c.head_dim ? c.head_dim : c.hidden / c.heads;
-    return c;
-}
-
-/* Does a list of numbers with commas between name this one? *other: the first that is none of [0, most). */
-static bool in_list(const char *list, int64_t number, int64_t most, char other[16])
-{
-    bool found = false;
-    for (const char *at = list ? list : ""; *at; at += strcspn(at, ","), at += *at == ',') {
-        char *end;
-        long long n = strtoll(at, &end, 10);
-        if (end == at || (*end && *end != ',') || n < 0 || n >= most)
-            snprintf(other, 16, "%.*s", (int)strcspn(at, ","), at);
-        found = found || n == number;
-    }
-    return found;
-}
-
-static bool has_experts(const struct llama_config *c, int64_t layer)
-{
-    char none[16];
-    return c->experts && layer >= c->first_dense && (layer + 1) % c->sparse_step == 0 &&
-           !in_list(c->dense_layers, layer, c->layers, none);
-}
-
-static status *check_experts(const struct llama_config *c)
-{
-    char other[16] = "";
-    if (c->experts_per_token < 1 || c->experts_per_token > c->experts)
-        return ERR(INVALID, "model.experts_per_token: %lld is not one of 1 to model.experts: %lld",
-                   (long long)c->experts_per_token, (long long)c->experts);
-    if (c->expert_ffn < 1)
-        return ERR(INVALID, "model.expert_ffn: %lld is no width of an expert", (long long)c->expert_ffn);
-    (void)in_list(c->dense_layers, 0, c->layers, other);
-    if (*other)
-        return ERR(INVALID, "model.dense_layers: \"%s\" is not one of the layers 0 to %lld", other,
-                   (long long)c->layers - 1);
-    if (c->experts % c->groups)
-        return ERR(INVALID, "model.router_groups: %lld does not divide model.experts: %lld", (long long)c->groups,
-                   (long long)c->experts);
-    if (c->top_groups > c->groups || c->top_groups * (c->experts / c->groups) < c->experts_per_token)
-        return ERR(INVALID,
-                   "model.router_top_groups: %lld of %lld groups of %lld experts are too many, or too few to take "
-                   "model.experts_per_token: %lld of them",
-                   (long long)c->top_groups, (long long)c->groups, (long long)(c->experts / c->groups),
-                   (long long)c->experts_per_token);
-    if (c->balance_rate > 0 && !c->router_bias)
-        return ERR(INVALID, "model.balance_rate: %g needs model.router_bias: true", c->balance_rate);
-    return NULL;
-}
-
-static status *llama_check(const void *config)
-{
-    const struct llama_config *given = config;
-    if (given->heads < 1 || given->layers < 1 || given->hidden < 1 || given->ffn < 1)
-        return ERR(INVALID, "model: layers, hidden, heads and ffn must be at least 1");
-    struct llama_config c = resolved(given);
-    if (c.heads % c.kv_heads)
-        return ERR(INVALID, "model.heads: %lld is not a multiple of model.kv_heads: %lld", (long long)c.heads,
-                   (long long)c.kv_heads);
-    if (!given->head_dim && c.hidden % c.heads)
-        return ERR(INVALID, "model.hidden: %lld is not a multiple of model.heads: %lld; set model.head_dim",
-                   (long long)c.hidden, (long long)c.heads);
-    if (c.head_dim < 2 || c.head_dim % 2 || c.head_dim > 256)
-        return ERR(INVALID, "model.head_dim: %lld is not an even number from 2 to 256", (long long)c.head_dim);
-    if (c.experts)
-        TRY(check_experts(&c));
-    bool bands = c.rope_scaling == ROPE_LLAMA3 || c.rope_scaling == ROPE_YARN;
-    if (bands && c.rope_original < 1)
-        return ERR(INVALID, "model.rope_original: rope_scaling %s needs the longest sequence before scaling",
-                   c.rope_scaling == ROPE_YARN ? "yarn" : "llama3");
-    if (c.rope_scaling == ROPE_LLAMA3 && c.rope_low >= c.rope_high)
-        return ERR(INVALID, "model.rope_low: %g is not below model.rope_high: %g", c.rope_low, c.rope_high);
-    if (c.rope_scaling == ROPE_YARN && (c.rope_slow >= c.rope_fast || c.rope_theta <= 1))
-        return ERR(INVALID, "model.rope_beta_slow: %g is not below model.rope_beta_fast: %g, or rope_theta is 1",
-                   c.rope_slow, c.rope_fast);
-    return NULL;
-}
 
 /* ---- declare ---- */
 
@@ -298,6 +135,52 @@ static int add_experts(struct declaring *d, int64_t layer, const char *name, int
     return d->ps->count - 1;
 }
 
+/* One whose heads have another size than the model's. */
+static int add_heads(struct declaring *d, int64_t layer, const char *name, int64_t rows, int64_t cols, double std,
+                     enum cut cut, int64_t head)
+{
+    int index = add_in_layer(d, layer, name, rows, cols, INIT_NORMAL, std, cut);
+    if (index >= 0)
+        d->ps->p[index].rule.unit = (uint64_t)head;
+    return index;
+}
+
+/* Latents and the key that all heads have are the same on all tensor-parallel ranks; what is made of them is cut. */
+static void declare_latent(struct declaring *d, const struct llama_config *c, int64_t i, double out_std,
+                           struct llama_layer *l)
+{
+    int64_t qk = llama_qk_dim(c), kv = c->nope_dim + c->v_dim;
+    double std = c->init_std;
+    if (c->q_rank) {
+        l->q_a = add_in_layer(d, i, "self_attn.q_a_proj.weight", c->q_rank, c->hidden, INIT_NORMAL, std, WHOLE);
+        l->q_a_norm = add_in_layer(d, i, "self_attn.q_a_layernorm.weight", 0, c->q_rank, INIT_ONE, 0, WHOLE);
+    }
+    l->q = add_heads(d, i, c->q_rank ? "self_attn.q_b_proj.weight" : "self_attn.q_proj.weight", c->heads * qk,
+                     c->q_rank ? c->q_rank : c->hidden, std, INTO_HEADS, qk);
+    l->kv_a = add_in_layer(d, i, "self_attn.kv_a_proj_with_mqa.weight", c->kv_rank + c->rope_dim, c->hidden,
+                           INIT_NORMAL, std, WHOLE);
+    l->kv_a_norm = add_in_layer(d, i, "self_attn.kv_a_layernorm.weight", 0, c->kv_rank, INIT_ONE, 0, WHOLE);
+    l->kv_b = add_heads(d, i, "self_attn.kv_b_proj.weight", c->heads * kv, c->kv_rank, std, INTO_HEADS, kv);
+    l->o = add_heads(d, i, "self_attn.o_proj.weight", c->hidden, c->heads * c->v_dim, out_std, FROM_HEADS, c->v_dim);
+}
+
+static void declare_heads(struct declaring *d, const struct llama_config *c, int64_t i, double out_std,
+                          struct llama_layer *l)
+{
+    int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
+    double std = c->init_std;
+    bool bias = c->qkv_bias, norm = c->qk_norm;
+    l->q = add_in_layer(d, i, "self_attn.q_proj.weight", q, c->hidden, INIT_NORMAL, std, INTO_HEADS);
+    l->k = add_in_layer(d, i, "self_attn.k_proj.weight", kv, c->hidden, INIT_NORMAL, std, INTO_KV_HEADS);
+    l->v = add_in_layer(d, i, "self_attn.v_proj.weight", kv, c->hidden, INIT_NORMAL, std, INTO_KV_HEADS);
+    l->q_bias = bias ? add_in_layer(d, i, "self_attn.q_proj.bias", 0, q, INIT_ZERO, 0, INTO_HEADS) : -1;
+    l->k_bias = bias ? add_in_layer(d, i, "self_attn.k_proj.bias", 0, kv, INIT_ZERO, 0, INTO_KV_HEADS) : -1;
+    l->v_bias = bias ? add_in_layer(d, i, "self_attn.v_proj.bias", 0, kv, INIT_ZERO, 0, INTO_KV_HEADS) : -1;
+    l->q_norm = norm ? add_in_layer(d, i, "self_attn.q_norm.weight", 0, c->head_dim, INIT_ONE, 0, WHOLE_ON_HEADS) : -1;
+    l->k_norm = norm ? add_in_layer(d, i, "self_attn.k_norm.weight", 0, c->head_dim, INIT_ONE, 0, WHOLE_ON_HEADS) : -1;
+    l->o = add_in_layer(d, i, "self_attn.o_proj.weight", c->hidden, q, INIT_NORMAL, out_std, FROM_HEADS);
+}
+
 static void declare_ffn(struct declaring *d, int64_t i, const char *folder, int64_t width, enum cut into, enum cut from,
                         double out_std, struct ffn *f)
 {
@@ -334,23 +217,15 @@ static void declare_experts(struct declaring *d, const struct llama_config *c, i
  * GPT-2, section 2.3). */
 static void declare_layer(struct declaring *d, const struct llama_config *c, int64_t i, struct llama_layer *l)
 {
-    int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
-    double std = c->init_std, out_std = std / sqrt(2.0 * (double)c->layers);
-    bool bias = c->qkv_bias, norm = c->qk_norm;
+    double out_std = c->init_std / sqrt(2.0 * (double)c->layers);
+    memset(l, -1, sizeof *l); /* every index */
     l->input_norm = add_in_layer(d, i, "input_layernorm.weight", 0, c->hidden, INIT_ONE, 0, WHOLE);
-    l->q = add_in_layer(d, i, "self_attn.q_proj.weight", q, c->hidden, INIT_NORMAL, std, INTO_HEADS);
-    l->k = add_in_layer(d, i, "self_attn.k_proj.weight", kv, c->hidden, INIT_NORMAL, std, INTO_KV_HEADS);
-    l->v = add_in_layer(d, i, "self_attn.v_proj.weight", kv, c->hidden, INIT_NORMAL, std, INTO_KV_HEADS);
-    l->q_bias = bias ? add_in_layer(d, i, "self_attn.q_proj.bias", 0, q, INIT_ZERO, 0, INTO_HEADS) : -1;
-    l->k_bias = bias ? add_in_layer(d, i, "self_attn.k_proj.bias", 0, kv, INIT_ZERO, 0, INTO_KV_HEADS) : -1;
-    l->v_bias = bias ? add_in_layer(d, i, "self_attn.v_proj.bias", 0, kv, INIT_ZERO, 0, INTO_KV_HEADS) : -1;
-    l->q_norm = norm ? add_in_layer(d, i, "self_attn.q_norm.weight", 0, c->head_dim, INIT_ONE, 0, WHOLE_ON_HEADS) : -1;
-    l->k_norm = norm ? add_in_layer(d, i, "self_attn.k_norm.weight", 0, c->head_dim, INIT_ONE, 0, WHOLE_ON_HEADS) : -1;
-    l->o = add_in_layer(d, i, "self_attn.o_proj.weight", c->hidden, q, INIT_NORMAL, out_std, FROM_HEADS);
+    if (c->kv_rank)
+        declare_latent(d, c, i, out_std, l);
+    else
+        declare_heads(d, c, i, out_std, l);
     l->post_norm = add_in_layer(d, i, "post_attention_layernorm.weight", 0, c->hidden, INIT_ONE, 0, WHOLE);
-    l->all = l->routed = (struct ffn){ -1, -1, -1 };
-    l->router = l->bias = -1;
-    if (has_experts(c, i))
+    if (llama_has_experts(c, i))
         declare_experts(d, c, i, out_std, l);
     else
         declare_ffn(d, i, "", c->ffn, INTO_FFN, FROM_FFN, out_std, &l->all);
@@ -369,6 +244,16 @@ static struct rope rope_of(const struct llama_config *c)
                           .amplitude = c->rope_amplitude };
 }
 
+/* What makes of attention's 1 / sqrt(head_dim) the root of the true size, times the square of yarn's factor (as in
+ * transformers' models of DeepSeek-V2 and V3). */
+static float score_scale_of(const struct llama_config *c)
+{
+    double m = c->rope_scaling != ROPE_NONE && c->rope_mscale > 0 && c->rope_factor > 1
+                   ? 0.1 * c->rope_mscale * log(c->rope_factor) + 1
+                   : 1;
+    return (float)(m * m * sqrt((double)c->head_dim / (double)llama_qk_dim(c)));
+}
+
 static struct router router_of(const struct llama_config *c)
 {
     return (struct router){ .experts = c->experts,
@@ -382,7 +267,7 @@ static struct router router_of(const struct llama_config *c)
 
 static status *llama_declare(struct model *m)
 {
-    struct llama_config c = resolved(m->config);
+    struct llama_config c = llama_resolved(m->config);
     if (!c.vocab)
         c.vocab = m->vocab;
     if (c.vocab < m->vocab || c.vocab < 1)
@@ -396,6 +281,7 @@ static status *llama_declare(struct model *m)
     m->width = c.hidden;
     l->c = c;
     l->rope = rope_of(&c);
+    l->score_scale = score_scale_of(&c);
     l->how = router_of(&c);
     struct declaring d = { &m->params, &c, false };
     l->embed = add(&d, "model.embed_tokens.weight", c.vocab, c.hidden, INIT_NORMAL, c.init_std, INTO_VOCAB);
@@ -449,6 +335,62 @@ static struct tensor *turned(const struct pass *p, struct tensor *x, int norm)
     return op_rope(p->t, x, p->in->seg.position, &p->l->rope);
 }
 
+/* Attention's inputs, [N, heads, D] each, of as many heads as are here. */
+struct attended {
+    struct tensor *q, *k, *v;
+};
+
+static struct attended plain_heads(const struct pass *p, const struct llama_layer *l, struct tensor *h)
+{
+    struct tensor *q = turned(p, heads(p, h, l->q, l->q_bias), l->q_norm);
+    struct tensor *k = turned(p, heads(p, h, l->k, l->k_bias), l->k_norm);
+    return (struct attended){ q, k, heads(p, h, l->v, l->v_bias) };
+}
+
+/* rope of the columns from `first` on of `count` heads. Weights have the two halves of what turns in turn (0, D/2, 1,
+ * D/2 + 1, ...); scores do not see an order that queries and keys share, so they are parted here. */
+static struct tensor *turned_part(const struct pass *p, struct tensor *x, int64_t count, int64_t first)
+{
+    int64_t half = p->l->c.rope_dim / 2;
+    const struct join_part parts[] = { { x, first, 2, half }, { x, first + 1, 2, half } };
+    return op_rope(p->t, op_join(p->t, count, parts, 2), p->in->seg.position, &p->l->rope);
+}
+
+/* Columns [first, first + count) of x [N, K]. */
+static struct tensor *columns(const struct pass *p, struct tensor *x, int64_t first, int64_t count)
+{
+    return op_view(p->t, op_join(p->t, 1, &(struct join_part){ x, first, 1, count }, 1), 2, (int64_t[]){ -1, count });
+}
+
+/* Queries and keys, or values, are padded with zeros to one size, which changes scores by nothing but the root that
+ * attention divides them by. */
+static struct attended latent_heads(const struct pass *p, const struct llama_layer *l, struct tensor *h)
+{
+    const struct llama_config *c = &p->l->c;
+    struct tape *t = p->t;
+    int64_t n = p->in->tokens, nope = c->nope_dim, rope = c->rope_dim, qk = nope + rope, value = c->v_dim,
+            here = param(p, l->q)->dim[0] / qk, pad_qk = c->head_dim - qk, pad_v = c->head_dim - value;
+    struct tensor *latent = h;
+    if (l->q_a >= 0)
+        latent = op_rmsnorm(t, model_linear(p->m, t, h, l->q_a, -1), param(p, l->q_a_norm), (float)c->norm_eps);
+    struct tensor *q = op_view(t, model_linear(p->m, t, latent, l->q, -1), 3, (int64_t[]){ n, here, qk });
+    struct tensor *turn = turned_part(p, q, here, nope);
+    q = op_join(t, here, (struct join_part[]){ { q, 0, 1, nope }, { turn, 0, 1, rope }, { NULL, 0, 0, pad_qk } },
+                pad_qk ? 3 : 2);
+    if (p->l->score_scale > 1 || p->l->score_scale < 1)
+        q = op_scale(t, q, p->l->score_scale);
+    struct tensor *both = model_linear(p->m, t, h, l->kv_a, -1);
+    latent = op_rmsnorm(t, columns(p, both, 0, c->kv_rank), param(p, l->kv_a_norm), (float)c->norm_eps);
+    struct tensor *kv = op_view(t, model_linear(p->m, t, latent, l->kv_b, -1), 3, (int64_t[]){ n, here, nope + value });
+    turn = turned_part(p, op_enter(t, columns(p, both, c->kv_rank, rope), param(p, l->kv_b)), 1, 0);
+    struct tensor *k =
+        op_join(t, here, (struct join_part[]){ { kv, 0, 1, nope }, { turn, 0, 1, rope }, { NULL, 0, 0, pad_qk } },
+                pad_qk ? 3 : 2);
+    struct tensor *v =
+        op_join(t, here, (struct join_part[]){ { kv, nope, 1, value }, { NULL, 0, 0, pad_v } }, pad_v ? 2 : 1);
+    return (struct attended){ q, k, v };
+}
+
 static struct tensor *attention_block(struct tape *t, const void *arg, int64_t i, struct tensor *x)
 {
     const struct pass *p = arg;
@@ -456,11 +398,11 @@ static struct tensor *attention_block(struct tape *t, const void *arg, int64_t i
     const struct llama_config *c = &p->l->c;
     const struct llama_layer *l = &p->l->layer[i];
     struct tensor *h = op_rmsnorm(p->t, x, param(p, l->input_norm), (float)c->norm_eps);
-    struct tensor *q = turned(p, heads(p, h, l->q, l->q_bias), l->q_norm);
-    struct tensor *k = turned(p, heads(p, h, l->k, l->k_bias), l->k_norm);
-    struct tensor *v = heads(p, h, l->v, l->v_bias);
+    struct attended a = c->kv_rank ? latent_heads(p, l, h) : plain_heads(p, l, h);
     int64_t window = i >= c->window_from ? c->window : 0;
-    struct tensor *o = op_attention(p->t, q, k, v, &p->in->seg, window, p->in->cache ? &p->in->cache[i] : NULL);
+    struct tensor *o = op_attention(p->t, a.q, a.k, a.v, &p->in->seg, window, p->in->cache ? &p->in->cache[i] : NULL);
+    if (c->kv_rank && c->v_dim < c->head_dim)
+        o = op_join(p->t, param(p, l->o)->dim[1] / c->v_dim, &(struct join_part){ o, 0, 1, c->v_dim }, 1);
     o = op_view(p->t, o, 2, (int64_t[]){ p->in->tokens, param(p, l->o)->dim[1] });
     return op_add(p->t, x, model_linear(p->m, p->t, o, l->o, -1));
 }
@@ -529,7 +471,7 @@ static struct tensor *llama_forward(struct model *m, struct tape *t, const struc
     if (has(&p, 0))
         x = op_embedding(t, param(&p, l->embed), in->token, in->tokens);
     op_segments(t, &in->seg, in->tokens);
-    op_rope_angles(t, in->seg.position, in->tokens, l->c.head_dim, &l->rope);
+    op_rope_angles(t, in->seg.position, in->tokens, l->c.kv_rank ? l->c.rope_dim : l->c.head_dim, &l->rope);
     for (int64_t i = 0; i < l->c.layers; i++)
         if (has(&p, i + 1))
             x = op_block(t, layer, &p, sizeof p, i, x);
@@ -544,24 +486,31 @@ static struct tensor *llama_head(struct model *m)
 static double llama_flops(const struct model *m, double mean_context)
 {
     const struct llama_config *c = &((const struct llama *)m->impl)->c;
-    double q = (double)(c->heads * c->head_dim), kv = (double)(c->kv_heads * c->head_dim), hidden = (double)c->hidden;
+    double q = (double)(c->heads * llama_qk_dim(c)), hidden = (double)c->hidden,
+           v = (double)(c->heads * (c->kv_rank ? c->v_dim : c->head_dim)), projections;
+    if (c->kv_rank)
+        projections = (c->q_rank ? (double)c->q_rank * (hidden + q) : hidden * q) +
+                      hidden * (double)(c->kv_rank + c->rope_dim) +
+                      (double)(c->kv_rank * c->heads * (c->nope_dim + c->v_dim)) + v * hidden;
+    else
+        projections = hidden * (2 * q + 2 * (double)(c->kv_heads * c->head_dim));
     double taken = (double)(c->experts_per_token + c->shared_experts) * (double)c->expert_ffn,
            sparse = (double)m->moe.layers, blocks = 0, context = 0;
     blocks += sparse * hidden * (3 * taken + (double)c->experts);
     blocks += ((double)c->layers - sparse) * 3 * hidden * (double)c->ffn;
     for (int64_t i = 0; i < c->layers; i++)
         context += c->window && i >= c->window_from ? fmin(mean_context, (double)c->window) : mean_context;
-    blocks += (double)c->layers * hidden * (2 * q + 2 * kv);
-    return 2 * (blocks + 2 * q * context + hidden * (double)c->vocab);
+    blocks += (double)c->layers * projections;
+    return 2 * (blocks + (q + v) * context + hidden * (double)c->vocab);
 }
 
 static struct kv_shape llama_kv_shape(const struct model *m)
 {
     const struct llama *l = m->impl;
-    int64_t rows = 0; /* of k_proj, in any layer that is here */
+    int64_t rows = 0, each = l->c.kv_rank ? l->c.nope_dim + l->c.v_dim : l->c.head_dim; /* in any layer that is here */
     for (int64_t i = 0; i < l->c.layers && !rows; i++)
-        rows = m->params.p[l->layer[i].k].value.dim[0];
-    return (struct kv_shape){ (int32_t)l->c.layers, (int32_t)(rows / l->c.head_dim), (int32_t)l->c.head_dim,
+        rows = m->params.p[l->c.kv_rank ? l->layer[i].kv_b : l->layer[i].k].value.dim[0];
+    return (struct kv_shape){ (int32_t)l->c.layers, (int32_t)(rows / each), (int32_t)l->c.head_dim,
                               l->c.max_positions };
 }
 

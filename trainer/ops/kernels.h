@@ -148,6 +148,17 @@ static inline struct rounding rounding_joined(const struct rounding *r)
     return j;
 }
 
+/* y[i, h, j] = x[i, h, j], or += : elements `x_step` and `y_step` apart, of N tokens and H heads whose rows begin at
+ * the distances x_token, x_head, y_token, y_head. x_head 0: all heads read the same. y_head 0: y[i, j] gets the sum
+ * over heads, ascending from 0. x NULL: zeros. */
+struct column_copy {
+    int64_t n, heads, count; /* j < count */
+    const float *x;
+    float *y;
+    int64_t x_token, x_head, x_step, y_token, y_head, y_step;
+    bool add;
+};
+
 struct kernels {
     const char *name;
     void (*gemm)(struct workers *w, const struct gemm *g);
@@ -176,6 +187,7 @@ struct kernels {
     void (*rope)(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d);
     void (*rope_bwd)(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h,
                      int64_t d);
+    void (*columns)(struct workers *w, const struct column_copy *c);
     void (*attention)(struct workers *w, const struct attention *a);
     void (*attention_bwd)(struct workers *w, const struct attention *a); /* reads o and lse of the forward */
     void (*swiglu)(struct workers *w, float *y, const float *gate, const float *up, int64_t n);

@@ -87,6 +87,20 @@ double rope_frequencies(const struct rope *how, int64_t d, double *frequency);
  * i < D/2. x, y [N, H, D], D even. Angles are computed in f64. */
 struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, const struct rope *how);
 
+/* Side by side: of each token's head, the parts' elements one behind another. A part is `count` elements of x's heads,
+ * `first` and those `step` apart; x [N, H, W], or [N, 1, W], [N, W]: the same for every head, whose gradients add up in
+ * order of heads; x NULL: zeros. y [N, H, sum of counts]. At least one part has an x, at most JOIN_PARTS are there. */
+struct join_part {
+    struct tensor *x;
+    int64_t first, step, count;
+};
+enum { JOIN_PARTS = 3 };
+struct tensor *op_join(struct tape *t, int64_t heads, const struct join_part *part, int parts);
+
+/* x [N, K] as what is computed by cut rows of w sees it: with all tokens, and a gradient that backward sums over the
+ * ranks. op_linear does so with its own input; this is for an x that goes past it. w whole: x. */
+struct tensor *op_enter(struct tape *t, struct tensor *x, const struct tensor *w);
+
 /* What comes from another pipeline stage: [N, C], or where activations are cut by tokens this rank's rows of it. The
  * caller writes `data` after the call; with a gradient, zero. */
 struct tensor *op_boundary(struct tape *t, int64_t tokens, int64_t c);

@@ -123,6 +123,15 @@ struct tensor *tp_enter(struct tape *t, struct tensor *x)
     return t->inside;
 }
 
+struct tensor *op_enter(struct tape *t, struct tensor *x, const struct tensor *w)
+{
+    if (!x || !w)
+        return missing(t, "op_enter");
+    if (x->ndim != 2 || !is_f32(x))
+        return misfit(t, "op_enter", "x is f32 [N, K]", x, NULL);
+    return cut_along(w, 0) ? tp_enter(t, x) : x;
+}
+
 struct tensor *op_boundary(struct tape *t, int64_t tokens, int64_t c)
 {
     bool cut = t->tp && t->sequence;

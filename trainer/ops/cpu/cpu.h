@@ -66,6 +66,7 @@ void cpu_rope_table(struct workers *w, float *table, const int32_t *position, in
                     const double *frequency, double amplitude);
 void cpu_rope(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d);
 void cpu_rope_bwd(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h, int64_t d);
+void cpu_columns(struct workers *w, const struct column_copy *c);
 void cpu_attention(struct workers *w, const struct attention *a);
 void cpu_attention_bwd(struct workers *w, const struct attention *a);
 void cpu_swiglu(struct workers *w, float *y, const float *gate, const float *up, int64_t n);

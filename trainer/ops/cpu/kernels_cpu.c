@@ -18,6 +18,7 @@ const struct kernels kernels_cpu = {
     .rope_table = cpu_rope_table,
     .rope = cpu_rope,
     .rope_bwd = cpu_rope_bwd,
+    .columns = cpu_columns,
     .attention = cpu_attention,
     .attention_bwd = cpu_attention_bwd,
     .swiglu = cpu_swiglu,
