@@ -295,7 +295,16 @@ static status *check_xfer(const struct comm *c, const struct comm_xfer *x)
     return NULL;
 }
 
-status *comm_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s, struct comm_req *req)
+/* A request is done. */
+static void go_on(struct comm_req *req)
+{
+    if (req->then)
+        req->then(req->arg);
+    req->then = NULL;
+}
+
+status *comm_iexchange_then(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s,
+                            void (*then)(void *arg), void *arg, struct comm_req *req)
 {
     c->stream = s;
     *req = (struct comm_req){ 0 };
@@ -306,14 +315,25 @@ status *comm_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, stru
     }
     for (size_t i = 0; i < n; i++)
         c->sent_bytes += x[i].send && x[i].peer != c->rank ? x[i].bytes : 0;
-    if (!messages)
-        return NULL;
     uint64_t began = clock_ns();
-    TRY(c->ops->iexchange(c, x, n, req));
+    req->then = then;
+    req->arg = arg;
+    status *st = messages ? c->ops->iexchange(c, x, n, req) : NULL;
+    if (st) {
+        *req = (struct comm_req){ 0 };
+        return st;
+    }
     req->ops = req->impl ? c->ops : NULL;
-    req->of = c;
+    req->of = messages ? c : NULL;
     req->began_ns = began;
+    if (!req->ops)
+        go_on(req);
     return NULL;
+}
+
+status *comm_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s, struct comm_req *req)
+{
+    return comm_iexchange_then(c, x, n, s, NULL, NULL, req);
 }
 
 /* A request is done; waited_ns of its time somebody waited. */
@@ -341,8 +361,10 @@ status *comm_test(struct comm_req *req, bool *done)
 {
     bool finished = true;
     status *st = req->ops ? req->ops->test(req, &finished) : NULL;
-    if (!st && finished)
+    if (!st && finished) {
         count_time(req, 0);
+        go_on(req);
+    }
     if (st || finished)
         *req = (struct comm_req){ 0 };
     if (!st)
@@ -357,6 +379,8 @@ status *comm_wait(struct comm_req *req)
     if (req->ops && req->ops->wait) {
         status *st = req->ops->wait(req);
         count_time(req, clock_ns() - began);
+        if (!st)
+            go_on(req);
         *req = (struct comm_req){ 0 };
         return st;
     }

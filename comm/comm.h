@@ -29,7 +29,9 @@ size_t comm_type_bytes(enum comm_type t); /* of one element; 0 for what is no ty
 /* A request in flight. Filled by comm_i*; lives in the caller until it is done. */
 struct comm_req {
     void *impl;
-    const struct comm_ops *ops;  /* NULL: nothing in flight */
+    const struct comm_ops *ops; /* NULL: nothing in flight */
+    void (*then)(void *arg);    /* comm_iexchange_then, if a call of comm.h's is to make it */
+    void *arg;
     struct comm *of;             /* whose times it counts in, NULL: none */
     uint64_t began_ns, ended_ns; /* ended_ns, of a backend that knows: when it was done; 0: when it is found so */
 };
@@ -143,6 +145,11 @@ status *comm_iallreduce(struct comm *c, const void *in, void *out, size_t count,
  * the same order per pair. A message to oneself is copied. Buffers stay the request's until it is done. */
 status *comm_iexchange(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s,
                        struct comm_req *req) WARN_UNUSED;
+/* The same; when all its messages are through, then(arg) is called, once: before comm_test says that it is done, or
+ * comm_wait returns, inside one of these or on another thread (progress.h); here if nothing is to be sent or is done at
+ * once. Not after an error. It must not use c; what it works on is its own until the request is done. */
+status *comm_iexchange_then(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s,
+                            void (*then)(void *arg), void *arg, struct comm_req *req) WARN_UNUSED;
 status *comm_exchange(struct comm *c, const struct comm_xfer *x, size_t n, struct stream *s) WARN_UNUSED; /* and wait */
 bool comm_pending(const struct comm_req *req);
 status *comm_test(struct comm_req *req, bool *done) WARN_UNUSED; /* an empty request is done */

@@ -23,7 +23,9 @@ struct driven {
     struct driven *next; /* in the queue; or among the idle ones */
     struct link *of;
     struct comm_req req; /* below */
-    bool wanted;         /* a waiter will have it back */
+    void (*then)(void *arg);
+    void *arg;
+    bool wanted; /* a waiter will have it back */
     status *st;
     uint64_t ended_ns;
     atomic_bool done; /* then st and ended_ns are the caller's */
@@ -100,15 +102,23 @@ static void take_out(struct progress *p, const struct driven *q)
 
 /* ---- the thread ---- */
 
-/* Is it done? Called by who has it. */
+/* What comes after a request that is done, for who has it. */
+static void go_on(struct driven *q, status *st)
+{
+    q->st = st;
+    q->ended_ns = clock_ns();
+    if (!st && q->then)
+        q->then(q->arg);
+}
+
+/* Is it done? */
 static bool drive(struct driven *q)
 {
     bool done = false;
-    q->st = comm_test(&q->req, &done);
-    if (!q->st && !done)
-        return false;
-    q->ended_ns = clock_ns();
-    return true;
+    status *st = comm_test(&q->req, &done);
+    if (st || done)
+        go_on(q, st);
+    return st || done;
 }
 
 /* Test what is queued now, each once. False: nothing was done. Called and left with the lock held. */
@@ -230,6 +240,9 @@ static status *hand_over(struct driven *q, const struct comm *b, status *st, str
         return st;
     }
     q->req.ops = b->ops;
+    q->then = req->then;
+    q->arg = req->arg;
+    req->then = NULL;
     req->impl = q;
     pthread_mutex_lock(&p->synced.lock);
     append(p, q);
@@ -272,10 +285,8 @@ static status *progress_wait(struct comm_req *req)
     struct driven *q = req->impl;
     if (!atomic_load_explicit(&q->done, memory_order_acquire))
         take_back(q);
-    if (!atomic_load_explicit(&q->done, memory_order_acquire)) {
-        q->st = comm_wait(&q->req);
-        q->ended_ns = clock_ns();
-    }
+    if (!atomic_load_explicit(&q->done, memory_order_acquire))
+        go_on(q, comm_wait(&q->req));
     return end(q, req);
 }
 

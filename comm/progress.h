@@ -10,7 +10,8 @@
  * needs a core that computes nothing else. One a process is enough.
  *
  * Which thread finds a request done changes nothing but the time: comm_test looks whether the thread has found it,
- * comm_wait takes the request back and drives it where it is called, and errors come from these two as ever. */
+ * comm_wait takes the request back and drives it where it is called, and errors come from these two as ever. What is to
+ * follow an exchange (comm_iexchange_then) runs on the thread that finds it done. */
 #ifndef TESSERA_COMM_PROGRESS_H
 #define TESSERA_COMM_PROGRESS_H
 

@@ -191,6 +191,8 @@ static const struct comm_ops made_up_ops = { .name = "made up",
                              one_thread_ops = { .name = "one thread", .close = made_up_close };
 
 struct one {
+    pthread_t followed_on;
+    int followed;
     struct made_up m;
     struct progress *p;
     struct comm *c;
@@ -213,12 +215,19 @@ static void set(struct made_up *m, bool done, bool fails)
     pthread_mutex_unlock(&m->lock);
 }
 
+static void follow(void *arg)
+{
+    struct one *o = arg;
+    o->followed_on = pthread_self();
+    o->followed++;
+}
+
 static void start(struct one *o)
 {
     char byte = 0;
     struct comm_xfer x = { 1, 0, true, &byte, 1 };
     o->m.over = false;
-    assert_ok(comm_iexchange(o->c, &x, 1, NULL, &o->req));
+    assert_ok(comm_iexchange_then(o->c, &x, 1, NULL, follow, o, &o->req));
     assert_true(comm_pending(&o->req));
 }
 
@@ -279,6 +288,8 @@ static void test_found_by_the_thread(void **state)
             assert_ok(comm_test(&o.req, &done));
         assert_false(comm_pending(&o.req));
         assert_true(o.c->flight_ns >= o.c->wait_ns);
+        assert_int_equal(o.followed, round + 1);
+        assert_false(pthread_equal(o.followed_on, pthread_self()));
     }
     assert_int_equal(o.m.here, 0);
     close_one(&o);
@@ -309,6 +320,7 @@ static void test_errors_reach_the_caller(void **state)
     status *st = comm_wait(&o.req);
     assert_int_equal(status_code(st), ST_PEER);
     status_free(st);
+    assert_int_equal(o.followed, 0);
     close_one(&o);
 }
 

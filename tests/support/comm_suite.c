@@ -367,6 +367,50 @@ static status *check_exchanges(struct comm *c)
     return NULL;
 }
 
+/* What follows an exchange. */
+struct follower {
+    const int *got;
+    int seen, calls;
+};
+
+static void follow(void *arg)
+{
+    struct follower *f = arg;
+    f->seen = *f->got;
+    f->calls++;
+}
+
+/* It follows once, when what it looks at has come and before anybody is told; never if the exchange was refused. */
+static status *check_followers(struct comm *c)
+{
+    int to = (c->rank + 1) % c->size, from = (c->rank + c->size - 1) % c->size, got, mine;
+    struct comm_xfer x[] = { { to, 2, true, &mine, sizeof mine }, { from, 2, false, &got, sizeof got } };
+    struct comm_req req;
+    for (int round = 0; round < 20; round++) {
+        struct follower f = { .got = &got };
+        mine = 100 * round + c->rank;
+        got = -1;
+        TRY(comm_iexchange_then(c, x, 2, NULL, follow, &f, &req));
+        for (bool done = round % 2; !done;)
+            TRY(comm_test(&req, &done));
+        TRY(comm_wait(&req));
+        EXPECT(f.calls == 1 && f.seen == 100 * round + from, "round %d: %d calls, saw %d", round, f.calls, f.seen);
+        TRY(comm_wait(&req));
+        EXPECT(f.calls == 1);
+    }
+    struct follower f = { .got = &got };
+    TRY(comm_iexchange_then(c, NULL, 0, NULL, follow, &f, &req));
+    EXPECT(f.calls == 1 && !comm_pending(&req));
+    TRY(comm_wait(&req));
+    struct comm_xfer bad = { c->size, 0, true, &got, 1 };
+    status *st = comm_iexchange_then(c, &bad, 1, NULL, follow, &f, &req);
+    EXPECT(status_code(st) == ST_INVALID);
+    status_free(st);
+    TRY(comm_wait(&req));
+    EXPECT(f.calls == 1);
+    return NULL;
+}
+
 static status *check_empty_requests(struct comm *c)
 {
     struct comm_req req = { 0 };
@@ -690,6 +734,7 @@ static status *run(struct comm *world, bool in_order)
         { "gatherv and scatterv", check_gather_scatter },
         { "byte strings", check_byte_strings },
         { "exchanges", check_exchanges },
+        { "followers", check_followers },
         { "empty requests", check_empty_requests },
         { "outstanding reductions", check_outstanding },
         { "no allocation in a steady state", check_no_allocation },

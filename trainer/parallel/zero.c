@@ -441,6 +441,7 @@ void zero_close(struct zero *z)
 {
     if (!z)
         return;
+    comm_close(z->sums); /* after an error something may be under way, and be added up */
     shared_grads_close(z->shared);
     mem_free(z->pp_norm);
     mem_free(z->nodes);
@@ -468,7 +469,6 @@ void zero_close(struct zero *z)
     mem_free(z->v_run);
     shards_close(z->shards);
     buckets_fini(&z->own_k);
-    comm_close(z->sums);
     comm_close(z->rep);
     comm_close(z->shard);
     mem_free(z);

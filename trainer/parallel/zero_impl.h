@@ -10,7 +10,9 @@
  * - A node is a value or empty (NULL); a parent is left + right if both have values, else the one that has.
  * - After zero_reduce the field (params.grad, or the first buffer) holds the global sum in this shard's runs.
  * - Buckets are summed over groups in the order of `due`, the same on all ranks whenever each of them begins: by a
- *   communicator of their own, so that other calls may come between.
+ *   communicator of their own, so that other calls may come between. What comes of a bucket is added up by who finds it
+ *   there, which may be another thread (progress.h): that reads the flight and what stays as it is for a step, and
+ *   writes this rank's part of the bucket.
  *
  * Read add_leaf (a group's part of the tree), then collect_unit (how leaves come to a shard), then move_on (the rest of
  * the tree, bucket by bucket, with stages 0 and 1 while the last backward pass runs), then zero_update. */
@@ -68,7 +70,9 @@ struct due {
 
 /* A bucket whose nodes are on their way between groups. */
 struct flight {
+    struct zero *of;
     uint64_t bucket;
+    float *own[STACK_MAX]; /* this group's nodes, by tag */
     struct comm_req req;
     struct comm_xfer *xfer;
     float *recv; /* other groups' nodes */

@@ -367,10 +367,10 @@ status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk)
 /* ---- the sum over groups ---- */
 
 /* Start of a part's slice of `run`: own ones lie in the stack's memory, others in the receive buffer. */
-static float *own_slice(const struct zero *z, const struct part *t, uint64_t bucket, struct zero_run run)
+static float *own_slice(const struct flight *f, const struct part *t, struct zero_run run)
 {
-    float *value = z->sum.stack.node[t->tag].value;
-    return value && run_elems(run) ? value + field_at(z, bucket, run.begin) : value;
+    float *value = f->own[t->tag];
+    return value && run_elems(run) ? value + field_at(f->of, f->bucket, run.begin) : value;
 }
 
 /* Messages of one bucket: my nodes' slices to their owners, everybody's slices of my part to me. */
@@ -393,25 +393,20 @@ static size_t reduce_messages(const struct zero *z, struct flight *f)
         for (int g = 0; g < z->group->size; g++) {
             struct zero_run theirs = group_part(z, bucket, g);
             if (g != me)
-                f->xfer[n++] = (struct comm_xfer){ g, t->tag, true, own_slice(z, t, bucket, theirs),
-                                                   run_elems(theirs) * sizeof(float) };
+                f->xfer[n++] =
+                    (struct comm_xfer){ g, t->tag, true, own_slice(f, t, theirs), run_elems(theirs) * sizeof(float) };
         }
     }
     return n;
 }
 
-static status *begin_bucket(struct zero *z, struct flight *f, uint64_t bucket)
-{
-    f->bucket = bucket;
-    size_t n = reduce_messages(z, f);
-    narrow(z, &z->low[f - z->flight], f->xfer, n);
-    return comm_iexchange(z->sums, f->xfer, n, NULL, &f->req);
-}
-
 /* Finish the tree in this rank's part of a bucket that has come. */
-static void finish_bucket(const struct zero *z, const struct flight *f)
+static void finish_bucket(void *arg)
 {
+    const struct flight *f = arg;
+    struct zero *z = f->of;
     uint64_t bucket = f->bucket;
+    widen(&z->low[f - z->flight], f->xfer);
     struct zero_run run = own_part(z, bucket);
     if (!run_elems(run))
         return;
@@ -421,7 +416,7 @@ static void finish_bucket(const struct zero *z, const struct flight *f)
         const struct part *t = &z->part[i];
         struct grad_node n = { t->level, t->begin >> t->level, NULL };
         if (t->group == z->group->rank) {
-            n.value = own_slice(z, t, bucket, run);
+            n.value = own_slice(f, t, run);
         } else if (!part_empty(z, t)) {
             n.value = from;
             from += run_elems(run);
@@ -434,6 +429,17 @@ static void finish_bucket(const struct zero *z, const struct flight *f)
         memcpy(to, sum, run_elems(run) * sizeof(float));
     if (!sum)
         memset(to, 0, run_elems(run) * sizeof(float)); /* a step without micro-batches */
+}
+
+static status *begin_bucket(struct zero *z, struct flight *f, uint64_t bucket)
+{
+    f->of = z;
+    f->bucket = bucket;
+    for (int i = 0; i < z->own_parts; i++)
+        f->own[i] = z->sum.stack.node[i].value;
+    size_t n = reduce_messages(z, f);
+    narrow(z, &z->low[f - z->flight], f->xfer, n);
+    return comm_iexchange_then(z->sums, f->xfer, n, NULL, finish_bucket, f, &f->req);
 }
 
 /* Begin the exchanges of buckets whose sums are complete here, as many as there is room for, and finish those that have
@@ -451,8 +457,6 @@ static status *move_on(struct zero *z, bool all)
         TRY(all ? comm_wait(&f->req) : comm_test(&f->req, &come));
         if (!come)
             return NULL;
-        widen(&z->low[f - z->flight], f->xfer);
-        finish_bucket(z, f);
         z->ended++;
     }
     return NULL;
