@@ -326,7 +326,6 @@ static status *open_zero(struct trainer *t)
                               .pp = t->pp,
                               .shards = (int)c->parallel.dp_shard,
                               .workers = t->workers,
-                              .compute = t->compute,
                               .param_dtype = c->train.param_dtype == TRAIN_BF16 ? DTYPE_BF16 : DTYPE_F32,
                               .grad_dtype = c->train.grad_dtype == TRAIN_BF16 ? DTYPE_BF16 : DTYPE_F32,
                               .stochastic = c->train.param_rounding == ROUNDING_STOCHASTIC,
@@ -402,7 +401,9 @@ static status *open_checkpoint(struct trainer *t, bool read_only)
     memcpy(o.mesh, t->mesh.size, sizeof o.mesh);
     o.warn = say_warning;
     o.warn_arg = t;
-    return ckpt_open(&o, t->world, t->device, NULL, &t->ckpt);
+    TRY(ckpt_open(&o, t->world, t->device, NULL, &t->ckpt));
+    ckpt_set_stream(t->ckpt, compute_stream(t->compute));
+    return NULL;
 }
 
 /* Weights of model.init_from, where no step was resumed from. Collective. */
@@ -437,10 +438,8 @@ static status *init_params(struct trainer *t)
     struct shards *s[SHARDS_MOST];
     int n = trainer_all_shards(t, t->model, s);
     uint64_t seed = (uint64_t)t->cfg->run.seed;
-    if (!n || !shards_cut_values(s[0])) {
-        params_init(&t->model->params, seed);
-        return NULL;
-    }
+    if (!n || !shards_cut_values(s[0]))
+        return comm_agree(t->world, params_init(&t->model->params, seed));
     status *st = NULL;
     for (int i = 0; !st && i < n; i++)
         st = shards_init(s[i], seed);
@@ -508,7 +507,7 @@ static status *open_for_eval(struct trainer *t)
     TRY(comm_agree(t->world, st));
     TRY(comm_agree(t->world, open_passes(t)));
     TRY(comm_agree(t->world, dry_run(t, &t->heldout_pack)));
-    params_init(&t->model->params, (uint64_t)t->cfg->run.seed);
+    TRY(comm_agree(t->world, params_init(&t->model->params, (uint64_t)t->cfg->run.seed)));
     TRY(init_weights(t));
     TRY(tied_share(t->model, NULL, t->pp));
     return open_checkpoint(t, true);

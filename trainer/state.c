@@ -21,6 +21,7 @@
 #include "comm/base/bytes.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
+#include "trainer/ops/flat.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -206,8 +207,8 @@ status *state_weights_crc(struct trainer *t, uint32_t *crc)
     struct shards *s[SHARDS_MOST];
     int n = trainer_all_shards(t, t->model, s);
     if (!n || !shards_cut_values(s[0])) {
-        *crc = crc32c(0, t->model->params.data, params_bytes(&t->model->params));
-        return NULL;
+        *crc = 0;
+        return flat_crc(t->compute, t->model->params.data, params_bytes(&t->model->params), crc);
     }
     TRY(shards_crc(s[0], crc));
     uint32_t both[2] = { *crc };
@@ -386,6 +387,8 @@ status *state_load_weights(struct trainer *t, uint64_t step, bool of_ref)
     for (int i = 0; i < ps->count && !st; i++)
         if (ps->p[i].alias < 0 && !ps->p[i].away)
             st = add_param(t, ps, &ps->p[i]);
+    if (!st)
+        st = compute_check(t->compute, true); /* of values that the load overwrites */
     TRY(comm_agree(t->world, st));
     TRY(tessera_load_parts(t->ckpt, t->state, step, &o));
     return tied_share(t->model, trainer_shards(t, t->model), t->pp);
@@ -460,6 +463,7 @@ static status *load_step(struct trainer *t, uint64_t step)
     TRY(comm_agree(t->world, read_progress(t)));
     TRY(comm_agree(t->world, shape_refs(t)));
     TRY(state_build(t));
+    TRY(comm_agree(t->world, compute_check(t->compute, true))); /* of values that the load overwrites */
     TRY(tessera_load(t->ckpt, t->state, step));
     TRY(trainer_refresh(t, t->model, t->step, true));
     if (t->ref_model)

@@ -81,7 +81,7 @@ static status *copy_reference(struct trainer *t)
         uint64_t n;
         float *theta, *ref = reference_values(t, part, &theta, &n);
         if (n)
-            memcpy(ref, theta, n * sizeof *ref);
+            TRY(compute_copy(t->compute, ref, theta, n * sizeof *ref));
     }
     t->ref_live = true;
     TRY(reference_changed(t));
@@ -154,7 +154,7 @@ static uint64_t count_tokens_seen(const struct trainer *t)
 static status *before_overwrite(void *arg, const void *addr, size_t bytes)
 {
     struct trainer *t = arg;
-    return t->ckpt ? tessera_fence(t->ckpt, addr, bytes, NULL) : NULL;
+    return t->ckpt ? tessera_fence(t->ckpt, addr, bytes, compute_stream(t->compute)) : NULL;
 }
 
 static void mix(double alpha, const float *theta, float *ref, uint64_t n)

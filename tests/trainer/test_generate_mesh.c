@@ -75,8 +75,7 @@ static status *open_model(const char *options, const struct tp_place *at, struct
     options_fini(ops->options, config);
     mem_free(config);
     TRY(model_alloc(*out, false));
-    params_init(&(*out)->params, 5);
-    return NULL;
+    return params_init(&(*out)->params, 5);
 }
 
 /* A rank's communicators; NULL: alone there. */

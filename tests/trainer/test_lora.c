@@ -58,7 +58,7 @@ static status *open_sized(bool experts, const char *targets, const char *freeze,
     if (!st)
         must(params_alloc(&(*out)->params, true));
     if (!st)
-        params_init(&(*out)->params, 5);
+        must(params_init(&(*out)->params, 5));
     return st;
 }
 
@@ -269,7 +269,7 @@ static status *base_stayed(struct trainer *t)
     struct model *m = NULL;
     TRY(model_open_tuned(c->model_ops, c->model, t->model->vocab, &at, &tuning, &m));
     TRY(params_alloc(&m->params, false));
-    params_init(&m->params, (uint64_t)c->run.seed);
+    TRY(params_init(&m->params, (uint64_t)c->run.seed));
     int moved = 0;
     for (int i = 0; i < m->params.count; i++) {
         const struct param *p = &t->model->params.p[i];

@@ -168,7 +168,7 @@ static struct model *open_variant(const struct variant *v, bool with_grad)
     options_fini(llama()->options, config);
     mem_free(config);
     assert_null(params_alloc(&m->params, with_grad));
-    params_init(&m->params, 42);
+    assert_null(params_init(&m->params, 42));
     return m;
 }
 
@@ -718,9 +718,9 @@ static void initial_values(void **state)
     assert_true(q[0] != k[0]);
     float first = q[0], *norm = params_find(&a->params, "model.norm.weight")->value.data;
     assert_true(norm[0] == 1 && norm[23] == 1);
-    params_init(&a->params, 43);
+    assert_null(params_init(&a->params, 43));
     assert_true(q[0] != first);
-    params_init(&a->params, 42);
+    assert_null(params_init(&a->params, 42));
     assert_true(q[0] == first);
     assert_null(b->params.grad);
     assert_null(b->params.p[0].value.grad);

@@ -61,7 +61,7 @@ static void orthogonal(void **state)
             x[i] = (double)u[i] / sqrt(norm);
         for (int step = 0; step < 5; step++)
             newton_schulz(x, m, k); /* transposed or not: (b A + c A A) X is X (b A' + c A' A'), A' = X^T X */
-        muon_orthogonalise(NULL, u, (uint64_t)m, (uint64_t)k, room);
+        must(muon_orthogonalise(NULL, NULL, u, (uint64_t)m, (uint64_t)k, room));
         for (int i = 0; i < m * k; i++) {
             if (!(fabs((double)u[i] - x[i]) <= 1e-4))
                 fail_msg("[%d, %d] element %d: %g, not %g", m, k, i, (double)u[i], x[i]);
@@ -70,12 +70,12 @@ static void orthogonal(void **state)
         assert_true(squares / less > 0.68 * 0.68 && squares / less < 1.21 * 1.21); /* squares of singular values */
         struct workers *w;
         must(workers_open(3, &w));
-        muon_orthogonalise(w, again, (uint64_t)m, (uint64_t)k, room);
+        must(muon_orthogonalise(NULL, w, again, (uint64_t)m, (uint64_t)k, room));
         assert_memory_equal(again, u, (size_t)(m * k) * sizeof *u);
         workers_close(w);
     }
     memset(u, 0, sizeof u);
-    muon_orthogonalise(NULL, u, 24, 40, room);
+    must(muon_orthogonalise(NULL, NULL, u, 24, 40, room));
     for (int i = 0; i < MOST; i++)
         assert_true(u[i] == 0);
 }
@@ -87,16 +87,16 @@ static void momentum_and_update(void **state)
         struct muon o = { 0.5, 0.75, 0.25, 2, nesterov, MUON_ORIGINAL };
         float g[2] = { 3, -1 }, buffer[2] = { 8, 0 }, w[2] = { 1, 2 };
         const float direction[2] = { 1, -1 };
-        muon_momentum(&o, g, buffer, 2); /* gradients 6 and -2 */
+        muon_momentum(&o, NULL, g, buffer, 2); /* gradients 6 and -2 */
         assert_true(buffer[0] == 7.5f && buffer[1] == -0.5f);
         assert_true(g[0] == (nesterov ? 7.125f : 7.5f) && g[1] == (nesterov ? -0.875f : -0.5f));
-        muon_apply(&o, w, direction, 2, 4, 1); /* 1 - lr decay = 0.875; sqrt(4 / 1) = 2 */
+        muon_apply(&o, NULL, w, direction, 2, 4, 1); /* 1 - lr decay = 0.875; sqrt(4 / 1) = 2 */
         assert_true(w[0] == 0.875f - 1 && w[1] == 1.75f + 1);
-        muon_apply(&o, w, direction, 2, 1, 4); /* max(1, 1 / 4) */
+        muon_apply(&o, NULL, w, direction, 2, 1, 4); /* max(1, 1 / 4) */
         assert_true(w[0] == 0.875f * -0.125f - 0.5f);
         o.scale = MUON_MATCH_RMS_ADAMW;
         w[0] = 0;
-        muon_apply(&o, w, direction, 1, 9, 25); /* 0.2 sqrt(25) */
+        muon_apply(&o, NULL, w, direction, 1, 9, 25); /* 0.2 sqrt(25) */
         assert_true(fabsf(w[0] + 0.5f) < 1e-6f);
     }
 }
@@ -111,7 +111,7 @@ static status *looked_at(struct trainer *t)
     int matrices = 0;
     TRY(model_open(t->cfg->model_ops, t->cfg->model, t->model->vocab, &m));
     TRY(params_alloc(&m->params, false));
-    params_init(&m->params, (uint64_t)t->cfg->run.seed);
+    TRY(params_init(&m->params, (uint64_t)t->cfg->run.seed));
     for (int i = 0; i < m->params.count; i++) {
         const struct param *p = &t->model->params.p[i];
         const float *now = p->value.data, *before = m->params.p[i].value.data;
@@ -336,7 +336,7 @@ static status *each_expert_moves(struct trainer *t)
     int moved = 0;
     TRY(model_open(t->cfg->model_ops, t->cfg->model, t->model->vocab, &m));
     TRY(params_alloc(&m->params, false));
-    params_init(&m->params, (uint64_t)t->cfg->run.seed);
+    TRY(params_init(&m->params, (uint64_t)t->cfg->run.seed));
     for (int i = 0; i < m->params.count; i++) {
         const struct param *p = &t->model->params.p[i], *q = p;
         const float *now = p->value.data, *before = m->params.p[i].value.data;

@@ -582,11 +582,11 @@ static void initial_values(void **state)
     for (int i = 0; i < VARIANTS; i++) {
         struct model *whole, *m;
         must(open_at(variants[i].options, &(struct tp_place){ .size = 1 }, &whole));
-        params_init(&whole->params, 5);
+        must(params_init(&whole->params, 5));
         for (const int *ranks = variants[i].ranks; *ranks; ranks++)
             for (int r = 0; r < *ranks; r++) {
                 must(open_at(variants[i].options, &(struct tp_place){ .size = *ranks, .rank = r }, &m));
-                params_init(&m->params, 5);
+                must(params_init(&m->params, 5));
                 for (int k = 0; k < m->params.count; k++) {
                     const struct param *p = &m->params.p[k];
                     const float *x = p->value.data, *want = whole->params.p[k].value.data;

@@ -211,8 +211,7 @@ static status *open_model(struct train_bench *t)
     t->m->params.compute = t->m->tied.compute = t->site->compute;
     t->params = (double)params_unique_elems(&t->m->params);
     TRY(model_alloc(t->m, true));
-    params_init(&t->m->params, 1);
-    return NULL;
+    return params_init(&t->m->params, 1);
 }
 
 /* Sequences of any tokens; the target of each is the next one. */
@@ -248,7 +247,7 @@ static status *open_ours(struct train_bench *t, int64_t length)
     struct pipe_work work = work_of(t);
     bool bf16 = !strcmp(t->dtype, "bf16");
     struct workers *w = t->site->workers;
-    const struct zero_options zero = { .micro_batches = 1, .workers = w, .compute = t->site->compute };
+    const struct zero_options zero = { .micro_batches = 1, .workers = w };
     TRY(open_model(t));
     TRY(open_tokens(t, length));
     TRY(pipe_open(NULL, PIPE_1F1B, 1, 1, t->m->width, w, t->site->compute, 0, &t->pipe));

@@ -3,6 +3,7 @@
 #include "ckpt/ckpt.h"
 #include "comm/agree.h"
 #include "comm/base/mem.h"
+#include "trainer/ops/compute.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -191,14 +192,25 @@ static status *add_read(const struct loading *l, const struct param *p, uint64_t
     return tessera_state_add_tensor(from, &d);
 }
 
-static status *add_wanted(const struct param *p, tessera_state *to)
+/* Does the batch fill this parameter here? */
+static bool is_wanted(const struct param *p)
+{
+    return p->alias < 0 && !p->adapter && !p->away;
+}
+
+static size_t held_bytes(const struct param *p)
+{
+    return box_volume(p->shape.ndim, &p->box) * dtype_bytes(p->value.dtype);
+}
+
+static status *add_wanted(const struct param *p, void *data, tessera_state *to)
 {
     struct tessera_tensor d = TESSERA_TENSOR;
     d.part = "model";
     d.name = p->name;
     d.dtype = (int)p->value.dtype;
     d.ndim = p->shape.ndim;
-    d.data = p->value.data;
+    d.data = data;
     for (int i = 0; i < d.ndim; i++) {
         d.shape[i] = p->shape.dim[i];
         d.offset[i] = p->box.off[i];
@@ -207,33 +219,53 @@ static status *add_wanted(const struct param *p, tessera_state *to)
     return tessera_state_add_tensor(to, &d);
 }
 
+/* Parameters [first, end) from where load_batch has put them for a memory that is not the host's. */
+static status *put_away(const struct loading *l, int first, int end, const unsigned char *held)
+{
+    for (int i = first; held && i < end; i++) {
+        const struct param *p = &l->ps->p[i];
+        if (!is_wanted(p))
+            continue;
+        TRY(compute_put(l->ps->compute, p->value.data, held, held_bytes(p)));
+        held += held_bytes(p);
+    }
+    return NULL;
+}
+
 /* Parameters [first, end). */
 static status *load_batch(const struct loading *l, int first, int end, size_t bytes)
 {
     tessera_state *from = NULL, *to = NULL;
-    size_t used = 0;
-    unsigned char *buf = mem_alloc(bytes);
-    status *st = buf ? NULL : ERR(NO_MEMORY, "%zu bytes of weights to be read at a time", bytes);
+    size_t used = 0, held = 0, filled = 0;
+    for (int i = first; !compute_host(l->ps->compute) && i < end; i++)
+        held += is_wanted(&l->ps->p[i]) ? held_bytes(&l->ps->p[i]) : 0;
+    unsigned char *buf = mem_alloc(bytes), *room = held ? mem_alloc(held) : NULL;
+    status *st = buf && (room || !held) ? NULL : ERR(NO_MEMORY, "%zu bytes of weights at a time", bytes + held);
     if (!st)
         st = tessera_state_new(l->t, &from);
     if (!st)
         st = tessera_state_new(l->t, &to);
     for (int i = first; i < end && !st; i++) {
-        if (l->ps->p[i].alias >= 0 || l->ps->p[i].adapter)
+        const struct param *p = &l->ps->p[i];
+        if (p->alias >= 0 || p->adapter)
             continue;
-        for (uint64_t e = 0; e < parts_of(&l->ps->p[i]) && !st; e++)
-            st = add_read(l, &l->ps->p[i], e, from, buf, &used);
-        if (!st && !l->ps->p[i].away)
-            st = add_wanted(&l->ps->p[i], to);
+        for (uint64_t e = 0; e < parts_of(p) && !st; e++)
+            st = add_read(l, p, e, from, buf, &used);
+        if (!st && is_wanted(p))
+            st = add_wanted(p, room ? (void *)(room + filled) : p->value.data, to);
+        filled += room && is_wanted(p) ? held_bytes(p) : 0;
     }
     st = comm_agree(l->world, st);
     struct tessera_load_options o = TESSERA_LOAD_OPTIONS;
     o.allow = TESSERA_ALLOW_CAST;
     if (!st)
         st = tessera_reshard(l->t, from, to, &o);
+    if (!st)
+        st = comm_agree(l->world, put_away(l, first, end, room));
     tessera_state_free(from);
     tessera_state_free(to);
     mem_free(buf);
+    mem_free(room);
     return st;
 }
 

@@ -27,7 +27,8 @@ status *hf_match(const struct safetensors *s, const struct params *ps) WARN_UNUS
 
 /* Fill the parameters' parts on every rank of `world`. Each rank reads 1/n of every tensor, once, and what it holds
  * comes from those who have read it (tessera_reshard), cast if types differ, rounded once; some tensors at a time, so
- * that a rank needs the larger of 256 MiB and its share of the largest one besides the parameters. *read: bytes that
+ * that a rank needs the larger of 256 MiB and its share of the largest one besides the parameters; where these are in
+ * another memory than the host's, what it holds of these tensors besides. *read: bytes that
  * this rank read. Collective; errors are the same on all ranks, and leave the values undefined. */
 status *hf_load(struct comm *world, const char *folder, struct params *ps, uint64_t *read) WARN_UNUSED;
 

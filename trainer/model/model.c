@@ -6,6 +6,7 @@
 #include "comm/base/rng.h"
 #include "trainer/model/lora.h"
 #include "trainer/model/stages.h"
+#include "trainer/ops/compute.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -261,28 +262,21 @@ struct param *params_alias(struct params *ps, const char *name, const struct par
 
 status *params_alloc(struct params *ps, bool with_grad)
 {
-    float *data = mem_block(params_bytes(ps), 4096), *grad = NULL;
-    if (with_grad)
-        grad = mem_block(ps->total * sizeof(float), 4096);
-    if (!data || (with_grad && !grad)) {
-        mem_block_free(data, params_bytes(ps));
-        return ERR(NO_MEMORY, "%zu bytes of parameters%s", params_bytes(ps), with_grad ? " and their gradients" : "");
-    }
+    void *data;
+    TRY(status_wrap(compute_alloc(ps->compute, params_bytes(ps), &data), "parameters"));
     ps->data = data;
-    ps->grad = grad;
     for (int i = 0; i < ps->count; i++) {
-        ps->p[i].value.data = data + ps->p[i].offset;
-        ps->p[i].value.grad = grad && !ps->p[i].frozen ? grad + ps->p[i].offset : NULL;
+        ps->p[i].value.data = ps->data + ps->p[i].offset;
         ps->p[i].value.cut = ps->p[i].part.total ? &ps->p[i].part : NULL;
     }
-    return NULL;
+    return with_grad ? params_alloc_grads(ps) : NULL;
 }
 
 status *params_alloc_grads(struct params *ps)
 {
-    ps->grad = mem_block(ps->total * sizeof(float), 4096);
-    if (!ps->grad)
-        return ERR(NO_MEMORY, "%zu bytes of gradients", (size_t)ps->total * sizeof(float));
+    void *grad;
+    TRY(status_wrap(compute_alloc(ps->compute, ps->total * sizeof(float), &grad), "gradients"));
+    ps->grad = grad;
     for (int i = 0; i < ps->count; i++)
         ps->p[i].value.grad = ps->p[i].frozen ? NULL : ps->grad + ps->p[i].offset;
     return NULL;
@@ -301,26 +295,55 @@ static void draw(const struct param *p, uint64_t seed, uint64_t first, uint64_t 
         x[e] = (float)((2 * rng_uniform(at, first + e) - 1) * (double)p->init_std);
 }
 
-void param_init(struct param *p, uint64_t seed)
+void param_init(const struct param *p, uint64_t seed, float *x)
 {
-    float *x = p->value.data;
     int last = p->shape.ndim - 1;
     uint64_t cols = p->box.len[last], rows = cols ? box_volume(p->shape.ndim, &p->box) / cols : 0;
     for (uint64_t r = 0; r < rows; r++, x += cols)
         draw(p, seed, box_element(&p->shape, &p->box, r * cols), cols, x);
 }
 
-void params_init(struct params *ps, uint64_t seed)
+enum { DRAWN = 1 << 16 }; /* elements at a time, for another memory than the host's */
+
+static status *init_there(const struct params *ps, const struct param *p, uint64_t seed, float *room)
 {
-    for (int i = 0; i < ps->count; i++)
-        if (ps->p[i].alias < 0 && !ps->p[i].away)
-            param_init(&ps->p[i], seed);
+    uint64_t cols = p->box.len[p->shape.ndim - 1], elems = box_volume(p->shape.ndim, &p->box);
+    float *to = p->value.data;
+    for (uint64_t e = 0, drawn; e < elems; to += drawn) {
+        drawn = 0;
+        for (uint64_t n; e < elems && drawn < DRAWN; e += n, drawn += n) { /* what of a row there is room for */
+            n = cols - e % cols < DRAWN - drawn ? cols - e % cols : DRAWN - drawn;
+            draw(p, seed, box_element(&p->shape, &p->box, e), n, room + drawn);
+        }
+        TRY(compute_put(ps->compute, to, room, drawn * sizeof *room));
+    }
+    return NULL;
+}
+
+status *params_init(struct params *ps, uint64_t seed)
+{
+    status *st = NULL;
+    bool host = compute_host(ps->compute);
+    float *room = host ? NULL : mem_array(NULL, DRAWN, sizeof *room);
+    if (!host && !room)
+        return ERR(NO_MEMORY, "initial values");
+    for (int i = 0; i < ps->count && !st; i++) {
+        const struct param *p = &ps->p[i];
+        if (p->alias >= 0 || p->away)
+            continue;
+        if (host)
+            param_init(p, seed, p->value.data);
+        else
+            st = init_there(ps, p, seed, room);
+    }
+    mem_free(room);
+    return st;
 }
 
 void params_free(struct params *ps)
 {
-    mem_block_free(ps->data, params_bytes(ps));
-    mem_block_free(ps->grad, ps->total * sizeof(float));
+    compute_free(ps->compute, ps->data, params_bytes(ps));
+    compute_free(ps->compute, ps->grad, ps->total * sizeof(float));
     mem_free(ps->p);
     *ps = (struct params){ 0 };
 }
@@ -412,15 +435,17 @@ status *model_alloc(struct model *m, bool with_grad)
 status *model_alloc_tied(struct model *m, enum dtype dtype, bool with_grad)
 {
     struct params *own = &m->tied;
-    size_t bytes = own->total * sizeof(float);
+    void *data = NULL, *grad = NULL;
     if (!own->count)
         return NULL;
     struct param *use = find_tied(m), *p = own->p;
-    bool values = use->away, grads = with_grad && !use->frozen;
-    own->data = values ? mem_block(own->total * dtype_bytes(dtype), 4096) : NULL;
-    own->grad = grads ? mem_block(bytes, 4096) : NULL;
-    if ((values && !own->data) || (grads && !own->grad))
-        return ERR(NO_MEMORY, "%zu bytes of a tied weight", bytes);
+    bool values = use->away;
+    if (values)
+        TRY(status_wrap(compute_alloc(own->compute, own->total * dtype_bytes(dtype), &data), "a tied weight"));
+    own->data = data;
+    if (with_grad && !use->frozen)
+        TRY(status_wrap(compute_alloc(own->compute, own->total * sizeof(float), &grad), "a tied weight's gradient"));
+    own->grad = grad;
     p->value.dtype = dtype;
     p->value.data = values ? own->data : use->value.data;
     p->value.grad = own->grad;

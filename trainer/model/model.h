@@ -109,13 +109,13 @@ struct param *params_alias(struct params *ps, const char *name, const struct par
 status *params_spread(struct params *ps, const struct tp_place *at) WARN_UNUSED;
 /* Elements of the block that are p's: those of its part, and its padding. */
 uint64_t param_elems(const struct param *p);
-/* Give the blocks memory; with_grad false: values only. */
+/* Give the blocks memory of params.compute; with_grad false: values only. */
 status *params_alloc(struct params *ps, bool with_grad) WARN_UNUSED;
 status *params_alloc_grads(struct params *ps) WARN_UNUSED; /* gradients only */
 /* Fill with initial values: element e of a whole tensor is std * N(0,1) drawn at (seed, hash of name, e): the same on
- * every mesh. */
-void params_init(struct params *ps, uint64_t seed);
-void param_init(struct param *p, uint64_t seed); /* the same for one, where its tensor lies; paddings stay */
+ * every mesh. Drawn by the host, a piece at a time. */
+status *params_init(struct params *ps, uint64_t seed) WARN_UNUSED;
+void param_init(const struct param *p, uint64_t seed, float *x); /* of one, to x, the host's; paddings stay */
 void params_free(struct params *ps);
 /* Runs of units that are here, at least 1; does run `chunk` hold a unit; its elements among those that train. */
 int params_chunks(const struct params *ps);

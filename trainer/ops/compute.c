@@ -62,6 +62,11 @@ void compute_close(struct compute *c)
     mem_free(c);
 }
 
+const struct kernels *compute_kernels(const struct compute *c)
+{
+    return c ? c->kernels : &kernels_cpu;
+}
+
 status *compute_alloc(struct compute *c, size_t bytes, void **out)
 {
     if (!compute_host(c))

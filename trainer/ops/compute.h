@@ -41,6 +41,12 @@ static inline struct stream *compute_stream(const struct compute *c)
 {
     return c ? c->stream : NULL;
 }
+/* Its kernels, and what they take: for NULL the CPU's, with `threads`. */
+const struct kernels *compute_kernels(const struct compute *c);
+static inline struct workers *compute_workers(const struct compute *c, struct workers *threads)
+{
+    return c ? c->workers : threads;
+}
 
 /* 4 KiB aligned, zeroed. Errors: NO_MEMORY with the size. */
 status *compute_alloc(struct compute *c, size_t bytes, void **out) WARN_UNUSED;

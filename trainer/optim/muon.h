@@ -11,6 +11,7 @@
 #ifndef TESSERA_TRAINER_OPTIM_MUON_H
 #define TESSERA_TRAINER_OPTIM_MUON_H
 
+#include "comm/base/status.h"
 #include "comm/base/thread.h"
 
 #include <stdbool.h>
@@ -24,13 +25,18 @@ struct muon {
     enum muon_scale scale;
 };
 
+struct compute; /* trainer/ops/compute.h: where all floats are; NULL: the host */
+
 /* B and, in place of G, U. Elementwise. */
-void muon_momentum(const struct muon *o, float *g, float *buffer, size_t n);
+void muon_momentum(const struct muon *o, struct compute *c, float *g, float *buffer, size_t n);
 /* Floats that muon_orthogonalise works in. */
 size_t muon_room(uint64_t rows, uint64_t cols);
-/* U [rows, cols] becomes O. The same bits for any number of workers. Zeros stay zeros. */
-void muon_orthogonalise(struct workers *w, float *u, uint64_t rows, uint64_t cols, float *room);
+/* U [rows, cols] becomes O. The same bits for any number of workers (w; on the host). Zeros stay zeros. On a device the
+ * host waits for the norm. */
+status *muon_orthogonalise(struct compute *c, struct workers *w, float *u, uint64_t rows, uint64_t cols,
+                           float *room) WARN_UNUSED;
 /* n elements of W, from the same of O; of a matrix of that shape. */
-void muon_apply(const struct muon *o, float *w, const float *orthogonal, size_t n, uint64_t rows, uint64_t cols);
+void muon_apply(const struct muon *o, struct compute *c, float *w, const float *orthogonal, size_t n, uint64_t rows,
+                uint64_t cols);
 
 #endif

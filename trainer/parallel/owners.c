@@ -5,6 +5,7 @@
 
 #include "comm/agree.h"
 #include "comm/base/mem.h"
+#include "trainer/ops/flat.h"
 #include "trainer/ops/kernels.h"
 
 #include <stdlib.h>
@@ -35,9 +36,14 @@ struct owners {
     uint64_t runs;
     struct held *held; /* [own runs] */
     struct comm_xfer *xfer;
-    float *parts, *whole, *room; /* whole: NULL where there is one part */
-    uint64_t room_bytes;
+    float *parts, *whole, *room;       /* whole: NULL where there is one part */
+    uint64_t matrix_elems, room_elems; /* of parts and whole, of room */
 };
+
+static struct compute *where(const struct owners *o)
+{
+    return o->p->compute;
+}
 
 /* Multiplications of a step of Newton and Schulz, but for a factor. */
 static uint64_t work_of(const struct matrix *m)
@@ -175,7 +181,7 @@ static size_t messages_of(const struct owners *o, const struct matrix *m, bool b
             if (owner == me)
                 at_owner = o->parts + (uint64_t)(tp / p->share) * (m->end - m->begin) + (part.begin - m->begin);
             if (r == owner)
-                memcpy(back ? here : at_owner, back ? at_owner : here, bytes), n--;
+                flat_copy(where(o), back ? here : at_owner, back ? at_owner : here, run_elems(part)), n--;
             else
                 x[n - 1] = (struct comm_xfer){ owner == me ? r : owner, 0, (owner == me) == back,
                                                owner == me ? at_owner : here, bytes };
@@ -263,14 +269,14 @@ static status *take_memory(struct owners *o)
             size_t n = messages(o, turn, back, NULL);
             most = n > most ? n : most;
         }
-    o->room = mem_array(NULL, room + 2, sizeof *o->room);
-    o->parts = mem_array(NULL, matrix + 1, sizeof *o->parts);
-    o->whole = o->tp > 1 ? mem_array(NULL, matrix + 1, sizeof *o->whole) : NULL;
+    o->room_elems = room + 2;
+    o->matrix_elems = matrix + 1;
+    TRY(flat_alloc(where(o), o->room_elems, "Muon's matrices", &o->room));
+    TRY(flat_alloc(where(o), o->matrix_elems, "Muon's matrices", &o->parts));
+    if (o->tp > 1)
+        TRY(flat_alloc(where(o), o->matrix_elems, "Muon's matrices", &o->whole));
     o->xfer = mem_array(NULL, most + 1, sizeof *o->xfer);
-    o->room_bytes = (room + (o->tp > 1 ? 2 : 1) * matrix) * sizeof(float);
-    return o->room && o->parts && o->xfer && (o->whole || o->tp == 1)
-               ? NULL
-               : ERR(NO_MEMORY, "Muon's matrices: %zu floats", room);
+    return o->xfer ? NULL : ERR(NO_MEMORY, "%zu messages of Muon's matrices", most);
 }
 
 status *owners_open(struct params *p, struct zero *z, struct comm *dp, struct comm *tp, struct comm *all,
@@ -313,15 +319,15 @@ void owners_close(struct owners *o)
     mem_free(o->run);
     mem_free(o->held);
     mem_free(o->xfer);
-    mem_free(o->parts);
-    mem_free(o->whole);
-    mem_free(o->room);
+    flat_free(where(o), o->parts, o->matrix_elems);
+    flat_free(where(o), o->whole, o->matrix_elems);
+    flat_free(where(o), o->room, o->room_elems);
     mem_free(o);
 }
 
 uint64_t owners_bytes(const struct owners *o)
 {
-    return o ? o->room_bytes : 0;
+    return o ? (o->room_elems + (o->tp > 1 ? 2 : 1) * o->matrix_elems) * sizeof(float) : 0;
 }
 
 /* ---- the step ---- */
@@ -333,23 +339,24 @@ static void put_together(struct owners *o, const struct matrix *m, bool apart)
     int dim = p->shape.ndim - 2;
     for (int t = 0; t < o->tp; t += p->share) {
         const struct box *b = &o->box[t * o->p->count + m->param];
-        float *part = o->parts + (uint64_t)(t / p->share) * (m->end - m->begin);
-        for (uint64_t row = 0; row < b->len[dim]; row++) {
-            float *to = o->whole + (b->off[dim] + row) * m->cols + b->off[dim + 1],
-                  *from = part + row * b->len[dim + 1];
-            memcpy(apart ? from : to, apart ? to : from, b->len[dim + 1] * sizeof *to);
-        }
+        int64_t rows = (int64_t)b->len[dim], cols = (int64_t)b->len[dim + 1], all = (int64_t)m->cols;
+        float *part = o->parts + (uint64_t)(t / p->share) * (m->end - m->begin),
+              *whole = o->whole + b->off[dim] * m->cols + b->off[dim + 1];
+        compute_kernels(where(o))->copy_rows(compute_workers(where(o), o->workers), apart ? part : whole,
+                                             apart ? cols : all, apart ? whole : part, apart ? all : cols, rows, cols,
+                                             false);
     }
 }
 
-static void orthogonalise(struct owners *o, const struct matrix *m)
+static status *orthogonalise(struct owners *o, const struct matrix *m)
 {
     bool cut = o->p->p[m->param].share < o->tp;
     if (cut)
         put_together(o, m, false);
-    muon_orthogonalise(o->workers, cut ? o->whole : o->parts, m->rows, m->cols, o->room);
+    TRY(muon_orthogonalise(where(o), o->workers, cut ? o->whole : o->parts, m->rows, m->cols, o->room));
     if (cut)
         put_together(o, m, true);
+    return NULL;
 }
 
 typedef status *fence_fn(void *arg, const void *addr, size_t bytes);
@@ -382,9 +389,9 @@ static void own_parts(struct owners *o, const struct matrix *m, const struct muo
         struct zero_run part = meet(h->run, m);
         uint64_t at = part.begin - h->run.begin, n = run_elems(part);
         if (n && apply)
-            muon_apply(muon, h->w + at, h->g + at, n, m->rows, m->cols);
+            muon_apply(muon, where(o), h->w + at, h->g + at, n, m->rows, m->cols);
         else if (n)
-            muon_momentum(muon, h->g + at, h->m + at, n);
+            muon_momentum(muon, where(o), h->g + at, h->m + at, n);
     }
 }
 
@@ -399,11 +406,11 @@ status *owners_step(struct owners *o, const struct muon *muon, fence_fn *fence, 
             own_parts(o, &o->matrix[i], muon, false);
     }
     for (int turn = 0; turn < o->turns; turn++) {
-        TRY(comm_exchange(o->all, o->xfer, messages(o, turn, false, o->xfer), NULL));
+        TRY(comm_exchange(o->all, o->xfer, messages(o, turn, false, o->xfer), compute_stream(where(o))));
         for (int i = o->round_begin[turn]; i < o->round_begin[turn + 1]; i++)
             if (o->round[i]->owner == o->all->rank)
-                orthogonalise(o, o->round[i]);
-        TRY(comm_exchange(o->all, o->xfer, messages(o, turn, true, o->xfer), NULL));
+                failed = status_first(failed, orthogonalise(o, o->round[i]));
+        TRY(comm_exchange(o->all, o->xfer, messages(o, turn, true, o->xfer), compute_stream(where(o))));
     }
     for (int i = 0; !failed && i < o->matrices; i++)
         own_parts(o, &o->matrix[i], muon, true);

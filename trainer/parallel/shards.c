@@ -7,7 +7,8 @@
 #include "comm/agree.h"
 #include "comm/base/bytes.h"
 #include "comm/base/mem.h"
-#include "comm/base/rng.h"
+#include "trainer/ops/flat.h"
+#include "trainer/ops/kernels.h"
 
 #include <string.h>
 
@@ -55,6 +56,17 @@ static struct window *window_of(struct shards *s, int unit)
 }
 
 /* ---- open ---- */
+
+/* Where windows and shards are. */
+static struct compute *where(const struct shards *s)
+{
+    return s->p->compute;
+}
+
+static struct stream *stream_of(const struct shards *s)
+{
+    return compute_stream(where(s));
+}
 
 static uint64_t elems_of_all(const struct shards *s)
 {
@@ -140,17 +152,14 @@ static void point(struct shards *s, bool grads)
 
 static status *open_window(struct shards *s, struct window *w)
 {
-    bool data = s->o.data && !s->o.resident;
     size_t bytes = w->elems * dtype_bytes(s->o.dtype), peers = (size_t)s->kind[TRAINED].k.shards - 1;
-    if (data)
-        w->data = mem_block(bytes, 4096);
+    if (s->o.data && !s->o.resident)
+        TRY(status_wrap(compute_alloc(where(s), bytes, &w->data), "a window for parameters"));
     if (s->o.grad)
-        w->grad = mem_block(w->grad_elems * sizeof(float), 4096);
+        TRY(flat_alloc(where(s), w->grad_elems, "a window for gradients", &w->grad));
     w->xfer = mem_array(NULL, 2 * peers * (s->kind[TRAINED].k.n + s->kind[FROZEN].k.n) + 1, sizeof *w->xfer);
     w->holds = -1;
-    return w->xfer && (w->data || !data) && (w->grad || !s->o.grad)
-               ? NULL
-               : ERR(NO_MEMORY, "a window of %zu bytes for parameters or gradients", bytes);
+    return w->xfer ? NULL : ERR(NO_MEMORY, "messages of a window");
 }
 
 static status *open_kind(struct shards *s, int kind, const struct comm *dp)
@@ -159,12 +168,14 @@ static status *open_kind(struct shards *s, int kind, const struct comm *dp)
     TRY(buckets_open(s->p, s->o.bucket_elems, true, kind == FROZEN, dp->size, s->o.shards, dp->rank, &k->k));
     if (!s->o.data)
         return NULL;
-    k->own = mem_block(k->k.own_elems * sizeof(float), 4096);
+    TRY(flat_alloc(where(s), k->k.own_elems, "parameters of a shard", &k->own));
+    void *low = NULL;
+    if (s->o.dtype == DTYPE_BF16 && !s->o.resident)
+        TRY(status_wrap(compute_alloc(where(s), k->k.own_elems * sizeof *k->low, &low), "parameters of a shard"));
+    k->low = low;
     k->run = mem_array(NULL, k->k.n + 1, sizeof *k->run);
-    bool low = s->o.dtype == DTYPE_BF16 && !s->o.resident;
-    k->low = low ? mem_block(k->k.own_elems * sizeof *k->low, 4096) : NULL;
-    if (!k->own || !k->run || (low && !k->low))
-        return ERR(NO_MEMORY, "%llu parameters of a shard", (unsigned long long)k->k.own_elems);
+    if (!k->run)
+        return ERR(NO_MEMORY, "runs of %llu parameters of a shard", (unsigned long long)k->k.own_elems);
     for (uint64_t b = 0; b < k->k.n; b++) {
         struct zero_run r = bucket_run(&k->k, b, k->k.shard);
         if (run_elems(r))
@@ -187,8 +198,7 @@ static status *open_all(struct shards *s, const struct comm *dp)
     for (int w = 0; w < WINDOWS; w++)
         TRY(open_window(s, &s->window[w]));
     size_t bytes = s->o.resident ? elems_of_all(s) * dtype_bytes(s->o.dtype) : 0;
-    s->resident = bytes ? mem_block(bytes, 4096) : NULL;
-    return s->resident || !bytes ? NULL : ERR(NO_MEMORY, "%zu bytes of parameters", bytes);
+    return bytes ? status_wrap(compute_alloc(where(s), bytes, &s->resident), "parameters") : NULL;
 }
 
 static status *enter(void *arg, int64_t block, bool backward);
@@ -224,17 +234,17 @@ void shards_close(struct shards *s)
     shards_release(s, false);
     for (int i = 0; i < WINDOWS; i++) {
         struct window *w = &s->window[i];
-        mem_block_free(w->data, w->elems * dtype_bytes(s->o.dtype));
-        mem_block_free(w->grad, w->grad_elems * sizeof(float));
+        compute_free(where(s), w->data, w->elems * dtype_bytes(s->o.dtype));
+        flat_free(where(s), w->grad, w->grad_elems);
         mem_free(w->xfer);
     }
     for (int k = 0; k < KINDS; k++) {
-        mem_block_free(s->kind[k].own, s->kind[k].k.own_elems * sizeof(float));
-        mem_block_free(s->kind[k].low, s->kind[k].k.own_elems * sizeof *s->kind[k].low);
+        flat_free(where(s), s->kind[k].own, s->kind[k].k.own_elems);
+        compute_free(where(s), s->kind[k].low, s->kind[k].k.own_elems * sizeof *s->kind[k].low);
         mem_free(s->kind[k].run);
         buckets_fini(&s->kind[k].k);
     }
-    mem_block_free(s->resident, elems_of_all(s) * dtype_bytes(s->o.dtype));
+    compute_free(where(s), s->resident, elems_of_all(s) * dtype_bytes(s->o.dtype));
     comm_close(s->comm);
     mem_free(s);
 }
@@ -297,27 +307,27 @@ void shards_collect(struct shards *s, status *(*collect)(void *arg, int unit), v
 /* ---- parameters ---- */
 
 /* Bucket b of all shards into `to`, where its first element is, of what is gathered or (exact) of the parameters
- * themselves; this shard's run is copied now, or is there. */
-static size_t gather_messages(const struct shards *s, const struct kind *kind, uint64_t b, bool exact, void *to,
-                              struct comm_xfer *x)
+ * themselves; this shard's run is copied now, or is there. The messages are x[*n] and on. */
+static status *gather_messages(const struct shards *s, const struct kind *kind, uint64_t b, bool exact, void *to,
+                               struct comm_xfer *x, size_t *n)
 {
     const struct bucket *k = &kind->k.b[b];
     struct zero_run mine = bucket_run(&kind->k, b, kind->k.shard);
     bool bf16 = !exact && s->o.dtype == DTYPE_BF16;
-    size_t n = 0, each = bf16 ? sizeof *kind->low : sizeof *kind->own, bytes = run_elems(mine) * each;
+    size_t each = bf16 ? sizeof *kind->low : sizeof *kind->own, bytes = run_elems(mine) * each;
     char *all = to, *place = all + (mine.begin - k->begin) * each;
     if (kind->low && bf16)
-        memcpy(place, kind->low + k->own, bytes);
+        TRY(compute_copy(where(s), place, kind->low + k->own, bytes));
     else if (!bf16)
-        memcpy(place, kind->own + k->own, bytes);
+        TRY(compute_copy(where(s), place, kind->own + k->own, bytes));
     for (int r = 0; r < kind->k.shards; r++) {
         struct zero_run theirs = bucket_run(&kind->k, b, r);
         if (r == kind->k.shard)
             continue;
-        x[n++] = (struct comm_xfer){ r, 0, true, place, bytes };
-        x[n++] = (struct comm_xfer){ r, 0, false, all + (theirs.begin - k->begin) * each, run_elems(theirs) * each };
+        x[(*n)++] = (struct comm_xfer){ r, 0, true, place, bytes };
+        x[(*n)++] = (struct comm_xfer){ r, 0, false, all + (theirs.begin - k->begin) * each, run_elems(theirs) * each };
     }
-    return n;
+    return NULL;
 }
 
 /* Where bucket b begins in its unit's window. */
@@ -337,10 +347,10 @@ static status *start_gather(struct shards *s, int unit)
     for (int kind = 0; kind < KINDS; kind++)
         for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
             if (s->kind[kind].k.b[b].unit == unit)
-                n += gather_messages(s, &s->kind[kind], b, false, window_place(s, kind, b), w->xfer + n);
+                TRY(gather_messages(s, &s->kind[kind], b, false, window_place(s, kind, b), w->xfer, &n));
     w->holds = unit;
     w->flying = true;
-    return comm_iexchange(s->comm, w->xfer, n, NULL, &w->req);
+    return comm_iexchange(s->comm, w->xfer, n, stream_of(s), &w->req);
 }
 
 static status *finish_gather(struct window *w)
@@ -370,34 +380,29 @@ void shards_changed(struct shards *s)
 
 /* ---- bf16 ---- */
 
-/* x, up or down: the chance of the larger magnitude is how much of the way x has gone to it. */
-static uint16_t round_by(float x, uint32_t draw)
+/* What rounds element `begin` of p's part and those behind it. */
+static struct rounding rounding_of(const struct shards *s, const struct param *p, uint64_t step, uint64_t begin)
 {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if ((bits & 0x7f800000u) == 0x7f800000u) /* no number, or infinite */
-        return bf16_from_f32(x);
-    return (uint16_t)((bits + (draw & 0xffffu)) >> 16);
+    struct rounding r = { .at = { s->o.seed, (uint32_t)hash64(p->name, strlen(p->name)), (uint32_t)step, RNG_ROUND },
+                          .ndim = p->shape.ndim,
+                          .first = begin };
+    for (int i = 0; i < r.ndim; i++) {
+        r.dim[i] = p->shape.dim[i];
+        r.off[i] = p->box.off[i];
+        r.len[i] = p->box.len[i];
+    }
+    return r;
 }
-
-enum { DRAWS = 256 };
 
 /* Elements [begin, end) of the flat block, of parameter p; paddings stay as they are in y. */
 static void round_stochastically(const struct shards *s, const struct param *p, uint64_t step, uint64_t begin,
                                  uint64_t end, const float *x, uint16_t *y)
 {
-    struct rng_at at = { s->o.seed, (uint32_t)hash64(p->name, strlen(p->name)), (uint32_t)step, RNG_ROUND };
-    uint64_t held = box_volume(p->shape.ndim, &p->box), cols = p->box.len[p->shape.ndim - 1];
+    uint64_t held = box_volume(p->shape.ndim, &p->box);
     uint64_t e = begin - p->offset, stop = end - p->offset < held ? end - p->offset : held;
-    for (uint64_t n; e < stop;
-         e += n, x += n, y += n) { /* of a row, whose elements are neighbours in the whole tensor */
-        uint32_t draw[DRAWS];
-        uint64_t row = cols - e % cols, most = row < stop - e ? row : stop - e;
-        n = most < DRAWS ? most : DRAWS;
-        rng_u32s(at, box_element(&p->shape, &p->box, e), n, draw);
-        for (uint64_t i = 0; i < n; i++)
-            y[i] = round_by(x[i], draw[i]);
-    }
+    struct rounding how = rounding_of(s, p, step, e);
+    if (e < stop)
+        compute_kernels(where(s))->narrow_drawn(compute_workers(where(s), NULL), y, x, (int64_t)(stop - e), &how);
 }
 
 /* The parameters of a run that train, of which x and y have the elements. */
@@ -419,8 +424,7 @@ static void round_kind(struct shards *s, int kind, uint64_t step)
     uint64_t at = 0;
     for (uint64_t r = 0; r < k->runs; at += run_elems(k->run[r]), r++) {
         uint16_t *y = s->resident ? (uint16_t *)s->resident + k->run[r].begin : k->low + at;
-        for (uint64_t e = 0; e < run_elems(k->run[r]); e++)
-            y[e] = bf16_from_f32(k->own[at + e]);
+        flat_narrow(where(s), y, k->own + at, run_elems(k->run[r]));
         if (s->o.stochastic && kind == TRAINED)
             round_run(s, k->run[r], step, k->own + at, y);
     }
@@ -439,10 +443,10 @@ status *shards_refresh(struct shards *s, uint64_t step, bool all)
 
 /* ---- a pass ---- */
 
-static void clear_grad(struct window *w)
+static void clear_grad(const struct shards *s, const struct window *w)
 {
     if (w->grad)
-        memset(w->grad, 0, w->grad_elems * sizeof(float));
+        flat_zero(where(s), w->grad, w->grad_elems);
 }
 
 static status *enter(void *arg, int64_t block, bool backward)
@@ -452,7 +456,7 @@ static status *enter(void *arg, int64_t block, bool backward)
     if (is_here(s, unit))
         TRY(gather(s, unit));
     if (is_here(s, unit) && backward)
-        clear_grad(window_of(s, unit));
+        clear_grad(s, window_of(s, unit));
     if (next > 0 && next < units(s) && is_here(s, next))
         TRY(start_gather(s, next));
     return s->other ? enter(s->other, block, backward) : NULL;
@@ -473,14 +477,14 @@ void shards_join(struct shards *s, struct shards *other)
 
 void shards_clear(struct shards *s)
 {
-    clear_grad(&s->window[0]);
+    clear_grad(s, &s->window[0]);
 }
 
 status *shards_begin(struct shards *s, bool training)
 {
     TRY(gather(s, 0));
     if (training)
-        clear_grad(&s->window[0]);
+        clear_grad(s, &s->window[0]);
     return NULL;
 }
 
@@ -519,55 +523,53 @@ status *shards_idle_backward(struct shards *s, int chunk, bool weights)
 
 /* ---- all at once, or one after another ---- */
 
-/* What this shard keeps of bucket b, from a place where the bucket is whole. */
-static void keep_own(const struct kind *k, uint64_t b, const float *from)
-{
-    struct zero_run mine = bucket_run(&k->k, b, k->k.shard);
-    memcpy(k->own + k->k.b[b].own, from + (mine.begin - k->k.b[b].begin), run_elems(mine) * sizeof(float));
-}
-
-/* Initial values of a unit, drawn where its window is, or in `room`. */
-static void init_unit(struct shards *s, int unit, float *room, uint64_t seed)
+/* Initial values of a unit, drawn where its window is, or in `room`, the host's. */
+static status *init_unit(struct shards *s, int unit, float *room, uint64_t seed)
 {
     for (int i = 0; i < s->p->count; i++) {
-        struct param *p = &s->p->p[i];
-        if (p->alias >= 0 || p->away || p->block + 1 != unit)
-            continue;
-        void *there = p->value.data;
-        p->value.data = room + place_of(s, p);
-        param_init(p, seed);
-        p->value.data = there;
+        const struct param *p = &s->p->p[i];
+        if (p->alias < 0 && !p->away && p->block + 1 == unit)
+            param_init(p, seed, room + place_of(s, p));
     }
     for (int kind = 0; kind < KINDS; kind++)
-        for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
-            if (s->kind[kind].k.b[b].unit == unit)
-                keep_own(&s->kind[kind], b, room + place_of_bucket(s, kind, b));
+        for (uint64_t b = 0; b < s->kind[kind].k.n; b++) {
+            const struct kind *k = &s->kind[kind];
+            struct zero_run mine = bucket_run(&k->k, b, k->k.shard);
+            if (k->k.b[b].unit == unit)
+                TRY(compute_put(where(s), k->own + k->k.b[b].own,
+                                room + place_of_bucket(s, kind, b) + (mine.begin - k->k.b[b].begin),
+                                run_elems(mine) * sizeof(float)));
+        }
+    return NULL;
 }
 
 status *shards_init(struct shards *s, uint64_t seed)
 {
-    bool in_place = s->o.dtype == DTYPE_F32 && !s->resident;
+    bool in_place = s->o.dtype == DTYPE_F32 && !s->resident && compute_host(where(s));
+    status *st = NULL;
     uint64_t most = 1;
     for (int w = 0; w < WINDOWS; w++)
         most = s->window[w].elems > most ? s->window[w].elems : most;
     float *room = in_place ? NULL : mem_array(NULL, most, sizeof *room);
     if (!room && !in_place)
         return ERR(NO_MEMORY, "initial values of %llu elements", (unsigned long long)most);
-    for (int unit = 0; unit < units(s); unit++) {
+    for (int unit = 0; unit < units(s) && !st; unit++) {
         struct window *w = window_of(s, unit);
         float *values = in_place ? w->data : room;
         memset(values, 0, w->elems * sizeof(float)); /* paddings */
-        init_unit(s, unit, values, seed);
+        st = init_unit(s, unit, values, seed);
     }
     mem_free(room);
     shards_changed(s);
-    return NULL;
+    return st;
 }
 
 static status *gather_bucket(struct shards *s, const struct kind *k, uint64_t b, bool exact, void *to)
 {
     struct comm_xfer *x = s->window[0].xfer;
-    return comm_exchange(s->comm, x, gather_messages(s, k, b, exact, to, x), NULL);
+    size_t n = 0;
+    TRY(gather_messages(s, k, b, exact, to, x, &n));
+    return comm_exchange(s->comm, x, n, stream_of(s));
 }
 
 static status *finish_gathers(struct shards *s)
@@ -598,15 +600,16 @@ status *shards_crc(struct shards *s, uint32_t *crc)
             uint64_t n = s->kind[kind].k.b[b].end - s->kind[kind].k.b[b].begin;
             most = n > most ? n : most;
         }
-    float *room = mem_array(NULL, most, sizeof *room);
-    status *st = comm_agree(s->comm, room ? NULL : ERR(NO_MEMORY, "a bucket of parameters"));
+    float *room = NULL;
+    status *st = comm_agree(s->comm, flat_alloc(where(s), most, "a bucket of parameters", &room));
     for (int kind = 0; !st && kind < KINDS; kind++)
         for (uint64_t b = 0; !st && b < s->kind[kind].k.n; b++) {
             const struct bucket *k = &s->kind[kind].k.b[b];
             st = gather_bucket(s, &s->kind[kind], b, true, room);
-            *crc = crc32c(*crc, room, (k->end - k->begin) * sizeof *room);
+            if (!st)
+                st = flat_crc(where(s), room, (k->end - k->begin) * sizeof *room, crc);
         }
-    mem_free(room);
+    flat_free(where(s), room, most);
     return st;
 }
 
@@ -617,8 +620,8 @@ status *shards_hold(struct shards *s, bool exact)
     TRY(finish_gathers(s));
     s->held_dtype = exact ? DTYPE_F32 : s->o.dtype;
     size_t bytes = elems_of_all(s) * dtype_bytes(s->held_dtype);
-    void *block = mem_block(bytes, 4096);
-    TRY(comm_agree(s->comm, block ? NULL : ERR(NO_MEMORY, "%zu bytes for all parameters at once", bytes)));
+    void *block = NULL;
+    TRY(comm_agree(s->comm, status_wrap(compute_alloc(where(s), bytes, &block), "all parameters at once")));
     s->held = block;
     TRY(gather_all(s, exact, true, s->held));
     point(s, false); /* those of a tied weight may lie elsewhere (tied.h) */
@@ -630,9 +633,12 @@ void shards_release(struct shards *s, bool keep)
     if (!s->held)
         return;
     for (int kind = 0; keep && kind < KINDS; kind++)
-        for (uint64_t b = 0; b < s->kind[kind].k.n; b++)
-            keep_own(&s->kind[kind], b, (const float *)s->held + s->kind[kind].k.b[b].begin);
-    mem_block_free(s->held, elems_of_all(s) * dtype_bytes(s->held_dtype));
+        for (uint64_t b = 0; b < s->kind[kind].k.n; b++) {
+            const struct kind *k = &s->kind[kind];
+            struct zero_run mine = bucket_run(&k->k, b, k->k.shard);
+            flat_copy(where(s), k->own + k->k.b[b].own, (const float *)s->held + mine.begin, run_elems(mine));
+        }
+    compute_free(where(s), s->held, elems_of_all(s) * dtype_bytes(s->held_dtype));
     s->held = NULL;
     point(s, false);
     if (keep)

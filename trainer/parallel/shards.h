@@ -35,7 +35,8 @@ struct shards_options {
 
 struct shards; /* opaque */
 
-/* Points the tensors of p into windows. Borrows p and dp. All memory is taken here. Collective over dp. */
+/* Points the tensors of p into windows. Borrows p and dp, which moves memory of p->compute, where all is taken now.
+ * Collective over dp. */
 status *shards_open(const struct shards_options *o, struct params *p, struct comm *dp, struct shards **out) WARN_UNUSED;
 void shards_close(struct shards *s); /* NULL is fine */
 const struct buckets *shards_buckets(const struct shards *s);

@@ -157,9 +157,8 @@ static status *open_moments(struct zero *z)
     m->run = z->run;
     TRY(list_second_moments(z));
     m->w = z->shards ? shards_own(z->shards, false).value : NULL;
-    m->m = mem_block(m->elems * sizeof(float), 4096);
-    m->v = mem_block(m->v_elems * sizeof(float), 4096);
-    return m->m && m->v ? NULL : ERR(NO_MEMORY, "AdamW's moments of %llu elements", (unsigned long long)m->elems);
+    TRY(flat_alloc(where(z), m->elems, "AdamW's moments", &m->m));
+    return flat_alloc(where(z), m->v_elems, "AdamW's moments", &m->v);
 }
 
 /* Cut every group's lanes into aligned nodes. */
@@ -201,12 +200,9 @@ static uint64_t most_sums(const struct zero *z)
 static status *open_buffers(struct zero *z)
 {
     uint64_t most = most_sums(z);
-    for (; (uint64_t)z->buffers < most; z->buffers++) {
-        z->buffer[z->buffers] = mem_block((z->field_elems + 1) * sizeof(float), 4096);
-        if (!z->buffer[z->buffers])
-            return ERR(NO_MEMORY, "gradient buffer %d of %llu for the lanes of a rank, %llu elements", z->buffers + 1,
-                       (unsigned long long)most, (unsigned long long)z->field_elems);
-    }
+    for (; (uint64_t)z->buffers < most; z->buffers++)
+        TRY(status_wrap(flat_alloc(where(z), z->field_elems + 1, "gradients of lanes", &z->buffer[z->buffers]),
+                        "buffer %d of %llu", z->buffers + 1, (unsigned long long)most));
     return NULL;
 }
 
@@ -250,12 +246,14 @@ static status *open_due(struct zero *z)
     return NULL;
 }
 
-static status *open_low(struct low_room *r, uint64_t elems, size_t messages)
+static status *open_low(const struct zero *z, struct low_room *r, uint64_t elems, size_t messages)
 {
+    void *low;
     r->elems = elems;
-    r->low = mem_block(elems * sizeof *r->low, 4096);
+    TRY(status_wrap(compute_alloc(where(z), elems * sizeof *r->low, &low), "gradients in bf16"));
+    r->low = low;
     r->wide = mem_array(NULL, messages + 1, sizeof *r->wide);
-    return r->low && r->wide ? NULL : ERR(NO_MEMORY, "gradients in bf16, %llu elements", (unsigned long long)elems);
+    return r->wide ? NULL : ERR(NO_MEMORY, "%zu messages of gradients", messages);
 }
 
 static size_t low_bytes(const struct zero *z)
@@ -277,7 +275,9 @@ static status *open_messages(struct zero *z)
     bool over = __builtin_mul_overflow(others * sizeof(float), longest, &nodes);
     z->recv_bytes = nodes > leaves ? nodes : leaves;
     z->recv_bytes = (z->recv_bytes + 4095) / 4096 * 4096;
-    z->recv = over ? NULL : mem_block(FLIGHTS * z->recv_bytes, 4096);
+    if (over)
+        return ERR(NO_MEMORY, "buffers to receive gradients of %zu nodes", others);
+    TRY(flat_alloc(where(z), FLIGHTS * z->recv_bytes / sizeof *z->recv, "buffers to receive gradients", &z->recv));
     z->xfer = mem_array(NULL, (reduce > gather ? reduce : gather) + 1, sizeof *z->xfer);
     for (int i = 0; z->recv && i < FLIGHTS; i++) {
         z->flight[i].recv = z->recv + (size_t)i * z->recv_bytes / sizeof *z->recv;
@@ -286,23 +286,34 @@ static status *open_messages(struct zero *z)
             return ERR(NO_MEMORY, "%zu messages of gradients", reduce);
     }
     if (z->o.cp) {
-        z->cp_room = mem_array(NULL, ordered_room(z->o.cp, ordered_slice(z->o.cp, longest)) + 1, sizeof *z->cp_room);
-        if (!z->cp_room)
-            return ERR(NO_MEMORY, "sums of %llu gradients over parallel.cp", (unsigned long long)longest);
+        z->cp_elems = ordered_room(z->o.cp, ordered_slice(z->o.cp, longest)) + 1;
+        TRY(flat_alloc(where(z), z->cp_elems, "sums of gradients over parallel.cp", &z->cp_room));
     }
     if (is_low(z)) {
         uint64_t bucket = 0;
         for (uint64_t b = 0; b < z->k->n; b++)
             bucket = z->k->b[b].end - z->k->b[b].begin > bucket ? z->k->b[b].end - z->k->b[b].begin : bucket;
         for (int i = 0; i < FLIGHTS; i++)
-            TRY(open_low(&z->low[i], nodes / sizeof(float) + (uint64_t)z->own_parts * bucket + 1, reduce));
-        TRY(open_low(&z->low[FLIGHTS], leaves / sizeof(float) + bucket + 1, gather));
+            TRY(open_low(z, &z->low[i], nodes / sizeof(float) + (uint64_t)z->own_parts * bucket + 1, reduce));
+        TRY(open_low(z, &z->low[FLIGHTS], leaves / sizeof(float) + bucket + 1, gather));
     }
     z->norm = mem_calloc((size_t)z->dp->size * z->norm_cap, sizeof *z->norm);
     z->cursor = mem_calloc((size_t)z->dp->size, sizeof *z->cursor);
-    if (!z->recv || !z->xfer || !z->norm || !z->cursor)
-        return ERR(NO_MEMORY, "buffers to receive %zu bytes of gradients", z->recv_bytes);
-    return NULL;
+    return z->xfer && z->norm && z->cursor ? NULL : ERR(NO_MEMORY, "messages and norms of gradients");
+}
+
+/* The blocks of the norm whose sums of squares a device makes and the host waits for. */
+static status *open_squares(struct zero *z)
+{
+    void *squares;
+    if (compute_host(where(z)))
+        return NULL;
+    for (uint64_t b = 0; b < z->k->n; b++)
+        z->blocks += run_elems(own_part(z, b)) / PARAM_ALIGN;
+    TRY(status_wrap(compute_alloc(where(z), z->blocks * sizeof *z->squares, &squares), "norms of gradients"));
+    z->squares = squares;
+    z->seen = mem_array(NULL, z->blocks + 1, sizeof *z->seen);
+    return z->seen ? NULL : ERR(NO_MEMORY, "norms of %llu blocks", (unsigned long long)z->blocks);
 }
 
 static status *warm_flight(const struct zero *z, struct flight *f, float *room)
@@ -401,6 +412,7 @@ static status *open_all(struct zero *z)
     TRY(open_parts(z));
     TRY(open_buffers(z));
     TRY(open_due(z));
+    TRY(open_squares(z));
     return open_messages(z);
 }
 
@@ -437,6 +449,22 @@ status *zero_open(const struct zero_options *o, struct params *p, struct comm *d
     return NULL;
 }
 
+/* What is where the parameters are. */
+static void close_blocks(struct zero *z)
+{
+    if (!z->p)
+        return;
+    flat_free(where(z), z->recv, FLIGHTS * z->recv_bytes / sizeof *z->recv);
+    while (z->buffers)
+        flat_free(where(z), z->buffer[--z->buffers], z->field_elems + 1);
+    flat_free(where(z), z->moments.v, z->moments.v_elems);
+    flat_free(where(z), z->moments.m, z->moments.elems);
+    compute_free(where(z), z->squares, z->blocks * sizeof *z->squares);
+    flat_free(where(z), z->cp_room, z->cp_elems);
+    for (int i = 0; i <= FLIGHTS; i++)
+        compute_free(where(z), z->low[i].low, z->low[i].elems * sizeof *z->low[i].low);
+}
+
 void zero_close(struct zero *z)
 {
     if (!z)
@@ -448,23 +476,17 @@ void zero_close(struct zero *z)
     mem_free(z->chunk);
     mem_free(z->tp_norm);
     mem_free(z->scalar);
+    mem_free(z->seen);
     mem_free(z->cursor);
     mem_free(z->norm);
-    mem_free(z->cp_room);
     mem_free(z->due);
     for (int i = 0; i < FLIGHTS; i++)
         mem_free(z->flight[i].xfer);
-    for (int i = 0; i <= FLIGHTS; i++) {
-        mem_block_free(z->low[i].low, z->low[i].elems * sizeof *z->low[i].low);
+    for (int i = 0; i <= FLIGHTS; i++)
         mem_free(z->low[i].wide);
-    }
     mem_free(z->xfer);
-    mem_block_free(z->recv, FLIGHTS * z->recv_bytes);
-    while (z->buffers)
-        mem_block_free(z->buffer[--z->buffers], (z->field_elems + 1) * sizeof(float));
+    close_blocks(z);
     mem_free(z->part);
-    mem_block_free(z->moments.v, z->moments.v_elems * sizeof(float));
-    mem_block_free(z->moments.m, z->moments.elems * sizeof(float));
     mem_free(z->run);
     mem_free(z->v_run);
     shards_close(z->shards);
@@ -514,8 +536,8 @@ struct zero_moments zero_moments(struct zero *z)
 
 void zero_reset_moments(struct zero *z)
 {
-    memset(z->moments.m, 0, z->moments.elems * sizeof(float));
-    memset(z->moments.v, 0, z->moments.v_elems * sizeof(float));
+    flat_zero(where(z), z->moments.m, z->moments.elems);
+    flat_zero(where(z), z->moments.v, z->moments.v_elems);
 }
 
 /* ---- the update ---- */
@@ -559,6 +581,8 @@ int zero_holders(const struct zero *z)
 static void update_run(const struct zero *z, const struct adamw *a, struct zero_run run, float *w, const float *g,
                        float *m, float *v)
 {
+    const struct kernels *k = compute_kernels(where(z));
+    struct workers *workers = compute_workers(where(z), z->o.workers);
     uint64_t skipped = 0; /* of the run so far: parameters lie in the order of the list */
     for (int i = 0; i < z->p->count; i++) {
         const struct param *p = &z->p->p[i];
@@ -570,8 +594,8 @@ static void update_run(const struct zero *z, const struct adamw *a, struct zero_
         end = end < run.end ? end : run.end;
         uint64_t at = begin - run.begin;
         if (begin < end)
-            adamw_update(z->o.workers, w + at, g + at, m + at, v + (at - skipped), end - begin, a->lr, a->beta1,
-                         a->beta2, a->eps, p->decay ? a->weight_decay : 0, a->step, a->grad_scale);
+            k->adamw(workers, w + at, g + at, m + at, v + (at - skipped), end - begin, a->lr, a->beta1, a->beta2,
+                     a->eps, p->decay ? a->weight_decay : 0, a->step, a->grad_scale);
     }
 }
 
@@ -637,7 +661,7 @@ status *zero_update(struct zero *z, const struct adamw *a, fence_fn *fence, void
     }
     if (z->shards)
         shards_changed(z->shards);
-    return failed;
+    return status_first(failed, compute_check(where(z), false));
 }
 
 /* ---- scalars ---- */

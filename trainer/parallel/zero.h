@@ -35,8 +35,7 @@ struct zero_options {
     bool sums_only;          /* no update: no moments, values are not looked at (tied.h) */
     int shards;              /* 0: dp; INVALID if it does not divide dp */
     uint32_t micro_batches;  /* a step has at most so many, 0: any number. If no lane has two, a buffer is saved */
-    struct workers *workers; /* for norms and updates; may be NULL. Borrowed */
-    struct compute *compute; /* where parameters, gradients and moments live (compute.h); NULL: the host. Borrowed */
+    struct workers *workers; /* for norms and updates, where params.compute is NULL; may be NULL. Borrowed */
     /* DTYPE_BF16: tensors hold bf16, rounded from f32 parameters that are kept as the moments are (0: DTYPE_F32: they
      * hold the parameters). At every stage they get their memory here, and zero_update is followed by shards_refresh.
      */
@@ -63,8 +62,9 @@ struct zero_moments {
 };
 
 /* Collective over dp, cp, tp and pp. With stages 0 and 1 params must have values and gradients, with 2 values; else
- * they get their memory here, and tensors point into it until zero_close. Both are borrowed. All memory is taken here.
- */
+ * they get their memory here, and tensors point into it until zero_close. Both are borrowed. All memory is taken here,
+ * where params.compute is: all ranks' communicators must move it. On a device a step's work is queued; the host waits
+ * in zero_norm. */
 status *zero_open(const struct zero_options *o, struct params *p, struct comm *dp, struct zero **out) WARN_UNUSED;
 void zero_close(struct zero *z); /* NULL is fine; collective */
 struct zero_moments zero_moments(struct zero *z);

@@ -19,6 +19,7 @@
 #ifndef TESSERA_TRAINER_PARALLEL_ZERO_IMPL_H
 #define TESSERA_TRAINER_PARALLEL_ZERO_IMPL_H
 
+#include "trainer/ops/flat.h"
 #include "trainer/parallel/shards.h"
 #include "trainer/parallel/zero.h"
 
@@ -110,11 +111,15 @@ struct zero {
     struct comm_xfer *xfer;
     struct due *due; /* [k->n] */
     struct flight flight[FLIGHTS];
-    float *cp_room;                   /* of sums over cp */
+    float *cp_room; /* of sums over cp */
+    uint64_t cp_elems;
     struct low_room low[FLIGHTS + 1]; /* of each flight, and of xfer */
 
     double *norm;         /* [dp][norm_cap]: sums of squares of each rank's norm nodes */
     uint64_t norm_cap;    /* most norm nodes of a rank */
+    double *squares;      /* on a device: sums of squares of the blocks of this rank's parts, there, and */
+    double *seen;         /* here; else NULL */
+    uint64_t blocks;      /* of these */
     uint64_t *cursor;     /* [dp] */
     struct tree *nodes;   /* [chunks]: norm nodes of this stage's chunks, combined as far as they go */
     struct tree *pp_norm; /* [pp][chunks]: of each stage; NULL: there is one */
@@ -132,6 +137,16 @@ struct zero {
     bool flying; /* leaves of bucket `collected` are on their way */
     uint64_t collected;
 };
+
+static inline struct compute *where(const struct zero *z)
+{
+    return z->p->compute;
+}
+
+static inline struct stream *stream_of(const struct zero *z)
+{
+    return compute_stream(where(z));
+}
 
 /* ---- who has what: pure ---- */
 

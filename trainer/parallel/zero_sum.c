@@ -1,7 +1,7 @@
 /* zero_sum: gradients of micro-batches become sums over all ranks, and their norm. See zero_impl.h. */
 #include "comm/base/mem.h"
-#include "comm/ordered.h"
 #include "trainer/ops/kernels.h"
+#include "trainer/ops/rank_sums.h"
 #include "trainer/parallel/shared_grads.h"
 #include "trainer/parallel/treesum.h"
 #include "trainer/parallel/zero_impl.h"
@@ -14,8 +14,8 @@
 /* To what bf16 can hold, where gradients travel in it. */
 static void round_low(const struct zero *z, float *x, uint64_t n)
 {
-    for (uint64_t i = 0; is_low(z) && i < n; i++)
-        x[i] = bf16_to_f32(bf16_from_f32(x[i]));
+    if (is_low(z))
+        flat_round(where(z), x, n);
 }
 
 /* Let n messages of floats be of bf16. */
@@ -34,9 +34,8 @@ static void narrow(const struct zero *z, struct low_room *r, struct comm_xfer *x
         x->bytes = elems * sizeof *at;
         if (again)
             continue;
-        for (uint64_t e = 0; x->send && e < elems; e++)
-            at[e] = bf16_from_f32(from[e]);
         if (x->send && elems) {
+            flat_narrow(where(z), at, from, elems);
             last = from;
             sent = at;
         }
@@ -46,14 +45,11 @@ static void narrow(const struct zero *z, struct low_room *r, struct comm_xfer *x
 }
 
 /* They have come. */
-static void widen(struct low_room *r, const struct comm_xfer *xfer)
+static void widen(const struct zero *z, struct low_room *r, const struct comm_xfer *xfer)
 {
-    for (size_t i = 0; i < r->narrowed; i++) {
-        const uint16_t *from = xfer[i].buf;
-        float *to = r->wide[i].buf;
-        for (uint64_t e = 0; !r->wide[i].send && e < r->wide[i].bytes / sizeof *to; e++)
-            to[e] = bf16_to_f32(from[e]);
-    }
+    for (size_t i = 0; i < r->narrowed; i++)
+        if (!r->wide[i].send)
+            flat_widen(where(z), r->wide[i].buf, xfer[i].buf, r->wide[i].bytes / sizeof(float));
     r->narrowed = 0;
 }
 
@@ -61,18 +57,12 @@ static void widen(struct low_room *r, const struct comm_xfer *xfer)
 static status *exchange(struct zero *z, struct comm *c, size_t n)
 {
     narrow(z, &z->low[FLIGHTS], z->xfer, n);
-    TRY(comm_exchange(c, z->xfer, n, NULL));
-    widen(&z->low[FLIGHTS], z->xfer);
+    TRY(comm_exchange(c, z->xfer, n, stream_of(z)));
+    widen(z, &z->low[FLIGHTS], z->xfer);
     return NULL;
 }
 
 /* ---- a group's own lanes ---- */
-
-static void add_to(float *sum, const float *x, uint64_t n)
-{
-    for (uint64_t i = 0; i < n; i++)
-        sum[i] += x[i];
-}
 
 /* Append a node, of which elements [at, at + elems) are looked at, and combine it with the siblings before it, in the
  * memory of the first. deterministic off: everything is combined, one after another. */
@@ -83,7 +73,7 @@ static void push(const struct zero *z, struct grad_stack *s, struct grad_node n,
         if (z->o.deterministic && !tree_siblings(left->level, left->index, n.level, n.index))
             break;
         if (left->value && n.value) {
-            add_to(left->value + at, n.value + at, elems);
+            flat_add(where(z), left->value + at, n.value + at, elems);
             if (z->o.deterministic)
                 round_low(z, left->value + at, elems);
         }
@@ -125,7 +115,7 @@ static void add_leaf(const struct zero *z, struct lane_sum *s, uint32_t k, float
 {
     float *sum = s->open; /* NULL: the leaf is all */
     if (sum)
-        add_to(sum + at, leaf, n);
+        flat_add(where(z), sum + at, leaf, n);
     s->open = NULL;
     bool closed = k + 1 == first_of_lane(z, z->kk, s->lane + 1);
     if (closed)
@@ -137,7 +127,7 @@ static void add_leaf(const struct zero *z, struct lane_sum *s, uint32_t k, float
             break;
         s->stack.n--;
         if (left->value) {
-            add_to(left->value + at, sum ? sum + at : leaf, n);
+            flat_add(where(z), left->value + at, sum ? sum + at : leaf, n);
             sum = left->value;
             round_low(z, sum + at, n);
         }
@@ -148,7 +138,7 @@ static void add_leaf(const struct zero *z, struct lane_sum *s, uint32_t k, float
         sum = leaf - at;
     } else if (!sum) {
         sum = free_buffer(z, s);
-        memcpy(sum + at, leaf, n * sizeof *sum);
+        flat_copy(where(z), sum + at, leaf, n);
     }
     if (!closed) {
         s->open = sum;
@@ -174,7 +164,7 @@ void zero_begin(struct zero *z, uint32_t k)
     for (int c = 0; c < params_chunks(z->p); c++)
         z->chunk[c] = (struct chunk_sum){ 0, z->sum, z->sum };
     if (!is_cut(z))
-        kernels_cpu.zero(z->o.workers, z->p->grad, (int64_t)z->p->total);
+        compute_kernels(where(z))->zero(compute_workers(where(z), z->o.workers), z->p->grad, (int64_t)z->p->total);
 }
 
 /* ---- leaves come to their shards ---- */
@@ -209,7 +199,7 @@ static status *finish_collecting(struct zero *z)
         return NULL;
     z->flying = false;
     TRY(comm_wait(&z->req));
-    widen(&z->low[FLIGHTS], z->xfer);
+    widen(z, &z->low[FLIGHTS], z->xfer);
     const struct bucket *b = &z->k->b[z->collected];
     struct zero_run mine = own_run(z, z->collected);
     struct chunk_sum *c = &z->chunk[chunk_of(z, z->collected)];
@@ -239,7 +229,7 @@ status *collect_unit(void *arg, int unit)
         TRY(finish_collecting(z));
         size_t n = leaf_messages(z, b);
         narrow(z, &z->low[FLIGHTS], z->xfer, n);
-        TRY(comm_iexchange(z->shard, z->xfer, n, NULL, &z->req));
+        TRY(comm_iexchange(z->shard, z->xfer, n, stream_of(z), &z->req));
         z->flying = true;
         z->collected = b;
     }
@@ -358,7 +348,7 @@ status *zero_added_chunk(struct zero *z, uint32_t micro_batch, int chunk)
     if (z->o.deterministic || last)
         add_leaf(z, &s->sum, micro_batch, z->p->grad + begin, last, begin, last ? 0 : end - begin);
     if (z->o.deterministic && !last)
-        memset(z->p->grad + begin, 0, (end - begin) * sizeof(float));
+        flat_zero(where(z), z->p->grad + begin, end - begin);
     z->pass = z->chunk[0].pass;
     z->sum = last ? s->sum : z->sum;
     return last ? move_on(z, false) : NULL;
@@ -406,7 +396,7 @@ static void finish_bucket(void *arg)
     const struct flight *f = arg;
     struct zero *z = f->of;
     uint64_t bucket = f->bucket;
-    widen(&z->low[f - z->flight], f->xfer);
+    widen(z, &z->low[f - z->flight], f->xfer);
     struct zero_run run = own_part(z, bucket);
     if (!run_elems(run))
         return;
@@ -426,9 +416,9 @@ static void finish_bucket(void *arg)
     CHECK(s.n == 1, "the lanes of all groups are no whole tree");
     float *sum = s.node[0].value, *to = field(z) + field_at(z, bucket, run.begin);
     if (sum && sum != to)
-        memcpy(to, sum, run_elems(run) * sizeof(float));
+        flat_copy(where(z), to, sum, run_elems(run));
     if (!sum)
-        memset(to, 0, run_elems(run) * sizeof(float)); /* a step without micro-batches */
+        flat_zero(where(z), to, run_elems(run)); /* a step without micro-batches */
 }
 
 static status *begin_bucket(struct zero *z, struct flight *f, uint64_t bucket)
@@ -439,7 +429,7 @@ static status *begin_bucket(struct zero *z, struct flight *f, uint64_t bucket)
         f->own[i] = z->sum.stack.node[i].value;
     size_t n = reduce_messages(z, f);
     narrow(z, &z->low[f - z->flight], f->xfer, n);
-    return comm_iexchange_then(z->sums, f->xfer, n, NULL, finish_bucket, f, &f->req);
+    return comm_iexchange_then(z->sums, f->xfer, n, stream_of(z), finish_bucket, f, &f->req);
 }
 
 /* Begin the exchanges of buckets whose sums are complete here, as many as there is room for, and finish those that have
@@ -475,7 +465,7 @@ status *spread_bucket(struct zero *z, struct comm *c, uint64_t bucket, float *bl
         z->xfer[n++] =
             (struct comm_xfer){ r, 0, false, block + (theirs.begin - origin), run_elems(theirs) * sizeof(float) };
     }
-    return gradients ? exchange(z, c, n) : comm_exchange(c, z->xfer, n, NULL);
+    return gradients ? exchange(z, c, n) : comm_exchange(c, z->xfer, n, stream_of(z));
 }
 
 static struct zero_run part_of_replica(const struct zero *z, uint64_t bucket, int rep)
@@ -521,12 +511,29 @@ static bool counts(const struct zero *z, uint64_t at, int *i)
     return !z->o.tp || p[owner].share <= 1 || z->o.tp->rank % p[owner].share == 0;
 }
 
-enum { NORM_BLOCKS = 1024 }; /* whose sums are made at a time */
+enum { NORM_BLOCKS = 1024 }; /* whose sums are made at a time, on the host */
+
+/* On a device: all of them, which the host waits for. */
+static status *see_squares(const struct zero *z)
+{
+    double *to = z->squares;
+    for (uint64_t b = 0; z->blocks && b < z->k->n; b++) {
+        struct zero_run run = own_part(z, b);
+        if (!run_elems(run))
+            continue;
+        where(z)->kernels->block_sums(where(z)->workers, field(z) + field_at(z, b, run.begin), (int64_t)run_elems(run),
+                                      true, to);
+        to += run_elems(run) / PARAM_ALIGN;
+    }
+    return z->blocks ? compute_get(where(z), z->seen, z->squares, z->blocks * sizeof *z->seen) : NULL;
+}
 
 /* Sums of squares of the aligned nodes of this rank's runs, bucket by bucket. */
-static void norm_nodes(const struct zero *z, double *out)
+static status *norm_nodes(const struct zero *z, double *out)
 {
     int param = 0, chunk = 0;
+    const double *seen = z->seen;
+    TRY(see_squares(z));
     for (uint64_t b = 0; b < z->k->n; b++)
         for (struct zero_run run = own_part(z, b), piece; run.begin < run.end; run.begin = piece.end) {
             uint64_t block;
@@ -535,14 +542,16 @@ static void norm_nodes(const struct zero *z, double *out)
             double squares[NORM_BLOCKS];
             for (uint64_t at = piece.begin, i = 0; at < piece.end; at += PARAM_ALIGN, i++) {
                 uint64_t left = piece.end - at, most = (uint64_t)NORM_BLOCKS * PARAM_ALIGN;
-                if (i % NORM_BLOCKS == 0)
+                if (!seen && i % NORM_BLOCKS == 0)
                     block_sums(z->o.workers, field(z) + field_at(z, b, at), (int64_t)(left < most ? left : most), true,
                                squares);
-                tree_push(&t, 0, block++, counts(z, at, &param) ? squares[i % NORM_BLOCKS] : 0);
+                double square = seen ? *seen++ : squares[i % NORM_BLOCKS];
+                tree_push(&t, 0, block++, counts(z, at, &param) ? square : 0);
             }
             for (int i = 0; i < t.n; i++)
                 *out++ = t.node[i].value;
         }
+    return NULL;
 }
 
 /* From the sum of this rank's part to the norm of the whole. */
@@ -580,7 +589,7 @@ static status *pp_nodes(struct zero *z, struct tree *t)
 status *zero_norm(struct zero *z, double *norm)
 {
     round_sums(z, z->o.stage > 0);
-    norm_nodes(z, z->norm + (uint64_t)z->dp->rank * z->norm_cap);
+    TRY(norm_nodes(z, z->norm + (uint64_t)z->dp->rank * z->norm_cap));
     TRY(comm_allgather(z->dp, z->norm + (uint64_t)z->dp->rank * z->norm_cap, z->norm, z->norm_cap * sizeof(double),
                        NULL));
     struct tree t = { 0 };
@@ -616,10 +625,11 @@ status *zero_reduce(struct zero *z, double *norm)
     CHECK(z->sum.stack.n == z->own_parts, "%d nodes where %d are due", z->sum.stack.n, z->own_parts);
     z->added = z->k->n; /* with no pass at all, too */
     TRY(move_on(z, true));
+    const struct ordered_at at = rank_sums_at(where(z));
     for (uint64_t b = 0; z->o.cp && b < z->k->n; b++) {
         struct zero_run run = own_part(z, b);
         if (run_elems(run))
-            TRY(ordered_allreduce(z->o.cp, field(z) + field_at(z, b, run.begin), run_elems(run), z->cp_room, NULL));
+            TRY(ordered_allreduce(z->o.cp, field(z) + field_at(z, b, run.begin), run_elems(run), z->cp_room, &at));
     }
     TRY(shared_grads_sum(z->shared, field(z)));
     round_sums(z, false);
