@@ -2,6 +2,7 @@
  * sizes, stages, bucket sizes, lanes and numbers of micro-batches. Ranks are threads. The rest of what it promises:
  * test_zero_calls.c. */
 #include "comm/base/bytes.h"
+#include "tests/support/comm_threads.h"
 #include "tests/trainer/zero_passes.h"
 #include "trainer/ops/kernels.h"
 #include "trainer/ops/ops.h"

@@ -1,5 +1,6 @@
 /* zero's calls beside the sums themselves (test_zero.c): legal options, who runs which micro-batch, sums of scalars, no
  * allocation in a steady step, and ranks that fail. */
+#include "tests/support/comm_threads.h"
 #include "tests/trainer/zero_passes.h"
 
 /* ---- micro-batches and scalars ---- */
