@@ -3,6 +3,8 @@
 #include "trainer/balance.h"
 
 #include "comm/base/mem.h"
+#include "trainer/ops/compute.h"
+#include "trainer/ops/moe.h"
 #include "trainer/parallel/shards.h"
 
 #include <string.h>
@@ -103,11 +105,13 @@ static status *move_some(const struct balance *b, const uint64_t *count, uint64_
                          status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg)
 {
     uint64_t sum = sum_of(count, b->load.experts), experts = (uint64_t)b->load.experts;
-    float rate = (float)b->m->moe.rate;
-    TRY(fence(arg, bias, (end - first) * sizeof *bias));
+    float rate = (float)b->m->moe.rate, moved[EXPERTS_MAX];
+    size_t bytes = (end - first) * sizeof *bias;
+    TRY(fence(arg, bias, bytes));
+    TRY(compute_get(b->m->params.compute, moved, bias, bytes)); /* waits for the step, once a layer */
     for (uint64_t e = first; e < end; e++)
-        bias[e - first] += count[e] * experts < sum ? rate : count[e] * experts > sum ? -rate : 0;
-    return NULL;
+        moved[e - first] += count[e] * experts < sum ? rate : count[e] * experts > sum ? -rate : 0;
+    return compute_put(b->m->params.compute, bias, moved, bytes);
 }
 
 /* Of the layers that are here; where ZeRO cuts values (s, else NULL), what this shard has of them. */

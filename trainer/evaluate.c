@@ -87,16 +87,19 @@ static struct tensor *forward(void *arg, struct tape *tape, int chunk, struct te
     return trainer_forward(s->t, s->m, s->p, tape, chunk, x, NULL);
 }
 
-static void keep(void *arg, uint32_t k, struct tensor *logp)
+static status *keep(void *arg, uint32_t k, struct tensor *logp)
 {
     const struct scoring *s = arg;
+    struct logps x;
     if (k >= s->end)
-        return;
+        return NULL;
+    TRY(logps_get(s->t, logp, NULL, &x));
     const struct phase *now = &s->t->phase[s->t->phases - 1]; /* the algorithm's own sums, in its warm-up too */
     uint64_t row = k * (uint64_t)s->t->cfg->train.micro_batch, at = row * (uint64_t)s->d->sequences;
-    algo_sums(now->algo, now->algo_config, s->p, logp->data, s->sums + at);
+    algo_sums(now->algo, now->algo_config, s->p, x.logp, s->sums + at);
     if (s->loss)
-        row_losses(s->t, s->p, logp->data, s->ref ? s->ref + at : NULL, s->loss + row);
+        row_losses(s->t, s->p, x.logp, s->ref ? s->ref + at : NULL, s->loss + row);
+    return NULL;
 }
 
 /* Every value is one rank's; the others add zero, so the sum is exact in any order. */

@@ -118,7 +118,8 @@ struct passing {
     bool training; /* packs for `loss`, else for `statistic`: algo_ops.data says which sequences these are */
     const struct batch_counts *counts;
     struct logprob_stats tok;
-    uint32_t end; /* with expert parallelism: a micro-batch of this number or more is an empty one */
+    uint32_t end;  /* with expert parallelism: a micro-batch of this number or more is an empty one */
+    uint32_t kept; /* results to be read later */
 };
 
 static bool is_empty(const struct passing *g, uint32_t k)
@@ -215,12 +216,15 @@ static double *live_sums(const struct trainer *t, uint32_t k)
     return t->live_sums + (size_t)k * 2 * (size_t)t->cfg->train.micro_batch;
 }
 
-static void keep_sums(void *arg, uint32_t k, struct tensor *logp)
+static status *keep_sums(void *arg, uint32_t k, struct tensor *logp)
 {
     const struct passing *g = arg;
+    struct logps x;
     if (is_empty(g, k))
-        return;
-    algo_sums(g->p->algo, g->p->algo_config, &g->p->pack, logp->data, live_sums(g->t, k));
+        return NULL;
+    TRY(logps_get(g->t, logp, NULL, &x));
+    algo_sums(g->p->algo, g->p->algo_config, &g->p->pack, x.logp, live_sums(g->t, k));
+    return NULL;
 }
 
 /* The live reference's sums of this rank's micro-batches. */
@@ -255,14 +259,17 @@ static const double *references(const struct passing *g, uint32_t k)
 
 /* ---- statistics ---- */
 
-static void keep_statistics(void *arg, uint32_t k, struct tensor *logp)
+static status *keep_statistics(void *arg, uint32_t k, struct tensor *logp)
 {
     const struct passing *g = arg;
     const struct algo_ops *a = g->p->algo;
     size_t n = (size_t)algo_statistics(a, g->p->algo_config);
+    struct logps x;
     if (is_empty(g, k))
-        return;
-    a->statistic(g->p->algo_config, &g->p->pack, logp->data, references(g, k), g->t->scratch, g->t->scalar + k * n);
+        return NULL;
+    TRY(logps_get(g->t, logp, NULL, &x));
+    a->statistic(g->p->algo_config, &g->p->pack, x.logp, references(g, k), g->t->scratch, g->t->scalar + k * n);
+    return NULL;
 }
 
 /* Sums over all micro-batches of what the last stage has in t->scalar, to all stages. */
@@ -295,15 +302,48 @@ status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double
 
 /* ---- training ---- */
 
-static void take_loss(void *arg, uint32_t k, struct tensor *logp)
+/* The loss of micro-batch k, whose pack is built; dlogp may be NULL. */
+static void loss_of(const struct passing *g, uint32_t k, const float *logp, const struct logprob_stats *tok,
+                    float *dlogp)
+{
+    const struct algo_ops *a = g->p->algo;
+    double *metric = g->t->scalar + (size_t)k * (size_t)a->metric_count;
+    a->loss(g->p->algo_config, &g->p->pack, logp, tok, references(g, k), g->counts, g->t->scratch, dlogp, metric);
+}
+
+/* Gradients that do not depend on the log-probabilities are there before these are: they are read when the step's last
+ * pass has been queued. */
+static bool reads_later(const struct passing *g)
+{
+    return g->t->logps.kept && g->p->algo->fixed_gradient;
+}
+
+static status *take_loss(void *arg, uint32_t k, struct tensor *logp)
 {
     struct passing *g = arg;
-    const struct algo_ops *a = g->p->algo;
+    struct logps x;
     if (is_empty(g, k))
-        return;
-    double *metric = g->t->scalar + (size_t)k * (size_t)a->metric_count;
-    a->loss(g->p->algo_config, &g->p->pack, logp->data, &g->tok, references(g, k), g->counts, g->t->scratch, logp->grad,
-            metric);
+        return NULL;
+    if (reads_later(g)) {
+        TRY(logps_keep(g->t, g->kept++, k, logp, &g->tok));
+        x = logps_unread(g->t, logp);
+    } else {
+        TRY(logps_get(g->t, logp, &g->tok, &x)); /* waits: the gradient is made of them */
+    }
+    loss_of(g, k, x.logp, &x.tok, x.dlogp);
+    return logps_put(g->t, &x, logp);
+}
+
+static status *take_kept(struct passing *g)
+{
+    for (uint32_t i = 0; i < g->kept; i++) {
+        uint32_t k = logps_kept_of(g->t, i);
+        struct logps x;
+        (void)prepare(g, k);
+        TRY(logps_get_kept(g->t, i, g->p->pack.in.tokens, &x));
+        loss_of(g, k, x.logp, &x.tok, NULL);
+    }
+    return NULL;
 }
 
 static status *added(void *arg, uint32_t k, int chunk)
@@ -328,5 +368,6 @@ status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struc
         must_pass(t, live_references(&g));
     must_pass(t, pass_all(&g, true,
                           (struct pipe_work){ .forward = forward_with_stats, .result = take_loss, .added = added }));
+    must_pass(t, take_kept(&g));
     return sum_scalars(t, k, p->algo->metric_count, sums);
 }

@@ -468,6 +468,7 @@ static status *open_all(struct trainer *t)
     TRY(comm_agree(t->world, st));
     TRY(comm_agree(t->world, open_passes(t)));
     TRY(open_zero(t));
+    TRY(comm_agree(t->world, logps_open(t)));
     TRY(dry_runs(t));
     TRY(comm_agree(t->world, task_eval_open(t)));
     TRY(init_params(t));
@@ -504,6 +505,8 @@ static status *open_for_eval(struct trainer *t)
     status *st = open_eval_data(t);
     if (!st)
         st = open_model(t);
+    if (!st)
+        st = logps_open(t);
     TRY(comm_agree(t->world, st));
     TRY(comm_agree(t->world, open_passes(t)));
     TRY(comm_agree(t->world, dry_run(t, &t->heldout_pack)));
@@ -559,6 +562,7 @@ status *trainer_close(struct trainer *t)
     model_close(t->ref_model);
     model_close(t->model);
     watch_close(t->watch);
+    logps_close(t);
     compute_close(t->compute);
     workers_close(t->workers);
     comm_close(t->dp_tp);

@@ -8,6 +8,7 @@
 #include "comm/agree.h"
 #include "comm/base/clock.h"
 #include "comm/base/mem.h"
+#include "trainer/ops/kernels.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -157,15 +158,21 @@ static status *before_overwrite(void *arg, const void *addr, size_t bytes)
     return t->ckpt ? tessera_fence(t->ckpt, addr, bytes, compute_stream(t->compute)) : NULL;
 }
 
-static void mix(double alpha, const float *theta, float *ref, uint64_t n)
+static void mix(const struct trainer *t, const float *theta, float *ref, uint64_t n)
 {
-    for (uint64_t i = 0; i < n; i++)
+    double alpha = t->cfg->algo.ref_sync_alpha;
+    const struct compute *c = t->compute;
+    if (!compute_host(c)) {
+        c->kernels->scale(c->workers, ref, ref, (float)(1 - alpha), (int64_t)n);
+        c->kernels->axpy(c->workers, ref, theta, (float)alpha, (int64_t)n);
+    }
+    for (uint64_t i = 0; compute_host(c) && i < n; i++)
         ref[i] = (float)(alpha * (double)theta[i] + (1 - alpha) * (double)ref[i]);
 }
 
 /* What steps change without training it (balance.h), among what is frozen: where ZeRO cuts values, this shard's runs.
  */
-static status *sync_buffers(struct trainer *t, double alpha)
+static status *sync_buffers(struct trainer *t)
 {
     const struct params *ps = t->ref_shards ? shards_params(t->ref_shards) : &t->model->params;
     uint64_t n;
@@ -182,7 +189,7 @@ static status *sync_buffers(struct trainer *t, double alpha)
             begin = begin > own.run[r].begin ? begin : own.run[r].begin;
             end = end < own.run[r].end ? end : own.run[r].end;
             if (p->buffer && !p->away && begin < end)
-                mix(alpha, theta + at + (begin - own.run[r].begin), ref + at + (begin - own.run[r].begin), end - begin);
+                mix(t, theta + at + (begin - own.run[r].begin), ref + at + (begin - own.run[r].begin), end - begin);
         }
     return NULL;
 }
@@ -198,10 +205,10 @@ static status *sync_reference(struct trainer *t)
         uint64_t n;
         float *theta, *ref = reference_values(t, part, &theta, &n);
         TRY(comm_agree(t->world, before_overwrite(t, ref, n * sizeof *ref)));
-        mix(c->ref_sync_alpha, theta, ref, n);
+        mix(t, theta, ref, n);
     }
     if (t->model->moe.rate > 0)
-        TRY(sync_buffers(t, c->ref_sync_alpha));
+        TRY(sync_buffers(t));
     TRY(reference_changed(t));
     return tied_share(t->ref_model, t->ref_shards, t->pp);
 }
@@ -277,7 +284,8 @@ static status *train_step(struct trainer *t, struct step_result *r)
     t->tokens += r->tokens;
     t->step++;
     t->optimiser_step++;
-    return sync_reference(t);
+    TRY(sync_reference(t));
+    return compute_check(t->compute, false);
 }
 
 /* --- watching */

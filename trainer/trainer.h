@@ -11,6 +11,7 @@
 #include "comm/progress.h"
 #include "trainer/balance.h"
 #include "trainer/config.h"
+#include "trainer/logps.h"
 #include "trainer/metrics.h"
 #include "trainer/ops/compute.h"
 #include "trainer/ops/routes.h"
@@ -78,6 +79,7 @@ struct trainer {
     bool ref_live;               /* the reference is run at every step: ref_model (saved as part ref/model), or where
                                     that is NULL the model without its adapters; ref is empty */
     bool ref_heldout_known;      /* with ref_live: ref_heldout is of the reference's present weights */
+    struct logps_room logps;     /* on a device: what the host reads and writes of passes' results (logps.h) */
     double *scratch;             /* sums, gradients and reference values of one pack's sequences */
     double *live_sums;           /* [K][segments of a pack] the live reference's sums of own micro-batches; or NULL */
     double *scalar;              /* [K * ALGO_METRICS] metrics of own micro-batches */

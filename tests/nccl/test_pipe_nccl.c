@@ -193,11 +193,6 @@ static status *result(void *arg, uint32_t k, struct tensor *y)
     return y->grad ? compute_put(s->c, y->grad, host, sizeof host) : NULL;
 }
 
-static void result_now(void *arg, uint32_t k, struct tensor *y)
-{
-    assert_null(result(arg, k, y));
-}
-
 static status *added(void *arg, uint32_t k, int chunk)
 {
     struct stage *s = arg;
@@ -212,7 +207,7 @@ static status *run_stage(struct comm *pp, struct device *d, const struct schedul
     struct pipe *p = NULL;
     open_compute(d, &compute);
     struct stage s = { .of = c, .c = &compute, .rank = pp->rank };
-    struct pipe_work w = { .prepare = prepare, .forward = forward, .result = result_now, .added = added, .arg = &s };
+    struct pipe_work w = { .prepare = prepare, .forward = forward, .result = result, .added = added, .arg = &s };
     TRY(pipe_open(pp, (enum pipe_schedule)c->how, c->chunks, MOST, WIDTH, NULL, &compute, 0, &p));
     TRY(pipe_dry(p, TOKENS, &w));
     for (int step = 0; step < 2; step++) {

@@ -63,6 +63,8 @@ struct algo_ops {
                  const double *ref, const struct batch_counts *counts, double *scratch, float *dlogp, double *metric);
 
     /* ---- optional: NULL where an algorithm has no use for it ---- */
+    bool fixed_gradient; /* dlogp depends on targets and counts alone: `loss` may be called for it before logp is there
+                          */
     const struct algo_preset *presets;
     status *(*check)(const void *config);       /* INVALID: what single option rows cannot say */
     bool (*reference_free)(const void *config); /* true: with this config no reference is needed */

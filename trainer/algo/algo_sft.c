@@ -44,4 +44,5 @@ const struct algo_ops algo_sft_ops = {
     .metrics = metrics,
     .metric_count = COUNT,
     .loss = sft_loss,
+    .fixed_gradient = true,
 };

@@ -100,7 +100,6 @@ struct train_bench {
     struct logprob_stats stats;
     uint64_t step;
     double params, matmul;                              /* elements; operations a second */
-    status *error;                                      /* of the loss */
     double ours[ROUNDS], theirs[ROUNDS], bound[ROUNDS]; /* seconds of a step */
 };
 
@@ -122,13 +121,12 @@ static struct tensor *forward(void *arg, struct tape *tape, int chunk, struct te
 }
 
 /* The mean over tokens; its value is looked at when the clock stands still. */
-static void loss(void *arg, uint32_t k, struct tensor *logp)
+static status *loss(void *arg, uint32_t k, struct tensor *logp)
 {
     struct train_bench *t = arg;
     (void)k;
     t->logp = logp->data;
-    t->error = status_first(
-        t->error, compute_put(t->site->compute, logp->grad, t->slope, (size_t)t->in.tokens * sizeof *t->slope));
+    return compute_put(t->site->compute, logp->grad, t->slope, (size_t)t->in.tokens * sizeof *t->slope);
 }
 
 static status *check_loss(struct train_bench *t)
@@ -160,7 +158,7 @@ static status *train_step(struct train_bench *t)
     struct pipe_work w = work_of(t);
     double norm;
     zero_begin(t->zero, 1);
-    TRY(status_first(pipe_train(t->pipe, 0, 1, &w), t->error));
+    TRY(pipe_train(t->pipe, 0, 1, &w));
     TRY(zero_reduce(t->zero, &norm));
     const struct adamw a = { 1e-4, 0.9, 0.95, 1e-8, 0.1, clip_scale(1, norm), ++t->step };
     TRY(zero_update(t->zero, &a, NULL, NULL));

@@ -13,11 +13,18 @@ static int ranks_of(const struct tape *t)
     return t->ep ? t->ep->size : 1;
 }
 
+/* Three arrays in one. */
+static struct routing_index index_at(int32_t *p, size_t choices)
+{
+    return (struct routing_index){ p, p + choices, p + 2 * choices };
+}
+
 struct routing *routing_new(struct tape *t, const struct router *how, int64_t n, int64_t experts)
 {
     struct routing *g = take(t, 1, sizeof *g);
     size_t choices = (size_t)(n * how->top), all = (size_t)how->experts, ranks = (size_t)ranks_of(t);
-    int32_t *index = take(t, 3 * choices, sizeof *index);
+    int32_t *there = take_there(t, 3 * choices, sizeof *there);
+    int32_t *here = at_home(t) ? there : take(t, 3 * choices, sizeof *here);
     int64_t *begin = take(t, all + (size_t)experts + 2, sizeof *begin);
     int32_t *counts = t->ep ? take(t, (ranks + 1) * all, sizeof *counts) : NULL;
     struct comm_xfer *xfer = t->ep ? take(t, all + ranks * (size_t)experts, sizeof *xfer) : NULL;
@@ -26,9 +33,8 @@ struct routing *routing_new(struct tape *t, const struct router *how, int64_t n,
     *g = (struct routing){ .how = how, .n = n, .experts = experts, .rows = n * how->top };
     if (!runs(t))
         g->rows *= ranks_of(t) < DRY_LOAD ? ranks_of(t) : DRY_LOAD;
-    g->expert = index;
-    g->place = index + choices;
-    g->token = index + 2 * choices;
+    g->there = index_at(there, choices);
+    g->here = index_at(here, choices);
     g->begin = begin;
     g->from = t->ep ? begin + all + 1 : begin;
     g->counts = counts;
@@ -42,13 +48,13 @@ static void sort_choices(struct routing *g)
     int64_t k = g->how->top, choices = g->n * k, experts = g->how->experts;
     memset(g->begin, 0, (size_t)(experts + 1) * sizeof *g->begin);
     for (int64_t i = 0; i < choices; i++)
-        g->begin[g->expert[i] + 1]++;
+        g->begin[g->here.expert[i] + 1]++;
     for (int64_t e = 0; e < experts; e++)
         g->begin[e + 1] += g->begin[e];
     for (int64_t i = 0; i < choices; i++) { /* begin moves to the end of the expert's rows */
-        int64_t to = g->begin[g->expert[i]]++;
-        g->place[i] = (int32_t)to;
-        g->token[to] = (int32_t)(i / k);
+        int64_t to = g->begin[g->here.expert[i]]++;
+        g->here.place[i] = (int32_t)to;
+        g->here.token[to] = (int32_t)(i / k);
     }
     for (int64_t e = experts; e > 0; e--)
         g->begin[e] = g->begin[e - 1];
@@ -65,6 +71,7 @@ void routing_sort(struct tape *t, struct routing *g)
 {
     int64_t experts = g->how->experts, at = 0;
     sort_choices(g);
+    put_there(t, g->there.place, g->here.place, 2 * (size_t)(g->n * g->how->top) * sizeof(int32_t));
     if (!t->ep)
         return;
     int32_t *mine = g->counts + t->ep->size * experts;
@@ -118,7 +125,7 @@ static void dispatch_backward(struct tape *t, const struct tape_record *base, un
     if (t->ep)
         exchange(t, r->g, sorted, r->rows->grad, c, true);
     if (r->x->grad && !t->error)
-        t->kernels->embedding_bwd(t->workers, r->x->grad, sorted, r->g->token, r->g->n * r->g->how->top, c);
+        t->kernels->embedding_bwd(t->workers, r->x->grad, sorted, r->g->there.token, r->g->n * r->g->how->top, c);
 }
 
 struct tensor *op_dispatch(struct tape *t, struct tensor *x, struct routing *g)
@@ -129,7 +136,7 @@ struct tensor *op_dispatch(struct tape *t, struct tensor *x, struct routing *g)
     if (t->error)
         return NULL;
     if (runs(t))
-        t->kernels->embedding(t->workers, sorted, x->data, DTYPE_F32, g->token, choices, c);
+        t->kernels->embedding(t->workers, sorted, x->data, DTYPE_F32, g->there.token, choices, c);
     if (runs(t) && t->ep)
         exchange(t, g, sorted, rows->data, c, false);
     struct dispatch_record *r = rows->grad ? record(t, sizeof *r, dispatch_backward) : NULL;
@@ -154,8 +161,9 @@ struct combine_record {
 
 static struct mix mix_of(const struct routing *g, const float *sorted, const struct tensor *weight, int64_t c)
 {
-    return (
-        struct mix){ .n = g->n, .k = g->how->top, .c = c, .row = sorted, .weight = weight->data, .place = g->place };
+    return (struct mix){
+        .n = g->n, .k = g->how->top, .c = c, .row = sorted, .weight = weight->data, .place = g->there.place
+    };
 }
 
 static void combine_backward(struct tape *t, const struct tape_record *base, unsigned halves)

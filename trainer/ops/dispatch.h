@@ -13,12 +13,14 @@
 /* Where the rows of a layer's tokens go. In the arena. */
 struct routing {
     const struct router *how;
-    int64_t n;              /* tokens here */
-    int64_t experts;        /* here, of how->experts */
-    int64_t rows;           /* that they get */
-    int32_t *expert;        /* [N, K] */
-    int32_t *place;         /* [N, K]: the sorted row of each choice */
-    int32_t *token;         /* [N K]: the token of each sorted row */
+    int64_t n;       /* tokens here */
+    int64_t experts; /* here, of how->experts */
+    int64_t rows;    /* that they get */
+    struct routing_index {
+        int32_t *expert;    /* [N, K] */
+        int32_t *place;     /* [N, K]: the sorted row of each choice */
+        int32_t *token;     /* [N K]: the token of each sorted row */
+    } there, here;          /* as kernels see them; as the host does: on the CPU the same */
     int64_t *begin;         /* [E + 1]: of each expert's rows among the sorted ones */
     int64_t *from;          /* [experts here + 1]: of each expert's rows among those that they get */
     int32_t *counts;        /* with expert parallelism, [ranks][E]: rows of each rank for each expert */
@@ -27,7 +29,7 @@ struct routing {
 
 /* Take memory for the routing of n tokens to experts of which `experts` are here. NULL: the tape has failed. */
 struct routing *routing_new(struct tape *t, const struct router *how, int64_t n, int64_t experts);
-/* Experts are chosen: sort, and tell the other ranks. */
+/* Experts are chosen, as `here` says: sort, and tell the other ranks. */
 void routing_sort(struct tape *t, struct routing *g);
 /* [rows, C] from x [N, C]; backward adds the rows' gradients to their tokens' in the sorted order. */
 struct tensor *op_dispatch(struct tape *t, struct tensor *x, struct routing *g);

@@ -110,6 +110,22 @@ static inline void copy_there(struct tape *t, void *dst, const void *src, size_t
         tape_fail(t, st);
 }
 
+/* From the host to where kernels see it, and back, which waits for all that is queued: only for what decides what is
+ * done next, or how much. */
+static inline void put_there(struct tape *t, void *there, const void *here, size_t bytes)
+{
+    status *st = t->error || there == here ? NULL : compute_put(t->compute, there, here, bytes);
+    if (st)
+        tape_fail(t, st);
+}
+
+static inline void get_here(struct tape *t, void *here, const void *there, size_t bytes)
+{
+    status *st = t->error || there == here ? NULL : compute_get(t->compute, here, there, bytes);
+    if (st)
+        tape_fail(t, st);
+}
+
 /* What kernels read of an index array of the host: itself, or a copy that all ops of this pass share. A dry pass takes
  * its memory and does not read it. NULL stays NULL. */
 static inline const int32_t *on_device(struct tape *t, const int32_t *host, int64_t n)
@@ -123,9 +139,8 @@ static inline const int32_t *on_device(struct tape *t, const int32_t *host, int6
     int32_t *there = take_there(t, (size_t)n, sizeof *there);
     if (t->error)
         return NULL;
-    status *st = runs(t) ? compute_put(t->compute, there, host, (size_t)n * sizeof *there) : NULL;
-    if (st)
-        tape_fail(t, st);
+    if (runs(t))
+        put_there(t, there, host, (size_t)n * sizeof *there);
     *c = (struct tape_copy){ t->copies, host, n, there };
     t->copies = c;
     return there;

@@ -24,19 +24,21 @@ static void route_backward(struct tape *t, const struct tape_record *base, unsig
     t->kernels->route_bwd(t->workers, &back);
 }
 
-/* Tell the watch; dshare [E]: the gradient of each token's shares. */
-static void watch_load(struct tape *t, const struct route *r, const int64_t *begin, const struct route_watch *watch,
-                       float *dshare)
+/* Tell the watch; expert [N, K] and score [N, E] are the host's. dshare [E]: the gradient of each token's shares. */
+static void watch_load(struct tape *t, const struct route *r, const struct routing *g, const float *score,
+                       const struct route_watch *watch, float *dshare)
 {
+    const int64_t *begin = g->begin;
+    float share[EXPERTS_MAX];
     int64_t experts = r->how->experts, own = r->n - watch->padding;
     double sums[2 * EXPERTS_MAX + 1] = { 0 }, loss = 0, *mean = sums + 1, *count = mean + experts;
     sums[0] = (double)own;
     for (int64_t e = 0; e < experts; e++)
         count[e] = (double)(begin[e + 1] - begin[e]);
     for (int64_t i = own * r->how->top; i < r->n * r->how->top; i++)
-        count[r->expert[i]]--;
+        count[g->here.expert[i]]--;
     for (int64_t i = 0; i < own; i++) {
-        const float *s = r->score + i * experts;
+        const float *s = score + i * experts;
         double sum = 0;
         for (int64_t e = 0; r->how->sigmoid && e < experts; e++)
             sum += (double)s[e];
@@ -48,32 +50,41 @@ static void watch_load(struct tape *t, const struct route *r, const int64_t *beg
     for (int64_t e = 0; e < experts; e++) {
         double slope = n > 0 ? (double)experts * count[e] / n / n : 0;
         loss += slope * mean[e];
-        dshare[e] = (float)((double)watch->balance_weight * slope);
+        share[e] = (float)((double)watch->balance_weight * slope);
         if (watch->count)
             watch->count[e] = (int32_t)count[e];
     }
     if (watch->balance)
         *watch->balance = loss;
+    put_there(t, dshare, share, (size_t)experts * sizeof *share);
 }
 
 /* Experts are chosen, or those of another run are taken; false: the tape has failed. */
-static bool choose(struct tape *t, struct route *r, const struct route_watch *watch)
+static bool choose(struct tape *t, struct route *r, const struct routing *g, const struct route_watch *watch)
 {
+    int32_t *expert = g->here.expert;
     struct routes *routes = watch && r->n ? watch->routes : NULL;
     int64_t choices = r->n * r->how->top;
     r->given = routes && routes->replay;
     int ranks = t->context ? t->context->size : 1, rank = t->context ? t->context->rank : 0;
-    status *st = r->given ? routes_get(routes, watch->key, r->expert, r->n, r->how->top, rank, ranks) : NULL;
+    status *st = r->given ? routes_get(routes, watch->key, expert, r->n, r->how->top, rank, ranks) : NULL;
     for (int64_t i = 0; r->given && !st && i < choices; i++)
-        if (r->expert[i] < 0 || r->expert[i] >= r->how->experts)
-            st = ERR(INVALID, "recorded expert %d is none of %lld", r->expert[i], (long long)r->how->experts);
-    if (!st)
-        t->kernels->route(t->workers, r);
-    if (!st && routes && !routes->replay)
-        st = routes_put(routes, watch->key, r->expert, choices);
+        if (expert[i] < 0 || expert[i] >= r->how->experts)
+            st = ERR(INVALID, "recorded expert %d is none of %lld", expert[i], (long long)r->how->experts);
     if (st)
         tape_fail(t, st);
-    return !st;
+    if (r->given)
+        put_there(t, r->expert, expert, (size_t)choices * sizeof *expert);
+    if (t->error)
+        return false;
+    t->kernels->route(t->workers, r);
+    if (!r->given)
+        get_here(t, expert, r->expert,
+                 (size_t)choices * sizeof *expert); /* waits: their counts are sizes of products */
+    st = routes && !routes->replay && !t->error ? routes_put(routes, watch->key, expert, choices) : NULL;
+    if (st)
+        tape_fail(t, st);
+    return !t->error;
 }
 
 /* Weights [N, K] of the experts that are chosen by z [N, E]. */
@@ -83,7 +94,9 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
     int64_t experts = g->how->experts;
     bool learning = t->mode != TAPE_FORWARD;
     struct tensor *weight = make(t, 2, (int64_t[]){ g->n, g->how->top }, learning);
-    float *score = take_floats(t, g->n * experts), *dshare = learning ? take_floats(t, experts) : NULL;
+    float *score = take_floats(t, g->n * experts), *dshare = learning ? take_floats(t, experts) : NULL, *seen = score;
+    if (learning && !at_home(t))
+        seen = take(t, (size_t)(g->n * experts), sizeof *seen);
     if (t->error)
         return NULL;
     struct route r = { .n = g->n,
@@ -91,12 +104,13 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
                        .z = z->data,
                        .bias = bias ? widened(t, bias) : NULL,
                        .score = score,
-                       .expert = g->expert,
+                       .expert = g->there.expert,
                        .weight = weight->data };
-    if (runs(t) && choose(t, &r, watch))
+    if (runs(t) && choose(t, &r, g, watch))
         routing_sort(t, g);
     if (t->mode == TAPE_TRAIN && watch && !t->error) {
-        watch_load(t, &r, g->begin, watch, dshare);
+        get_here(t, seen, score, (size_t)(g->n * experts) * sizeof *seen);
+        watch_load(t, &r, g, seen, watch, dshare);
         bool counts =
             watch->balance_weight > 0 && (!t->tp || t->tp->rank == 0); /* all have the same loss: one adds it */
         r.dshare = counts ? dshare : NULL;

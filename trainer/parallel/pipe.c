@@ -251,10 +251,8 @@ static status *run_forward(struct pipe *p, uint32_t k, int chunk, struct slot *s
         TRY(receive(p, s->x, TAG_FORWARD));
     s->y = w->forward(w->arg, s->tape, chunk, s->x);
     TRY(tape_end(s->tape));
-    if (pipe_ends(p, chunk)) {
-        w->result(w->arg, k, s->y);
-        return NULL;
-    }
+    if (pipe_ends(p, chunk))
+        return w->result(w->arg, k, s->y);
     return send(p, s->y->data, (size_t)tensor_elems(s->y) * sizeof(float), TAG_FORWARD, &s->sent);
 }
 

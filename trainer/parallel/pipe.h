@@ -28,7 +28,7 @@ struct pipe_work {
     /* A chunk of the model, on t; x: from the stage before, NULL on the first. Errors stick to the tape. */
     struct tensor *(*forward)(void *arg, struct tape *t, int chunk, struct tensor *x);
     /* Last stage only, what forward has made of it; in training also d loss / d y, into y->grad. */
-    void (*result)(void *arg, uint32_t k, struct tensor *y);
+    status *(*result)(void *arg, uint32_t k, struct tensor *y);
     status *(*added)(void *arg, uint32_t k, int chunk); /* its gradients of this chunk are in place */
     void *arg;
 };

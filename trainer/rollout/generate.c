@@ -16,6 +16,7 @@
 
 #include "comm/base/mem.h"
 #include "comm/base/rng.h"
+#include "trainer/ops/compute.h"
 #include "trainer/rollout/kv_cache.h"
 #include "trainer/rollout/sample.h"
 
@@ -52,6 +53,7 @@ struct generator {
     /* what has been generated: of sequence s from s * max_tokens on */
     int32_t *out;  /* [batch * max_tokens] */
     float *logp;   /* [batch * max_tokens] */
+    float *logits; /* [most * vocabulary] of a pass on a device; NULL: the host reads them where they are */
     int32_t *made; /* [batch] tokens so far */
     bool *ended;   /* [batch] */
 };
@@ -149,28 +151,35 @@ static struct tensor *last_rows(struct generator *g, struct tensor *hidden, int3
         return NULL;
     int64_t c = hidden->dim[1];
     struct tensor *x = op_new(g->tape, 2, (int64_t[]){ rows, c }, false);
+    status *st = NULL;
     if (!x || g->tape->mode == TAPE_DRY)
         return x;
     for (int32_t s = 0, r = 0; s < sequences; s++)
         if (g->offset[s] < g->offset[s + 1])
-            memcpy((float *)x->data + r++ * c, (float *)hidden->data + (g->offset[s + 1] - 1) * c,
-                   (size_t)c * sizeof(float));
-    return x;
+            st = status_first(st, compute_copy(g->tape->compute, (float *)x->data + r++ * c,
+                                               (float *)hidden->data + (g->offset[s + 1] - 1) * c,
+                                               (size_t)c * sizeof(float)));
+    return st ? tape_fail(g->tape, st) : x;
 }
 
-/* A token for each row: q's sequences that have not ended, in order. */
-static void draw(struct generator *g, const struct generate_options *o, const struct prompt *prompt, struct group *q,
-                 const struct tensor *logits)
+/* A token for each row: q's sequences that have not ended, in order. On a device it waits for the logits: the tokens
+ * are the next pass. */
+static status *draw(struct generator *g, const struct generate_options *o, const struct prompt *prompt, struct group *q,
+                    const struct tensor *logits)
 {
     int64_t vocab = logits->dim[1], r = 0;
+    const float *row = g->logits ? g->logits : logits->data;
+    if (g->logits)
+        TRY(compute_get(g->tape->compute, g->logits, logits->data, (size_t)tensor_elems(logits) * sizeof *row));
     for (int32_t s = q->first; s < q->end; s++) {
         if (is_done(g, s))
             continue;
         struct rng_at at = { o->seed, prompt[s].sample, o->step, RNG_GENERATE };
         double u = o->temperature > 0 ? rng_uniform(at, (uint64_t)g->made[s]) : 0;
-        q->picked[r] = sample_token((const float *)logits->data + r * vocab, vocab, o->temperature, u);
+        q->picked[r] = sample_token(row + r * vocab, vocab, o->temperature, u);
         r++;
     }
+    return NULL;
 }
 
 /* The tokens that were drawn go behind their sequences. */
@@ -197,11 +206,11 @@ static status *finish_pass(struct generator *g, const struct generate_options *o
         logits = op_logits(g->tape, x, head);
     }
     if (logits)
-        draw(g, o, prompt, q, logits);
+        TRY(draw(g, o, prompt, q, logits));
     if (logits && o->logps)
         logp = op_logprob(g->tape, x, head, q->picked, o->temperature > 0 ? o->temperature : 1.0f);
     if (logp)
-        memcpy(q->logp, logp->data, (size_t)rows * sizeof *q->logp);
+        TRY(compute_get(g->tape->compute, q->logp, logp->data, (size_t)rows * sizeof *q->logp));
     TRY(tape_end(g->tape));
     append(g, o, q);
     return tell(g, o, q, rows);
@@ -378,8 +387,11 @@ static status *take_memory(struct generator *g, const struct kv_shape *shape)
     g->logp = mem_calloc(made, sizeof *g->logp);
     g->made = mem_calloc(batch, sizeof *g->made);
     g->ended = mem_calloc(batch, sizeof *g->ended);
-    if (!g->group || !g->xfer || !g->token || !g->position || !g->offset || !g->out || !g->logp || !g->made ||
-        !g->ended)
+    bool copied = !compute_host(g->tape->compute);
+    if (copied)
+        g->logits = mem_array(NULL, (size_t)g->most * (size_t)g->model->vocab, sizeof *g->logits);
+    if ((copied && !g->logits) || !g->group || !g->xfer || !g->token || !g->position || !g->offset || !g->out ||
+        !g->logp || !g->made || !g->ended)
         return ERR(NO_MEMORY, "a generator of %zu prompt tokens and %zu new ones", tokens, made);
     for (int i = 0; i < g->groups; i++)
         TRY(take_group(g, shape, &g->group[i]));
@@ -468,6 +480,7 @@ void generator_close(struct generator *g)
     mem_free(g->offset);
     mem_free(g->out);
     mem_free(g->logp);
+    mem_free(g->logits);
     mem_free(g->made);
     mem_free(g->ended);
     mem_free(g);

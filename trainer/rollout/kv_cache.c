@@ -2,6 +2,7 @@
 #include "trainer/rollout/kv_cache.h"
 
 #include "comm/base/mem.h"
+#include "trainer/ops/compute.h"
 
 #include <string.h>
 
@@ -22,13 +23,16 @@ status *kv_caches_init(struct kv_caches *c, const struct kv_shape *shape, const 
     bool over = __builtin_mul_overflow((size_t)segments * (size_t)cap,
                                        (size_t)shape->kv_heads * (size_t)shape->head_dim, &floats) ||
                 __builtin_mul_overflow(floats, 2 * held * sizeof(float), &all);
-    *c = (struct kv_caches){ .layers = shape->layers, .segments = segments };
+    *c = (struct kv_caches){ .layers = shape->layers, .segments = segments, .compute = here ? here->compute : NULL };
+    void *block = NULL;
     c->layer = mem_calloc(layers, sizeof *c->layer);
     int32_t *len = mem_calloc(layers * (size_t)segments, sizeof *len);
-    c->block = over || !held ? NULL : mem_block(all, 4096);
+    if (!over && held)
+        status_free(compute_alloc(c->compute, all, &block));
+    c->block = block;
     if (!c->layer || !len || (held && !c->block)) {
         mem_free(len);
-        mem_block_free(c->block, c->block ? all : 0);
+        compute_free(c->compute, c->block, c->block ? all : 0);
         mem_free(c->layer);
         *c = (struct kv_caches){ 0 };
         return ERR(NO_MEMORY, "a cache of %d sequences of %d tokens, %zu layers of 2 x %d x %d floats a token",
@@ -54,7 +58,7 @@ void kv_caches_fini(struct kv_caches *c)
     if (c->layer)
         mem_free(c->layer[0].len);
     mem_free(c->layer);
-    mem_block_free(c->block, c->block_bytes);
+    compute_free(c->compute, c->block, c->block_bytes);
     *c = (struct kv_caches){ 0 };
 }
 

@@ -9,10 +9,11 @@ struct kv_caches {
     int32_t layers, segments;
     float *block;
     size_t block_bytes;
+    struct compute *compute; /* whose memory that is; NULL: the host's. Borrowed */
 };
 
 /* Room for `cap` tokens of each of `segments` sequences, in the layers that `here` holds (NULL: in all; a layer i is
- * unit i + 1). NO_MEMORY names the sizes. */
+ * unit i + 1), in the memory that parameters are in. NO_MEMORY names the sizes. */
 status *kv_caches_init(struct kv_caches *c, const struct kv_shape *shape, const struct params *here, int32_t segments,
                        int32_t cap) WARN_UNUSED;
 void kv_caches_fini(struct kv_caches *c); /* also of {0} */
