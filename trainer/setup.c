@@ -131,10 +131,6 @@ static status *open_model_at(const struct trainer *t, const struct tp_place *at,
 
 static status *open_model(struct trainer *t)
 {
-    if (!t->device->host)
-        return ERR(UNSUPPORTED,
-                   "device %s: this build trains on the CPU; the plugin offers memory, streams and copies only",
-                   t->device->ops->name);
     TRY(workers_open(threads_of(t), &t->workers));
     TRY(compute_open(t->device, t->workers, t->cfg->train.deterministic, &t->compute));
     struct tp_place at = { .size = t->tp ? t->tp->size : 1,

@@ -1,0 +1,118 @@
+/* test_job_gpu: whole jobs with device: cuda on the emulated GPU, whose memory the host cannot touch, beside the
+ * same jobs on the CPU: losses of every step agree within rounding, a checkpoint of one goes on on the other, what is
+ * left of a resumed state is what was saved, and a steady step allocates nothing. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "tests/trainer/thread_jobs.h"
+
+enum { STEPS = 8, CUT = 5, OVERRIDES = 10 };
+
+struct device_case {
+    const char *name;
+    double tolerance; /* of a loss, relative */
+    const char *o[OVERRIDES];
+};
+
+static const struct device_case cases[] = {
+    { "untied", 1e-5, { "model.tied=false", "model.qkv_bias=true", "memory.recompute=attention" } },
+    { "lora", 1e-5, { "lora.rank=4", "lora.targets=[\"*.q_proj\", \"*.down_proj\"]" } },
+    { "experts",
+      1e-5,
+      { "model.experts=4", "model.experts_per_token=2", "model.expert_ffn=24", "model.balance_loss=0.05",
+        "memory.recompute=block" } },
+    { "bf16", 5e-3, { "train.dtype=bf16", "algo.reference=live" } },
+};
+enum { CASES = sizeof cases / sizeof *cases };
+
+/* Up to that step, of an own name, on this device; `more` may be NULL. */
+static struct job run_on(const struct device_case *c, const char *device, const char *name, int steps, const char *more)
+{
+    char text[2048], on[32], to[32];
+    const char *o[OVERRIDES + 9] = { on,
+                                     to,
+                                     "threads=1",
+                                     "train.micro_batch=2",
+                                     "train.global_batch=4",
+                                     "checkpoint.every=0",
+                                     "checkpoint.state_hash=true" };
+    int n = 7;
+    snprintf(on, sizeof on, "device=%s", device);
+    snprintf(to, sizeof to, "train.steps=%d", steps);
+    make_config(text, sizeof text, name);
+    for (int i = 0; i < OVERRIDES && c->o[i]; i++)
+        o[n++] = c->o[i];
+    if (more)
+        o[n++] = more;
+    return run(text, 1, n, o);
+}
+
+static void compare(const char *a, const char *b, int from, int to, double tolerance)
+{
+    for (int step = from; step <= to; step++) {
+        double want = metric(a, step, "loss"), got = metric(b, step, "loss");
+        if (!(fabs(got - want) <= tolerance * fabs(want)))
+            fail_msg("step %d: loss %.9g of %s, %.9g of %s", step, want, a, got, b);
+        want = metric(a, step, "grad_norm");
+        got = metric(b, step, "grad_norm");
+        if (!(fabs(got - want) <= 100 * tolerance * fabs(want)))
+            fail_msg("step %d: norm %.9g of %s, %.9g of %s", step, want, a, got, b);
+    }
+}
+
+static void losses_agree(void **state)
+{
+    (void)state;
+    for (int i = 0; i < CASES; i++) {
+        const struct device_case *c = &cases[i];
+        char cpu[48], cuda[48];
+        snprintf(cpu, sizeof cpu, "cpu-%s", c->name);
+        snprintf(cuda, sizeof cuda, "cuda-%s", c->name);
+        (void)run_on(c, "cpu", cpu, STEPS, "checkpoint.url=");
+        (void)run_on(c, "cuda", cuda, STEPS, "checkpoint.url=");
+        compare(cpu, cuda, 1, STEPS, c->tolerance);
+    }
+}
+
+/* A checkpoint of one device goes on on the other, as if nothing had been. */
+static void checkpoints_go_on_on_the_other(void **state)
+{
+    (void)state;
+    static const struct device_case plain = { "moved", 1e-5, { "memory.recompute=block" } };
+    (void)run_on(&plain, "cpu", "whole", STEPS, "checkpoint.url=");
+    for (int i = 0; i < 2; i++) {
+        const char *name = i ? "from-cuda" : "from-cpu", *first = i ? "cuda" : "cpu", *then = i ? "cpu" : "cuda";
+        char saved[HASHES][32];
+        assert_int_equal(run_on(&plain, first, name, CUT, NULL).saved, CUT);
+        state_hashes_of(name, "save_start", CUT, saved);
+        struct job end = run_on(&plain, then, name, STEPS, NULL);
+        assert_int_equal(end.resumed_from, CUT);
+        expect_resumed(name, CUT, saved);
+        compare("whole", name, 1, STEPS, plain.tolerance);
+    }
+}
+
+static void steady_steps_allocate_nothing(void **state)
+{
+    (void)state;
+    static const struct device_case plain = { "steady", 0, { "model.tied=false" } };
+    (void)run_on(&plain, "cuda", "steady", 8, "checkpoint.url=");
+    assert_true(metric("steady", 3, "allocations") == 0 && metric("steady", 8, "allocations") == 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(losses_agree),
+        cmocka_unit_test(checkpoints_go_on_on_the_other),
+        cmocka_unit_test(steady_steps_allocate_nothing),
+    };
+    if (setenv("TESSERA_PLUGINS", "emu", 1))
+        return 1;
+    return cmocka_run_group_tests(tests, make_data, remove_data);
+}
