@@ -53,6 +53,8 @@ struct generator {
     /* what has been generated: of sequence s from s * max_tokens on */
     int32_t *out;  /* [batch * max_tokens] */
     float *logp;   /* [batch * max_tokens] */
+    float *heard;  /* as group.hidden, from the stage before, where it computes on a device: every pass waits for tokens
+                    * in the end, and host memory may be sent in any order; else NULL */
     float *logits; /* [most * vocabulary] of a pass on a device; NULL: the host reads them where they are */
     int32_t *made; /* [batch] tokens so far */
     bool *ended;   /* [batch] */
@@ -96,15 +98,17 @@ static bool ends(const struct generator *g, int chunk)
 static status *hidden_from_before(struct generator *g, struct tensor *x)
 {
     int from = (g->pp->rank + g->pp->size - 1) % g->pp->size;
-    struct comm_xfer m = { from, TAG_HIDDEN, false, x->data, (size_t)tensor_elems(x) * sizeof(float) };
-    return comm_exchange(g->pp, &m, 1, NULL);
+    size_t bytes = (size_t)tensor_elems(x) * sizeof(float);
+    struct comm_xfer m = { from, TAG_HIDDEN, false, g->heard ? g->heard : x->data, bytes };
+    TRY(comm_exchange(g->pp, &m, 1, NULL));
+    return g->heard ? compute_put(g->tape->compute, x->data, g->heard, bytes) : NULL;
 }
 
 static status *hidden_to_next(struct generator *g, struct group *q, const struct tensor *x)
 {
     size_t bytes = (size_t)tensor_elems(x) * sizeof(float);
     TRY(comm_wait(&q->sent));
-    memcpy(q->hidden, x->data, bytes);
+    TRY(compute_get(g->tape->compute, q->hidden, x->data, bytes));
     struct comm_xfer m = { (g->pp->rank + 1) % g->pp->size, TAG_HIDDEN, true, q->hidden, bytes };
     return comm_iexchange(g->pp, &m, 1, NULL, &q->sent);
 }
@@ -390,8 +394,10 @@ static status *take_memory(struct generator *g, const struct kv_shape *shape)
     bool copied = !compute_host(g->tape->compute);
     if (copied)
         g->logits = mem_array(NULL, (size_t)g->most * (size_t)g->model->vocab, sizeof *g->logits);
-    if ((copied && !g->logits) || !g->group || !g->xfer || !g->token || !g->position || !g->offset || !g->out ||
-        !g->logp || !g->made || !g->ended)
+    if (copied && g->pp)
+        g->heard = mem_array(NULL, tokens * (size_t)g->model->width, sizeof *g->heard);
+    if ((copied && (!g->logits || (g->pp && !g->heard))) || !g->group || !g->xfer || !g->token || !g->position ||
+        !g->offset || !g->out || !g->logp || !g->made || !g->ended)
         return ERR(NO_MEMORY, "a generator of %zu prompt tokens and %zu new ones", tokens, made);
     for (int i = 0; i < g->groups; i++)
         TRY(take_group(g, shape, &g->group[i]));
@@ -473,6 +479,7 @@ void generator_close(struct generator *g)
         mem_free(g->group[i].logp);
         mem_free(g->group[i].hidden);
     }
+    mem_free(g->heard);
     mem_free(g->group);
     mem_free(g->xfer);
     mem_free(g->token);
