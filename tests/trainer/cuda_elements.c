@@ -6,10 +6,10 @@
 static void call_elements(const struct kernels *k, struct workers *w, void **p, const void *arg)
 {
     int64_t n = *(const int64_t *)arg;
-    k->swiglu(w, p[0], p[1], p[2], n);
-    k->swiglu_bwd(w, p[3], p[4], p[5], p[1], p[2], n);
-    k->swiglu_bwd(w, NULL, p[4], p[5], p[1], p[2], n);
-    k->swiglu_bwd(w, p[3], NULL, p[5], p[1], p[2], n);
+    k->swiglu(w, array_of(p[0]), array_of(p[1]), array_of(p[2]), n);
+    k->swiglu_bwd(w, array_of(p[3]), array_of(p[4]), array_of(p[5]), array_of(p[1]), array_of(p[2]), n);
+    k->swiglu_bwd(w, array_of(NULL), array_of(p[4]), array_of(p[5]), array_of(p[1]), array_of(p[2]), n);
+    k->swiglu_bwd(w, array_of(p[3]), array_of(NULL), array_of(p[5]), array_of(p[1]), array_of(p[2]), n);
     k->add(w, p[6], p[1], p[2], n);
     k->scale(w, p[7], p[1], -1.7f, n);
     k->axpy(w, p[8], p[1], 0.3f, n);
@@ -71,10 +71,10 @@ struct shape {
 static void call_norm(const struct kernels *k, struct workers *w, void **p, const void *arg)
 {
     const struct shape *s = arg;
-    k->rmsnorm(w, p[0], p[1], p[2], p[3], s->rows, s->c, 1e-5f);
-    k->rmsnorm_bwd(w, p[4], p[5], p[2], p[3], p[1], s->rows, s->c);
-    k->rmsnorm_bwd_weight(w, p[6], p[5], p[2], p[1], s->rows, s->c);
-    k->bias_bwd(w, p[7], p[5], s->rows, s->c);
+    k->rmsnorm(w, array_of(p[0]), p[1], array_of(p[2]), p[3], s->rows, s->c, 1e-5f);
+    k->rmsnorm_bwd(w, array_of(p[4]), array_of(p[5]), array_of(p[2]), p[3], p[1], s->rows, s->c);
+    k->rmsnorm_bwd_weight(w, p[6], array_of(p[5]), array_of(p[2]), p[1], s->rows, s->c);
+    k->bias_bwd(w, p[7], array_of(p[5]), s->rows, s->c);
 }
 
 void test_norms(void **state)
@@ -291,8 +291,8 @@ static void call_rope(const struct kernels *k, struct workers *w, void **p, cons
 {
     const struct angles *a = arg;
     k->rope_table(w, p[0], p[1], a->n, a->d, a->frequency, a->amplitude);
-    k->rope(w, p[2], p[3], p[0], a->n, a->h, a->d);
-    k->rope_bwd(w, p[4], p[5], p[0], a->n, a->h, a->d);
+    k->rope(w, array_of(p[2]), array_of(p[3]), p[0], a->n, a->h, a->d);
+    k->rope_bwd(w, array_of(p[4]), array_of(p[5]), p[0], a->n, a->h, a->d);
 }
 
 void test_ropes(void **state)

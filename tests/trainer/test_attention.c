@@ -225,7 +225,7 @@ static void some_gradients(void **state)
     for (int skip = 0; skip < 3; skip++) {
         struct attention a = attention_of(&p, 0, 1);
         kernels_cpu.attention(NULL, &a);
-        float **grad = skip == 0 ? &a.dq : skip == 1 ? &a.dk : &a.dv;
+        void **grad = skip == 0 ? &a.dq : skip == 1 ? &a.dk : &a.dv;
         *grad = NULL;
         kernels_cpu.attention_bwd(NULL, &a);
         assert_true(!a.dq || !memcmp(dq[0], dq[1], (size_t)qn * sizeof(float)));

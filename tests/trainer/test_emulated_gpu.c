@@ -220,7 +220,7 @@ static void run_kernels(const struct kernels *k, struct workers *w, float *a, fl
     k->gemm(w, &g);
     g.add = true;
     k->gemm(w, &g);
-    k->rmsnorm(w, y, rrms, y, b, M, N, 1e-5f);
+    k->rmsnorm(w, array_of(y), rrms, array_of(y), b, M, N, 1e-5f);
     k->axpy(w, y, y, 0.5f, M * N);
 }
 

@@ -29,13 +29,13 @@ static void norm_and_act_against_plain(void **state)
     int64_t rows = 150, c = 300, n = rows * c;
     static float rrms[2][150], dw[2][300];
     memset(dw, 0, sizeof dw);
-    kernels_cpu.rmsnorm(NULL, big[2], rrms[0], big[0], big[1], rows, c, 1e-6f);
+    kernels_cpu.rmsnorm(NULL, array_of(big[2]), rrms[0], array_of(big[0]), big[1], rows, c, 1e-6f);
     rmsnorm_ref(big[3], rrms[1], big[0], big[1], rows, c, 1e-6f);
     expect_near("rmsnorm", big[2], big[3], n, 2e-6);
     expect_near("rrms", rrms[0], rrms[1], rows, 1e-6);
     memcpy(big[5], big[4], sizeof big[4]);
-    kernels_cpu.rmsnorm_bwd(NULL, big[4], big[6], big[0], big[1], rrms[0], rows, c);
-    kernels_cpu.rmsnorm_bwd_weight(NULL, dw[0], big[6], big[0], rrms[0], rows, c);
+    kernels_cpu.rmsnorm_bwd(NULL, array_of(big[4]), array_of(big[6]), array_of(big[0]), big[1], rrms[0], rows, c);
+    kernels_cpu.rmsnorm_bwd_weight(NULL, dw[0], array_of(big[6]), array_of(big[0]), rrms[0], rows, c);
     rmsnorm_bwd_ref(big[5], dw[1], big[6], big[0], big[1], rows, c, 1e-6f);
     expect_near("rmsnorm dx", big[4], big[5], n, 3e-6);
     expect_near("rmsnorm dw", dw[0], dw[1], c, 1e-5);
@@ -45,12 +45,13 @@ static void norm_and_act_against_plain(void **state)
         big[0][i] *= 30;
     big[0][3] = -200;
     big[0][4] = 200;
-    kernels_cpu.swiglu(NULL, big[2], big[0], big[1], n);
+    kernels_cpu.swiglu(NULL, array_of(big[2]), array_of(big[0]), array_of(big[1]), n);
     swiglu_ref(big[3], big[0], big[1], n);
     expect_near("swiglu", big[2], big[3], n, 1e-6);
     memcpy(big[2], big[3], sizeof big[2]);
     memcpy(big[4], big[5], sizeof big[4]);
-    kernels_cpu.swiglu_bwd(NULL, big[2], big[4], big[6], big[0], big[1], n);
+    kernels_cpu.swiglu_bwd(NULL, array_of(big[2]), array_of(big[4]), array_of(big[6]), array_of(big[0]),
+                           array_of(big[1]), n);
     swiglu_bwd_ref(big[3], big[5], big[6], big[0], big[1], n);
     expect_near("swiglu dgate", big[2], big[3], n, 2e-6);
     expect_near("swiglu dup", big[4], big[5], n, 2e-6);

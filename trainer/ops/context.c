@@ -117,7 +117,7 @@ void context_keys(struct tape *t, const struct tensor *k, const struct tensor *v
     gather(t, k, part(t, k, 0), part(t, k, 2));
     gather(t, v, part(t, k, 1), part(t, k, 2));
     int64_t own = own_rows(t, a->seg->offset[a->seg->count]), row = (int64_t)a->heads * a->head_dim;
-    t->kernels->zero(t->workers, a->o + own * row, (a->n - own) * row);
+    t->kernels->zero(t->workers, (float *)a->o + own * row, (a->n - own) * row);
 }
 
 void context_gradients(struct tape *t, const struct tensor *k, const struct tensor *v, struct attention *a)

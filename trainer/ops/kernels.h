@@ -2,10 +2,11 @@
  * memory.
  *
  * A kernel neither allocates, nor fails, nor keeps a pointer. Sizes may be 0. `_bwd` kernels add (+=) into gradients
- * unless said otherwise. Activations and gradients are f32, row-major, contiguous; a `const void *` with a dtype is a
- * weight, f32 or bf16. The CPU's give the same bits for any number of workers and on every instruction set (cpu/isa.h
- * says how; the f64 sines, powers and logarithms are the C library's). Tiled and fused kernels have plain ones beside
- * them, <name>_ref, at the end of this header; tests compare them. */
+ * unless said otherwise. Activations and gradients are row-major, contiguous, and f32, but for what a `struct array` or
+ * a flag says is bf16; a `const void *` with a dtype is a weight, f32 or bf16. The CPU's give the same bits for any
+ * number of workers and on every instruction set (cpu/isa.h says how; the f64 sines, powers and logarithms are the C
+ * library's). Tiled and fused kernels have plain ones beside them, <name>_ref, at the end of this header; tests compare
+ * them. */
 #ifndef TESSERA_TRAINER_OPS_KERNELS_H
 #define TESSERA_TRAINER_OPS_KERNELS_H
 
@@ -18,19 +19,33 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* An activation or a gradient. */
+struct array {
+    void *at;
+    bool low;   /* bf16 instead of f32; computed with in f32. A GPU's only */
+    bool fresh; /* of a gradient: nothing is in it yet, and it is written instead of added to. A GPU's only */
+};
+static inline struct array array_of(float *x)
+{
+    struct array a = { x, false, false };
+    return a;
+}
+
 /* C[i, j] = sum_k A(i, k) B(k, j), i < m, j < n, k < K: one fused multiply-add chain over k ascending, from 0.
  * bf16: of A and B rounded to bf16 (to nearest, ties to even; subnormals are 0), the chain in f32 over k in the order
  * 1, 0, 3, 2, 5, 4, ..., which is that of the instruction VDPBF16PS; a sum that is subnormal may be taken as 0. */
 struct gemm {
     int64_t m, n, k;
-    const float *a; /* A(i, k) = a[i * lda + k], or a[k * lda + i] if a_trans */
+    const void *a; /* A(i, k) = a[i * lda + k], or a[k * lda + i] if a_trans */
+    bool a_low;    /* a is bf16 instead of f32, on a GPU; `bf16` is set then */
     int64_t lda;
     bool a_trans;
     const void *b; /* B(k, j) = b[k * ldb + j], or b[j * ldb + k] if b_trans */
     enum dtype b_dtype;
     int64_t ldb;
     bool b_trans;
-    float *c; /* c[i * ldc + j] */
+    void *c;    /* c[i * ldc + j] */
+    bool c_low; /* c is bf16 instead of f32, on a GPU; `bf16` is set then */
     int64_t ldc;
     const float *bias; /* [n], added after the chain; or NULL */
     bool add;          /* the finished chain is added to c, instead of overwriting it */
@@ -46,15 +61,17 @@ struct attention {
     int rank, ranks;               /* ranks > 1: q, o, lse and their gradients are of tokens rank, rank + ranks, ... of
                                     * the pack alone, their rows in that order; those behind its end are left alone */
     const struct segments *seg;    /* of the whole pack */
-    const float *q;                /* [N, H, D] */
-    const float *k, *v;            /* [N, G, D]; with a cache [S, cap, G, D] */
+    const void *q;                 /* [N, H, D] */
+    const void *k, *v;             /* [N, G, D]; with a cache [S, cap, G, D] */
     const int32_t *past;           /* [S], or NULL */
     int64_t cap;
-    float *o;            /* [N, H, D] */
-    float *lse;          /* [N, H], or NULL */
-    const float *d_o;    /* backward: [N, H, D] */
-    float *dq, *dk, *dv; /* backward: any may be NULL */
-    bool bf16;           /* products may be of factors rounded to bf16, added up in f32; the CPU's are not */
+    void *o;            /* [N, H, D] */
+    float *lse;         /* [N, H], or NULL */
+    const void *d_o;    /* backward: [N, H, D] */
+    void *dq, *dk, *dv; /* backward: any may be NULL */
+    bool bf16;          /* products may be of factors rounded to bf16, added up in f32; the CPU's are not */
+    bool low;           /* q, k, v, o, d_o, dq, dk, dv are bf16 instead of f32, on a GPU; `bf16` is set then */
+    bool fresh;         /* dq, dk, dv are written instead of added to, on a GPU */
 };
 enum { ATTENTION_HEAD_MAX = 256 };
 /* Rows of q that belong to the pack's tokens before `token`. */
@@ -83,8 +100,9 @@ struct logprob {
      * logprob_merge makes the outputs of all rows, in their order. */
     struct logprob_part *part;
     int parts, own;
-    const float *x; /* [N, C] */
-    const void *w;  /* [V, C] */
+    const void *x; /* [N, C] */
+    bool x_low;    /* x is bf16 instead of f32, on a GPU; `bf16` is set then */
+    const void *w; /* [V, C] */
     enum dtype w_dtype;
     const int32_t *target; /* [N] */
     float temperature;
@@ -169,31 +187,34 @@ struct kernels {
     void (*mix)(struct workers *w, const struct mix *m);
     void (*mix_bwd)(struct workers *w, const struct mix *m);
     /* db[j] += sum over rows of dy[n, j], rows ascending from 0, then added. */
-    void (*bias_bwd)(struct workers *w, float *db, const float *dy, int64_t n, int64_t m);
+    void (*bias_bwd)(struct workers *w, float *db, struct array dy, int64_t n, int64_t m);
     /* id < 0: a row of zeros, without a gradient. */
     void (*embedding)(struct workers *w, float *y, const void *table, enum dtype t, const int32_t *id, int64_t n,
                       int64_t c);
     void (*embedding_bwd)(struct workers *w, float *dtable, const float *dy, const int32_t *id, int64_t n, int64_t c);
     /* rrms [rows] = 1 / sqrt(mean(x^2) + eps). */
-    void (*rmsnorm)(struct workers *w, float *y, float *rrms, const float *x, const float *weight, int64_t rows,
+    void (*rmsnorm)(struct workers *w, struct array y, float *rrms, struct array x, const float *weight, int64_t rows,
                     int64_t c, float eps);
-    void (*rmsnorm_bwd)(struct workers *w, float *dx, const float *dy, const float *x, const float *weight,
+    void (*rmsnorm_bwd)(struct workers *w, struct array dx, struct array dy, struct array x, const float *weight,
                         const float *rrms, int64_t rows, int64_t c);
-    void (*rmsnorm_bwd_weight)(struct workers *w, float *dweight, const float *dy, const float *x, const float *rrms,
+    void (*rmsnorm_bwd_weight)(struct workers *w, float *dweight, struct array dy, struct array x, const float *rrms,
                                int64_t rows, int64_t c);
     /* table [N, D]: D/2 cosines, then D/2 sines, of position * frequency[i], times amplitude. */
     void (*rope_table)(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d,
                        const double *frequency, double amplitude);
-    void (*rope)(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d);
-    void (*rope_bwd)(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h,
+    void (*rope)(struct workers *w, struct array y, struct array x, const float *table, int64_t n, int64_t h,
+                 int64_t d);
+    void (*rope_bwd)(struct workers *w, struct array dx, struct array dy, const float *table, int64_t n, int64_t h,
                      int64_t d);
     void (*columns)(struct workers *w, const struct column_copy *c);
     void (*attention)(struct workers *w, const struct attention *a);
     void (*attention_bwd)(struct workers *w, const struct attention *a); /* reads o and lse of the forward */
-    void (*swiglu)(struct workers *w, float *y, const float *gate, const float *up, int64_t n);
-    /* Either gradient may be NULL. */
-    void (*swiglu_bwd)(struct workers *w, float *dgate, float *dup, const float *dy, const float *gate, const float *up,
-                       int64_t n);
+    void (*swiglu)(struct workers *w, struct array y, struct array gate, struct array up, int64_t n);
+    /* Either gradient may be of no array (at NULL). */
+    void (*swiglu_bwd)(struct workers *w, struct array dgate, struct array dup, struct array dy, struct array gate,
+                       struct array up, int64_t n);
+    /* y = x, or y += x if not y.fresh, in either's type. A GPU's only: NULL on the CPU. */
+    void (*convert)(struct workers *w, struct array y, struct array x, int64_t n);
     void (*add)(struct workers *w, float *y, const float *a, const float *b, int64_t n); /* y = a + b */
     void (*scale)(struct workers *w, float *y, const float *x, float s, int64_t n);      /* y = s x */
     void (*axpy)(struct workers *w, float *y, const float *x, float s, int64_t n);       /* y += s x */

@@ -59,6 +59,17 @@ static inline bool is_weight(const struct tensor *x)
     return x->dtype == DTYPE_F32 || x->dtype == DTYPE_BF16;
 }
 
+/* As kernels take them. */
+static inline struct array data_of(const struct tensor *x)
+{
+    return (struct array){ .at = x->data, .low = x->dtype == DTYPE_BF16 };
+}
+
+static inline struct array grad_of(const struct tensor *x)
+{
+    return (struct array){ .at = x->grad };
+}
+
 static inline bool runs(const struct tape *t)
 {
     return t->mode != TAPE_DRY;

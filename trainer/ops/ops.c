@@ -111,9 +111,10 @@ static void rmsnorm_backward(struct tape *t, const struct tape_record *base, uns
 {
     const struct rmsnorm_record *r = (const void *)base;
     if (INPUT_HALF(halves) && r->x->grad)
-        t->kernels->rmsnorm_bwd(t->workers, r->x->grad, r->y->grad, r->x->data, r->weight, r->rrms, r->rows, r->c);
+        t->kernels->rmsnorm_bwd(t->workers, grad_of(r->x), grad_of(r->y), data_of(r->x), r->weight, r->rrms, r->rows,
+                                r->c);
     if (WEIGHT_HALF(halves) && r->w->grad)
-        t->kernels->rmsnorm_bwd_weight(t->workers, r->w->grad, r->y->grad, r->x->data, r->rrms, r->rows, r->c);
+        t->kernels->rmsnorm_bwd_weight(t->workers, r->w->grad, grad_of(r->y), data_of(r->x), r->rrms, r->rows, r->c);
 }
 
 struct tensor *op_rmsnorm(struct tape *t, struct tensor *x, struct tensor *w, float eps)
@@ -129,7 +130,7 @@ struct tensor *op_rmsnorm(struct tape *t, struct tensor *x, struct tensor *w, fl
     if (t->error)
         return NULL;
     if (runs(t))
-        t->kernels->rmsnorm(t->workers, y->data, rrms, x->data, weight, rows, c, eps);
+        t->kernels->rmsnorm(t->workers, data_of(y), rrms, data_of(x), weight, rows, c, eps);
     struct rmsnorm_record *r = y->grad ? record(t, sizeof *r, rmsnorm_backward) : NULL;
     if (r) {
         r->x = x;
@@ -205,7 +206,8 @@ static void rope_backward(struct tape *t, const struct tape_record *base, unsign
 {
     const struct rope_record *r = (const void *)base;
     if (INPUT_HALF(halves))
-        t->kernels->rope_bwd(t->workers, r->x->grad, r->y->grad, r->angles, r->x->dim[0], r->x->dim[1], r->x->dim[2]);
+        t->kernels->rope_bwd(t->workers, grad_of(r->x), grad_of(r->y), r->angles, r->x->dim[0], r->x->dim[1],
+                             r->x->dim[2]);
 }
 
 struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position, const struct rope *how)
@@ -219,7 +221,7 @@ struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position
     if (!angles)
         return NULL;
     if (runs(t))
-        t->kernels->rope(t->workers, y->data, x->data, angles, x->dim[0], x->dim[1], x->dim[2]);
+        t->kernels->rope(t->workers, data_of(y), data_of(x), angles, x->dim[0], x->dim[1], x->dim[2]);
     struct rope_record *r = y->grad ? record(t, sizeof *r, rope_backward) : NULL;
     if (r) {
         r->x = x;
@@ -338,8 +340,8 @@ static void append(struct tape *t, struct kv_cache *c, const struct segments *se
     int64_t row = (int64_t)c->kv_heads * c->head_dim;
     for (int32_t s = 0; s < seg->count; s++) {
         int64_t from = seg->offset[s], count = seg->offset[s + 1] - from, to = (int64_t)s * c->cap + c->len[s];
-        copy_there(t, c->k + to * row, a->k + from * row, (size_t)(count * row) * sizeof(float));
-        copy_there(t, c->v + to * row, a->v + from * row, (size_t)(count * row) * sizeof(float));
+        copy_there(t, c->k + to * row, (const float *)a->k + from * row, (size_t)(count * row) * sizeof(float));
+        copy_there(t, c->v + to * row, (const float *)a->v + from * row, (size_t)(count * row) * sizeof(float));
         past[s] = c->len[s];
         c->len[s] += (int32_t)count;
     }
@@ -433,7 +435,7 @@ static void swiglu_backward(struct tape *t, const struct tape_record *base, unsi
 {
     const struct elementwise_record *r = (const void *)base;
     if (INPUT_HALF(halves))
-        t->kernels->swiglu_bwd(t->workers, r->a->grad, r->b->grad, r->y->grad, r->a->data, r->b->data,
+        t->kernels->swiglu_bwd(t->workers, grad_of(r->a), grad_of(r->b), grad_of(r->y), data_of(r->a), data_of(r->b),
                                tensor_elems(r->y));
 }
 
@@ -447,7 +449,7 @@ struct tensor *op_swiglu(struct tape *t, struct tensor *gate, struct tensor *up)
     if (!y)
         return NULL;
     if (runs(t))
-        t->kernels->swiglu(t->workers, y->data, gate->data, up->data, tensor_elems(y));
+        t->kernels->swiglu(t->workers, data_of(y), data_of(gate), data_of(up), tensor_elems(y));
     return push(t, "op_swiglu", gate, up, y, 0, swiglu_backward);
 }
 

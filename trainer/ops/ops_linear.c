@@ -40,7 +40,7 @@ static void linear_backward(struct tape *t, const struct tape_record *base, unsi
                                 .c = r->w->grad,
                                 .add = true });
     if (WEIGHT_HALF(halves) && r->b && r->b->grad)
-        t->kernels->bias_bwd(t->workers, r->b->grad, r->y->grad, n, m);
+        t->kernels->bias_bwd(t->workers, r->b->grad, grad_of(r->y), n, m);
 }
 
 /* Of x as the weight sees it, without what the ranks do afterwards. also: y depends on something else that learns. */

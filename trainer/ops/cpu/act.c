@@ -36,9 +36,9 @@ static void run_swiglu(const struct act_job *t, int64_t i, int64_t n)
     t->isa->swiglu(t->y + i, t->a + i, t->b + i, n);
 }
 
-void cpu_swiglu(struct workers *w, float *y, const float *gate, const float *up, int64_t n)
+void cpu_swiglu(struct workers *w, struct array y, struct array gate, struct array up, int64_t n)
 {
-    each(w, (struct act_job){ .run = run_swiglu, .y = y, .a = gate, .b = up, .n = n });
+    each(w, (struct act_job){ .run = run_swiglu, .y = y.at, .a = gate.at, .b = up.at, .n = n });
 }
 
 static void run_swiglu_bwd(const struct act_job *t, int64_t i, int64_t n)
@@ -46,10 +46,11 @@ static void run_swiglu_bwd(const struct act_job *t, int64_t i, int64_t n)
     t->isa->swiglu_bwd(at(t->y, i), at(t->y2, i), t->c + i, t->a + i, t->b + i, n);
 }
 
-void cpu_swiglu_bwd(struct workers *w, float *dgate, float *dup, const float *dy, const float *gate, const float *up,
-                    int64_t n)
+void cpu_swiglu_bwd(struct workers *w, struct array dgate, struct array dup, struct array dy, struct array gate,
+                    struct array up, int64_t n)
 {
-    each(w, (struct act_job){ .run = run_swiglu_bwd, .y = dgate, .y2 = dup, .c = dy, .a = gate, .b = up, .n = n });
+    each(w, (struct act_job){
+                .run = run_swiglu_bwd, .y = dgate.at, .y2 = dup.at, .c = dy.at, .a = gate.at, .b = up.at, .n = n });
 }
 
 static void run_add(const struct act_job *t, int64_t i, int64_t n)

@@ -18,13 +18,19 @@ struct att_job {
     const struct isa *isa;
     const struct attention *a;
     int d, wide; /* head size; padded to whole panels */
+    const float *q, *k, *v, *d_o;
+    float *o, *dq, *dk, *dv;
     int64_t q_ld, kv_ld;
     float scale;
 };
 
 static struct att_job att_job(const struct attention *a)
 {
-    struct att_job t = { .isa = isa_best(), .a = a, .d = a->head_dim };
+    struct att_job t = { .isa = isa_best(), .a = a, .d = a->head_dim, .q = a->q, .k = a->k, .v = a->v, .d_o = a->d_o };
+    t.o = a->o;
+    t.dq = a->dq;
+    t.dk = a->dk;
+    t.dv = a->dv;
     t.wide = (t.d + PANEL_N - 1) / PANEL_N * PANEL_N;
     t.q_ld = (int64_t)a->heads * t.d;
     t.kv_ld = (int64_t)a->kv_heads * t.d;
@@ -89,8 +95,8 @@ static struct span span_of(const struct att_job *t, int64_t s)
                           .step = step,
                           .at = at,
                           .keys = end - at,
-                          .k = a->k + from * t->kv_ld,
-                          .v = a->v + from * t->kv_ld };
+                          .k = t->k + from * t->kv_ld,
+                          .v = t->v + from * t->kv_ld };
 }
 
 /* Keys up to and with the own one of query i. */
@@ -159,7 +165,7 @@ static void query_tile(const struct att_job *t, const struct span *p, int64_t he
         sum[i] = 0;
         memset(out + i * t->wide, 0, (size_t)t->wide * sizeof(float));
     }
-    pack_rows(t, qs, a->q + (p->first + q0) * t->q_ld + head * d, t->q_ld, rows, d);
+    pack_rows(t, qs, t->q + (p->first + q0) * t->q_ld + head * d, t->q_ld, rows, d);
     int64_t left = a->window ? visible_to(p, q0) - a->window : 0; /* the first key that the first row sees */
     int64_t end = visible_to(p, q0 + rows - 1);
     for (int64_t k0 = left > 0 ? left / TILE * TILE : 0; k0 < end; k0 += TILE) {
@@ -173,7 +179,7 @@ static void query_tile(const struct att_job *t, const struct span *p, int64_t he
     }
     for (int64_t i = 0; i < rows; i++) {
         int64_t token = p->first + q0 + i;
-        t->isa->scale(a->o + token * t->q_ld + head * d, out + i * t->wide, 1.0f / sum[i], d);
+        t->isa->scale(t->o + token * t->q_ld + head * d, out + i * t->wide, 1.0f / sum[i], d);
         if (a->lse)
             a->lse[token * a->heads + head] = (float)((double)top[i] + log((double)sum[i]));
     }
@@ -223,7 +229,7 @@ static void score_gradients(const struct att_job *t, const struct key_tile *kt, 
         int64_t row = (token + i) * t->q_ld + head * t->d;
         struct seen seen = seen_in(t, visible + i * step, kt->n);
         float *p = score + i * TILE, *ds = dp + i * TILE;
-        float delta = t->isa->dot(a->d_o + row, a->o + row, t->d);
+        float delta = t->isa->dot(t->d_o + row, t->o + row, t->d);
         int64_t n = seen.end - seen.first;
         t->isa->exp_scaled(p + seen.first, t->scale, a->lse[(token + i) * a->heads + head], 1.0f, n);
         t->isa->softmax_bwd(ds + seen.first, p + seen.first, delta, t->scale, n);
@@ -234,30 +240,29 @@ static void score_gradients(const struct att_job *t, const struct key_tile *kt, 
 
 static void tile_pair(const struct att_job *t, const struct span *p, struct key_tile *kt, int64_t head, int64_t q0)
 {
-    const struct attention *a = t->a;
     int64_t d = t->d, rows = min64(TILE, p->count - q0), token = p->first + q0, at = token * t->q_ld + head * d;
     float score[TILE * TILE], dp[TILE * TILE], left[TILE * DMAX], right[TILE * DMAX];
-    pack_rows(t, left, a->q + at, t->q_ld, rows, d);
+    pack_rows(t, left, t->q + at, t->q_ld, rows, d);
     multiply(t, score, TILE, left, rows, kt->keys, kt->n, d, false);
-    pack_rows(t, left, a->d_o + at, t->q_ld, rows, d);
+    pack_rows(t, left, t->d_o + at, t->q_ld, rows, d);
     multiply(t, dp, TILE, left, rows, kt->values, kt->n, d, false);
     score_gradients(t, kt, score, dp, token, rows, visible_to(p, q0) - kt->k0, p->step, head);
-    if (a->dv) { /* dV += P^T dO */
+    if (t->dv) { /* dV += P^T dO */
         pack_rows_across(left, score, TILE, kt->n, rows);
-        pack_columns_across(right, a->d_o + at, t->q_ld, d, rows);
+        pack_columns_across(right, t->d_o + at, t->q_ld, d, rows);
         multiply(t, kt->dv, t->wide, left, kt->n, right, d, rows, true);
     }
-    if (a->dk) { /* dK += dS^T Q */
+    if (t->dk) { /* dK += dS^T Q */
         pack_rows_across(left, dp, TILE, kt->n, rows);
-        pack_columns_across(right, a->q + at, t->q_ld, d, rows);
+        pack_columns_across(right, t->q + at, t->q_ld, d, rows);
         multiply(t, kt->dk, t->wide, left, kt->n, right, d, rows, true);
     }
-    if (a->dq) { /* dQ += dS K */
+    if (t->dq) { /* dQ += dS K */
         float *dq = right;
         pack_rows(t, left, dp, TILE, rows, kt->n);
         multiply(t, dq, t->wide, left, rows, kt->keys_across, d, kt->n, false);
         for (int64_t i = 0; i < rows; i++) {
-            float *to = a->dq + at + i * t->q_ld;
+            float *to = t->dq + at + i * t->q_ld;
             t->isa->add(to, to, dq + i * t->wide, d);
         }
     }
@@ -286,10 +291,10 @@ static void backward_task(void *arg, size_t index)
                 tile_pair(t, &p, &kt, head, q0);
         for (int64_t i = 0; i < kt.n; i++) {
             int64_t row = (p.at + kt.k0 + i) * t->kv_ld + from;
-            if (a->dk)
-                t->isa->add(a->dk + row, a->dk + row, kt.dk + i * t->wide, t->d);
-            if (a->dv)
-                t->isa->add(a->dv + row, a->dv + row, kt.dv + i * t->wide, t->d);
+            if (t->dk)
+                t->isa->add(t->dk + row, t->dk + row, kt.dk + i * t->wide, t->d);
+            if (t->dv)
+                t->isa->add(t->dv + row, t->dv + row, kt.dv + i * t->wide, t->d);
         }
     }
 }

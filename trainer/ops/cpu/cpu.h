@@ -52,26 +52,27 @@ void cpu_route(struct workers *w, const struct route *r);
 void cpu_route_bwd(struct workers *w, const struct route *r);
 void cpu_mix(struct workers *w, const struct mix *m);
 void cpu_mix_bwd(struct workers *w, const struct mix *m);
-void cpu_bias_bwd(struct workers *w, float *db, const float *dy, int64_t n, int64_t m);
+void cpu_bias_bwd(struct workers *w, float *db, struct array dy, int64_t n, int64_t m);
 void cpu_embedding(struct workers *w, float *y, const void *table, enum dtype t, const int32_t *id, int64_t n,
                    int64_t c);
 void cpu_embedding_bwd(struct workers *w, float *dtable, const float *dy, const int32_t *id, int64_t n, int64_t c);
-void cpu_rmsnorm(struct workers *w, float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c,
-                 float eps);
-void cpu_rmsnorm_bwd(struct workers *w, float *dx, const float *dy, const float *x, const float *weight,
+void cpu_rmsnorm(struct workers *w, struct array y, float *rrms, struct array x, const float *weight, int64_t rows,
+                 int64_t c, float eps);
+void cpu_rmsnorm_bwd(struct workers *w, struct array dx, struct array dy, struct array x, const float *weight,
                      const float *rrms, int64_t rows, int64_t c);
-void cpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, const float *dy, const float *x, const float *rrms,
+void cpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, struct array dy, struct array x, const float *rrms,
                             int64_t rows, int64_t c);
 void cpu_rope_table(struct workers *w, float *table, const int32_t *position, int64_t n, int64_t d,
                     const double *frequency, double amplitude);
-void cpu_rope(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d);
-void cpu_rope_bwd(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h, int64_t d);
+void cpu_rope(struct workers *w, struct array y, struct array x, const float *table, int64_t n, int64_t h, int64_t d);
+void cpu_rope_bwd(struct workers *w, struct array dx, struct array dy, const float *table, int64_t n, int64_t h,
+                  int64_t d);
 void cpu_columns(struct workers *w, const struct column_copy *c);
 void cpu_attention(struct workers *w, const struct attention *a);
 void cpu_attention_bwd(struct workers *w, const struct attention *a);
-void cpu_swiglu(struct workers *w, float *y, const float *gate, const float *up, int64_t n);
-void cpu_swiglu_bwd(struct workers *w, float *dgate, float *dup, const float *dy, const float *gate, const float *up,
-                    int64_t n);
+void cpu_swiglu(struct workers *w, struct array y, struct array gate, struct array up, int64_t n);
+void cpu_swiglu_bwd(struct workers *w, struct array dgate, struct array dup, struct array dy, struct array gate,
+                    struct array up, int64_t n);
 void cpu_add(struct workers *w, float *y, const float *a, const float *b, int64_t n);
 void cpu_scale(struct workers *w, float *y, const float *x, float s, int64_t n);
 void cpu_axpy(struct workers *w, float *y, const float *x, float s, int64_t n);

@@ -15,7 +15,7 @@ static int64_t gather(const struct logprob *p, int64_t *next)
     for (; *next < p->n && count < p->chunk; ++*next) {
         if (p->target[*next] < 0)
             continue;
-        memcpy(p->rows + count * p->c, p->x + *next * p->c, (size_t)p->c * sizeof(float));
+        memcpy(p->rows + count * p->c, (const float *)p->x + *next * p->c, (size_t)p->c * sizeof(float));
         p->index[count++] = (int32_t)*next;
     }
     return count;

@@ -105,11 +105,12 @@ static void pack_a(const struct job *t, float *dst, int64_t i, int64_t m, int64_
 {
     const struct gemm *g = t->g;
     if (g->a_trans) {
-        pack_a_across(t, dst, g->a + p * g->lda + i, g->lda, m, k);
+        pack_a_across(t, dst, (const float *)g->a + p * g->lda + i, g->lda, m, k);
         return;
     }
     for (int64_t r = 0; r < m; r += PANEL_M)
-        pack_rows(t, dst + r * units(g, k), PANEL_M, g->a + (i + r) * g->lda + p, g->lda, min64(PANEL_M, m - r), k);
+        pack_rows(t, dst + r * units(g, k), PANEL_M, (const float *)g->a + (i + r) * g->lda + p, g->lda,
+                  min64(PANEL_M, m - r), k);
 }
 
 /* Finished chains [rows, cols] go to C. */
@@ -117,7 +118,7 @@ static void finish(const struct job *t, const float *acc, int64_t ld, int64_t i0
                    int64_t cols)
 {
     const struct gemm *g = t->g;
-    float *c = g->c + i0 * g->ldc + j0;
+    float *c = (float *)g->c + i0 * g->ldc + j0;
     if (g->add)
         t->isa->add_rows(c, g->ldc, c, g->ldc, acc, ld, rows, cols);
     else if (g->bias)
@@ -157,8 +158,8 @@ static void fetch(const struct soon *s, int64_t i, int64_t n)
 static void fetch_c(const struct gemm *g, int64_t i, int64_t rows, int64_t j)
 {
     for (int64_t r = i; g->add && r < i + rows; r++)
-        for (int64_t at = 0; at < PANEL_N; at += LINE / (int64_t)sizeof *g->c)
-            __builtin_prefetch(g->c + r * g->ldc + min64(j + at, g->n - 1), 1, 2);
+        for (int64_t at = 0; at < PANEL_N; at += LINE / (int64_t)sizeof(float))
+            __builtin_prefetch((const float *)g->c + r * g->ldc + min64(j + at, g->n - 1), 1, 2);
 }
 
 static int64_t padded(int64_t n, int64_t to)
@@ -306,7 +307,7 @@ static void bias_columns(void *arg, size_t index)
         t->db[j0 + j] += sum[j];
 }
 
-void cpu_bias_bwd(struct workers *w, float *db, const float *dy, int64_t n, int64_t m)
+void cpu_bias_bwd(struct workers *w, float *db, struct array dy, int64_t n, int64_t m)
 {
-    workers_for(w, task_count(m, BIAS_COLS), bias_columns, &(struct bias_job){ db, dy, n, m });
+    workers_for(w, task_count(m, BIAS_COLS), bias_columns, &(struct bias_job){ db, dy.at, n, m });
 }

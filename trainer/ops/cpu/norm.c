@@ -23,11 +23,11 @@ static void norm_rows(void *arg, size_t index)
     }
 }
 
-void cpu_rmsnorm(struct workers *w, float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c,
-                 float eps)
+void cpu_rmsnorm(struct workers *w, struct array y, float *rrms, struct array x, const float *weight, int64_t rows,
+                 int64_t c, float eps)
 {
     struct norm_job t = {
-        .isa = isa_best(), .out = y, .rrms = rrms, .x = x, .weight = weight, .rows = rows, .c = c, .eps = eps
+        .isa = isa_best(), .out = y.at, .rrms = rrms, .x = x.at, .weight = weight, .rows = rows, .c = c, .eps = eps
     };
     t.each = task_rows(c);
     workers_for(w, task_count(rows, t.each), norm_rows, &t);
@@ -46,11 +46,11 @@ static void norm_bwd_rows(void *arg, size_t index)
     }
 }
 
-void cpu_rmsnorm_bwd(struct workers *w, float *dx, const float *dy, const float *x, const float *weight,
+void cpu_rmsnorm_bwd(struct workers *w, struct array dx, struct array dy, struct array x, const float *weight,
                      const float *rrms, int64_t rows, int64_t c)
 {
     struct norm_job t = {
-        .isa = isa_best(), .out = dx, .kept = rrms, .dy = dy, .x = x, .weight = weight, .rows = rows, .c = c
+        .isa = isa_best(), .out = dx.at, .kept = rrms, .dy = dy.at, .x = x.at, .weight = weight, .rows = rows, .c = c
     };
     t.each = task_rows(c);
     workers_for(w, task_count(rows, t.each), norm_bwd_rows, &t);
@@ -68,9 +68,11 @@ static void norm_weight_columns(void *arg, size_t index)
     t->isa->add(t->out + j, t->out + j, sum, cols);
 }
 
-void cpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, const float *dy, const float *x, const float *rrms,
+void cpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, struct array dy, struct array x, const float *rrms,
                             int64_t rows, int64_t c)
 {
-    struct norm_job t = { .isa = isa_best(), .out = dweight, .kept = rrms, .dy = dy, .x = x, .rows = rows, .c = c };
+    struct norm_job t = {
+        .isa = isa_best(), .out = dweight, .kept = rrms, .dy = dy.at, .x = x.at, .rows = rows, .c = c
+    };
     workers_for(w, task_count(c, COLS), norm_weight_columns, &t);
 }

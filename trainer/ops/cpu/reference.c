@@ -21,11 +21,11 @@ void gemm_ref(const struct gemm *g)
             float sum = 0;
             for (int64_t at = 0; at < g->k + (g->bf16 && g->k % 2); at++) {
                 int64_t k = g->bf16 ? at ^ 1 : at;
-                float a = k < g->k ? g->a[g->a_trans ? k * g->lda + i : i * g->lda + k] : 0;
+                float a = k < g->k ? ((const float *)g->a)[g->a_trans ? k * g->lda + i : i * g->lda + k] : 0;
                 float b = k < g->k ? weight_at(g->b, g->b_dtype, g->b_trans ? j * g->ldb + k : k * g->ldb + j) : 0;
                 sum = g->bf16 ? fmaf(as_bf16(a), as_bf16(b), sum) : fmaf(a, b, sum);
             }
-            float *c = g->c + i * g->ldc + j;
+            float *c = (float *)g->c + i * g->ldc + j;
             *c = g->add ? *c + sum : g->bias ? sum + g->bias[j] : sum;
         }
     }
@@ -65,36 +65,41 @@ static struct att_row att_row(const struct attention *a, int64_t s, int64_t i, i
 
 static void att_row_ref(const struct attention *a, struct att_row r, int64_t lse_at)
 {
+    const float *q = (const float *)a->q + r.q, *k = (const float *)a->k + r.k, *v = (const float *)a->v + r.k;
+    float *o = (float *)a->o + r.q;
     int d = a->head_dim;
-    double lse = att_lse(a, a->q + r.q, a->k + r.k, r.n), sum[ATTENTION_HEAD_MAX] = { 0 };
+    double lse = att_lse(a, q, k, r.n), sum[ATTENTION_HEAD_MAX] = { 0 };
     for (int64_t j = 0; j < r.n; j++) {
-        double p = exp(att_score(a, a->q + r.q, a->k + r.k, j) - lse);
+        double p = exp(att_score(a, q, k, j) - lse);
         for (int e = 0; e < d; e++)
-            sum[e] += p * (double)a->v[r.k + j * a->kv_heads * d + e];
+            sum[e] += p * (double)v[j * a->kv_heads * d + e];
     }
     for (int e = 0; e < d; e++)
-        a->o[r.q + e] = (float)sum[e];
+        o[e] = (float)sum[e];
     if (a->lse)
         a->lse[lse_at] = (float)lse;
 }
 
 static void att_row_bwd_ref(const struct attention *a, struct att_row r)
 {
+    const float *q = (const float *)a->q + r.q, *k = (const float *)a->k + r.k, *v = (const float *)a->v + r.k,
+                *d_o = (const float *)a->d_o + r.q;
+    float *dq = (float *)a->dq + r.q, *dk = (float *)a->dk + r.k, *dv = (float *)a->dv + r.k;
     int d = a->head_dim;
     int64_t ld = (int64_t)a->kv_heads * d;
-    double lse = att_lse(a, a->q + r.q, a->k + r.k, r.n), delta = 0, scale = 1 / sqrt((double)d);
+    double lse = att_lse(a, q, k, r.n), delta = 0, scale = 1 / sqrt((double)d);
     for (int pass = 0; pass < 2; pass++) { /* the first makes delta = sum_j P_j dP_j */
         for (int64_t j = 0; j < r.n; j++) {
-            double p = exp(att_score(a, a->q + r.q, a->k + r.k, j) - lse), dp = 0;
+            double p = exp(att_score(a, q, k, j) - lse), dp = 0;
             for (int e = 0; e < d; e++)
-                dp += (double)a->d_o[r.q + e] * (double)a->v[r.k + j * ld + e];
+                dp += (double)d_o[e] * (double)v[j * ld + e];
             if (pass == 0)
                 delta += p * dp;
             for (int e = 0; pass == 1 && e < d; e++) {
                 double ds = p * (dp - delta) * scale;
-                a->dq[r.q + e] += (float)(ds * (double)a->k[r.k + j * ld + e]);
-                a->dk[r.k + j * ld + e] += (float)(ds * (double)a->q[r.q + e]);
-                a->dv[r.k + j * ld + e] += (float)(p * (double)a->d_o[r.q + e]);
+                dq[e] += (float)(ds * (double)k[j * ld + e]);
+                dk[j * ld + e] += (float)(ds * (double)q[e]);
+                dv[j * ld + e] += (float)(p * (double)d_o[e]);
             }
         }
     }
@@ -173,7 +178,7 @@ static double logit_ref(const struct logprob *p, int64_t n, int64_t v)
 {
     double sum = 0;
     for (int64_t j = 0; j < p->c; j++)
-        sum += (double)p->x[n * p->c + j] * (double)weight_at(p->w, p->w_dtype, v * p->c + j);
+        sum += (double)((const float *)p->x)[n * p->c + j] * (double)weight_at(p->w, p->w_dtype, v * p->c + j);
     return sum / (double)p->temperature;
 }
 
@@ -227,7 +232,7 @@ void logprob_bwd_ref(const struct logprob *p)
                 (double)p->dlogp[n] * ((v == p->target[n]) - exp(logit_ref(p, n, v) - lse)) / (double)p->temperature;
             for (int64_t j = 0; j < p->c; j++) {
                 p->dx[n * p->c + j] += (float)(d * (double)weight_at(p->w, p->w_dtype, v * p->c + j));
-                p->dw[v * p->c + j] += (float)(d * (double)p->x[n * p->c + j]);
+                p->dw[v * p->c + j] += (float)(d * (double)((const float *)p->x)[n * p->c + j]);
             }
         }
     }

@@ -56,13 +56,14 @@ static void rotate(struct workers *w, float *y, const float *x, const float *tab
     workers_for(w, task_count(n, t.each), rotate_rows, &t);
 }
 
-void cpu_rope(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d)
+void cpu_rope(struct workers *w, struct array y, struct array x, const float *table, int64_t n, int64_t h, int64_t d)
 {
-    rotate(w, y, x, table, n, h, d, 1.0f, false);
+    rotate(w, y.at, x.at, table, n, h, d, 1.0f, false);
 }
 
 /* A rotation's gradient is turned back by the same angle (and times the same amplitude: the transposed matrix). */
-void cpu_rope_bwd(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h, int64_t d)
+void cpu_rope_bwd(struct workers *w, struct array dx, struct array dy, const float *table, int64_t n, int64_t h,
+                  int64_t d)
 {
-    rotate(w, dx, dy, table, n, h, d, -1.0f, true);
+    rotate(w, dx.at, dy.at, table, n, h, d, -1.0f, true);
 }

@@ -131,6 +131,11 @@ struct adamw_step { /* p, g, m, v to p, m, v */
     }
 };
 
+float *f32(struct array x)
+{
+    return static_cast<float *>(x.at);
+}
+
 __global__ void widen_kernel(float *y, const uint16_t *x, int64_t n)
 {
     int64_t step = (int64_t)gridDim.x * blockDim.x;
@@ -139,15 +144,24 @@ __global__ void widen_kernel(float *y, const uint16_t *x, int64_t n)
 }
 } // namespace
 
-void gpu_swiglu(struct workers *w, float *y, const float *gate, const float *up, int64_t n)
+void gpu_swiglu(struct workers *w, struct array y, struct array gate, struct array up, int64_t n)
 {
-    each(w, "swiglu", { { gate, up }, { y } }, swiglu_of(), n);
+    each(w, "swiglu", { { f32(gate), f32(up) }, { f32(y) } }, swiglu_of(), n);
 }
 
-void gpu_swiglu_bwd(struct workers *w, float *dgate, float *dup, const float *dy, const float *gate, const float *up,
-                    int64_t n)
+void gpu_swiglu_bwd(struct workers *w, struct array dgate, struct array dup, struct array dy, struct array gate,
+                    struct array up, int64_t n)
 {
-    each(w, "swiglu_bwd", { { dy, gate, up, dgate, dup }, { dgate, dup } }, swiglu_gradient(), n);
+    each(w, "swiglu_bwd", { { f32(dy), f32(gate), f32(up), f32(dgate), f32(dup) }, { f32(dgate), f32(dup) } },
+         swiglu_gradient(), n);
+}
+
+void gpu_convert(struct workers *w, struct array y, struct array x, int64_t n)
+{
+    if (y.fresh)
+        each(w, "convert", { { f32(x) }, { f32(y) } }, times{ 1.0f }, n);
+    else
+        each(w, "convert", { { f32(x), f32(y) }, { f32(y) } }, plus_times{ 1.0f }, n);
 }
 
 void gpu_add(struct workers *w, float *y, const float *a, const float *b, int64_t n)

@@ -333,7 +333,7 @@ void gpu_attention_bwd(struct workers *w, const struct attention *a)
 {
     int64_t rows = a->n * a->heads;
     float *delta = static_cast<float *>(gpu_scratch(w, SCRATCH_CALL, (size_t)rows * sizeof *delta));
-    launch(w, "attention_bwd", deltas, gpu_blocks(rows, WARPS), BLOCK, 0, delta, a->d_o,
+    launch(w, "attention_bwd", deltas, gpu_blocks(rows, WARPS), BLOCK, 0, delta, static_cast<const float *>(a->d_o),
            static_cast<const float *>(a->o), rows, a->head_dim);
     if (a->bf16 && a->head_dim <= MMA_HEAD_MAX)
         mma_attention_bwd(w, a, delta);

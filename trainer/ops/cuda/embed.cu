@@ -159,12 +159,13 @@ void gpu_rope_table(struct workers *w, float *table, const int32_t *position, in
     }
 }
 
-void gpu_rope(struct workers *w, float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t d)
+void gpu_rope(struct workers *w, struct array y, struct array x, const float *table, int64_t n, int64_t h, int64_t d)
 {
-    turn(w, "rope", y, x, table, n, h, d, 1.0f, false);
+    turn(w, "rope", static_cast<float *>(y.at), static_cast<const float *>(x.at), table, n, h, d, 1.0f, false);
 }
 
-void gpu_rope_bwd(struct workers *w, float *dx, const float *dy, const float *table, int64_t n, int64_t h, int64_t d)
+void gpu_rope_bwd(struct workers *w, struct array dx, struct array dy, const float *table, int64_t n, int64_t h,
+                  int64_t d)
 {
-    turn(w, "rope_bwd", dx, dy, table, n, h, d, -1.0f, true);
+    turn(w, "rope_bwd", static_cast<float *>(dx.at), static_cast<const float *>(dy.at), table, n, h, d, -1.0f, true);
 }

@@ -25,7 +25,7 @@ __device__ inline float rounded(float x, bool bf16)
 
 __device__ inline float a_at(const struct gemm &g, int64_t i, int64_t k)
 {
-    return i < g.m && k < g.k ? g.a[g.a_trans ? k * g.lda + i : i * g.lda + k] : 0.0f;
+    return i < g.m && k < g.k ? static_cast<const float *>(g.a)[g.a_trans ? k * g.lda + i : i * g.lda + k] : 0.0f;
 }
 
 __device__ inline float b_at(const struct gemm &g, int64_t k, int64_t j)
@@ -54,7 +54,7 @@ __device__ void finish(const struct gemm &g, const float (&sum)[PER][PER], int64
             int64_t i = i0 + r, j = j0 + q;
             if (i >= g.m || j >= g.n)
                 continue;
-            float *c = g.c + i * g.ldc + j;
+            float *c = static_cast<float *>(g.c) + i * g.ldc + j;
             *c = g.add ? *c + sum[r][q] : g.bias ? sum[r][q] + g.bias[j] : sum[r][q];
         }
 }
@@ -173,7 +173,7 @@ bool by_library(struct workers *w, const struct gemm *g)
     call.lda = b.ld;
     call.b = a.p;
     call.ldb = a.ld;
-    call.c = g->c;
+    call.c = static_cast<float *>(g->c);
     call.ldc = g->ldc;
     call.bias = g->add ? NULL : g->bias;
     call.beta = g->add ? 1.0f : 0.0f;

@@ -161,7 +161,7 @@ void chunk_logits(struct workers *w, const struct logprob *p, int64_t first, int
     g.m = count;
     g.n = p->v;
     g.k = p->c;
-    g.a = p->x + first * p->c;
+    g.a = static_cast<const float *>(p->x) + first * p->c;
     g.lda = p->c;
     g.b = p->w;
     g.b_dtype = p->w_dtype;
@@ -196,7 +196,7 @@ void chunk_gradients(struct workers *w, const struct logprob *p, int64_t first, 
         g.m = p->v;
         g.k = count;
         g.a_trans = true;
-        g.b = p->x + first * p->c;
+        g.b = static_cast<const float *>(p->x) + first * p->c;
         g.b_dtype = DTYPE_F32;
         g.c = p->dw;
         gpu_gemm(w, &g);

@@ -191,29 +191,34 @@ __global__ void first_of_all(int64_t *first, const int64_t *found, int64_t block
 }
 } // namespace
 
-void gpu_rmsnorm(struct workers *w, float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c,
-                 float eps)
+void gpu_rmsnorm(struct workers *w, struct array to, float *rrms, struct array from, const float *weight, int64_t rows,
+                 int64_t c, float eps)
 {
+    float *y = static_cast<float *>(to.at);
+    const float *x = static_cast<const float *>(from.at);
     launch(w, "rmsnorm", four(c, y, x, weight) ? norm_rows<4> : norm_rows<1>, gpu_blocks(rows, WARPS), BLOCK, 0, y,
            rrms, x, weight, rows, c, eps);
 }
 
-void gpu_rmsnorm_bwd(struct workers *w, float *dx, const float *dy, const float *x, const float *weight,
+void gpu_rmsnorm_bwd(struct workers *w, struct array dx_, struct array dy_, struct array x_, const float *weight,
                      const float *rrms, int64_t rows, int64_t c)
 {
+    float *dx = static_cast<float *>(dx_.at);
+    const float *dy = static_cast<const float *>(dy_.at), *x = static_cast<const float *>(x_.at);
     launch(w, "rmsnorm_bwd", four(c, dx, dy, x, weight) ? norm_rows_bwd<4> : norm_rows_bwd<1>, gpu_blocks(rows, WARPS),
            BLOCK, 0, dx, dy, x, weight, rrms, rows, c);
 }
 
-void gpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, const float *dy, const float *x, const float *rrms,
+void gpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, struct array dy, struct array x, const float *rrms,
                             int64_t rows, int64_t c)
 {
-    columns(w, "rmsnorm_bwd_weight", dweight, dy, x, rrms, rows, c);
+    columns(w, "rmsnorm_bwd_weight", dweight, static_cast<const float *>(dy.at), static_cast<const float *>(x.at), rrms,
+            rows, c);
 }
 
-void gpu_bias_bwd(struct workers *w, float *db, const float *dy, int64_t n, int64_t m)
+void gpu_bias_bwd(struct workers *w, float *db, struct array dy, int64_t n, int64_t m)
 {
-    columns(w, "bias_bwd", db, dy, NULL, NULL, n, m);
+    columns(w, "bias_bwd", db, static_cast<const float *>(dy.at), NULL, NULL, n, m);
 }
 
 void gpu_block_sums(struct workers *w, const float *x, int64_t n, bool squared, double *out)
