@@ -20,6 +20,11 @@ void lt_close(struct lt *)
 {
 }
 
+static float value(bool low, const void *p, int64_t at)
+{
+    return low ? wide(static_cast<const uint16_t *>(p)[at]) : static_cast<const float *>(p)[at];
+}
+
 /* Element (row, col) of what is used. */
 static double element(bool bf16, const void *p, bool trans, int64_t ld, int64_t row, int64_t col)
 {
@@ -43,8 +48,13 @@ static void multiply(const struct lt_call &c)
                 sum[i] += column[i] * b;
         }
         for (size_t i = 0; i < m; i++) {
-            float *to = c.c + j * c.ldc + (int64_t)i;
-            *to = (float)sum[i] + (c.bias ? c.bias[i] : 0.0f) + (c.beta != 0 ? *to : 0.0f);
+            int64_t at = j * c.ldc + (int64_t)i;
+            float y = (float)sum[i] + (c.bias ? value(c.c_low, c.bias, (int64_t)i) : 0.0f);
+            y += c.beta != 0 ? value(c.c_low, c.from, at) : 0.0f;
+            if (c.c_low)
+                static_cast<uint16_t *>(c.c)[at] = (uint16_t)narrow_two(y, 0.0f);
+            else
+                static_cast<float *>(c.c)[at] = y;
         }
     }
 }
@@ -55,6 +65,8 @@ bool lt_matmul(struct workers *w, const struct lt_call *c)
         return false;
     if (c->lda < (c->a_trans ? c->k : c->m) || c->ldb < (c->b_trans ? c->n : c->k) || c->ldc < c->m)
         w->error = status_first(w->error, ERR(INTERNAL, "a leading dimension is too small"));
+    if (c->c_low && !c->bf16)
+        w->error = status_first(w->error, ERR(INTERNAL, "a bf16 result of f32 factors"));
     if ((c->beta != 0 && c->beta != 1) || (c->bias && c->beta != 0))
         w->error = status_first(w->error, ERR(INTERNAL, "a beta of %g", (double)c->beta));
     struct lt_call call = *c;

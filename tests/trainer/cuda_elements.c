@@ -40,6 +40,91 @@ void test_elements(void **state)
         }
 }
 
+/* What of a case is bf16 (a bit each) and whether gradients are fresh; numbers of buffers are the bits'. */
+struct low {
+    unsigned low;
+    bool fresh;
+    int64_t n, rows, c;
+};
+
+static bool is_low(const struct low *l, int b)
+{
+    return l->low >> b & 1;
+}
+
+static struct array at_begin(const struct kernels *k, void **p, const struct low *l, int b, bool gradient, int64_t n)
+{
+    return array_begin(k, p[b], is_low(l, b), gradient && l->fresh, n);
+}
+
+static void all_done(const struct kernels *k, void **p, const struct low *l, struct array *a, int count, int64_t n)
+{
+    for (int b = 0; b < count; b++)
+        array_done(k, p[b], is_low(l, b), a[b], n);
+}
+
+static void call_elements_low(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct low *l = arg;
+    struct array a[7];
+    for (int b = 0; b < 7; b++)
+        a[b] = at_begin(k, p, l, b, b > 3, l->n);
+    k->swiglu(w, a[0], a[1], a[2], l->n);
+    k->swiglu_bwd(w, a[4], a[5], a[3], a[1], a[2], l->n);
+    a[5].fresh = false; /* it has been written */
+    k->swiglu_bwd(w, array_of(NULL), a[5], a[3], a[1], a[2], l->n);
+    if (k->convert)
+        k->convert(w, a[6], a[3], l->n);
+    else
+        k->axpy(w, a[6].at, a[3].at, 1.0f, l->n);
+    all_done(k, p, l, a, 7, l->n);
+}
+
+void test_elements_low(void **state)
+{
+    (void)state;
+    static const int64_t sizes[] = { 1, 3, 4, 1025, 4099 };
+    for (unsigned how = 0; how < 80; how++) {
+        static const unsigned masks[] = { 127, 0, 1, 6, 8, 48, 64, 72 };
+        struct low l = { masks[how / 2 % 8], how & 1, sizes[how / 16], 0, 0 };
+        struct run r = { .what = "elements of both types", .call = call_elements_low, .arg = &l, .tolerance = 1e-6 };
+        for (int b = 0; b < 7; b++)
+            array_buffer(&r, b >= 1 && b <= 3 ? READ : CLOSE, is_low(&l, b), l.n);
+        r.tolerance = is_low(&l, 5) ? 0.1 : 1e-6; /* added to twice, rounded in between */
+        check_one(&r, how % 3 == 0);
+    }
+}
+
+static void call_norms_low(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct low *l = arg;
+    struct array a[4];
+    for (int b = 0; b < 4; b++)
+        a[b] = at_begin(k, p, l, b, b == 3, l->rows * l->c);
+    k->rmsnorm(w, a[0], p[4], a[1], p[5], l->rows, l->c, 1e-5f);
+    k->rmsnorm_bwd(w, a[3], a[2], a[1], p[5], p[4], l->rows, l->c);
+    k->rmsnorm_bwd_weight(w, p[6], a[2], a[1], p[4], l->rows, l->c);
+    k->bias_bwd(w, p[7], a[2], l->rows, l->c);
+    all_done(k, p, l, a, 4, l->rows * l->c);
+}
+
+void test_norms_low(void **state)
+{
+    (void)state;
+    static const int64_t shapes[][2] = { { 5, 7 }, { 9, 64 }, { 17, 300 }, { 3, 1028 }, { 256, 33 }, { 700, 36 } };
+    for (unsigned how = 0; how < 6 * 32; how++) {
+        struct low l = { how % 16, how & 16, 0, shapes[how / 32][0], shapes[how / 32][1] };
+        struct run r = { .what = "norm of both types", .call = call_norms_low, .arg = &l, .tolerance = 1e-4 };
+        for (int b = 0; b < 4; b++)
+            array_buffer(&r, b == 0 || b == 3 ? CLOSE : READ, is_low(&l, b), l.rows * l.c);
+        floats(&r, CLOSE, l.rows);
+        floats(&r, READ, l.c);
+        floats(&r, CLOSE, l.c);
+        floats(&r, CLOSE, l.c);
+        check_one(&r, how % 3 == 0);
+    }
+}
+
 static void call_adamw(const struct kernels *k, struct workers *w, void **p, const void *arg)
 {
     size_t n = (size_t) * (const int64_t *)arg;
@@ -85,7 +170,9 @@ void test_norms(void **state)
     for (int skew = 0; skew < 2; skew++)
         for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
             const struct shape *s = &shapes[i];
-            struct run r = { .what = "norm", .call = call_norm, .arg = s, .tolerance = 1e-5 };
+            struct run r = {
+                .what = "norm", .call = call_norm, .arg = s, .tolerance = s->rows > 100 ? 1e-4 : 1e-5 /* sums of rows */
+            };
             floats(&r, CLOSE, s->rows * s->c);
             floats(&r, CLOSE, s->rows);
             floats(&r, READ, s->rows * s->c);
@@ -356,4 +443,36 @@ void test_columns(void **state)
                 floats(&r, CLOSE, b == 4 ? a[0] * 3 * a[2] : rows * (a[2] + 3));
             check_one(&r, skew);
         }
+}
+
+static void call_ropes_low(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct low *l = arg;
+    int64_t h = l->n, all = l->rows * h * l->c;
+    static const double frequency[] = { 1, 0.3, 0.07, 0.01, 0.004, 0.001, 0.0003 };
+    struct array a[4];
+    for (int b = 0; b < 4; b++)
+        a[b] = at_begin(k, p, l, b, b == 3, all);
+    k->rope_table(w, p[4], p[5], l->rows, l->c, frequency, 1.0);
+    k->rope(w, a[0], a[1], p[4], l->rows, h, l->c);
+    k->rope_bwd(w, a[3], a[2], p[4], l->rows, h, l->c);
+    all_done(k, p, l, a, 4, all);
+}
+
+void test_ropes_low(void **state)
+{
+    (void)state;
+    static const int64_t shapes[][3] = { { 1, 1, 2 }, { 5, 3, 14 }, { 33, 2, 8 } };
+    for (unsigned how = 0; how < 3 * 32; how++) {
+        const int64_t *shape = shapes[how / 32];
+        struct low l = { how % 16, how & 16, shape[1], shape[0], shape[2] };
+        struct run r = { .what = "rope of both types", .call = call_ropes_low, .arg = &l, .tolerance = 1e-5 };
+        for (int b = 0; b < 4; b++)
+            array_buffer(&r, b == 0 || b == 3 ? CLOSE : READ, is_low(&l, b), shape[0] * shape[1] * shape[2]);
+        floats(&r, CLOSE, shape[0] * shape[2]);
+        int32_t *position = ints(&r, shape[0]);
+        for (int64_t i = 0; i < shape[0]; i++)
+            position[i] = (int32_t)(i * 3);
+        check_one(&r, how % 3 == 0);
+    }
 }

@@ -54,6 +54,67 @@ void test_gemm(void **state)
     check_gemm((struct gemm){ .m = 5, .n = 70, .k = 0, .b_dtype = DTYPE_F32, .add = true }, 1, OWN);
 }
 
+/* Of factors that bf16 can hold, so that the CPU's product in bf16 is the same sum. */
+static void call_gemm_low(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    struct gemm g = *(const struct gemm *)arg;
+    int64_t a_all = (g.a_trans ? g.k : g.m) * g.lda, c_all = g.m * g.ldc;
+    struct array a = array_begin(k, p[0], g.a_low, false, a_all), c = array_begin(k, p[2], g.c_low, false, c_all);
+    bool a_low = g.a_low, c_low = g.c_low;
+    g.a = a.at;
+    g.a_low = a.low;
+    g.b = p[1];
+    g.c = c.at;
+    g.c_low = c.low;
+    g.bias = g.bias ? p[3] : NULL;
+    g.from = g.from ? p[4] : NULL;
+    if (k == &kernels_cpu && g.from) {
+        for (int64_t i = 0; i < g.m; i++)
+            memcpy((float *)g.c + i * g.ldc, g.from + i * g.ldc, (size_t)g.n * sizeof(float));
+        g.from = NULL;
+    }
+    k->gemm(w, &g);
+    array_done(k, p[0], a_low, a, a_all);
+    array_done(k, p[2], c_low, c, c_all);
+}
+
+static void check_gemm_low(struct gemm g, int64_t pad, int which)
+{
+    struct run r = { .what = "gemm of bf16", .call = call_gemm_low, .arg = &g, .tolerance = 1e-4, .gemm = which };
+    g.lda = (g.a_trans ? g.m : g.k) + pad;
+    g.ldb = (g.b_trans ? g.k : g.n) + 2 * pad;
+    g.ldc = g.n + pad;
+    array_buffer(&r, READ, g.a_low, (g.a_trans ? g.k : g.m) * g.lda);
+    array_buffer(&r, READ, g.b_dtype == DTYPE_BF16, (g.b_trans ? g.n : g.k) * g.ldb);
+    array_buffer(&r, CLOSE, g.c_low, g.m * g.ldc);
+    float *bias = floats(&r, READ, g.n);
+    for (int64_t j = 0; j < g.n; j++)
+        bias[j] = bf16_to_f32(bf16_from_f32(bias[j]));
+    floats(&r, READ, g.m * g.ldc);
+    check_one(&r, pad > 0);
+}
+
+void test_gemm_low(void **state)
+{
+    (void)state;
+    static const int64_t sizes[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 64, 64, 16 }, { 65, 130, 33 }, { 130, 3, 64 } };
+    static const float some = 0;
+    for (size_t i = 0; i < 5; i++)
+        for (int how = 0; how < 64; how++)
+            for (int which = 0; which < 2; which++) {
+                struct gemm g = { .m = sizes[i][0], .n = sizes[i][1], .k = sizes[i][2], .bf16 = true };
+                g.a_trans = how & 1;
+                g.b_trans = how & 2;
+                g.b_dtype = how & 4 ? DTYPE_BF16 : DTYPE_F32;
+                g.a_low = how & 8;
+                g.c_low = how & 16;
+                g.add = how & 32;
+                g.bias = !g.add && (how & 1) ? &some : NULL;
+                g.from = g.add && !g.c_low && (how & 1) ? &some : NULL;
+                check_gemm_low(g, how % 3, which);
+            }
+}
+
 enum { GROUPS = 50 };
 
 static void call_gemms(const struct kernels *k, struct workers *w, void **p, const void *arg)

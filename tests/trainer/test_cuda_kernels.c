@@ -119,8 +119,60 @@ int32_t *ints(struct run *r, int64_t n)
     return add_buffer(r, INTS, (size_t)n * sizeof(int32_t));
 }
 
+uint16_t *halves(struct run *r, enum kind kind, int64_t n)
+{
+    uint16_t *p = add_buffer(r, kind, (size_t)n * sizeof *p);
+    for (int64_t i = 0; i < n; i++)
+        p[i] = bf16_from_f32(draw());
+    return p;
+}
+
+void array_buffer(struct run *r, enum kind kind, bool low, int64_t n)
+{
+    if (low)
+        (void)halves(r, kind == CLOSE ? CLOSE_LOW : kind, n);
+    else
+        (void)floats(r, kind, n);
+}
+
+struct array array_begin(const struct kernels *k, void *p, bool low, bool fresh, int64_t n)
+{
+    if (k != &kernels_cpu || !p)
+        return (struct array){ p, low, fresh };
+    float *x = p;
+    if (low) {
+        x = mem_calloc((size_t)n + 1, sizeof *x);
+        assert_non_null(x);
+        kernels_cpu.widen(NULL, x, p, n);
+    }
+    if (fresh)
+        memset(x, 0, (size_t)n * sizeof *x);
+    return array_of(x);
+}
+
+void array_done(const struct kernels *k, void *p, bool low, struct array a, int64_t n)
+{
+    if (k != &kernels_cpu || !low || !p)
+        return;
+    kernels_cpu.narrow(NULL, p, a.at, n);
+    mem_free(a.at);
+}
+
+static void near_low(const struct run *r, int b, const uint16_t *got, const uint16_t *want, int round)
+{
+    for (size_t i = 0; i < r->b[b].bytes / sizeof *got; i++) {
+        double g = (double)bf16_to_f32(got[i]), w = (double)bf16_to_f32(want[i]);
+        if (!(fabs(g - w) <= 0x1p-7 * fabs(w) + r->tolerance))
+            fail_msg("%s: buffer %d, element %zu is %.9g, the CPU's %.9g (run %d)", r->what, b, i, g, w, round);
+    }
+}
+
 static void near_cpu(const struct run *r, int b, const void *got, const void *want, int round)
 {
+    if (r->b[b].kind == CLOSE_LOW) {
+        near_low(r, b, got, want, round);
+        return;
+    }
     const float *g = got, *w = want;
     for (size_t i = 0; r->b[b].kind == CLOSE && i < r->b[b].bytes / sizeof *g; i++)
         if (!(fabs((double)g[i] - (double)w[i]) <= r->tolerance * (1 + fabs((double)w[i]))) && !(g[i] == w[i]))

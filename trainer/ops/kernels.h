@@ -49,6 +49,7 @@ struct gemm {
     int64_t ldc;
     const float *bias; /* [n], added after the chain; or NULL */
     bool add;          /* the finished chain is added to c, instead of overwriting it */
+    const float *from; /* with `add`, on a GPU: c = this (rows ldc apart, f32 as c) plus the chain; or NULL */
     bool bf16;
 };
 

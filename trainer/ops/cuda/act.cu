@@ -6,10 +6,9 @@ namespace
 {
 enum { INPUTS = 5, OUTPUTS = 3, MOST_BLOCKS = 132 * 16 };
 
-/* What F reads and writes at each element; an output that is also an input is added to. NULL: left out. */
+/* What F reads and writes at each element; an output that is also an input is added to. No array: left out. */
 struct arrays {
-    const float *in[INPUTS];
-    float *out[OUTPUTS];
+    struct array in[INPUTS], out[OUTPUTS];
 };
 
 template <class F, int W> __device__ void at(const struct arrays &io, const F &f, int64_t i)
@@ -17,14 +16,14 @@ template <class F, int W> __device__ void at(const struct arrays &io, const F &f
     float in[F::IN][W] = {}, out[F::OUT][W];
     UNROLL
     for (int k = 0; k < F::IN; k++)
-        if (io.in[k])
-            load<W>(in[k], io.in[k] + i);
+        if (io.in[k].at)
+            load<W>(in[k], io.in[k], i);
     UNROLL
     for (int j = 0; j < W; j++) {
         float a[F::IN], b[F::OUT];
         UNROLL
         for (int k = 0; k < F::IN; k++)
-            a[k] = io.in[k] ? in[k][j] : 0;
+            a[k] = in[k][j];
         f(a, b);
         UNROLL
         for (int k = 0; k < F::OUT; k++)
@@ -32,8 +31,8 @@ template <class F, int W> __device__ void at(const struct arrays &io, const F &f
     }
     UNROLL
     for (int k = 0; k < F::OUT; k++)
-        if (io.out[k])
-            store<W>(io.out[k] + i, out[k]);
+        if (io.out[k].at)
+            store<W>(io.out[k], i, out[k]);
 }
 
 template <class F, int W> __global__ void each_element(struct arrays io, F f, int64_t n)
@@ -47,14 +46,14 @@ template <class F, int W> __global__ void each_element(struct arrays io, F f, in
 
 template <class F> void each(struct workers *w, const char *what, const struct arrays &io, const F &f, int64_t n)
 {
-    uintptr_t all = 0;
+    bool wide = true;
     for (int k = 0; k < F::IN; k++)
-        all |= (uintptr_t)io.in[k];
+        wide = wide && four_at(io.in[k]);
     for (int k = 0; k < F::OUT; k++)
-        all |= (uintptr_t)io.out[k];
+        wide = wide && four_at(io.out[k]);
     unsigned blocks = (unsigned)((n + 4 * BLOCK - 1) / (4 * BLOCK));
     blocks = blocks < MOST_BLOCKS ? blocks : (unsigned)MOST_BLOCKS;
-    if ((all & 15) == 0)
+    if (wide)
         launch(w, what, each_element<F, 4>, blocks, BLOCK, 0, io, f, n);
     else
         launch(w, what, each_element<F, 1>, blocks, BLOCK, 0, io, f, n);
@@ -131,9 +130,15 @@ struct adamw_step { /* p, g, m, v to p, m, v */
     }
 };
 
-float *f32(struct array x)
+struct array f32(const float *x)
 {
-    return static_cast<float *>(x.at);
+    return array_of(const_cast<float *>(x));
+}
+
+/* What a gradient is before it is added to. */
+struct array before(struct array dx)
+{
+    return dx.fresh ? array_of(NULL) : dx;
 }
 
 __global__ void widen_kernel(float *y, const uint16_t *x, int64_t n)
@@ -146,42 +151,38 @@ __global__ void widen_kernel(float *y, const uint16_t *x, int64_t n)
 
 void gpu_swiglu(struct workers *w, struct array y, struct array gate, struct array up, int64_t n)
 {
-    each(w, "swiglu", { { f32(gate), f32(up) }, { f32(y) } }, swiglu_of(), n);
+    each(w, "swiglu", { { gate, up }, { y } }, swiglu_of(), n);
 }
 
 void gpu_swiglu_bwd(struct workers *w, struct array dgate, struct array dup, struct array dy, struct array gate,
                     struct array up, int64_t n)
 {
-    each(w, "swiglu_bwd", { { f32(dy), f32(gate), f32(up), f32(dgate), f32(dup) }, { f32(dgate), f32(dup) } },
-         swiglu_gradient(), n);
+    each(w, "swiglu_bwd", { { dy, gate, up, before(dgate), before(dup) }, { dgate, dup } }, swiglu_gradient(), n);
 }
 
 void gpu_convert(struct workers *w, struct array y, struct array x, int64_t n)
 {
-    if (y.fresh)
-        each(w, "convert", { { f32(x) }, { f32(y) } }, times{ 1.0f }, n);
-    else
-        each(w, "convert", { { f32(x), f32(y) }, { f32(y) } }, plus_times{ 1.0f }, n);
+    each(w, "convert", { { x, before(y) }, { y } }, plus_times{ 1.0f }, n);
 }
 
 void gpu_add(struct workers *w, float *y, const float *a, const float *b, int64_t n)
 {
-    each(w, "add", { { a, b }, { y } }, sum_of(), n);
+    each(w, "add", { { f32(a), f32(b) }, { f32(y) } }, sum_of(), n);
 }
 
 void gpu_scale(struct workers *w, float *y, const float *x, float s, int64_t n)
 {
-    each(w, "scale", { { x }, { y } }, times{ s }, n);
+    each(w, "scale", { { f32(x) }, { f32(y) } }, times{ s }, n);
 }
 
 void gpu_axpy(struct workers *w, float *y, const float *x, float s, int64_t n)
 {
-    each(w, "axpy", { { x, y }, { y } }, plus_times{ s }, n);
+    each(w, "axpy", { { f32(x), f32(y) }, { f32(y) } }, plus_times{ s }, n);
 }
 
 void gpu_add_scalar(struct workers *w, float *y, const float *s, int64_t n)
 {
-    each(w, "add_scalar", { { y }, { y } }, plus_one{ s }, n);
+    each(w, "add_scalar", { { f32(y) }, { f32(y) } }, plus_one{ s }, n);
 }
 
 void gpu_zero(struct workers *w, float *y, int64_t n)
@@ -210,5 +211,5 @@ void gpu_adamw(struct workers *w, float *p, const float *g, float *m, float *v, 
                             (float)(1 / (1 - pow(beta1, (double)step))),
                             (float)(1 / (1 - pow(beta2, (double)step))),
                             (float)grad_scale };
-    each(w, "adamw", { { p, g, m, v }, { p, m, v } }, h, (int64_t)n);
+    each(w, "adamw", { { f32(p), f32(g), f32(m), f32(v) }, { f32(p), f32(m), f32(v) } }, h, (int64_t)n);
 }

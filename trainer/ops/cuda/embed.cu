@@ -96,32 +96,32 @@ __global__ void angles(float *table, const int32_t *position, int64_t n, int64_t
 
 /* y = (or += if `add`) x turned by `sign` times the token's angles. */
 template <int W>
-__global__ void rotate(float *y, const float *x, const float *table, int64_t n, int64_t h, int64_t half, float sign,
-                       bool add)
+__global__ void rotate(struct array y, struct array x, const float *table, int64_t n, int64_t h, int64_t half,
+                       float sign, bool add)
 {
     int64_t step = (int64_t)gridDim.x * blockDim.x, across = half / W;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n * h * across; i += step) {
         int64_t head = i / across, j = i % across * W, at = head * 2 * half + j, angle = head / h * 2 * half + j;
         float a[W], b[W], cosine[W], sine[W], low[W] = {}, high[W] = {};
-        load<W>(a, x + at);
-        load<W>(b, x + at + half);
+        load<W>(a, x, at);
+        load<W>(b, x, at + half);
         load<W>(cosine, table + angle);
         load<W>(sine, table + angle + half);
         if (add) {
-            load<W>(low, y + at);
-            load<W>(high, y + at + half);
+            load<W>(low, y, at);
+            load<W>(high, y, at + half);
         }
         UNROLL
         for (int k = 0; k < W; k++) {
             low[k] += a[k] * cosine[k] - b[k] * (sign * sine[k]);
             high[k] += b[k] * cosine[k] + a[k] * (sign * sine[k]);
         }
-        store<W>(y + at, low);
-        store<W>(y + at + half, high);
+        store<W>(y, at, low);
+        store<W>(y, at + half, high);
     }
 }
 
-void turn(struct workers *w, const char *what, float *y, const float *x, const float *table, int64_t n, int64_t h,
+void turn(struct workers *w, const char *what, struct array y, struct array x, const float *table, int64_t n, int64_t h,
           int64_t d, float sign, bool add)
 {
     bool wide = four(d / 2, y, x, table);
@@ -161,11 +161,11 @@ void gpu_rope_table(struct workers *w, float *table, const int32_t *position, in
 
 void gpu_rope(struct workers *w, struct array y, struct array x, const float *table, int64_t n, int64_t h, int64_t d)
 {
-    turn(w, "rope", static_cast<float *>(y.at), static_cast<const float *>(x.at), table, n, h, d, 1.0f, false);
+    turn(w, "rope", y, x, table, n, h, d, 1.0f, false);
 }
 
 void gpu_rope_bwd(struct workers *w, struct array dx, struct array dy, const float *table, int64_t n, int64_t h,
                   int64_t d)
 {
-    turn(w, "rope_bwd", static_cast<float *>(dx.at), static_cast<const float *>(dy.at), table, n, h, d, -1.0f, true);
+    turn(w, "rope_bwd", dx, dy, table, n, h, d, -1.0f, !dx.fresh);
 }

@@ -25,7 +25,10 @@ __device__ inline float rounded(float x, bool bf16)
 
 __device__ inline float a_at(const struct gemm &g, int64_t i, int64_t k)
 {
-    return i < g.m && k < g.k ? static_cast<const float *>(g.a)[g.a_trans ? k * g.lda + i : i * g.lda + k] : 0.0f;
+    if (i >= g.m || k >= g.k)
+        return 0.0f;
+    int64_t at = g.a_trans ? k * g.lda + i : i * g.lda + k;
+    return g.a_low ? wide(static_cast<const uint16_t *>(g.a)[at]) : static_cast<const float *>(g.a)[at];
 }
 
 __device__ inline float b_at(const struct gemm &g, int64_t k, int64_t j)
@@ -54,8 +57,14 @@ __device__ void finish(const struct gemm &g, const float (&sum)[PER][PER], int64
             int64_t i = i0 + r, j = j0 + q;
             if (i >= g.m || j >= g.n)
                 continue;
-            float *c = static_cast<float *>(g.c) + i * g.ldc + j;
-            *c = g.add ? *c + sum[r][q] : g.bias ? sum[r][q] + g.bias[j] : sum[r][q];
+            struct array c = { g.c, g.c_low, false };
+            float v[1] = { 0 };
+            if (g.add && g.from)
+                v[0] = g.from[i * g.ldc + j];
+            else if (g.add)
+                load<1>(v, c, i * g.ldc + j);
+            v[0] += g.bias && !g.add ? sum[r][q] + g.bias[j] : sum[r][q];
+            store<1>(c, i * g.ldc + j, v);
         }
 }
 
@@ -156,12 +165,15 @@ void convert(struct workers *w, struct factor *f, void *to)
 /* false: the library cannot. */
 bool by_library(struct workers *w, const struct gemm *g)
 {
-    struct factor a = factor_of(g->a, false, g->bf16, g->lda, g->a_trans, g->m, g->k);
+    struct factor a = factor_of(g->a, g->a_low, g->bf16, g->lda, g->a_trans, g->m, g->k);
     struct factor b = factor_of(g->b, g->b_dtype == DTYPE_BF16, g->bf16, g->ldb, g->b_trans, g->k, g->n);
-    unsigned char *room =
-        a.bytes + b.bytes ? static_cast<unsigned char *>(gpu_scratch(w, SCRATCH_GEMM, a.bytes + b.bytes)) : NULL;
+    /* a row; of c's type */
+    struct factor bias = factor_of(g->bias, false, g->c_low && g->bias && !g->add, g->n, false, 1, g->n);
+    size_t bytes = a.bytes + b.bytes + bias.bytes;
+    unsigned char *room = bytes ? static_cast<unsigned char *>(gpu_scratch(w, SCRATCH_GEMM, bytes)) : NULL;
     convert(w, &a, room);
     convert(w, &b, room + a.bytes);
+    convert(w, &bias, room + a.bytes + b.bytes);
     struct lt_call call = {};
     call.a_trans = g->b_trans;
     call.b_trans = g->a_trans;
@@ -173,9 +185,11 @@ bool by_library(struct workers *w, const struct gemm *g)
     call.lda = b.ld;
     call.b = a.p;
     call.ldb = a.ld;
-    call.c = static_cast<float *>(g->c);
+    call.c = g->c;
+    call.c_low = g->c_low;
+    call.from = g->from ? g->from : g->c;
     call.ldc = g->ldc;
-    call.bias = g->add ? NULL : g->bias;
+    call.bias = g->add ? NULL : bias.p;
     call.beta = g->add ? 1.0f : 0.0f;
     return w->error || lt_matmul(w, &call);
 }

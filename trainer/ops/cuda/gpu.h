@@ -50,12 +50,14 @@ void *gpu_scratch(struct workers *w, enum scratch area, size_t bytes);
 
 /* C = op(A) op(B) (+ beta C) as cuBLASLt takes it: column-major, A [m, k] and B [k, n] after op. */
 struct lt_call {
-    bool a_trans, b_trans, bf16; /* bf16: a and b are bf16, else f32; sums and c are f32 */
+    bool a_trans, b_trans, bf16; /* bf16: a and b are bf16, else f32; sums are f32 */
+    bool c_low;                  /* c, from and bias are bf16, else f32 */
     int64_t m, n, k, lda, ldb, ldc;
     const void *a, *b;
-    float *c;
-    const float *bias; /* [m], added to every column; or NULL */
-    float beta;        /* 0 or 1 */
+    void *c;
+    const void *from; /* what beta multiplies: c, or another matrix with ldc */
+    const void *bias; /* [m], added to every column; or NULL */
+    float beta;       /* 0 or 1 */
 };
 /* Opens libcublasLt of the machine. UNSUPPORTED: it is not there or too old; says where it was looked for. */
 status *lt_open(struct workers *w, struct lt **out) WARN_UNUSED;
@@ -187,10 +189,63 @@ static __device__ inline unsigned narrow_two(float low, float high)
 #endif
 }
 
+/* W neighbours of an array from element i on, and back. */
+template <int W> static __device__ inline void load(float (&v)[W], const struct array &x, int64_t i)
+{
+    if (!x.low) {
+        load<W>(v, static_cast<const float *>(x.at) + i);
+        return;
+    }
+    const uint16_t *p = static_cast<const uint16_t *>(x.at) + i;
+    if (W == 4) {
+        uint2 u = *reinterpret_cast<const uint2 *>(p);
+        v[0] = wide((uint16_t)u.x);
+        v[W > 1 ? 1 : 0] = wide((uint16_t)(u.x >> (W > 1 ? 16 : 0)));
+        v[W > 2 ? 2 : 0] = wide((uint16_t)(W > 2 ? u.y : u.x));
+        v[W > 3 ? 3 : 0] = wide((uint16_t)(W > 3 ? u.y >> 16 : u.x));
+    } else {
+        v[0] = wide(*p);
+    }
+}
+
+template <int W> static __device__ inline void store(const struct array &y, int64_t i, const float (&v)[W])
+{
+    if (!y.low) {
+        store<W>(static_cast<float *>(y.at) + i, v);
+        return;
+    }
+    uint16_t *p = static_cast<uint16_t *>(y.at) + i;
+    if (W == 4)
+        *reinterpret_cast<uint2 *>(p) = { narrow_two(v[0], v[W > 1 ? 1 : 0]),
+                                          narrow_two(v[W > 2 ? 2 : 0], v[W > 3 ? 3 : 0]) };
+    else
+        *p = (uint16_t)narrow_two(v[0], 0.0f);
+}
+
+/* An array from element i on; of no array none. */
+static __host__ __device__ inline struct array moved(struct array x, int64_t i)
+{
+    if (x.at && x.low)
+        x.at = static_cast<uint16_t *>(x.at) + i;
+    else if (x.at)
+        x.at = static_cast<float *>(x.at) + i;
+    return x;
+}
+
+static inline bool four_at(const struct array &x)
+{
+    return ((uintptr_t)x.at & (x.low ? 7 : 15)) == 0;
+}
+
 /* Whether rows of c floats at these places can be taken four at a time. */
 static inline bool four(int64_t c, const void *a, const void *b = NULL, const void *d = NULL, const void *e = NULL)
 {
     return c % 4 == 0 && (((uintptr_t)a | (uintptr_t)b | (uintptr_t)d | (uintptr_t)e) & 15) == 0;
+}
+
+static inline bool four(int64_t c, const struct array &a, const struct array &b, const void *d)
+{
+    return four_at(a) && four_at(b) && four(c, d);
 }
 
 /* ---- the table's kernels ---- */

@@ -155,13 +155,20 @@ __global__ void score_bwd(struct logprob p, int64_t first)
         logit[v] = scored ? (v == at ? g : 0.0f) - g * expf(logit[v] * inverse - lse) : 0.0f;
 }
 
+const void *rows_of(const struct logprob *p, int64_t first)
+{
+    struct array x = { const_cast<void *>(p->x), p->x_low, false };
+    return moved(x, first * p->c).at;
+}
+
 void chunk_logits(struct workers *w, const struct logprob *p, int64_t first, int64_t count)
 {
     struct gemm g = {};
     g.m = count;
     g.n = p->v;
     g.k = p->c;
-    g.a = static_cast<const float *>(p->x) + first * p->c;
+    g.a = rows_of(p, first);
+    g.a_low = p->x_low;
     g.lda = p->c;
     g.b = p->w;
     g.b_dtype = p->w_dtype;
@@ -196,8 +203,8 @@ void chunk_gradients(struct workers *w, const struct logprob *p, int64_t first, 
         g.m = p->v;
         g.k = count;
         g.a_trans = true;
-        g.b = static_cast<const float *>(p->x) + first * p->c;
-        g.b_dtype = DTYPE_F32;
+        g.b = rows_of(p, first);
+        g.b_dtype = p->x_low ? DTYPE_BF16 : DTYPE_F32;
         g.c = p->dw;
         gpu_gemm(w, &g);
     }

@@ -36,7 +36,7 @@ enum { SHAPES = 512, WORKSPACE = 32 << 20 };
 struct shape {
     int64_t m, n, k, lda, ldb, ldc;
     int a_align, b_align, c_align; /* of the pointers, 256 bytes at most */
-    int a_trans, b_trans, bf16, bias, add;
+    int a_trans, b_trans, bf16, c_low, bias, add, elsewhere;
 };
 
 struct plan {
@@ -161,12 +161,14 @@ static struct shape shape_of(const struct lt_call *c)
     s.ldc = c->ldc;
     s.a_align = alignment(c->a);
     s.b_align = alignment(c->b);
-    s.c_align = alignment(c->c);
+    s.c_align = alignment(c->c) < alignment(c->from) ? alignment(c->c) : alignment(c->from);
     s.a_trans = c->a_trans;
     s.b_trans = c->b_trans;
     s.bf16 = c->bf16;
     s.bias = c->bias != NULL;
+    s.c_low = c->c_low;
     s.add = c->beta != 0;
+    s.elsewhere = c->from != c->c;
     return s;
 }
 
@@ -179,20 +181,20 @@ static cublasStatus_t describe(struct lt *lt, struct plan *p)
     const struct shape *s = &p->of;
     cublasOperation_t a = s->a_trans ? CUBLAS_OP_T : CUBLAS_OP_N, b = s->b_trans ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtEpilogue_t epilogue = s->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    cudaDataType_t type = s->bf16 ? CUDA_R_16BF : CUDA_R_32F, wide = CUDA_R_32F;
+    cudaDataType_t type = s->bf16 ? CUDA_R_16BF : CUDA_R_32F, result = s->c_low ? CUDA_R_16BF : CUDA_R_32F;
     uint64_t m = (uint64_t)s->m, n = (uint64_t)s->n, k = (uint64_t)s->k;
     cublasStatus_t rc = lt->cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
     SET(cublasLtMatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_TRANSA, a);
     SET(cublasLtMatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_TRANSB, b);
     SET(cublasLtMatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
     if (s->bias)
-        SET(cublasLtMatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, wide);
+        SET(cublasLtMatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, result);
     if (rc == CUBLAS_STATUS_SUCCESS)
         rc = lt->cublasLtMatrixLayoutCreate(&p->a, type, s->a_trans ? k : m, s->a_trans ? m : k, s->lda);
     if (rc == CUBLAS_STATUS_SUCCESS)
         rc = lt->cublasLtMatrixLayoutCreate(&p->b, type, s->b_trans ? n : k, s->b_trans ? k : n, s->ldb);
     if (rc == CUBLAS_STATUS_SUCCESS)
-        rc = lt->cublasLtMatrixLayoutCreate(&p->c, CUDA_R_32F, m, n, s->ldc);
+        rc = lt->cublasLtMatrixLayoutCreate(&p->c, result, m, n, s->ldc);
     return rc;
 }
 
@@ -255,8 +257,8 @@ bool lt_matmul(struct workers *w, const struct lt_call *c)
     if (rc == CUBLAS_STATUS_SUCCESS && c->bias)
         SET(cublasLtMatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, c->bias);
     if (rc == CUBLAS_STATUS_SUCCESS)
-        rc = lt->cublasLtMatmul(lt->handle, p->desc, &alpha, c->a, p->a, c->b, p->b, &c->beta, c->c, p->c, c->c, p->c,
-                                &p->algo, lt->workspace, lt->workspace_bytes, w->stream);
+        rc = lt->cublasLtMatmul(lt->handle, p->desc, &alpha, c->a, p->a, c->b, p->b, &c->beta, c->from, p->c, c->c,
+                                p->c, &p->algo, lt->workspace, lt->workspace_bytes, w->stream);
     if (rc != CUBLAS_STATUS_SUCCESS)
         w->error =
             status_first(w->error, ERR(DEVICE, "cuda: cuBLASLt, %s product of [%lld, %lld] and [%lld, %lld]: status %d",

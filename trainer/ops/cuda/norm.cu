@@ -7,18 +7,18 @@ namespace
 enum { SPLIT = 256, COLUMNS = WARP, LANES = BLOCK / COLUMNS, SUM_LANES = 16 };
 
 template <int W>
-__global__ void norm_rows(float *y, float *rrms, const float *x, const float *weight, int64_t rows, int64_t c,
+__global__ void norm_rows(struct array y, float *rrms, struct array x, const float *weight, int64_t rows, int64_t c,
                           float eps)
 {
     int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (row >= rows)
         return;
-    x += row * c;
-    y += row * c;
+    x = moved(x, row * c);
+    y = moved(y, row * c);
     float sum = 0;
     for (int64_t j = lane * W; j < c; j += WARP * W) {
         float v[W];
-        load<W>(v, x + j);
+        load<W>(v, x, j);
         UNROLL
         for (int k = 0; k < W; k++)
             sum += v[k] * v[k];
@@ -26,12 +26,12 @@ __global__ void norm_rows(float *y, float *rrms, const float *x, const float *we
     float r = 1.0f / sqrtf(warp_sum(sum) / (float)c + eps);
     for (int64_t j = lane * W; j < c; j += WARP * W) {
         float v[W], s[W];
-        load<W>(v, x + j);
+        load<W>(v, x, j);
         load<W>(s, weight + j);
         UNROLL
         for (int k = 0; k < W; k++)
             v[k] = v[k] * r * s[k];
-        store<W>(y + j, v);
+        store<W>(y, j, v);
     }
     if (lane == 0)
         rrms[row] = r;
@@ -39,41 +39,49 @@ __global__ void norm_rows(float *y, float *rrms, const float *x, const float *we
 
 /* dx += r dy w - x r^3 / C sum(dy w x) */
 template <int W>
-__global__ void norm_rows_bwd(float *dx, const float *dy, const float *x, const float *weight, const float *rrms,
+__global__ void norm_rows_bwd(struct array dx, struct array dy, struct array x, const float *weight, const float *rrms,
                               int64_t rows, int64_t c)
 {
     int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (row >= rows)
         return;
-    dx += row * c;
-    dy += row * c;
-    x += row * c;
+    dx = moved(dx, row * c);
+    dy = moved(dy, row * c);
+    x = moved(x, row * c);
     float sum = 0, r = rrms[row];
     for (int64_t j = lane * W; j < c; j += WARP * W) {
         float v[W], s[W], d[W];
-        load<W>(v, x + j);
+        load<W>(v, x, j);
         load<W>(s, weight + j);
-        load<W>(d, dy + j);
+        load<W>(d, dy, j);
         UNROLL
         for (int k = 0; k < W; k++)
             sum += d[k] * s[k] * v[k];
     }
     float mean = warp_sum(sum) * r * r * r / (float)c;
     for (int64_t j = lane * W; j < c; j += WARP * W) {
-        float v[W], s[W], d[W], to[W];
-        load<W>(v, x + j);
+        float v[W], s[W], d[W], to[W] = {};
+        load<W>(v, x, j);
         load<W>(s, weight + j);
-        load<W>(d, dy + j);
-        load<W>(to, dx + j);
+        load<W>(d, dy, j);
+        if (!dx.fresh)
+            load<W>(to, dx, j);
         UNROLL
         for (int k = 0; k < W; k++)
             to[k] += r * d[k] * s[k] - mean * v[k];
-        store<W>(dx + j, to);
+        store<W>(dx, j, to);
     }
 }
 
+__device__ inline float at_of(const struct array &x, int64_t i)
+{
+    float v[1];
+    load<1>(v, x, i);
+    return v[0];
+}
+
 /* partial[split][m]: sums of dy, or of dy x rrms, over a run of rows. */
-__global__ void column_sums(float *partial, const float *dy, const float *x, const float *rrms, int64_t rows, int64_t m)
+__global__ void column_sums(float *partial, struct array dy, struct array x, const float *rrms, int64_t rows, int64_t m)
 {
     struct room {
         float sum[LANES][COLUMNS];
@@ -83,7 +91,7 @@ __global__ void column_sums(float *partial, const float *dy, const float *x, con
     int64_t first = (int64_t)blockIdx.y * SPLIT, end = min_of(first + SPLIT, rows);
     float sum = 0;
     for (int64_t i = first + lane; j < m && i < end; i += LANES)
-        sum += x ? dy[i * m + j] * (x[i * m + j] * rrms[i]) : dy[i * m + j];
+        sum += x.at ? at_of(dy, i * m + j) * (at_of(x, i * m + j) * rrms[i]) : at_of(dy, i * m + j);
     s.sum[lane][at] = sum;
     __syncthreads();
     if (lane > 0 || j >= m)
@@ -104,7 +112,7 @@ __global__ void add_splits(float *y, const float *partial, int64_t splits, int64
     y[j] += sum;
 }
 
-void columns(struct workers *w, const char *what, float *y, const float *dy, const float *x, const float *rrms,
+void columns(struct workers *w, const char *what, float *y, struct array dy, struct array x, const float *rrms,
              int64_t rows, int64_t m)
 {
     enum { MOST = 32768 }; /* splits of a launch */
@@ -114,7 +122,7 @@ void columns(struct workers *w, const char *what, float *y, const float *dy, con
         unsigned splits = gpu_blocks(n, SPLIT);
         float *partial = (float *)gpu_scratch(w, SCRATCH_CALL, (size_t)splits * (size_t)m * sizeof *partial);
         launch(w, what, column_sums, dim3(gpu_blocks(m, COLUMNS), splits), BLOCK, LANES * COLUMNS * sizeof(float),
-               partial, dy + at * m, x ? x + at * m : NULL, rrms ? rrms + at : NULL, n, m);
+               partial, moved(dy, at * m), moved(x, at * m), rrms ? rrms + at : NULL, n, m);
         launch(w, what, add_splits, gpu_blocks(m, BLOCK), BLOCK, 0, y, partial, (int64_t)splits, m);
     }
 }
@@ -191,34 +199,30 @@ __global__ void first_of_all(int64_t *first, const int64_t *found, int64_t block
 }
 } // namespace
 
-void gpu_rmsnorm(struct workers *w, struct array to, float *rrms, struct array from, const float *weight, int64_t rows,
+void gpu_rmsnorm(struct workers *w, struct array y, float *rrms, struct array x, const float *weight, int64_t rows,
                  int64_t c, float eps)
 {
-    float *y = static_cast<float *>(to.at);
-    const float *x = static_cast<const float *>(from.at);
     launch(w, "rmsnorm", four(c, y, x, weight) ? norm_rows<4> : norm_rows<1>, gpu_blocks(rows, WARPS), BLOCK, 0, y,
            rrms, x, weight, rows, c, eps);
 }
 
-void gpu_rmsnorm_bwd(struct workers *w, struct array dx_, struct array dy_, struct array x_, const float *weight,
+void gpu_rmsnorm_bwd(struct workers *w, struct array dx, struct array dy, struct array x, const float *weight,
                      const float *rrms, int64_t rows, int64_t c)
 {
-    float *dx = static_cast<float *>(dx_.at);
-    const float *dy = static_cast<const float *>(dy_.at), *x = static_cast<const float *>(x_.at);
-    launch(w, "rmsnorm_bwd", four(c, dx, dy, x, weight) ? norm_rows_bwd<4> : norm_rows_bwd<1>, gpu_blocks(rows, WARPS),
-           BLOCK, 0, dx, dy, x, weight, rrms, rows, c);
+    bool wide = four(c, dx, dy, weight) && four_at(x);
+    launch(w, "rmsnorm_bwd", wide ? norm_rows_bwd<4> : norm_rows_bwd<1>, gpu_blocks(rows, WARPS), BLOCK, 0, dx, dy, x,
+           weight, rrms, rows, c);
 }
 
 void gpu_rmsnorm_bwd_weight(struct workers *w, float *dweight, struct array dy, struct array x, const float *rrms,
                             int64_t rows, int64_t c)
 {
-    columns(w, "rmsnorm_bwd_weight", dweight, static_cast<const float *>(dy.at), static_cast<const float *>(x.at), rrms,
-            rows, c);
+    columns(w, "rmsnorm_bwd_weight", dweight, dy, x, rrms, rows, c);
 }
 
 void gpu_bias_bwd(struct workers *w, float *db, struct array dy, int64_t n, int64_t m)
 {
-    columns(w, "bias_bwd", db, static_cast<const float *>(dy.at), NULL, NULL, n, m);
+    columns(w, "bias_bwd", db, dy, array_of(NULL), NULL, n, m);
 }
 
 void gpu_block_sums(struct workers *w, const float *x, int64_t n, bool squared, double *out)
