@@ -23,7 +23,7 @@ __thread struct emu_place emu_here;
 
 namespace
 {
-enum { THREADS = 1024, WARP = 32, STACK = 256 << 10, SHARED = 227 << 10, ITEM = 32 };
+enum { THREADS = 1024, WARP = 32, STACK = 256 << 10, SHARED = 227 << 10, ITEM = 32, UNDER_WAY = 128, COPY = 16 };
 enum state : unsigned char { READY, AT_BLOCK, AT_WARP, DONE };
 
 /* Where a fiber, or the thread that runs them, goes on. */
@@ -48,6 +48,16 @@ struct warp {
     unsigned char item[2][WARP][ITEM]; /* of this exchange and the one before, which may still be read */
 };
 
+/* Copies that a thread has begun and not waited for, oldest first. */
+struct copies {
+    struct {
+        void *to;
+        const void *from;
+        unsigned bytes, group;
+    } of[UNDER_WAY];
+    unsigned count, groups; /* groups: that have ended */
+};
+
 struct machine {
     struct machine *next; /* idle ones */
     place scheduler;
@@ -55,6 +65,7 @@ struct machine {
     struct fiber *fiber_of[THREADS]; /* of threads that have begun */
     enum state state[THREADS];
     struct warp warp[THREADS / WARP];
+    struct copies copies[THREADS];
     struct fiber *current;
     unsigned opened; /* fibers that have a stack */
     dim3 block;
@@ -156,6 +167,7 @@ bool begin_next(struct machine *m, struct fiber *f)
         return false;
     f->thread = m->descending ? m->threads - 1 - m->begun : m->begun;
     m->begun++;
+    m->copies[f->thread].count = m->copies[f->thread].groups = 0;
     m->fiber_of[f->thread] = f;
     m->state[f->thread] = READY;
     take_place(f);
@@ -335,6 +347,39 @@ void __syncthreads(void)
     struct fiber *f = machine->current;
     machine->state[f->thread] = AT_BLOCK;
     leave(f);
+}
+
+void emu_aligned(const void *p)
+{
+    if ((uintptr_t)p % COPY)
+        give_up("%p is no multiple of 16 bytes", p);
+}
+
+void emu_copy_async(void *to, const void *from, unsigned bytes)
+{
+    struct copies *c = &machine->copies[machine->current->thread];
+    emu_aligned(to);
+    emu_aligned(from);
+    if (c->count == UNDER_WAY || bytes > COPY)
+        give_up("a copy of %u bytes beside %u others", bytes, c->count);
+    c->of[c->count++] = { to, from, bytes, c->groups };
+}
+
+void emu_copy_commit(void)
+{
+    machine->copies[machine->current->thread].groups++;
+}
+
+void emu_copy_wait(unsigned left)
+{
+    struct copies *c = &machine->copies[machine->current->thread];
+    unsigned done = 0;
+    for (; done < c->count && c->of[done].group + left < c->groups; done++) {
+        memset(c->of[done].to, 0, COPY);
+        memcpy(c->of[done].to, c->of[done].from, c->of[done].bytes);
+    }
+    c->count -= done;
+    memmove(c->of, c->of + done, c->count * sizeof *c->of);
 }
 
 const unsigned char *emu_exchange(unsigned mask, const void *mine, size_t bytes, size_t *stride)

@@ -6,7 +6,8 @@
  * descending order (emu_order), so that what needs a barrier that is not there comes out differently in one of them;
  * shared memory and cudaMalloc's are full of NaN, freed memory too; a barrier that not all threads of a block reach, an
  * exchange that not all 32 threads of a warp reach, a launch that a GPU would refuse, and a copy across the end of a
- * block of memory end the program. There are no atomics.
+ * block of memory end the program. What cp.async copies arrives when its thread waits for it, no earlier. There are no
+ * atomics.
  *
  * Device memory is one region that can be read and written only while a kernel, a copy or a fill runs: what else
  * touches it ends the process with SIGSEGV, after a line that says so and the callers' addresses. (While one thread of
@@ -72,6 +73,13 @@ void emu_push(cudaStream_t s, void (*run)(void *), void *arg);
 /* The block's shared memory; ends the program if fewer bytes were asked for at launch. */
 void *emu_shared(size_t bytes);
 void __syncthreads(void);
+/* cp.async of 16 bytes, `bytes` of which are read and the others become 0; a group's end; the wait until no more than
+ * the last `left` groups may be under way. */
+void emu_copy_async(void *to, const void *from, unsigned bytes);
+void emu_copy_commit(void);
+void emu_copy_wait(unsigned left);
+/* Ends the program if p is no multiple of 16 bytes. */
+void emu_aligned(const void *p);
 /* Leave bytes for the others of the warp, wait until all have, and return where theirs are, `stride` bytes apart. */
 const unsigned char *emu_exchange(unsigned mask, const void *mine, size_t bytes, size_t *stride);
 
@@ -169,6 +177,31 @@ static inline void emu_mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, u
             c[i] += __uint_as_float(x >> half << 16) * __uint_as_float(y >> half << 16);
         }
     }
+}
+
+/* ldmatrix.x4: four matrices of 8 x 8 elements of 16 bits; lane l names the 16 bytes of row l % 8 of matrix l / 8, and
+ * gets of each matrix elements 2 (l % 4) and the next of row l / 4; trans: of the matrices' transposes. */
+static inline void emu_ldmatrix(unsigned (&v)[4], const void *row, bool trans)
+{
+    uint16_t mine[8];
+    size_t stride;
+    emu_aligned(row);
+    memcpy(mine, row, sizeof mine);
+    const unsigned char *all = emu_exchange(0xffffffffu, mine, sizeof mine, &stride);
+    for (unsigned i = 0; i < 4; i++) {
+        uint16_t pair[2];
+        for (unsigned e = 0; e < 2; e++) {
+            unsigned outer = emu_lane() / 4, inner = emu_lane() % 4 * 2 + e;
+            memcpy(&pair[e], all + (i * 8 + (trans ? inner : outer)) * stride + (trans ? outer : inner) * sizeof *pair,
+                   sizeof *pair);
+        }
+        v[i] = (unsigned)pair[0] | (unsigned)pair[1] << 16;
+    }
+}
+
+static inline int __popc(unsigned x)
+{
+    return __builtin_popcount(x);
 }
 
 static inline int __ffs(int x)

@@ -9,6 +9,7 @@
  * its transpose, two values at a time: what is multiplied both ways is in shared memory both ways. Rows are 8 elements
  * longer than needed, so that the lanes of a warp read 32 banks. */
 #include "trainer/ops/cuda/attention.h"
+#include "trainer/ops/cuda/mma.h"
 
 namespace
 {
@@ -22,23 +23,6 @@ template <int DC> struct half_rows {
 template <int DC> struct half_columns {
     unsigned at[DC * STEP][(TILE + PAD) / 2];
 };
-
-struct first_factor {
-    unsigned v[4];
-};
-
-/* c += a b */
-__device__ inline void mma(float (&c)[4], const struct first_factor &a, unsigned b0, unsigned b1)
-{
-#ifdef CUDA_EMULATED
-    emu_mma(c, a.v, b0, b1);
-#else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
-#endif
-}
 
 struct lane {
     int row, g, t; /* the warp's first row; see above */
