@@ -1,38 +1,13 @@
 #include "comm/base/rng.h"
 
+#include "comm/base/philox.h"
+
 #include <math.h>
-
-void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
-{
-    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
-    uint32_t k0 = key[0], k1 = key[1];
-    for (int round = 0; round < 10; round++) {
-        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
-        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-        c1 = (uint32_t)p1;
-        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
-        c3 = (uint32_t)p0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    out[0] = c0;
-    out[1] = c1;
-    out[2] = c2;
-    out[3] = c3;
-}
-
-static void block(struct rng_at at, uint64_t index, uint32_t out[4])
-{
-    /* counter[0] is element/4; what of it exceeds 32 bits moves into the stream word's upper half */
-    uint32_t counter[4] = { (uint32_t)index, at.sample, at.step, at.stream ^ (uint32_t)(index >> 32) << 16 };
-    uint32_t key[2] = { (uint32_t)at.seed, (uint32_t)(at.seed >> 32) };
-    philox4x32(counter, key, out);
-}
 
 uint32_t rng_u32(struct rng_at at, uint64_t element)
 {
     uint32_t w[4];
-    block(at, element / 4, w);
+    philox_block(&at, element / 4, w);
     return w[element % 4];
 }
 
@@ -41,7 +16,7 @@ void rng_u32s(struct rng_at at, uint64_t first, size_t n, uint32_t *out)
     uint32_t w[4];
     for (size_t i = 0; i < n; i++) {
         if (i == 0 || (first + i) % 4 == 0)
-            block(at, (first + i) / 4, w);
+            philox_block(&at, (first + i) / 4, w);
         out[i] = w[(first + i) % 4];
     }
 }
@@ -59,7 +34,7 @@ double rng_uniform(struct rng_at at, uint64_t element)
 uint64_t rng_below(struct rng_at at, uint64_t i, uint64_t n)
 {
     uint32_t w[4];
-    block(at, i / 2, w);
+    philox_block(&at, i / 2, w);
     uint64_t x = (uint64_t)w[i % 2 * 2] << 32 | w[i % 2 * 2 + 1];
     return (uint64_t)((unsigned __int128)x * n >> 64);
 }
@@ -78,7 +53,7 @@ double rng_normal(struct rng_at at, uint64_t element)
 {
     uint32_t w[4];
     double z[4];
-    block(at, element / 4, w);
+    philox_block(&at, element / 4, w);
     normals4(w, z);
     return z[element % 4];
 }
@@ -92,7 +67,7 @@ void rng_normals(struct rng_at at, uint64_t first, size_t n, float *out)
         uint64_t e = first + i;
         if (e / 4 != have) {
             have = e / 4;
-            block(at, have, w);
+            philox_block(&at, have, w);
             normals4(w, z);
         }
         out[i] = (float)z[e % 4];

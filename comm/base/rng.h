@@ -25,9 +25,6 @@ enum rng_stream {
     RNG_ROUND = 12,     /* bf16 parameters: sample = hash of the tensor's name, element = the whole tensor's */
 };
 
-/* The block function: out[4] from counter[4] and key[2]. */
-void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
-
 struct rng_at {
     uint64_t seed;
     uint32_t sample, step, stream;

@@ -1,7 +1,7 @@
 /* rng: Philox4x32-10 against the known answers of its authors' Random123 (kat_vectors), Box-Muller normals against
  * numbers computed independently in double, and rng_permute against the definition of a permutation. */
 #include "comm/base/mem.h"
-#include "comm/base/rng.h"
+#include "comm/base/philox.h"
 
 #include <math.h>
 #include <setjmp.h>

@@ -2,7 +2,7 @@
  * copied and its results replaced by ours. */
 #include "tests/golden/golden.h"
 
-#include "comm/base/rng.h"
+#include "comm/base/philox.h"
 
 /* words[n] of a list of 32-bit integers. */
 static status *words_of(const json_t *o, const char *key, size_t n, uint32_t *words)

@@ -1,4 +1,5 @@
 /* round: f32 to bf16, to nearest or by draws; and rows from one stride to another. All bits are the CPU's. */
+#include "comm/base/philox.h"
 #include "trainer/ops/cuda/gpu.h"
 
 namespace
@@ -28,27 +29,6 @@ __global__ void low_kernel(float *x, int64_t n)
         x[i] = wide(nearest(x[i]));
 }
 
-/* Block `index` of the sequence at `at` (comm/base/rng.c). */
-__device__ inline void philox(const struct rng_at &at, uint64_t index, uint32_t (&out)[4])
-{
-    uint32_t c0 = (uint32_t)index, c1 = at.sample, c2 = at.step, c3 = at.stream ^ (uint32_t)(index >> 32) << 16;
-    uint32_t k0 = (uint32_t)at.seed, k1 = (uint32_t)(at.seed >> 32);
-    UNROLL
-    for (int round = 0; round < 10; round++) {
-        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
-        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-        c1 = (uint32_t)p1;
-        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
-        c3 = (uint32_t)p0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    out[0] = c0;
-    out[1] = c1;
-    out[2] = c2;
-    out[3] = c3;
-}
-
 __device__ inline uint64_t place_of(const struct rounding &r, uint64_t e)
 {
     uint64_t at = 0, stride = 1;
@@ -70,7 +50,7 @@ __global__ void drawn_kernel(uint16_t *y, const float *x, int64_t n, struct roun
         for (int k = 0; k < EACH && i + k < n; k++) {
             uint64_t place = place_of(r, r.first + (uint64_t)(i + k));
             if (k == 0 || place / 4 != have)
-                philox(r.at, place / 4, draw);
+                philox_block(&r.at, place / 4, draw);
             have = place / 4;
             unsigned u = __float_as_uint(x[i + k]), lane = (unsigned)(place % 4);
             unsigned d = lane < 2 ? lane ? draw[1] : draw[0] : lane < 3 ? draw[2] : draw[3];
