@@ -112,7 +112,8 @@ static status *take_room(struct compute *c, size_t bytes, char **out)
     return NULL;
 }
 
-status *compute_put(struct compute *c, void *dst, const void *src, size_t bytes)
+/* To a device or from one, by way of the halves. */
+static status *pass_through(struct compute *c, char *dst, const char *src, size_t bytes, bool to_device)
 {
     if (compute_host(c)) {
         memcpy(dst, src, bytes);
@@ -122,28 +123,24 @@ status *compute_put(struct compute *c, void *dst, const void *src, size_t bytes)
         n = bytes - at < HALF_BYTES ? bytes - at : HALF_BYTES;
         char *room;
         TRY(take_room(c, n, &room));
-        memcpy(room, (const char *)src + at, n);
-        TRY(c->device->ops->copy(c->device, (char *)dst + at, room, n, c->stream));
-        TRY(c->device->ops->event_record(c->device, c->half[c->now].free, c->stream));
+        if (to_device)
+            memcpy(room, src + at, n);
+        TRY(c->device->ops->copy(c->device, to_device ? dst + at : room, to_device ? room : src + at, n, c->stream));
+        TRY(to_device ? c->device->ops->event_record(c->device, c->half[c->now].free, c->stream) : wait_all(c));
+        if (!to_device)
+            memcpy(dst + at, room, n);
     }
     return NULL;
 }
 
+status *compute_put(struct compute *c, void *dst, const void *src, size_t bytes)
+{
+    return pass_through(c, dst, src, bytes, true);
+}
+
 status *compute_get(struct compute *c, void *dst, const void *src, size_t bytes)
 {
-    if (compute_host(c)) {
-        memcpy(dst, src, bytes);
-        return NULL;
-    }
-    for (size_t at = 0, n; at < bytes; at += n) {
-        n = bytes - at < HALF_BYTES ? bytes - at : HALF_BYTES;
-        char *room;
-        TRY(take_room(c, n, &room));
-        TRY(c->device->ops->copy(c->device, room, (const char *)src + at, n, c->stream));
-        TRY(wait_all(c));
-        memcpy((char *)dst + at, room, n);
-    }
-    return NULL;
+    return pass_through(c, dst, src, bytes, false);
 }
 
 status *compute_copy(struct compute *c, void *dst, const void *src, size_t bytes)
