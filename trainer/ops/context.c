@@ -60,12 +60,10 @@ status *context_check(const struct tape *t, const struct segments *seg, int64_t 
 }
 
 /* Index arrays of `rows` rows a rank: where token i lies in the order of ranks, and then where what is i-th there lies
- * in that of tokens. Made once a pass for a device's kernels; the host counts as it goes. */
+ * in that of tokens. Made once a pass. */
 static const int32_t *order(struct tape *t, int64_t rows)
 {
     int64_t c = t->context->size, n = c * rows;
-    if (at_home(t))
-        return NULL;
     if (t->context_rows != rows || !t->context_order) {
         int32_t *index = take(t, 2 * (size_t)n, sizeof *index);
         for (int64_t i = 0; index && i < n; i++) {
@@ -92,11 +90,6 @@ static void reorder(struct tape *t, float *tokens, float *ranks, int64_t rows, i
     if (from && !t->error)
         t->kernels->embedding(t->workers, to_tokens ? tokens : ranks, to_tokens ? ranks : tokens, DTYPE_F32,
                               to_tokens ? from : from + c * rows, c * rows, row);
-    for (int64_t r = 0; at_home(t) && r < c; r++)
-        for (int64_t j = 0; j < rows; j++) {
-            float *at = tokens + (j * c + r) * row, *by_rank = ranks + (r * rows + j) * row;
-            memcpy(to_tokens ? at : by_rank, to_tokens ? by_rank : at, (size_t)row * sizeof *at);
-        }
 }
 
 static void gather(struct tape *t, const struct tensor *x, float *whole, float *room)
@@ -157,35 +150,32 @@ void context_add(struct tape *t, double *value, size_t count)
 struct tokens_record {
     struct tape_record base;
     struct tensor *x, *y;
-    const int32_t *token; /* on a device [rows]: the token of each row here, -1: none */
+    const int32_t *token; /* [rows]: the token of each row here, -1: none */
     float *room;          /* [rows] */
 };
 
 static void tokens_backward(struct tape *t, const struct tape_record *base, unsigned halves)
 {
     const struct tokens_record *r = (const void *)base;
-    int64_t c = t->context->size, first = t->context->rank, tokens = r->y->dim[0];
-    if (INPUT_HALF(halves) && !at_home(t)) {
+    if (INPUT_HALF(halves)) {
         t->kernels->embedding(t->workers, r->room, r->y->grad, DTYPE_F32, r->token, r->x->dim[0], 1);
         t->kernels->axpy(t->workers, r->x->grad, r->room, 1.0f, r->x->dim[0]);
     }
-    for (int64_t i = first; INPUT_HALF(halves) && at_home(t) && i < tokens; i += c)
-        r->x->grad[i / c] += r->y->grad[i];
 }
 
 enum { VALUES = 5 }; /* of a token: x and the stats */
 
-/* For a device: the token of each row here, -1: none; then where each token's first value lies among those of all
- * ranks, of which each has n arrays of `rows`. */
+/* The token of each row here, -1: none; then where each token's first value lies among those of all ranks, of which
+ * each has n arrays of `rows`. */
 static const int32_t *token_index(struct tape *t, int64_t tokens, int64_t n, int64_t rows)
 {
     int64_t c = t->context->size;
-    int32_t *index = at_home(t) ? NULL : take(t, (size_t)(rows + tokens), sizeof *index);
+    int32_t *index = take(t, (size_t)(rows + tokens), sizeof *index);
     for (int64_t j = 0, i = t->context->rank; index && j < rows; j++, i += c)
         index[j] = i < tokens ? (int32_t)i : -1;
     for (int64_t i = 0; index && i < tokens; i++)
         index[rows + i] = (int32_t)(i % c * n * rows + i / c);
-    return index ? on_device(t, index, rows + tokens) : NULL;
+    return on_device(t, index, rows + tokens);
 }
 
 struct tensor *op_all_tokens(struct tape *t, struct tensor *x, int64_t tokens, struct logprob_stats *stats)
@@ -213,11 +203,8 @@ struct tensor *op_all_tokens(struct tape *t, struct tensor *x, int64_t tokens, s
         for (int64_t v = 0; v < n; v++)
             copy_there(t, own + v * rows, from[v], (size_t)rows * sizeof *own);
         failed(t, comm_allgather(t->context, own, all, (size_t)(n * rows) * sizeof *own, compute_stream(t->compute)));
-        for (int64_t v = 0; v < n && index; v++)
+        for (int64_t v = 0; v < n; v++)
             t->kernels->embedding(t->workers, to[v], all + v * rows, DTYPE_F32, index + rows, tokens, 1);
-        for (int64_t v = 0; v < n && !index; v++)
-            for (int64_t i = 0; i < tokens; i++)
-                to[v][i] = all[(i % c * n + v) * rows + i / c];
     }
     if (stats)
         *stats = (struct logprob_stats){ to[1], to[2], to[3], to[4] };

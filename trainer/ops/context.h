@@ -16,7 +16,7 @@
 #include "trainer/ops/kernels.h"
 #include "trainer/ops/tape.h"
 
-/* What reordering needs on a device, once a pass, for `rows` rows a rank: before what is made may be forgotten again.
+/* What reordering needs, once a pass, for `rows` rows a rank: before what is made may be forgotten again.
  * Without a context nothing. */
 void context_prepare(struct tape *t, int64_t rows);
 /* Room for the whole of k and v, of one layer at a time, and in training for their gradients. False: the tape has
