@@ -97,11 +97,12 @@ static void check_gemm_low(struct gemm g, int64_t pad, int which)
 void test_gemm_low(void **state)
 {
     (void)state;
-    static const int64_t sizes[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 64, 64, 16 }, { 65, 130, 33 }, { 130, 3, 64 } };
+    static const int64_t sizes[][3] = { { 1, 1, 1 },     { 3, 5, 7 },    { 64, 64, 16 },
+                                        { 65, 130, 33 }, { 130, 3, 64 }, { 136, 129, 200 } };
     static const float some = 0;
-    for (size_t i = 0; i < 5; i++)
+    for (size_t i = 0; i < 6; i++)
         for (int how = 0; how < 64; how++)
-            for (int which = 0; which < 2; which++) {
+            for (int which = 0; which < (i < 5 ? 2 : 1); which++) { /* the last one is for our own */
                 struct gemm g = { .m = sizes[i][0], .n = sizes[i][1], .k = sizes[i][2], .bf16 = true };
                 g.a_trans = how & 1;
                 g.b_trans = how & 2;
@@ -117,41 +118,83 @@ void test_gemm_low(void **state)
 
 enum { GROUPS = 50 };
 
-static void call_gemms(const struct kernels *k, struct workers *w, void **p, const void *arg)
+static int64_t a_elems(const struct grouped_gemm *p)
 {
-    const int64_t *rows = arg;
-    struct gemm g[GROUPS];
-    int64_t n = 9, depth = 20, at = 0;
-    for (int i = 0; i < GROUPS; i++) {
-        g[i] = (struct gemm){ .m = rows[i],
-                              .n = n,
-                              .k = depth,
-                              .a = (float *)p[0] + at * depth,
-                              .lda = depth,
-                              .b = (float *)p[1] + i * n * depth,
-                              .b_dtype = DTYPE_F32,
-                              .ldb = depth,
-                              .b_trans = true,
-                              .c = (float *)p[2] + at * n,
-                              .ldc = n };
-        at += rows[i];
-    }
-    k->gemms(w, g, GROUPS);
+    return (p->one.a_trans ? p->one.k : p->one.m) * p->one.lda;
 }
 
-void test_gemms(void **state)
+static int64_t b_elems(const struct grouped_gemm *p)
+{
+    int64_t one = (p->one.b_trans ? p->one.n : p->one.k) * p->one.ldb;
+    return p->along_k ? one : p->groups * p->step;
+}
+
+static int64_t c_elems(const struct grouped_gemm *p)
+{
+    return p->along_k ? p->groups * p->step : p->one.m * p->one.ldc;
+}
+
+static void call_grouped(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    struct grouped_gemm g = *(const struct grouped_gemm *)arg;
+    struct gemm room[GROUPS];
+    bool a_low = g.one.a_low, b_low = g.one.b_dtype == DTYPE_BF16, c_low = g.one.c_low;
+    struct array a = array_begin(k, p[0], a_low, false, a_elems(&g)),
+                 b = array_begin(k, p[1], b_low, false, b_elems(&g)),
+                 c = array_begin(k, p[2], c_low, false, c_elems(&g));
+    g.one.a = a.at;
+    g.one.a_low = a.low;
+    g.one.b = b.at;
+    g.one.b_dtype = b.low ? DTYPE_BF16 : DTYPE_F32;
+    g.one.c = c.at;
+    g.one.c_low = c.low;
+    g.offset = p[3];
+    g.room = room;
+    k->grouped(w, &g);
+    array_done(k, p[0], a_low, a, a_elems(&g));
+    array_done(k, p[1], b_low, b, b_elems(&g));
+    array_done(k, p[2], c_low, c, c_elems(&g));
+}
+
+/* kind: rows times matrices that are transposed, or not; matrices of rows. m and k are a matrix's. */
+static void check_grouped(const int64_t *rows, int64_t groups, int64_t m, int64_t k, int kind, int how)
+{
+    int64_t all = 0;
+    struct grouped_gemm p = { .groups = groups, .along_k = kind == 2, .step = m * k };
+    for (int64_t e = 0; e < groups; e++)
+        all += rows[e];
+    p.one = kind == 0   ? (struct gemm){ .m = all, .n = m, .k = k, .lda = k, .ldb = k, .ldc = m, .b_trans = true }
+            : kind == 1 ? (struct gemm){ .m = all, .n = k, .k = m, .lda = m, .ldb = k, .ldc = k }
+                        : (struct gemm){ .m = m, .n = k, .k = all, .lda = m, .ldb = k, .ldc = k, .a_trans = true };
+    p.one.bf16 = how > 0;
+    p.one.add = how & 1;
+    p.one.a_low = how & 2;
+    p.one.b_dtype = how & 4 ? DTYPE_BF16 : DTYPE_F32;
+    p.one.c_low = how & 8;
+    struct run r = { .what = "grouped", .call = call_grouped, .arg = &p, .tolerance = 1e-4, .gemm = how % 2 };
+    array_buffer(&r, READ, p.one.a_low, a_elems(&p));
+    array_buffer(&r, READ, p.one.b_dtype == DTYPE_BF16, b_elems(&p));
+    array_buffer(&r, CLOSE, p.one.c_low, c_elems(&p));
+    int32_t *offset = ints(&r, groups + 1);
+    for (int64_t e = 0; e < groups; e++)
+        offset[e + 1] = offset[e] + (int32_t)rows[e];
+    check_one(&r, how % 3 == 1);
+}
+
+void test_grouped(void **state)
 {
     (void)state;
-    int64_t rows[GROUPS], all = 0;
+    static const int64_t alone[] = { 0, 0, 150, 0 }, none[3] = { 0 }, one[] = { 17 };
+    int64_t mixed[GROUPS];
     for (int i = 0; i < GROUPS; i++)
-        all += rows[i] = i % 6 == 1 ? 0 : i % 11 == 3 ? 70 : i % 4;
-    for (int which = 0; which < 2; which++) {
-        struct run r = { .what = "gemms", .call = call_gemms, .arg = rows, .tolerance = 1e-5, .gemm = which };
-        floats(&r, READ, all * 20);
-        floats(&r, READ, GROUPS * 9 * 20);
-        floats(&r, CLOSE, all * 9);
-        check_one(&r, false);
-    }
+        mixed[i] = i % 6 == 1 ? 0 : i == 3 ? 129 : i % 11 == 3 ? 70 : i % 4;
+    for (int kind = 0; kind < 3; kind++)
+        for (int how = 0; how < 16; how++) {
+            check_grouped(alone, 4, 136, 72, kind, how);
+            check_grouped(none, 3, 8, 16, kind, how);
+            check_grouped(one, 1, 5, 40, kind, how);
+            check_grouped(mixed, GROUPS, 9, 20, kind, how);
+        }
 }
 
 /* ---- log-probabilities ---- */

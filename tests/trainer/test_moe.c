@@ -323,45 +323,55 @@ static void tokens_do_not_meet(void **state)
     tape_close(t);
 }
 
-/* ---- products of many sizes at once ---- */
+/* ---- products of groups ---- */
 
-static void products_at_once(void **state)
+static void products_of_groups(void **state)
 {
     (void)state;
-    enum { COUNT = 9, SIDE = 300 };
-    static float a[COUNT][SIDE * 40], b[SIDE * SIDE], got[COUNT][SIDE * SIDE], ref[COUNT][SIDE * SIDE];
-    static const int64_t rows[COUNT] = { 1, 0, 129, 7, 300, 0, 128, 2, 257 };
-    struct gemm g[COUNT];
+    enum { COUNT = 9, SIDE = 300, DEPTH = 40, MOST_ROWS = 824 };
+    static float a[MOST_ROWS * SIDE], b[COUNT * SIDE * DEPTH], got[MOST_ROWS * SIDE], ref[MOST_ROWS * SIDE];
+    static const int32_t offset[COUNT + 1] = { 0, 1, 1, 130, 137, 437, 437, 565, 567, MOST_ROWS };
+    struct gemm room[COUNT];
     uint32_t s = 3;
-    for (int i = 0; i < SIDE * SIDE; i++)
+    for (int i = 0; i < COUNT * SIDE * DEPTH; i++)
         b[i] = draw(&s);
-    for (int threads = 1; threads <= 3; threads += 2) {
+    for (int how = 0; how < 8; how++) {
         struct workers *w;
-        assert_null(workers_open(threads, &w));
-        for (int add = 0; add < 2; add++) {
-            for (int i = 0; i < COUNT; i++) {
-                for (int k = 0; k < SIDE * 40; k++)
-                    a[i][k] = draw(&s);
-                for (int k = 0; k < SIDE * SIDE; k++)
-                    got[i][k] = ref[i][k] = draw(&s);
-                g[i] = (struct gemm){ .m = rows[i],
-                                      .n = 299 - i,
-                                      .k = 40,
-                                      .a = a[i],
-                                      .lda = 40,
-                                      .b = b,
-                                      .b_dtype = DTYPE_F32,
-                                      .ldb = SIDE,
-                                      .c = ref[i],
-                                      .ldc = SIDE,
-                                      .add = add };
-                gemm_ref(&g[i]);
-                g[i].c = got[i];
-            }
-            kernels_cpu.gemms(w, g, COUNT);
-            assert_memory_equal(got, ref, sizeof got);
-            kernels_cpu.gemms(w, g, 0);
+        bool along = how & 2;
+        struct gemm one = { .m = along ? SIDE : MOST_ROWS,
+                            .n = along ? DEPTH : SIDE,
+                            .k = along ? MOST_ROWS : DEPTH,
+                            .a = a,
+                            .lda = along ? SIDE : DEPTH,
+                            .a_trans = along,
+                            .b = b,
+                            .b_dtype = DTYPE_F32,
+                            .ldb = DEPTH,
+                            .b_trans = !along,
+                            .ldc = along ? DEPTH : SIDE,
+                            .add = how & 1 };
+        int64_t step = SIDE * DEPTH;
+        assert_null(workers_open(how & 4 ? 3 : 1, &w));
+        for (int i = 0; i < MOST_ROWS * SIDE; i++) {
+            a[i] = draw(&s);
+            got[i] = ref[i] = draw(&s);
         }
+        for (int e = 0; e < COUNT; e++) {
+            int rows = offset[e + 1] - offset[e];
+            struct gemm g = one;
+            g.a = a + offset[e] * one.lda;
+            g.b = b + (along ? offset[e] * one.ldb : e * step);
+            g.c = ref + (along ? e * step : offset[e] * one.ldc);
+            *(along ? &g.k : &g.m) = rows;
+            if (rows || !one.add)
+                gemm_ref(&g);
+        }
+        one.c = got;
+        struct grouped_gemm p = { one, along, COUNT, step, offset, room };
+        kernels_cpu.grouped(w, &p);
+        assert_memory_equal(got, ref, sizeof got);
+        p.groups = 0;
+        kernels_cpu.grouped(w, &p);
         workers_close(w);
     }
 }
@@ -505,8 +515,10 @@ static void errors(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(against_formulas), cmocka_unit_test(tokens_do_not_meet),
-        cmocka_unit_test(products_at_once), cmocka_unit_test(on_several_ranks),
+        cmocka_unit_test(against_formulas),
+        cmocka_unit_test(tokens_do_not_meet),
+        cmocka_unit_test(products_of_groups),
+        cmocka_unit_test(on_several_ranks),
         cmocka_unit_test(errors),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -25,7 +25,8 @@ struct routing *routing_new(struct tape *t, const struct router *how, int64_t n,
     size_t choices = (size_t)(n * how->top), all = (size_t)how->experts, ranks = (size_t)ranks_of(t);
     int32_t *there = take_there(t, 3 * choices, sizeof *there);
     int32_t *here = at_home(t) ? there : take(t, 3 * choices, sizeof *here);
-    int64_t *begin = take(t, all + (size_t)experts + 2, sizeof *begin);
+    int32_t *begin = take(t, all + (size_t)experts + 2, sizeof *begin), *from = t->ep ? begin + all + 1 : begin;
+    int32_t *offset = at_home(t) ? from : take_there(t, (size_t)experts + 1, sizeof *offset);
     int32_t *counts = t->ep ? take(t, (ranks + 1) * all, sizeof *counts) : NULL;
     struct comm_xfer *xfer = t->ep ? take(t, all + ranks * (size_t)experts, sizeof *xfer) : NULL;
     if (t->error)
@@ -36,7 +37,8 @@ struct routing *routing_new(struct tape *t, const struct router *how, int64_t n,
     g->there = index_at(there, choices);
     g->here = index_at(here, choices);
     g->begin = begin;
-    g->from = t->ep ? begin + all + 1 : begin;
+    g->from = from;
+    g->offset = offset;
     g->counts = counts;
     g->xfer = xfer;
     return g;
@@ -67,25 +69,32 @@ static void failed(struct tape *t, status *st)
         tape_fail(t, status_wrap(st, "expert-parallel exchange"));
 }
 
-void routing_sort(struct tape *t, struct routing *g)
+/* Rows of all ranks' for all experts, and so what this rank's experts get. */
+static void tell_counts(struct tape *t, struct routing *g)
 {
     int64_t experts = g->how->experts, at = 0;
-    sort_choices(g);
-    put_there(t, g->there.place, g->here.place, 2 * (size_t)(g->n * g->how->top) * sizeof(int32_t));
-    if (!t->ep)
-        return;
     int32_t *mine = g->counts + t->ep->size * experts;
     for (int64_t e = 0; e < experts; e++)
         mine[e] = (int32_t)(g->begin[e + 1] - g->begin[e]);
     failed(t, comm_allgather(t->ep, mine, g->counts, (size_t)experts * sizeof *mine, NULL));
     for (int64_t e = 0; !t->error && e < g->experts; e++) {
-        g->from[e] = at;
+        g->from[e] = (int32_t)at;
         for (int r = 0; r < t->ep->size; r++)
             at += g->counts[r * experts + t->ep->rank * g->experts + e];
     }
-    g->from[g->experts] = g->rows = t->error ? 0 : at;
+    g->rows = t->error ? 0 : at;
+    g->from[g->experts] = (int32_t)g->rows;
     for (int64_t i = 0; !t->error && i < t->ep->size * experts; i++)
         t->routed += g->counts[i];
+}
+
+void routing_sort(struct tape *t, struct routing *g)
+{
+    sort_choices(g);
+    put_there(t, g->there.place, g->here.place, 2 * (size_t)(g->n * g->how->top) * sizeof(int32_t));
+    if (t->ep)
+        tell_counts(t, g);
+    put_there(t, g->offset, g->from, (size_t)(g->experts + 1) * sizeof *g->from);
 }
 
 /* Sorted rows to the ranks of their experts, or (back) experts' rows to the ranks of their tokens. */

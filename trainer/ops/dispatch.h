@@ -21,8 +21,9 @@ struct routing {
         int32_t *place;     /* [N, K]: the sorted row of each choice */
         int32_t *token;     /* [N K]: the token of each sorted row */
     } there, here;          /* as kernels see them; as the host does: on the CPU the same */
-    int64_t *begin;         /* [E + 1]: of each expert's rows among the sorted ones */
-    int64_t *from;          /* [experts here + 1]: of each expert's rows among those that they get */
+    int32_t *begin;         /* [E + 1]: of each expert's rows among the sorted ones */
+    int32_t *from;          /* [experts here + 1]: of each expert's rows among those that they get */
+    int32_t *offset;        /* the same as kernels see it */
     int32_t *counts;        /* with expert parallelism, [ranks][E]: rows of each rank for each expert */
     struct comm_xfer *xfer; /* room for all messages */
 };

@@ -53,6 +53,19 @@ struct gemm {
     bool bf16;
 };
 
+/* The product `one` for groups of rows, each with a matrix of its own. Group e has rows [offset[e], offset[e + 1]) of
+ *   a and c, and b begins e * step elements on (a is not transposed, m is how many rows all have), or
+ *   along_k: a and b, over which it adds up, and c begins e * step elements on (a_trans, b is not, k is how many all
+ *   have). A group without rows adds nothing.
+ * The host need not know the offsets. */
+struct grouped_gemm {
+    struct gemm one;
+    bool along_k;
+    int64_t groups, step;
+    const int32_t *offset; /* [groups + 1], from 0, ascending */
+    struct gemm *room;     /* scratch [groups], of the host's memory everywhere */
+};
+
 /* Causal attention over the pack's segments (op_attention). Keys of segment s are at k_base + s * k_segment when `past`
  * is given (a cache: past[s] tokens were there before this pack's), else at the segment's tokens in k and v. */
 struct attention {
@@ -181,8 +194,7 @@ struct column_copy {
 struct kernels {
     const char *name;
     void (*gemm)(struct workers *w, const struct gemm *g);
-    /* Several at once, whose results do not overlap. */
-    void (*gemms)(struct workers *w, const struct gemm *g, size_t count);
+    void (*grouped)(struct workers *w, const struct grouped_gemm *p);
     void (*route)(struct workers *w, const struct route *r);
     void (*route_bwd)(struct workers *w, const struct route *r);
     void (*mix)(struct workers *w, const struct mix *m);

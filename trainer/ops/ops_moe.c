@@ -28,7 +28,7 @@ static void route_backward(struct tape *t, const struct tape_record *base, unsig
 static void watch_load(struct tape *t, const struct route *r, const struct routing *g, const float *score,
                        const struct route_watch *watch, float *dshare)
 {
-    const int64_t *begin = g->begin;
+    const int32_t *begin = g->begin;
     float share[EXPERTS_MAX];
     int64_t experts = r->how->experts, own = r->n - watch->padding;
     double sums[2 * EXPERTS_MAX + 1] = { 0 }, loss = 0, *mean = sums + 1, *count = mean + experts;
@@ -136,64 +136,60 @@ struct grouped {
     struct gemm *room; /* [experts] */
 };
 
-static void *matrix(const struct tensor *w, int64_t e)
-{
-    return (unsigned char *)w->data + (size_t)(e * w->dim[1] * w->dim[2]) * dtype_bytes(w->dtype);
-}
-
 enum product { FORWARD, TO_INPUT, TO_WEIGHT };
 
-static struct gemm product(const struct grouped *r, enum product kind, int64_t e)
+/* Of all rows, with the first expert's matrix. */
+static struct gemm product(const struct grouped *r, enum product kind)
 {
-    int64_t m = r->w->dim[1], k = r->w->dim[2], at = r->g->from[e], rows = r->g->from[e + 1] - at;
+    int64_t m = r->w->dim[1], k = r->w->dim[2], rows = r->g->rows;
     if (kind == FORWARD)
         return (struct gemm){ .m = rows,
                               .n = m,
                               .k = k,
-                              .a = r->x + at * k,
+                              .a = r->x,
                               .lda = k,
-                              .b = matrix(r->w, e),
+                              .b = r->w->data,
                               .b_dtype = r->w->dtype,
                               .ldb = k,
                               .b_trans = true,
-                              .c = r->y + at * m,
+                              .c = r->y,
                               .ldc = m };
     if (kind == TO_INPUT)
         return (struct gemm){ .m = rows,
                               .n = k,
                               .k = m,
-                              .a = r->dy + at * m,
+                              .a = r->dy,
                               .lda = m,
-                              .b = matrix(r->w, e),
+                              .b = r->w->data,
                               .b_dtype = r->w->dtype,
                               .ldb = k,
-                              .c = r->dx + at * k,
+                              .c = r->dx,
                               .ldc = k };
     return (struct gemm){ .m = m,
                           .n = k,
                           .k = rows,
-                          .a = r->dy + at * m,
+                          .a = r->dy,
                           .lda = m,
                           .a_trans = true,
-                          .b = r->x + at * k,
+                          .b = r->x,
                           .b_dtype = DTYPE_F32,
                           .ldb = k,
-                          .c = r->w->grad + e * m * k,
+                          .c = r->w->grad,
                           .ldc = k };
 }
 
-/* All experts' products of a kind; those without rows have none. */
+/* All experts' products of a kind. */
 static void multiply(struct tape *t, struct grouped r, enum product kind, bool sum)
 {
-    size_t count = 0;
-    for (int64_t e = 0; e < r.g->experts; e++) {
-        if (r.g->from[e + 1] == r.g->from[e])
-            continue;
-        r.room[count] = product(&r, kind, e);
-        r.room[count].add = sum;
-        r.room[count++].bf16 = t->bf16;
-    }
-    t->kernels->gemms(t->workers, r.room, count);
+    struct grouped_gemm p = { .one = product(&r, kind),
+                              .along_k = kind == TO_WEIGHT,
+                              .groups = r.g->experts,
+                              .step = r.w->dim[1] * r.w->dim[2],
+                              .offset = r.g->offset,
+                              .room = r.room };
+    p.one.add = sum;
+    p.one.bf16 = t->bf16;
+    t->kernels->grouped(t->workers, &p);
 }
 
 struct grouped_record {

@@ -47,7 +47,7 @@ static inline void copy_panel(float *dst, int width, const float *src, int64_t l
 
 /* cpu/<family>.c, named into kernels_cpu by cpu/kernels_cpu.c */
 void cpu_gemm(struct workers *w, const struct gemm *g);
-void cpu_gemms(struct workers *w, const struct gemm *g, size_t count);
+void cpu_grouped(struct workers *w, const struct grouped_gemm *p);
 void cpu_route(struct workers *w, const struct route *r);
 void cpu_route_bwd(struct workers *w, const struct route *r);
 void cpu_mix(struct workers *w, const struct mix *m);

@@ -4,7 +4,7 @@
 const struct kernels kernels_cpu = {
     .name = "cpu",
     .gemm = cpu_gemm,
-    .gemms = cpu_gemms,
+    .grouped = cpu_grouped,
     .route = cpu_route,
     .route_bwd = cpu_route_bwd,
     .mix = cpu_mix,

@@ -276,13 +276,34 @@ static void run_one_of(void *arg, size_t index)
     run_tile(&t, index);
 }
 
-void cpu_gemms(struct workers *w, const struct gemm *g, size_t count)
+static struct gemm of_group(const struct grouped_gemm *p, int64_t e)
 {
-    struct jobs all = { g, isa_best(), NC };
-    size_t threads = (size_t)workers_count(w);
-    while (threads > 1 && all.cols > PANEL_N && all_tiles(g, count, all.cols) < 2 * threads)
+    struct gemm g = p->one;
+    int64_t begin = p->offset[e], rows = p->offset[e + 1] - begin;
+    if (p->along_k) {
+        g.k = rows;
+        g.a = (const float *)g.a + begin * g.lda;
+        g.b = (const float *)g.b + begin * g.ldb; /* is f32 on the CPU */
+        g.c = (float *)g.c + e * p->step;
+    } else {
+        g.m = rows;
+        g.a = (const float *)g.a + begin * g.lda;
+        g.b = (const unsigned char *)g.b + (size_t)(e * p->step) * dtype_bytes(g.b_dtype);
+        g.c = (float *)g.c + begin * g.ldc;
+    }
+    return g;
+}
+
+void cpu_grouped(struct workers *w, const struct grouped_gemm *p)
+{
+    struct jobs all = { p->room, isa_best(), NC };
+    size_t threads = (size_t)workers_count(w), count = 0;
+    for (int64_t e = 0; e < p->groups; e++)
+        if (p->offset[e + 1] > p->offset[e] || (p->along_k && !p->one.add))
+            p->room[count++] = of_group(p, e);
+    while (threads > 1 && all.cols > PANEL_N && all_tiles(p->room, count, all.cols) < 2 * threads)
         all.cols /= 2;
-    workers_for(w, all_tiles(g, count, all.cols), run_one_of, &all);
+    workers_for(w, all_tiles(p->room, count, all.cols), run_one_of, &all);
 }
 
 /* ---- column sums of dy ---- */

@@ -1,84 +1,72 @@
-/* gemm: products by cuBLASLt where it is there; else, and for what it cannot do, by a plain tiled kernel: a block makes
- * a tile of 64 x 64 in steps of 16 along k, a thread 4 x 4 of it, one chain over k ascending in f32 each.
+/* gemm: products by cuBLASLt where it is there, groups of them and what it cannot do by our own kernels: with gemm.bf16
+ * that of gemm_mma.cu, else a plain tiled one here: a block makes a tile of 64 x 64 in steps of 16 along k, a thread
+ * 4 x 4 of it, one chain over k ascending in f32 each.
  *
  * For cuBLASLt, which is column-major, C = A B becomes C^T = B^T A^T: a row-major matrix is its transpose in columns,
  * so B goes first and neither is moved. With gemm.bf16 factors that are f32 are narrowed into scratch first, rows
  * padded to 16 bytes; without it a bf16 factor is widened. */
-#include "trainer/ops/cuda/gpu.h"
+#include "trainer/ops/cuda/gemm.h"
 
 namespace
 {
-enum { TILE = 64, DEPTH = 16, PER = 4, PADDED = TILE + 4, BATCH = 24 };
-
-struct batch {
-    struct gemm g[BATCH];
-};
+enum { TILE = 64, DEPTH = 16, PER = 4, PADDED = TILE + 4 };
 
 struct tiles {
     float a[DEPTH][PADDED], b[DEPTH][PADDED];
 };
 
-__device__ inline float rounded(float x, bool bf16)
+/* Row i and column j of the group's product, k along both. */
+__device__ inline float a_at(const struct gemm &g, const struct product_tile &t, int64_t i, int64_t k)
 {
-    return bf16 ? wide(narrow(x)) : x;
+    if (i >= t.m || k >= t.k)
+        return 0.0f;
+    return static_cast<const float *>(g.a)[t.a + (g.a_trans ? k * g.lda + i : i * g.lda + k)];
 }
 
-__device__ inline float a_at(const struct gemm &g, int64_t i, int64_t k)
+__device__ inline float b_at(const struct gemm &g, const struct product_tile &t, int64_t k, int64_t j)
 {
-    if (i >= g.m || k >= g.k)
+    if (k >= t.k || j >= g.n)
         return 0.0f;
-    int64_t at = g.a_trans ? k * g.lda + i : i * g.lda + k;
-    return g.a_low ? wide(static_cast<const uint16_t *>(g.a)[at]) : static_cast<const float *>(g.a)[at];
-}
-
-__device__ inline float b_at(const struct gemm &g, int64_t k, int64_t j)
-{
-    if (k >= g.k || j >= g.n)
-        return 0.0f;
-    int64_t at = g.b_trans ? j * g.ldb + k : k * g.ldb + j;
+    int64_t at = t.b + (g.b_trans ? j * g.ldb + k : k * g.ldb + j);
     return g.b_dtype == DTYPE_BF16 ? wide(static_cast<const uint16_t *>(g.b)[at]) : static_cast<const float *>(g.b)[at];
 }
 
 /* Neighbouring threads take what are neighbours in memory. */
-__device__ void take_tiles(const struct gemm &g, struct tiles &s, int64_t i0, int64_t j0, int64_t k0)
+__device__ void take_tiles(const struct gemm &g, const struct product_tile &t, struct tiles &s, int64_t k0)
 {
     for (int e = (int)threadIdx.x; e < TILE * DEPTH; e += BLOCK) {
         int i = g.a_trans ? e % TILE : e / DEPTH, k = g.a_trans ? e / TILE : e % DEPTH;
-        s.a[k][i] = rounded(a_at(g, i0 + i, k0 + k), g.bf16);
+        s.a[k][i] = a_at(g, t, t.i0 + i, k0 + k);
         int j = g.b_trans ? e / DEPTH : e % TILE, q = g.b_trans ? e % DEPTH : e / TILE;
-        s.b[q][j] = rounded(b_at(g, k0 + q, j0 + j), g.bf16);
+        s.b[q][j] = b_at(g, t, k0 + q, t.j0 + j);
     }
 }
 
-__device__ void finish(const struct gemm &g, const float (&sum)[PER][PER], int64_t i0, int64_t j0)
+__device__ void finish(const struct gemm &g, const struct product_tile &t, const float (&sum)[PER][PER], int64_t i0,
+                       int64_t j0)
 {
+    float *c = static_cast<float *>(g.c) + t.c;
+    const float *from = g.from ? g.from + t.c : c;
     for (int r = 0; r < PER; r++)
         for (int q = 0; q < PER; q++) {
-            int64_t i = i0 + r, j = j0 + q;
-            if (i >= g.m || j >= g.n)
+            int64_t i = i0 + r, j = j0 + q, at = i * g.ldc + j;
+            if (i >= t.m || j >= g.n)
                 continue;
-            struct array c = { g.c, g.c_low, false };
-            float v[1] = { 0 };
-            if (g.add && g.from)
-                v[0] = g.from[i * g.ldc + j];
-            else if (g.add)
-                load<1>(v, c, i * g.ldc + j);
-            v[0] += g.bias && !g.add ? sum[r][q] + g.bias[j] : sum[r][q];
-            store<1>(c, i * g.ldc + j, v);
+            c[at] = g.add ? from[at] + sum[r][q] : g.bias ? sum[r][q] + g.bias[j] : sum[r][q];
         }
 }
 
-__global__ void __launch_bounds__(BLOCK) multiply(struct batch all)
+__global__ void __launch_bounds__(BLOCK) multiply(struct grouped_gemm p)
 {
     SHARED(struct tiles, s);
-    const struct gemm &g = all.g[blockIdx.z];
-    int64_t i0 = (int64_t)blockIdx.x * TILE, j0 = (int64_t)blockIdx.y * TILE;
+    const struct gemm &g = p.one;
+    struct product_tile t;
     int row = (int)threadIdx.x / 16 * PER, col = (int)threadIdx.x % 16 * PER;
-    if (i0 >= g.m || j0 >= g.n)
+    if (!find_product(p, TILE, &t))
         return;
     float sum[PER][PER] = {};
-    for (int64_t k0 = 0; k0 < g.k; k0 += DEPTH) {
-        take_tiles(g, s, i0, j0, k0);
+    for (int64_t k0 = 0; k0 < t.k; k0 += DEPTH) {
+        take_tiles(g, t, s, k0);
         __syncthreads();
         UNROLL
         for (int k = 0; k < DEPTH; k++) {
@@ -93,7 +81,7 @@ __global__ void __launch_bounds__(BLOCK) multiply(struct batch all)
         }
         __syncthreads();
     }
-    finish(g, sum, i0 + row, j0 + col);
+    finish(g, t, sum, t.i0 + row, t.j0 + col);
 }
 
 enum { EACH = 4 }; /* elements a thread */
@@ -194,38 +182,22 @@ bool by_library(struct workers *w, const struct gemm *g)
     return w->error || lt_matmul(w, &call);
 }
 
-void by_kernel(struct workers *w, const struct gemm *g, size_t count)
-{
-    for (size_t at = 0; at < count; at += BATCH) {
-        struct batch all = {};
-        unsigned n = (unsigned)(count - at < BATCH ? count - at : (size_t)BATCH);
-        dim3 grid(0, 0, n);
-        for (unsigned i = 0; i < n; i++) {
-            all.g[i] = g[at + i];
-            unsigned across = gpu_blocks(g[at + i].n, TILE), down = gpu_blocks(g[at + i].m, TILE);
-            grid.x = down > grid.x ? down : grid.x;
-            grid.y = across > grid.y ? across : grid.y;
-        }
-        launch(w, "gemm", multiply, grid, BLOCK, sizeof(struct tiles), all);
-    }
-}
 } // namespace
+
+void gpu_grouped(struct workers *w, const struct grouped_gemm *p)
+{
+    if (p->one.bf16)
+        mma_grouped(w, p);
+    else
+        launch(w, "gemm", multiply, product_blocks(p, TILE), BLOCK, sizeof(struct tiles), *p);
+}
 
 void gpu_gemm(struct workers *w, const struct gemm *g)
 {
-    gpu_gemms(w, g, 1);
-}
-
-void gpu_gemms(struct workers *w, const struct gemm *g, size_t count)
-{
-    if (!w->lt) {
-        by_kernel(w, g, count);
+    struct grouped_gemm alone = {};
+    alone.one = *g;
+    if (g->m < 1 || g->n < 1)
         return;
-    }
-    for (size_t i = 0; i < count; i++) {
-        if (g[i].m < 1 || g[i].n < 1)
-            continue;
-        if (g[i].k < 1 || !by_library(w, &g[i]))
-            by_kernel(w, &g[i], 1);
-    }
+    if (!w->lt || g->k < 1 || !by_library(w, g))
+        gpu_grouped(w, &alone);
 }

@@ -27,7 +27,7 @@ static __device__ inline void mma(float (&c)[4], const struct first_factor &a, u
 
 /* Four matrices of 8 x 8 from shared memory, the lane's part of matrix i to v[i]; `row`: of lane l, row l % 8 of matrix
  * l / 8, 16 bytes at a multiple of them. TRANS: the matrices' transposes. */
-template <bool TRANS> static __device__ inline void load_matrices(unsigned (&v)[4], const uint16_t *row)
+template <bool TRANS> static __device__ inline void load_matrices(unsigned (&v)[4], const void *row)
 {
 #ifdef CUDA_EMULATED
     emu_ldmatrix(v, row, TRANS);
