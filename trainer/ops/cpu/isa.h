@@ -21,6 +21,10 @@ struct adamw_scalars {
     float lr, beta1, beta1_rest, beta2, beta2_rest, eps, decay, fix1, fix2, grad_scale;
 };
 
+/* Of micro-kernels: what they are given is on the stack of the thread that runs them, so that tsan has nothing to find
+ * there, and would take most of its time for it. What goes in and out is packed and added by others. */
+#define OF_ONE_THREAD __attribute__((no_sanitize("thread")))
+
 struct isa {
     const char *name;
     /* c[i][j] (+)= sum_k a[k][i] b[k][j], i < rows <= PANEL_M, j < PANEL_N; load: the chain goes on from c, else from

@@ -81,12 +81,13 @@ INLINE void micro_bf16_rows(const int rows, int64_t k, const float *a, const flo
         }                                                                                                              \
     }
 
-static void micro(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load_c)
+static OF_ONE_THREAD void micro(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load_c)
 {
     BY_ROWS(micro_rows, 16)
 }
 
-static void micro_bf16(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load_c)
+static OF_ONE_THREAD void micro_bf16(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc,
+                                     bool load_c)
 {
     BY_ROWS(micro_bf16_rows, 8)
 }

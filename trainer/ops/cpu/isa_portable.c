@@ -4,7 +4,7 @@
 
 #include "comm/base/dtype.h"
 
-static void micro(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load_c)
+static OF_ONE_THREAD void micro(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load_c)
 {
     for (int i = 0; i < rows; i++) {
         float acc[PANEL_N] = { 0 };
@@ -32,7 +32,8 @@ static float even_of(float pair)
     return bf16_to_f32((uint16_t)bits);
 }
 
-static void micro_bf16(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc, bool load_c)
+static OF_ONE_THREAD void micro_bf16(int64_t k, int rows, const float *a, const float *b, float *c, int64_t ldc,
+                                     bool load_c)
 {
     for (int i = 0; i < rows; i++) {
         float acc[PANEL_N] = { 0 };
