@@ -124,10 +124,11 @@ static status *keep_gradients(struct trainer *t)
             continue;
         struct zero_moments z = zero_moments(experts_zero(t->experts, t->zero, &t->model->params, &p));
         uint64_t held = 0, elems = box_volume(p->shape.ndim, &p->box);
+        float *whole = whole_of(p)->x;
         for (uint64_t r = 0; r < z.run_count; held += z.run[r].end - z.run[r].begin, r++)
             for (uint64_t e = 0; e < elems; e++)
                 if (p->offset + e >= z.run[r].begin && p->offset + e < z.run[r].end)
-                    whole_of(p)->x[box_element(&p->shape, &p->box, e)] = z.m[held + p->offset + e - z.run[r].begin];
+                    whole[box_element(&p->shape, &p->box, e)] = z.m[held + p->offset + e - z.run[r].begin];
     }
     pthread_mutex_unlock(&gradients.lock);
     return NULL;

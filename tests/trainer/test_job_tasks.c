@@ -1,6 +1,6 @@
-/* test_job_tasks: whole jobs that complete data.tasks, their ranks threads of this process: a model is trained until it
- * answers some of the tasks, whose answers differ in length, and every mesh finds as many of them solved as one rank
- * does: those that can be. */
+/* test_job_tasks: whole jobs that complete data.tasks, their ranks threads of this process: a model is trained on one
+ * rank until it answers some of the tasks, whose answers differ in length, and every mesh goes on from there and finds
+ * as many of them solved as one rank does: those that can be. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -11,7 +11,7 @@
 
 #include "tests/trainer/thread_jobs.h"
 
-enum { STEPS = 100, MOST = 90 };
+enum { TRAINED = 98, STEPS = 100, MOST = 90 };
 
 struct mesh_case {
     int ranks;
@@ -49,9 +49,10 @@ static void write_files(const char *sft, const char *tasks, int count)
     assert_int_equal(fclose(f), 0);
 }
 
-/* What a job finds after its last step, of `count` tasks. */
-static double solved(const char *name, const struct mesh_case *c, const char *const *model, int count)
+/* What a job finds after its last step, of `count` tasks: from its beginning on one rank, or from step TRAINED on. */
+static double solved(const struct mesh_case *c, const char *const *model, int count)
 {
+    const char *name = "tasks";
     char text[2048], sft[160], tasks[160], got[32];
     snprintf(sft, sizeof sft, "%s/data/letters.jsonl", root);
     snprintf(tasks, sizeof tasks, "%s/data/answers.jsonl", root);
@@ -61,14 +62,16 @@ static double solved(const char *name, const struct mesh_case *c, const char *co
              "model: {kind: llama, layers: 3, hidden: 32, heads: 4, kv_heads: 2, ffn: 64, tied: true}\n"
              "data: {sft: %s, tasks: %s, max_length: 16}\nalgo: {kind: sft}\n"
              "train: {steps: %d, global_batch: 8, micro_batch: 1}\noptim: {lr: 1e-2, schedule: constant}\n"
-             "parallel: {zero: 1, bucket: 16K}\n",
-             name, root, name, sft, tasks, STEPS);
+             "parallel: {zero: 1, bucket: 16K}\n"
+             "checkpoint: {url: 'file:%s/%s/ckpt', every: %d, keep_last: 0, rewind: true, resume: %s}\n",
+             name, root, name, sft, tasks, STEPS, root, name, TRAINED, c ? "98" : "never");
     struct job j = { .config = text };
     for (; *model; model++)
         j.overrides[j.override_count++] = *model;
     for (int i = 0; c && c->o[i]; i++)
         j.overrides[j.override_count++] = c->o[i];
     must(comm_threads_run(c ? c->ranks : 1, run_rank, &j));
+    assert_true(!c || j.resumed_from == TRAINED);
     last_value(name, "eval", STEPS, "tasks", got);
     assert_int_equal(strtol(got, NULL, 10), count);
     last_value(name, "eval", STEPS, "task/solved", got);
@@ -78,14 +81,15 @@ static double solved(const char *name, const struct mesh_case *c, const char *co
 /* all: one rank solves what can be solved. */
 static void expect_solved(const char *const *model, const struct mesh_case *cases, size_t n, bool all)
 {
+    static const struct mesh_case one = { 1, { NULL } };
     static const int counts[] = { MOST, 5 }; /* several batches of a rank; ranks without tasks */
     for (size_t k = 0; k < 2; k++) {
-        double want = counts[k] - counts[k] / 5, got = solved("whole", NULL, model, counts[k]);
+        double want = counts[k] - counts[k] / 5, got = solved(k ? &one : NULL, model, counts[k]);
         if (all ? got != want : !(got > 0 && got < counts[k]))
             fail_msg("one rank has solved %.0f of %d tasks, not %.0f", got, counts[k], want);
         want = got;
         for (size_t c = k; c < n; c += 2) {
-            got = solved("spread", &cases[c], model, counts[k]);
+            got = solved(&cases[c], model, counts[k]);
             if (got != want)
                 fail_msg("mesh %zu has solved %.0f of %d tasks, not %.0f", c, got, counts[k], want);
         }
