@@ -5,9 +5,9 @@
  * exchanges only. What differs from a GPU is meant to find mistakes: blocks and threads run in ascending or in
  * descending order (emu_order), so that what needs a barrier that is not there comes out differently in one of them;
  * shared memory and cudaMalloc's are full of NaN, freed memory too; a barrier that not all threads of a block reach, an
- * exchange that not all 32 threads of a warp reach, a launch that a GPU would refuse, and a copy across the end of a
- * block of memory end the program. What cp.async copies arrives when its thread waits for it, no earlier. There are no
- * atomics.
+ * exchange that not all 32 threads of a warp reach, a launch that a GPU would refuse, an access of several words that
+ * is not aligned (kernels are built with -fsanitize=alignment), and a copy across the end of a block of memory end the
+ * program. What cp.async copies arrives when its thread waits for it, no earlier. There are no atomics.
  *
  * Device memory is one region that can be read and written only while a kernel, a copy or a fill runs: what else
  * touches it ends the process with SIGSEGV, after a line that says so and the callers' addresses. (While one thread of
