@@ -19,7 +19,7 @@ struct logps_room {
     float *host; /* [6][most tokens of a pack]: five to be read, dlogp */
     int64_t most;
     float *kept; /* [slots][5][most], in the device's memory; NULL: no algorithm can do with it */
-    uint32_t slots, *micro_batch;
+    uint32_t slots, used, *micro_batch; /* used: of the step so far */
 };
 
 /* Room for the largest pack; t's data, compute and zero are open. */

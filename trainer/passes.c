@@ -358,8 +358,7 @@ static status *added(void *arg, uint32_t k, int chunk)
     return empty ? tied_added_none(t->tied) : tied_added(t->tied, k);
 }
 
-status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
-                     double sums[ALGO_METRICS])
+status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts)
 {
     struct passing g = { .t = t, .p = p, .m = t->model, .k = k, .training = true, .counts = counts };
     zero_begin(t->zero, k);
@@ -368,6 +367,15 @@ status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struc
         must_pass(t, live_references(&g));
     must_pass(t, pass_all(&g, true,
                           (struct pipe_work){ .forward = forward_with_stats, .result = take_loss, .added = added }));
+    t->logps.used = g.kept;
+    return NULL;
+}
+
+status *passes_metrics(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
+                       double sums[ALGO_METRICS])
+{
+    struct passing g = { .t = t, .p = p, .k = k, .training = true, .counts = counts, .kept = t->logps.used };
+    g.end = zero_micro_batches_end(t->zero, k);
     must_pass(t, take_kept(&g));
     return sum_scalars(t, k, p->algo->metric_count, sums);
 }

@@ -334,6 +334,9 @@ static status *open_zero(struct trainer *t)
     if (t->experts && t->experts->zero && zero_shards(t->zero))
         shards_join(zero_shards(t->zero), zero_shards(t->experts->zero));
     TRY(tied_open(&o, t->model, t->dp, t->pp, &t->tied));
+    void *clipped = NULL;
+    TRY(comm_agree(t->world, compute_alloc(t->compute, sizeof *t->clipped, &clipped)));
+    t->clipped = clipped;
     if (c->optim.kind == OPTIM_MUON)
         TRY(open_muon(t, dense));
     bool bf16 = o.param_dtype == DTYPE_BF16;
@@ -552,6 +555,7 @@ status *trainer_close(struct trainer *t)
     balance_close(t->balance);
     shards_close(t->ref_shards);
     zero_close(t->zero);
+    compute_free(t->compute, t->clipped, sizeof *t->clipped);
     experts_close(t->experts);
     task_eval_close(t);
     pipe_close(t->pipe);

@@ -222,27 +222,35 @@ struct step_result {
         pp_sent; /* bytes that this rank gave to others of the axis */
 };
 
-static status *optimise(struct trainer *t, const struct phase *p, struct step_result *r)
+/* Muon's factor is the host's. */
+static bool uses_muon(const struct trainer *t)
+{
+    return t->owners || (t->experts && t->experts->owners);
+}
+
+/* On a device all of it is queued, and the norm is t->seen when it has been fetched. One that is not finite changes
+ * nothing: kernels see that for themselves. */
+static status *optimise(struct trainer *t, const struct phase *p, double lr)
 {
     const struct optim_config *o = &t->cfg->optim;
-    TRY(zero_norm(t->zero, &r->norm));
-    TRY(experts_reduce(t->experts, &r->norm));
+    const double *squares;
+    TRY(zero_squares(t->zero, &squares));
+    TRY(experts_reduce(t->experts, &squares));
     TRY(debug_gradients(t));
-    if (!isfinite(r->norm))
-        return ERR(INVALID,
-                   "the gradient is not finite at step %" PRIu64
-                   ": try a smaller optim.lr; debug: nan says where it began",
-                   t->step + 1);
-    r->lr = schedule_lr(o, p->peak_lr, t->step - p->first_step, p->steps);
-    struct adamw a = {
-        r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, clip_scale(o->clip, r->norm), t->optimiser_step + 1
-    };
-    struct muon muon = { p->peak_lr > 0 ? o->muon_lr * (r->lr / p->peak_lr) : 0,
-                         o->muon_momentum,
-                         o->weight_decay,
-                         a.grad_scale,
-                         o->muon_nesterov,
-                         (enum muon_scale)o->muon_scale };
+    compute_kernels(t->compute)->clip(compute_workers(t->compute, t->workers), t->clipped, squares, o->clip);
+    TRY(compute_fetch(t->compute, &t->seen, t->clipped, sizeof t->seen));
+    struct adamw a = { lr, o->beta1, o->beta2, o->eps, o->weight_decay, 1, t->optimiser_step + 1, &t->clipped->scale };
+    struct muon muon = { .lr = p->peak_lr > 0 ? o->muon_lr * (lr / p->peak_lr) : 0,
+                         .momentum = o->muon_momentum,
+                         .weight_decay = o->weight_decay,
+                         .nesterov = o->muon_nesterov,
+                         .scale = (enum muon_scale)o->muon_scale };
+    if (uses_muon(t)) {
+        TRY(compute_fetched(t->compute));
+        muon.grad_scale = t->seen.scale;
+        if (!isfinite(t->seen.norm))
+            return NULL;
+    }
     if (t->owners)
         TRY(owners_step(t->owners, &muon, before_overwrite, t));
     status *st = zero_update(t->zero, &a, before_overwrite, t);
@@ -256,6 +264,17 @@ static status *show_update(struct trainer *t)
     return t->tied ? tied_share(t->model, trainer_shards(t, t->model), t->pp) : NULL;
 }
 
+/* The update has left all as it was if the norm is not. */
+static status *check_finite(const struct trainer *t, const struct step_result *r)
+{
+    const char *what = !isfinite(r->metric[0]) ? "loss" : "gradient", *other = what[0] == 'l' ? " or optim.clip" : "";
+    if (isfinite(r->metric[0]) && isfinite(r->norm))
+        return NULL;
+    return ERR(INVALID,
+               "the %s is not finite at step %" PRIu64 ": try a smaller optim.lr%s; debug: nan says where it began",
+               what, t->step + 1, other);
+}
+
 static status *train_step(struct trainer *t, struct step_result *r)
 {
     struct phase *p = &t->phase[t->current];
@@ -266,19 +285,19 @@ static status *train_step(struct trainer *t, struct step_result *r)
     TRY(passes_statistics(t, p, k, statistic, &counts));
     r->tokens = count_tokens(p);
     balance_begin(t->balance);
-    TRY(passes_train(t, p, k, &counts, sums));
+    TRY(passes_train(t, p, k, &counts));
     TRY(zero_reduce(t->zero, NULL)); /* first of all: others may be waiting for what is under way */
     TRY(tied_sum(t->tied, t->zero));
-    for (int m = 0; m < p->algo->metric_count; m++)
-        r->metric[m] = sums[m] / algo_divisor(&counts, p->algo->metrics[m].per);
-    if (!isfinite(r->metric[0]))
-        return ERR(INVALID,
-                   "the loss is not finite at step %" PRIu64
-                   ": try a smaller optim.lr or optim.clip; debug: nan says where it began",
-                   t->step + 1);
-    TRY(optimise(t, p, r));
+    r->lr = schedule_lr(&t->cfg->optim, p->peak_lr, t->step - p->first_step, p->steps);
+    TRY(optimise(t, p, r->lr));
     TRY(balance_finish(t->balance, t->zero, k, t->dp, t->pp, before_overwrite, t, &r->load));
     TRY(show_update(t));
+    TRY(passes_metrics(t, p, k, &counts, sums));
+    TRY(compute_fetched(t->compute));
+    r->norm = t->seen.norm;
+    for (int m = 0; m < p->algo->metric_count; m++)
+        r->metric[m] = sums[m] / algo_divisor(&counts, p->algo->metrics[m].per);
+    TRY(check_finite(t, r));
     TRY(debug_values(t));
     t->samples[t->current] += counts.rows;
     t->tokens += r->tokens;

@@ -80,6 +80,8 @@ struct trainer {
                                     that is NULL the model without its adapters; ref is empty */
     bool ref_heldout_known;      /* with ref_live: ref_heldout is of the reference's present weights */
     struct logps_room logps;     /* on a device: what the host reads and writes of passes' results (logps.h) */
+    struct clipped *clipped;     /* the step's norm and factor, where parameters are, */
+    struct clipped seen;         /* and when they have been fetched */
     double *scratch;             /* sums, gradients and reference values of one pack's sequences */
     double *live_sums;           /* [K][segments of a pack] the live reference's sums of own micro-batches; or NULL */
     double *scalar;              /* [K * ALGO_METRICS] metrics of own micro-batches */
@@ -130,10 +132,12 @@ struct tensor *trainer_forward(struct trainer *t, struct model *m, struct pack *
  * NULL if nothing), from a forward pass of its own. Collective over pp and dp. A rank alone that fails aborts. */
 status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double sums[ALGO_STATISTICS],
                           struct batch_counts *counts) WARN_UNUSED;
-/* All of them forward and backward: gradients are in t->zero and t->tied, metrics' sums in sums. Collective over pp and
- * dp. */
-status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
-                     double sums[ALGO_METRICS]) WARN_UNUSED;
+/* All of them forward and backward: gradients are in t->zero and t->tied. Collective over pp and dp. */
+status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts) WARN_UNUSED;
+/* What the step's losses and metrics were, in sums, once all its work is queued: on a device the host waits here.
+ * Collective over pp and dp. */
+status *passes_metrics(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
+                       double sums[ALGO_METRICS]) WARN_UNUSED;
 /* From the last pipeline stage to all. Collective over pp. */
 status *passes_share(struct trainer *t, double *value, size_t count) WARN_UNUSED;
 /* What parameters or gradients of m are cut into (shards.h); NULL: nothing is. */

@@ -2,16 +2,11 @@
 #ifndef TESSERA_COMM_BASE_PHILOX_H
 #define TESSERA_COMM_BASE_PHILOX_H
 
+#include "comm/base/both.h"
 #include "comm/base/rng.h"
 
-#ifdef __CUDACC__
-#define PHILOX_INLINE static __host__ __device__ inline
-#else
-#define PHILOX_INLINE static inline
-#endif
-
 /* Philox4x32-10: out[4] from counter[4] and key[2]. */
-PHILOX_INLINE void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
+BOTH void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
 {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
     uint32_t k0 = key[0], k1 = key[1];
@@ -31,7 +26,7 @@ PHILOX_INLINE void philox4x32(const uint32_t counter[4], const uint32_t key[2], 
 }
 
 /* Words 4 index to 4 index + 3 of the sequence at `at`. */
-PHILOX_INLINE void philox_block(const struct rng_at *at, uint64_t index, uint32_t out[4])
+BOTH void philox_block(const struct rng_at *at, uint64_t index, uint32_t out[4])
 {
     /* what of the index exceeds 32 bits moves into the stream word's upper half */
     const uint32_t counter[4] = { (uint32_t)index, at->sample, at->step, at->stream ^ (uint32_t)(index >> 32) << 16 };

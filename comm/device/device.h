@@ -21,7 +21,7 @@ struct stream; /* opaque to callers */
 struct event;
 struct comm_ops;
 
-enum { DEVICE_ABI = 4 };
+enum { DEVICE_ABI = 5 };
 
 struct device_ops {
     const char *name;
@@ -40,6 +40,7 @@ struct device_ops {
     void (*event_close)(struct device *d, struct event *e);
     status *(*event_record)(struct device *d, struct event *e, struct stream *s);
     status *(*event_query)(struct device *d, struct event *e, bool *done);
+    status *(*event_sync)(struct device *d, struct event *e); /* the host waits for its last record; none: not at all */
     status *(*stream_wait)(struct device *d, struct stream *s, struct event *e); /* s waits for e; the host does not */
     status *(*copy)(struct device *d, void *dst, const void *src, size_t bytes, struct stream *s); /* any direction */
     /* True: p points into memory of a device, as alloc gives, and the host must not read it. NULL: never. */

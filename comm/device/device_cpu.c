@@ -90,6 +90,13 @@ static status *cpu_event_query(struct device *d, struct event *e, bool *done)
     return NULL;
 }
 
+static status *cpu_event_sync(struct device *d, struct event *e)
+{
+    (void)d;
+    (void)e;
+    return NULL;
+}
+
 static status *cpu_stream_wait(struct device *d, struct stream *s, struct event *e)
 {
     (void)d;
@@ -123,6 +130,7 @@ const struct device_ops device_cpu_ops = {
     .event_close = cpu_event_close,
     .event_record = cpu_event_record,
     .event_query = cpu_event_query,
+    .event_sync = cpu_event_sync,
     .stream_wait = cpu_stream_wait,
     .copy = cpu_copy,
 };

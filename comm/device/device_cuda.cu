@@ -233,6 +233,13 @@ static status *gpu_event_query(struct device *d, struct event *e, bool *done)
     return NULL;
 }
 
+static status *gpu_event_sync(struct device *d, struct event *e)
+{
+    CUDA_TRY(cudaSetDevice(d->index));
+    CUDA_TRY(cudaEventSynchronize((cudaEvent_t)e));
+    return NULL;
+}
+
 static status *gpu_stream_wait(struct device *d, struct stream *s, struct event *e)
 {
     CUDA_TRY(cudaSetDevice(d->index));
@@ -297,6 +304,7 @@ static const struct device_ops cuda_ops = {
     .event_close = gpu_event_close,
     .event_record = gpu_event_record,
     .event_query = gpu_event_query,
+    .event_sync = gpu_event_sync,
     .stream_wait = gpu_stream_wait,
     .copy = gpu_copy,
     .on_device = gpu_on_device,

@@ -481,6 +481,15 @@ cudaError_t cudaEventQuery(cudaEvent_t e)
     return cudaSuccess;
 }
 
+cudaError_t cudaEventSynchronize(cudaEvent_t e)
+{
+    std::lock_guard<std::recursive_mutex> hold(streams_of_all().lock);
+    mark &m = *e->m;
+    if (m.reached < m.recorded)
+        run_until(m.stream, m, m.recorded);
+    return cudaSuccess;
+}
+
 /* Of the last record before this call, which a later one does not change. */
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned)
 {

@@ -308,6 +308,16 @@ static status *fake_event_query(struct device *d, struct event *e, bool *done)
     return NULL;
 }
 
+static status *fake_event_sync(struct device *d, struct event *e)
+{
+    (void)d;
+    pthread_mutex_lock(&e->synced.lock);
+    while (e->synced.reached < e->synced.recorded)
+        pthread_cond_wait(&e->synced.changed, &e->synced.lock);
+    pthread_mutex_unlock(&e->synced.lock);
+    return NULL;
+}
+
 static void await(void *arg)
 {
     struct mark *m = arg;
@@ -409,6 +419,7 @@ static const struct device_ops fake_ops = {
     .event_close = fake_event_close,
     .event_record = fake_event_record,
     .event_query = fake_event_query,
+    .event_sync = fake_event_sync,
     .stream_wait = fake_stream_wait,
     .copy = fake_copy,
     .on_device = fake_on_device,

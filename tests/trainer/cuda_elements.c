@@ -125,17 +125,28 @@ void test_norms_low(void **state)
     }
 }
 
+enum { ADAMW_RUNS = 5 };
+
+/* The run cut into uneven ones, some of them empty; then the whole of it, whose factor is in memory. */
 static void call_adamw(const struct kernels *k, struct workers *w, void **p, const void *arg)
 {
-    size_t n = (size_t) * (const int64_t *)arg;
-    k->adamw(w, p[0], p[1], p[2], p[3], n, 1e-2, 0.9, 0.95, 1e-8, 0.1, 1, 0.5);
-    k->adamw(w, p[0], p[1], p[2], p[3], n, 3e-2, 0.8, 0.99, 1e-6, 0.0, 7, 1.0);
+    size_t n = (size_t) * (const int64_t *)arg, at = 0;
+    float *x[4] = { p[0], p[1], p[2], p[3] };
+    struct adamw_run run[ADAMW_RUNS], all = { x[0], x[1], x[2], x[3], n, 0 };
+    for (size_t i = 0; i < ADAMW_RUNS; at += run[i].n, i++)
+        run[i] = (struct adamw_run){
+            x[0] + at, x[1] + at, x[2] + at, x[3] + at, i + 1 == ADAMW_RUNS ? n - at : n * i / 11, 0.1 * (double)i
+        };
+    k->adamw(w, run, ADAMW_RUNS, &(struct adamw_how){ 1e-2, 0.9, 0.95, 1e-8, 1, 0.5, NULL });
+    k->adamw(w, &all, 1, &(struct adamw_how){ 3e-2, 0.8, 0.99, 1e-6, 7, 100, p[4] });
+    k->adamw(w, &all, 1, &(struct adamw_how){ 3e-2, 0.8, 0.99, 1e-6, 7, 100, (double *)p[4] + 1 }); /* NaN: nothing */
+    k->adamw(w, &all, 1, &(struct adamw_how){ 3e-2, 0.8, 0.99, 1e-6, 7, NAN, NULL });
 }
 
 void test_adamw(void **state)
 {
     (void)state;
-    for (int64_t n = 1; n < 3000; n = n * 7 + 2) {
+    for (int64_t n = 1; n < 20000; n = n * 7 + 2) {
         struct run r = { .what = "adamw", .call = call_adamw, .arg = &n, .tolerance = 2e-6 };
         floats(&r, CLOSE, n);
         floats(&r, READ, n);
@@ -143,8 +154,85 @@ void test_adamw(void **state)
         float *v = floats(&r, CLOSE, n);
         for (int64_t i = 0; i < n; i++)
             v[i] = fabsf(v[i]);
+        double *scale = add_buffer(&r, READ, 2 * sizeof *scale);
+        scale[0] = 0.3;
+        scale[1] = NAN;
         check_one(&r, n % 2);
     }
+}
+
+/* More runs than a launch takes. */
+enum { MANY = 200, LONG = 37 };
+
+static void call_many(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    float *x[4] = { p[0], p[1], p[2], p[3] };
+    struct adamw_run run[MANY];
+    (void)arg;
+    for (size_t i = 0; i < MANY; i++)
+        run[i] =
+            (struct adamw_run){ x[0] + i * LONG, x[1] + i * LONG, x[2] + i * LONG, x[3] + i * LONG, i % LONG, 0.1 };
+    k->adamw(w, run, MANY, &(struct adamw_how){ 1e-2, 0.9, 0.95, 1e-8, 3, 0.5, NULL });
+}
+
+void test_adamw_of_many(void **state)
+{
+    (void)state;
+    struct run r = { .what = "adamw of many", .call = call_many, .tolerance = 2e-6 };
+    for (int i = 0; i < 4; i++) {
+        float *x = floats(&r, i == 1 ? READ : CLOSE, MANY * LONG);
+        for (int64_t j = 0; i == 3 && j < MANY * LONG; j++)
+            x[j] = fabsf(x[j]);
+    }
+    check_one(&r, 0);
+}
+
+/* ---- sums of f64 numbers, and the norm ---- */
+
+enum { NUMBERS = 9000, SUMS = 6, PAIRS = 5 };
+
+/* v: numbers, sums of some, then sums and copies of these in rounds. */
+static void call_adds(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    double *v = p[0];
+    (void)arg;
+    k->adds(w, v, p[1], SUMS);
+    k->add_rounds(w, v, p[2], p[3], 3);
+    k->clip(w, p[4], v + NUMBERS + SUMS + PAIRS - 1, 1.5);
+    k->clip(w, p[5], v + NUMBERS, 0);
+    k->clip(w, p[6], p[7], 2);
+    k->clip(w, p[8], p[9], 2);
+}
+
+void test_norm_sums(void **state)
+{
+    (void)state;
+    static const struct add adds[SUMS] = { { NUMBERS, 0, 1, 1024 },
+                                           { NUMBERS + 1, 1024, 7, 1000 },
+                                           { NUMBERS + 2, 8999, UINT32_MAX, 513 },
+                                           { NUMBERS + 3, 5, 1, 1 },
+                                           { NUMBERS + 4, 6, 0, 3 },
+                                           { NUMBERS + 5, 8500, 2, 2 } },
+                            rounds[PAIRS] = { { NUMBERS + 6, NUMBERS, 1, 2 },
+                                              { NUMBERS + 7, NUMBERS + 3, UINT32_MAX, 2 },
+                                              { NUMBERS + 8, NUMBERS + 6, 1, 2 },
+                                              { NUMBERS + 9, NUMBERS + 6, 1, 1 },
+                                              { NUMBERS + 10, NUMBERS + 8, 1, 2 } };
+    static const uint32_t begin[4] = { 0, 2, 4, 5 };
+    struct run r = { .what = "sums of a norm", .call = call_adds };
+    double *v = add_buffer(&r, EXACT, (NUMBERS + SUMS + PAIRS) * sizeof *v);
+    for (int i = 0; i < NUMBERS; i++)
+        v[i] = fabs((double)draw()) * 1e3 + 1e-9 * (double)i;
+    memcpy(add_buffer(&r, READ, sizeof adds), adds, sizeof adds);
+    memcpy(add_buffer(&r, READ, sizeof rounds), rounds, sizeof rounds);
+    memcpy(add_buffer(&r, READ, sizeof begin), begin, sizeof begin);
+    add_buffer(&r, EXACT, sizeof(struct clipped));
+    add_buffer(&r, EXACT, sizeof(struct clipped));
+    add_buffer(&r, EXACT, sizeof(struct clipped));
+    *(double *)add_buffer(&r, READ, sizeof(double)) = INFINITY;
+    add_buffer(&r, EXACT, sizeof(struct clipped));
+    *(double *)add_buffer(&r, READ, sizeof(double)) = NAN;
+    check_one(&r, 0);
 }
 
 /* ---- rows and columns ---- */

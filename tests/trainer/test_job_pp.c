@@ -267,7 +267,7 @@ static void bytes_between_stages(void **state)
         (void)run_case("counted", chunks > 1 ? &three : &staged, 2, o);
         for (int step = 1; step <= STEPS; step++) {
             double want = 4 * WIDTH * ((2 * chunks - 1) * metric("counted", step, "tokens") + (tied ? VOCAB : 0)) +
-                          (double)chunks * sizeof(struct tree);
+                          (double)chunks * TREE_NODES * sizeof(double);
             if (metric("counted", step, "pp_sent_bytes") != want)
                 fail_msg("step %d sent %.0f bytes, not %.0f", step, metric("counted", step, "pp_sent_bytes"), want);
         }

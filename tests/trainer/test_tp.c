@@ -360,7 +360,7 @@ static status *tp_rank(struct comm *c, void *arg)
     TRY(same_on_all(c, &r, sizeof r, "values"));
     TRY(check_gradients(w, m));
     TRY(check_sharers(c, m));
-    TRY(zero_update(z, &(struct adamw){ 0.1, 0.9, 0.95, 1e-8, 0.3, 1, 1 }, NULL, NULL));
+    TRY(zero_update(z, &(struct adamw){ 0.1, 0.9, 0.95, 1e-8, 0.3, 1, 1, NULL }, NULL, NULL));
     for (int i = 0; i < m->params.count; i++)
         for (uint64_t e = box_volume(m->params.p[i].shape.ndim, &m->params.p[i].box); e < param_elems(&m->params.p[i]);
              e++)

@@ -218,7 +218,7 @@ static void counts_are_the_formulas(void **state)
         check(c, "dp", three[0] - one[0], STEPS * dp_bytes(c), STEPS * ranks * (data - 1) * 8 * (blocks + 8 * BATCH));
         check(c, "tp", three[1] - one[1], tp_bytes(c, tokens), STEPS * ranks * (c->tp - 1) * 8);
         check(c, "pp", three[2] - one[2], pp_bytes(c, tokens, STEPS),
-              STEPS * ranks * (c->pp - 1) * chunks * sizeof(struct tree));
+              STEPS * ranks * (c->pp - 1) * chunks * TREE_NODES * sizeof(double));
     }
 }
 

@@ -443,19 +443,27 @@ static void test_tree(void **state)
         for (uint64_t cut = 0; cut <= n * n; cut++) {
             uint64_t a = n ? cut / n : 0, b = n ? a + cut % n : 0, ends[] = { 0, a, b < n ? b : n, n };
             struct tree all = { 0 };
+            struct sum_plan p = { 0 };
+            uint32_t at_leaf = plan_slots(&p, n);
             for (int run = 0; run < 3; run++) {
                 struct tree part = { 0 };
                 for (uint64_t i = ends[run]; i < ends[run + 1]; i++)
-                    tree_push(&part, 0, i, leaf[i]);
+                    tree_push(&p, &part, 0, i, at_leaf + (uint32_t)i);
                 uint64_t at = ends[run];
                 assert_int_equal(part.n, tree_node_count(at, ends[run + 1]));
                 for (int i = 0; i < part.n; i++) {
                     unsigned level = tree_level(at, ends[run + 1]);
-                    tree_push(&all, level, at >> level, part.node[i].value);
+                    tree_push(&p, &all, level, at >> level, part.node[i].slot);
                     at += (uint64_t)1 << level;
                 }
             }
-            double sum = tree_total(&all);
+            uint32_t total = tree_total(&p, &all);
+            int phase = plan_phase(&p);
+            expect_ok(plan_ready(&p, NULL, NULL));
+            memcpy(p.v + at_leaf, leaf, n * sizeof *leaf);
+            plan_run(&p, phase);
+            double sum = p.v[total];
+            plan_close(&p);
             assert_true(n ? same(&sum, &whole, sizeof sum) : sum == 0);
         }
     }

@@ -1,10 +1,11 @@
 /* zero on an emulated GPU, whose memory the host cannot touch, against zero on the CPU, which test_zero.c holds against
- * its definition: summed gradients bit for bit, norms, parameters and moments as close as AdamW's own rounding, over
+ * its definition: summed gradients and norms bit for bit, parameters and moments as close as AdamW's own rounding, over
  * stages, dp, buckets and what travels or is kept in bf16. The same for initial values. Ranks are threads. */
 #include "comm/base/bytes.h"
 #include "comm/device/device.h"
 #include "tests/trainer/zero_passes.h"
 #include "trainer/ops/flat.h"
+#include "trainer/ops/kernels.h"
 #include "trainer/optim/muon.h"
 
 #include <stdio.h>
@@ -30,8 +31,9 @@ struct run {
 struct place {
     struct params *ps;
     struct zero *z;
-    struct compute *c; /* NULL: the host */
-    float *room;       /* [TOTAL] there */
+    struct compute *c;       /* NULL: the host */
+    float *room;             /* [TOTAL] there */
+    struct clipped *clipped; /* there */
     struct seen *seen;
 };
 
@@ -133,6 +135,39 @@ static status *no_fence(void *arg, const void *addr, size_t bytes)
     return NULL;
 }
 
+/* Moments, and parameters as far as this rank updates them or has them all. */
+static status *look_at_state(const struct place *w, float *to)
+{
+    struct zero_moments m = zero_moments(w->z);
+    TRY(take(w, m.m, m.run, m.run_count, to));
+    TRY(take(w, m.v, m.v_run, m.v_run_count, to + TOTAL));
+    return m.w ? take(w, m.w, m.run, m.run_count, to + 2 * TOTAL)
+               : compute_get(w->c, to + 2 * TOTAL, w->ps->data, TOTAL * sizeof *to);
+}
+
+/* A norm that is not finite makes a factor by which an update leaves all as it is. */
+static status *nothing_changes(const struct place *w, const struct adamw *a)
+{
+    static const double bad[] = { NAN, INFINITY };
+    const struct kernels *k = compute_kernels(w->c);
+    float *seen = mem_calloc(6 * TOTAL, sizeof *seen);
+    struct adamw none = *a;
+    struct clipped got = { 0 };
+    none.scale = &w->clipped->scale;
+    for (int i = 0; i < 2; i++) {
+        TRY(look_at_state(w, seen));
+        TRY(compute_put(w->c, &w->clipped->norm, &bad[i], sizeof *bad));
+        k->clip(compute_workers(w->c, NULL), w->clipped, &w->clipped->norm, 1);
+        TRY(zero_update(w->z, &none, NULL, NULL));
+        TRY(compute_get(w->c, &got, w->clipped, sizeof got));
+        EXPECT(isnan(got.scale) && !isfinite(got.norm), "a factor of %g", got.scale);
+        TRY(look_at_state(w, seen + 3 * TOTAL));
+        EXPECT(same(seen, seen + 3 * TOTAL, 3 * TOTAL * sizeof *seen), "an update without a norm");
+    }
+    mem_free(seen);
+    return NULL;
+}
+
 static status *step_of(const struct place *w, uint32_t s)
 {
     struct seen *x = w->seen;
@@ -145,6 +180,10 @@ static status *step_of(const struct place *w, uint32_t s)
                         (m.run[r].end - m.run[r].begin) * sizeof(float)));
     struct adamw a = adamw_of(s, x->norm[s]);
     size_t fenced = 0;
+    TRY(nothing_changes(w, &a));
+    TRY(compute_put(w->c, w->clipped, &(struct clipped){ x->norm[s], a.grad_scale }, sizeof *w->clipped));
+    a.scale = &w->clipped->scale;
+    a.grad_scale = NAN;
     TRY(zero_update(w->z, &a, no_fence, &fenced));
     EXPECT(fenced > 0, "nothing was announced");
     if (zero_shards(w->z))
@@ -171,6 +210,9 @@ static status *settle(struct place *w, float **data, float **grad)
     *grad = ps->grad;
     ps->compute = w->c;
     TRY(flat_alloc(w->c, TOTAL, "a test", &w->room));
+    void *clipped;
+    TRY(compute_alloc(w->c, sizeof *w->clipped, &clipped));
+    w->clipped = clipped;
     if (compute_host(w->c))
         return NULL;
     ps->data = ps->grad = NULL;
@@ -183,6 +225,7 @@ static status *settle(struct place *w, float **data, float **grad)
 static void leave(struct place *w, float *data, float *grad)
 {
     flat_free(w->c, w->room, TOTAL);
+    compute_free(w->c, w->clipped, sizeof *w->clipped);
     if (!compute_host(w->c)) {
         flat_free(w->c, w->ps->data, TOTAL);
         flat_free(w->c, w->ps->grad, TOTAL);
@@ -262,7 +305,7 @@ static void compare(const struct zero_options *o, int dp, const struct seen *gpu
         for (int s = 0; s < STEPS; s++) {
             if (!same(g->grad[s], c->grad[s], sizeof c->grad[s]))
                 fail_msg("stage %d, dp %d, rank %d, step %d: other gradients", o->stage, dp, r, s);
-            assert_true(c->norm[s] > 0 && fabs(g->norm[s] - c->norm[s]) <= 1e-12 * c->norm[s]);
+            assert_true(c->norm[s] > 0 && same(&g->norm[s], &c->norm[s], sizeof c->norm[s]));
             assert_true(apart(g->data[s], c->data[s], TOTAL, 1e-3) < 1e-4);
             for (int pass = 0; pass < PASSES; pass++)
                 assert_true(apart(g->used[s][pass], c->used[s][pass], TOTAL, 1e-3) < (bf16 ? 0.01 : 1e-4));

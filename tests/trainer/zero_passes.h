@@ -144,7 +144,7 @@ static inline int drop_gradients(void **state)
 
 static inline struct adamw adamw_of(uint32_t step, double norm)
 {
-    return (struct adamw){ 1e-2 / (step + 1), 0.9, 0.95, 1e-8, 0.1, norm > 10 ? 10 / norm : 1, step + 1 };
+    return (struct adamw){ 1e-2 / (step + 1), 0.9, 0.95, 1e-8, 0.1, norm > 10 ? 10 / norm : 1, step + 1, NULL };
 }
 
 /* What backward does in a window: adds to what is there. */

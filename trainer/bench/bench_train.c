@@ -16,7 +16,7 @@
 #include "trainer/bench/measure.h"
 #include "trainer/bench/peer.h"
 #include "trainer/bench/site.h"
-#include "trainer/optim/optim.h"
+#include "trainer/ops/kernels.h"
 #include "trainer/parallel/pipe.h"
 #include "trainer/parallel/zero.h"
 
@@ -91,6 +91,7 @@ struct train_bench {
     struct site *site;
     struct pipe *pipe;
     struct zero *zero;
+    struct clipped *clipped;
     struct peer *peer;
     struct ceiling ceiling;
     struct model_input in;
@@ -153,16 +154,23 @@ static struct pipe_work work_of(struct train_bench *t)
     return (struct pipe_work){ .prepare = prepare, .forward = forward, .result = loss, .added = added, .arg = t };
 }
 
+/* As the trainer's: the host waits once, for the norm, when all else is queued. */
 static status *train_step(struct train_bench *t)
 {
     struct pipe_work w = work_of(t);
-    double norm;
+    struct compute *c = t->site->compute;
+    const double *squares;
+    struct clipped seen;
     zero_begin(t->zero, 1);
     TRY(pipe_train(t->pipe, 0, 1, &w));
-    TRY(zero_reduce(t->zero, &norm));
-    const struct adamw a = { 1e-4, 0.9, 0.95, 1e-8, 0.1, clip_scale(1, norm), ++t->step };
-    TRY(zero_update(t->zero, &a, NULL, NULL));
-    return isfinite(norm) ? NULL : ERR(CORRUPT, "step %llu: norm %g", (unsigned long long)t->step, norm);
+    TRY(zero_reduce(t->zero, NULL));
+    TRY(zero_squares(t->zero, &squares));
+    compute_kernels(c)->clip(compute_workers(c, t->site->workers), t->clipped, squares, 1);
+    TRY(compute_fetch(c, &seen, t->clipped, sizeof seen));
+    const struct adamw a = { 1e-4, 0.9, 0.95, 1e-8, 0.1, 1, ++t->step, &t->clipped->scale };
+    status *st = zero_update(t->zero, &a, NULL, NULL);
+    TRY(status_first(st, compute_fetched(c)));
+    return isfinite(seen.norm) ? NULL : ERR(CORRUPT, "step %llu: norm %g", (unsigned long long)t->step, seen.norm);
 }
 
 /* ---- open */
@@ -250,7 +258,10 @@ static status *open_ours(struct train_bench *t, int64_t length)
     TRY(open_tokens(t, length));
     TRY(pipe_open(NULL, PIPE_1F1B, 1, 1, t->m->width, w, t->site->compute, 0, &t->pipe));
     tape_bf16(pipe_tape(t->pipe, 0), bf16);
+    void *clipped;
     TRY(zero_open(&zero, &t->m->params, t->b->world, &t->zero));
+    TRY(compute_alloc(t->site->compute, sizeof *t->clipped, &clipped));
+    t->clipped = clipped;
     TRY(pipe_dry(t->pipe, t->in.tokens, &work));
     struct zero_moments z = zero_moments(t->zero);
     t->ceiling = (struct ceiling){ t->m, t->site->compute, t->in.tokens, bf16, .moment = z.m, .v = z.v };
@@ -275,6 +286,8 @@ static status *open_peer(struct train_bench *t, int64_t length)
 static void close_ours(struct train_bench *t)
 {
     ceiling_close(&t->ceiling);
+    compute_free(t->site->compute, t->clipped, sizeof *t->clipped);
+    t->clipped = NULL;
     zero_close(t->zero);
     t->zero = NULL;
     pipe_close(t->pipe);

@@ -71,6 +71,7 @@ void ceiling_run(struct ceiling *c)
         if (ps->p[i].linear && !ps->p[i].experts)
             products(c, &ps->p[i].value);
     products(c, c->m->ops->head(c->m));
-    c->compute->kernels->adamw(c->compute->workers, ps->data, ps->grad, c->moment, c->v, ps->total, 0, 0.9, 0.95, 1e-8,
-                               0.1, 1, 1);
+    const struct adamw_run all = { ps->data, ps->grad, c->moment, c->v, ps->total, 0.1 };
+    const struct adamw_how how = { .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .step = 1, .grad_scale = 1 };
+    c->compute->kernels->adamw(c->compute->workers, &all, 1, &how);
 }

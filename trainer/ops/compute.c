@@ -23,7 +23,10 @@ static status *open_device(struct compute *c, bool deterministic)
         c->half[i].bytes = p;
         TRY(d->ops->event_open(d, &c->half[i].free));
     }
-    return NULL;
+    void *p;
+    TRY(d->ops->alloc_pinned(d, HALF_BYTES, &p));
+    c->fetch.bytes = p;
+    return d->ops->event_open(d, &c->fetch.done);
 }
 
 status *compute_open(struct device *d, struct workers *threads, bool deterministic, struct compute **out)
@@ -56,6 +59,10 @@ void compute_close(struct compute *c)
             if (c->half[i].bytes)
                 d->ops->free_pinned(d, c->half[i].bytes, HALF_BYTES);
         }
+        if (c->fetch.done)
+            d->ops->event_close(d, c->fetch.done);
+        if (c->fetch.bytes)
+            d->ops->free_pinned(d, c->fetch.bytes, HALF_BYTES);
         if (c->stream)
             d->ops->stream_close(d, c->stream);
     }
@@ -141,6 +148,39 @@ status *compute_put(struct compute *c, void *dst, const void *src, size_t bytes)
 status *compute_get(struct compute *c, void *dst, const void *src, size_t bytes)
 {
     return pass_through(c, dst, src, bytes, false);
+}
+
+status *compute_fetched(struct compute *c)
+{
+    if (compute_host(c) || !c->fetch.n)
+        return NULL;
+    TRY(c->device->ops->event_sync(c->device, c->fetch.done));
+    for (int i = 0; i < c->fetch.n; i++)
+        memcpy(c->fetch.to[i].dst, c->fetch.bytes + c->fetch.to[i].at, c->fetch.to[i].bytes);
+    c->fetch.n = 0;
+    c->fetch.used = 0;
+    return NULL;
+}
+
+status *compute_fetch(struct compute *c, void *dst, const void *src, size_t bytes)
+{
+    if (compute_host(c)) {
+        memcpy(dst, src, bytes);
+        return NULL;
+    }
+    struct compute_fetches *f = &c->fetch;
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = bytes - at < HALF_BYTES ? bytes - at : HALF_BYTES;
+        if (f->n == (int)(sizeof f->to / sizeof f->to[0]) || n > HALF_BYTES - f->used)
+            TRY(compute_fetched(c));
+        TRY(c->device->ops->copy(c->device, f->bytes + f->used, (const char *)src + at, n, c->stream));
+        TRY(c->device->ops->event_record(c->device, f->done, c->stream));
+        f->to[f->n].dst = (char *)dst + at;
+        f->to[f->n].at = f->used;
+        f->to[f->n++].bytes = n;
+        f->used += (n + ALIGN - 1) / ALIGN * ALIGN;
+    }
+    return NULL;
 }
 
 status *compute_copy(struct compute *c, void *dst, const void *src, size_t bytes)

@@ -26,6 +26,16 @@ struct compute {
         struct event *free;
     } half[2];
     int now;
+    struct compute_fetches {
+        char *bytes; /* pinned */
+        size_t used;
+        int n;
+        struct event *done;
+        struct {
+            void *dst;
+            size_t at, bytes;
+        } to[32];
+    } fetch;
 };
 
 /* threads (may be NULL): borrowed, as d is; what kernels of the CPU take. deterministic: libraries may choose only what
@@ -56,6 +66,11 @@ void compute_free(struct compute *c, void *p, size_t bytes); /* NULL is fine; wa
 status *compute_put(struct compute *c, void *dst, const void *src, size_t bytes) WARN_UNUSED;
 /* From the memory to the host, once all work queued is done. Waits. */
 status *compute_get(struct compute *c, void *dst, const void *src, size_t bytes) WARN_UNUSED;
+/* The same without waiting: *dst has it when the next compute_fetched returns, or before. */
+status *compute_fetch(struct compute *c, void *dst, const void *src, size_t bytes) WARN_UNUSED;
+/* Waits until what the last compute_fetch was queued behind is done, and for nothing behind it; if there was none, not
+ * at all. */
+status *compute_fetched(struct compute *c) WARN_UNUSED;
 /* Within the memory; no overlap. */
 status *compute_copy(struct compute *c, void *dst, const void *src, size_t bytes) WARN_UNUSED;
 /* The first error of kernels since the last check; wait: of all work queued, after it is done. */

@@ -13,6 +13,7 @@
 #include "comm/base/dtype.h"
 #include "comm/base/rng.h"
 #include "comm/base/thread.h"
+#include "trainer/ops/clip.h"
 #include "trainer/ops/moe.h"
 #include "trainer/ops/ops.h"
 
@@ -191,6 +192,32 @@ struct column_copy {
     bool add;
 };
 
+/* v[to] = the sum of v[from], v[from + step], ... (modulo 2^32), `count` of them, neighbours pairwise as tree_sum. */
+enum { ADD_MOST = 1024 };
+struct add {
+    uint32_t to, from, step, count; /* count: 1..ADD_MOST */
+};
+
+/* AdamW with decoupled decay (Loshchilov, Hutter 2019, arXiv:1711.05101, algorithm 2 with schedule multiplier in lr),
+ * step >= 1:
+ *   g' = s g,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2
+ *   p -= lr (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay p)     with the old p on the right
+ * s = *scale, which is where the arrays are, or grad_scale where that is NULL; s is NaN: nothing is changed. Scalars
+ * become f32 after their powers were taken in f64. Elementwise: bits depend on no cut into runs. */
+struct adamw_run {
+    float *p;
+    const float *g;
+    float *m, *v; /* no two overlap */
+    size_t n;
+    double weight_decay;
+};
+struct adamw_how {
+    double lr, beta1, beta2, eps;
+    uint64_t step;
+    double grad_scale;
+    const double *scale;
+};
+
 struct kernels {
     const char *name;
     void (*gemm)(struct workers *w, const struct gemm *g);
@@ -246,6 +273,13 @@ struct kernels {
                       bool add);
     /* As the function of this name below. */
     void (*block_sums)(struct workers *w, const float *x, int64_t n, bool squared, double *out);
+    /* n of them, none of which reads or writes what another one writes. */
+    void (*adds)(struct workers *w, double *v, const struct add *a, uint32_t n);
+    /* Of at most two numbers each, in rounds: round r is a[begin[r]..begin[r + 1]), and may read what those before it
+     * wrote. a and begin are where the numbers are. */
+    void (*add_rounds)(struct workers *w, double *v, const struct add *a, const uint32_t *begin, uint32_t rounds);
+    /* *c = clip_squares(clip, *squares) (clip.h). */
+    void (*clip)(struct workers *w, struct clipped *c, const double *squares, double clip);
     /* *y = sum of x: block_sums, then tree_sum; partial [ceil(n / 1024)] is scratch. */
     void (*sum)(struct workers *w, float *y, const float *x, int64_t n, double *partial);
     /* *first = the index of the first NaN or infinity of x, n if there is none. */
@@ -253,12 +287,7 @@ struct kernels {
     void (*logprob)(struct workers *w, const struct logprob *p);
     void (*logprob_merge)(struct workers *w, const struct logprob *p);
     void (*logprob_bwd)(struct workers *w, const struct logprob *p);
-    /* AdamW with decoupled decay (Loshchilov, Hutter 2019, arXiv:1711.05101, algorithm 2 with schedule multiplier in
-     * lr), step >= 1: g' = grad_scale g,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2 p -= lr (m / (1 - b1^step)
-     * / (sqrt(v / (1 - b2^step)) + eps) + weight_decay p)     with the old p on the right Scalars become f32 after
-     * their powers were taken in f64. Elementwise: bits depend on no cut of the run. No aliasing. */
-    void (*adamw)(struct workers *w, float *p, const float *g, float *m, float *v, size_t n, double lr, double beta1,
-                  double beta2, double eps, double weight_decay, uint64_t step, double grad_scale);
+    void (*adamw)(struct workers *w, const struct adamw_run *run, size_t runs, const struct adamw_how *how);
 };
 
 extern const struct kernels kernels_cpu;
@@ -271,7 +300,7 @@ void block_sums(struct workers *w, const float *x, int64_t n, bool squared, doub
 /* Sum of n values up the dyadic tree: neighbours pairwise, a last odd one moves up alone. Overwrites s. 0 for n = 0. */
 double tree_sum(double *s, int64_t n);
 
-/* kernels_cpu.adamw under its own name, for optimisers. */
+/* kernels_cpu.adamw of one run. */
 void adamw_update(struct workers *w, float *p, const float *g, float *m, float *v, size_t n, double lr, double beta1,
                   double beta2, double eps, double weight_decay, uint64_t step, double grad_scale);
 

@@ -1,4 +1,4 @@
-/* optim: option rows of AdamW, schedules as closed forms, and the clip factor. See optim.h. */
+/* optim: option rows of AdamW, schedules as closed forms. See optim.h. */
 #include "trainer/optim/optim.h"
 
 #include <math.h>
@@ -41,12 +41,4 @@ double schedule_lr(const struct optim_config *c, double peak_lr, uint64_t s, uin
     double done = s >= total ? 1 : (double)(s - (warmup - 1)) / (double)(total - warmup);
     double left = c->schedule == SCHEDULE_LINEAR ? 1 - done : 0.5 * (1 + cos(pi * done));
     return c->min_lr + (peak_lr - c->min_lr) * left;
-}
-
-double clip_scale(double clip, double norm)
-{
-    if (clip == 0)
-        return 1;
-    double scale = clip / (norm + 1e-6);
-    return scale >= 1 ? 1 : scale; /* a norm that is no number is passed on */
 }

@@ -1,8 +1,9 @@
-/* optim: learning-rate schedules and the options of AdamW, Muon and clipping. Pure. */
+/* optim: learning-rate schedules and the options of AdamW, Muon and clipping (clip.h). Pure. */
 #ifndef TESSERA_TRAINER_OPTIM_OPTIM_H
 #define TESSERA_TRAINER_OPTIM_OPTIM_H
 
 #include "comm/base/options.h"
+#include "trainer/ops/clip.h"
 
 enum optim_kind { OPTIM_ADAMW, OPTIM_MUON };
 enum schedule_kind { SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_COSINE };
@@ -23,9 +24,5 @@ extern const struct option_table optim_options;
  * constant, or linear or cosine down to min_lr at step total - 1 and after it. W = 0: step 0 has lr, also when it is
  * the only one. */
 double schedule_lr(const struct optim_config *c, double peak_lr, uint64_t s, uint64_t total);
-
-/* Factor for gradients of global norm `norm`: min(1, clip / (norm + 1e-6)) (torch.nn.utils.clip_grad_norm_); 1 when
- * clip is 0. */
-double clip_scale(double clip, double norm);
 
 #endif

@@ -3,8 +3,8 @@
 
 #include "comm/agree.h"
 #include "comm/base/mem.h"
+#include "trainer/ops/compute.h"
 
-#include <math.h>
 #include <string.h>
 
 static uint64_t padded(const struct param *p)
@@ -61,18 +61,48 @@ static status *view(struct params *p, bool experts, struct params *out)
     return NULL;
 }
 
+/* The sum of n slots from `from` on, in order. */
+static uint32_t in_order(struct sum_plan *p, uint32_t from, int n)
+{
+    uint32_t sum = from;
+    for (uint32_t i = 1; i < (uint32_t)n; i++) {
+        uint32_t more = plan_slots(p, 1);
+        plan_add(p, more, sum, from + i);
+        sum = more;
+    }
+    return sum;
+}
+
+static status *list_norm(struct experts *e, struct workers *w)
+{
+    struct sum_plan *p = &e->plan;
+    e->norm_dense = plan_slots(p, 1);
+    e->norm_ep = plan_slots(p, (uint64_t)e->ep->size);
+    uint32_t own = in_order(p, e->norm_ep, e->ep->size);
+    if (e->pp) {
+        e->norm_pp = plan_slots(p, (uint64_t)e->pp->size);
+        plan_copy(p, e->norm_pp + (uint32_t)e->pp->rank, own);
+    }
+    e->over_ep = plan_phase(p);
+    own = e->pp ? in_order(p, e->norm_pp, e->pp->size) : own;
+    e->norm_all = plan_slots(p, 1);
+    plan_add(p, e->norm_all, e->norm_dense, own);
+    e->over_pp = plan_phase(p);
+    return plan_ready(p, e->own.compute, w);
+}
+
 status *experts_open(const struct zero_options *o, struct params *p, struct comm *dp, struct comm *ep,
                      struct experts **out)
 {
     struct experts *e = mem_calloc(1, sizeof *e);
     status *st = e ? NULL : ERR(NO_MEMORY, "expert parallelism");
     if (e) {
-        size_t most = (size_t)(o->pp && o->pp->size > ep->size ? o->pp->size : ep->size);
         *e = (struct experts){ .dp = dp, .ep = ep, .pp = o->pp, .cut = o->stage >= 2 };
-        e->norm = mem_calloc(most, sizeof *e->norm);
-        st = e->norm ? view(p, false, &e->dense) : ERR(NO_MEMORY, "norms of %zu ranks", most);
+        st = view(p, false, &e->dense);
         if (!st)
             st = view(p, true, &e->own);
+        if (!st)
+            st = list_norm(e, o->workers);
     }
     st = comm_agree(ep, st);
     struct zero_options own = *o;
@@ -121,7 +151,7 @@ void experts_close(struct experts *e)
     zero_close(e->zero);
     mem_free(e->dense.p);
     mem_free(e->own.p);
-    mem_free(e->norm);
+    plan_close(&e->plan);
     mem_free(e);
 }
 
@@ -145,31 +175,32 @@ status *experts_added(struct experts *e, int chunk)
     return zero_added_chunk(e->zero, k, chunk);
 }
 
-/* The sum of every rank's *square, in order of ranks. */
-static status *add_up(struct experts *e, struct comm *c, double *square)
+/* Every rank's number of c, which lie at `at`. */
+static status *gather(const struct experts *e, struct comm *c, uint32_t at)
 {
-    double mine = *square;
-    TRY(comm_allgather(c, &mine, e->norm, sizeof mine, NULL));
-    *square = 0;
-    for (int r = 0; r < c->size; r++)
-        *square += e->norm[r];
-    return NULL;
+    double *v = e->plan.v + at;
+    return c && c->size > 1 ? comm_allgather(c, v + c->rank, v, sizeof *v, compute_stream(e->own.compute)) : NULL;
 }
 
-status *experts_reduce(struct experts *e, double *norm)
+status *experts_reduce(struct experts *e, const double **squares)
 {
-    double own = 0;
+    const double *own;
     if (!e)
         return NULL;
+    struct compute *c = e->own.compute;
     for (uint32_t i = 0; e->zero && !e->cut && i < e->passes; i++) /* all in one place, and there by now */
         TRY(zero_added(e->zero, (uint32_t)e->dp->rank * e->passes + i));
-    if (e->zero)
-        TRY(zero_reduce(e->zero, &own));
-    own *= own;
-    TRY(add_up(e, e->ep, &own));
-    if (e->pp)
-        TRY(add_up(e, e->pp, &own));
-    *norm = sqrt(*norm * *norm + own);
+    if (e->zero) {
+        TRY(zero_reduce(e->zero, NULL));
+        TRY(zero_squares(e->zero, &own));
+        TRY(compute_copy(c, e->plan.v + e->norm_ep + e->ep->rank, own, sizeof *own));
+    }
+    TRY(compute_copy(c, e->plan.v + e->norm_dense, *squares, sizeof **squares));
+    TRY(gather(e, e->ep, e->norm_ep));
+    plan_run(&e->plan, e->over_ep);
+    TRY(gather(e, e->pp, e->norm_pp));
+    plan_run(&e->plan, e->over_pp);
+    *squares = e->plan.v + e->norm_all;
     return NULL;
 }
 

@@ -15,6 +15,7 @@
 
 #include "trainer/parallel/owners.h"
 #include "trainer/parallel/shards.h"
+#include "trainer/parallel/treesum.h"
 #include "trainer/parallel/zero.h"
 
 struct experts {
@@ -24,10 +25,12 @@ struct experts {
     struct zero *zero;                /* of own; NULL: nothing to train, cut or round */
     struct comm *dp, *ep, *pp;        /* borrowed; dp: ranks with the same experts; pp NULL: one stage */
     struct owners *owners;            /* of own's matrices; NULL: none is Muon's */
-    double *norm;                     /* [max(ep, pp)] */
-    bool cut;                         /* ZeRO 2 and 3 */
-    uint32_t passes;                  /* of the step */
-    uint32_t pass[CHUNKS_MAX];        /* cut: done, of each chunk of the model */
+    struct sum_plan plan;             /* sums of squares of gradients: `dense`'s, [ep] of own's, [pp] of all own's */
+    uint32_t norm_dense, norm_ep, norm_pp, norm_all;
+    int over_ep, over_pp;      /* phases */
+    bool cut;                  /* ZeRO 2 and 3 */
+    uint32_t passes;           /* of the step */
+    uint32_t pass[CHUNKS_MAX]; /* cut: done, of each chunk of the model */
 };
 
 /* After the parameters have memory; before the ZeRO of `dense`. o: of that. Collective over dp, ep, o->tp and o->pp. */
@@ -43,8 +46,9 @@ status *experts_open_muon(struct experts *e, struct comm *tp, struct comm *all, 
 void experts_begin(struct experts *e, uint32_t passes);
 /* A pass of a chunk of the model is done, with a micro-batch or without. ZeRO 2 and 3: collective over the shards. */
 status *experts_added(struct experts *e, int chunk) WARN_UNUSED;
-/* Sum gradients; *norm, of `dense`, becomes that of the whole model. Collective over dp, ep, tp and pp. */
-status *experts_reduce(struct experts *e, double *norm) WARN_UNUSED;
+/* Sum gradients; *squares, zero_squares of `dense`, becomes that of the whole model. Collective over dp, ep, tp and pp.
+ */
+status *experts_reduce(struct experts *e, const double **squares) WARN_UNUSED;
 /* zero_update of the experts. Collective over dp. */
 status *experts_update(struct experts *e, const struct adamw *a, const struct muon *muon,
                        status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg) WARN_UNUSED;

@@ -20,7 +20,7 @@ struct owners;
 status *owners_open(struct params *p, struct zero *z, struct comm *dp, struct comm *tp, struct comm *all,
                     struct workers *w, struct owners **out) WARN_UNUSED;
 void owners_close(struct owners *o); /* NULL is fine */
-/* Between zero_norm and zero_update. fence as there; its error is returned after the exchanges. Collective. */
+/* Between zero_squares and zero_update. fence as there; its error is returned after the exchanges. Collective. */
 status *owners_step(struct owners *o, const struct muon *muon,
                     status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg) WARN_UNUSED;
 /* Bytes of the room for a matrix; bytes given to ranks of `all`, where that is not dp. */

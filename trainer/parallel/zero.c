@@ -83,22 +83,6 @@ static status *check_options(const struct zero_options *o, const struct params *
     return NULL;
 }
 
-static void count_norm_nodes(struct zero *z)
-{
-    for (int r = 0; r < z->dp->size; r++) {
-        uint64_t nodes = 0, block;
-        int chunk = 0;
-        for (uint64_t b = 0; b < z->k->n; b++)
-            for (struct zero_run run = bucket_part(z->k, b, r % z->k->shards, r / z->k->shards), piece;
-                 run.begin < run.end; run.begin = piece.end) {
-                piece = norm_piece(z, run, &chunk, &block);
-                nodes += tree_node_count(block, block + run_elems(piece) / PARAM_ALIGN);
-            }
-        if (nodes > z->norm_cap)
-            z->norm_cap = nodes;
-    }
-}
-
 /* What of `run` is a matrix of Muon's, and its padding. */
 static struct zero_run muon_part(const struct param *p, struct zero_run run)
 {
@@ -297,23 +281,7 @@ static status *open_messages(struct zero *z)
             TRY(open_low(z, &z->low[i], nodes / sizeof(float) + (uint64_t)z->own_parts * bucket + 1, reduce));
         TRY(open_low(z, &z->low[FLIGHTS], leaves / sizeof(float) + bucket + 1, gather));
     }
-    z->norm = mem_calloc((size_t)z->dp->size * z->norm_cap, sizeof *z->norm);
-    z->cursor = mem_calloc((size_t)z->dp->size, sizeof *z->cursor);
-    return z->xfer && z->norm && z->cursor ? NULL : ERR(NO_MEMORY, "messages and norms of gradients");
-}
-
-/* The blocks of the norm whose sums of squares a device makes and the host waits for. */
-static status *open_squares(struct zero *z)
-{
-    void *squares;
-    if (compute_host(where(z)))
-        return NULL;
-    for (uint64_t b = 0; b < z->k->n; b++)
-        z->blocks += run_elems(own_part(z, b)) / PARAM_ALIGN;
-    TRY(status_wrap(compute_alloc(where(z), z->blocks * sizeof *z->squares, &squares), "norms of gradients"));
-    z->squares = squares;
-    z->seen = mem_array(NULL, z->blocks + 1, sizeof *z->seen);
-    return z->seen ? NULL : ERR(NO_MEMORY, "norms of %llu blocks", (unsigned long long)z->blocks);
+    return z->xfer ? NULL : ERR(NO_MEMORY, "messages of gradients");
 }
 
 static status *warm_flight(const struct zero *z, struct flight *f, float *room)
@@ -352,9 +320,7 @@ static status *open_tp(struct zero *z)
     struct comm *tp = z->o.tp;
     struct zero_run *run = mem_array(NULL, z->k->n + 1, sizeof *run);
     uint64_t *at = mem_array(NULL, z->k->n + 1, sizeof *at);
-    z->tp_norm = tp ? mem_calloc((size_t)tp->size, sizeof *z->tp_norm) : NULL;
-    status *st =
-        run && at && (!tp || z->tp_norm) ? NULL : ERR(NO_MEMORY, "runs of %llu buckets", (unsigned long long)z->k->n);
+    status *st = run && at ? NULL : ERR(NO_MEMORY, "runs of %llu buckets", (unsigned long long)z->k->n);
     if (tp)
         st = comm_agree(tp, st);
     for (uint64_t b = 0; !st && b < z->k->n; b++) {
@@ -403,17 +369,25 @@ static status *open_all(struct zero *z)
     z->field_elems = is_cut(z) ? z->k->own_elems : z->p->total;
     size_t chunks = (size_t)params_chunks(z->p);
     z->chunk = mem_calloc(chunks, sizeof *z->chunk);
-    z->nodes = mem_calloc(chunks, sizeof *z->nodes);
-    z->pp_norm = z->o.pp ? mem_calloc((size_t)z->o.pp->size * chunks, sizeof *z->pp_norm) : NULL;
-    if (!z->chunk || !z->nodes || (z->o.pp && !z->pp_norm))
-        return ERR(NO_MEMORY, "norms of %zu chunks of stages", chunks);
-    count_norm_nodes(z);
+    z->update = mem_array(NULL, (size_t)z->p->count + 1, sizeof *z->update);
+    if (!z->chunk || !z->update)
+        return ERR(NO_MEMORY, "sums of %zu chunks of stages", chunks);
     TRY(open_moments(z));
     TRY(open_parts(z));
     TRY(open_buffers(z));
     TRY(open_due(z));
-    TRY(open_squares(z));
     return open_messages(z);
+}
+
+/* All of the model's ranks. */
+static status *agree_all(const struct zero_options *o, struct comm *dp, status *st)
+{
+    st = comm_agree(dp, st);
+    if (o->cp)
+        st = comm_agree(o->cp, st);
+    if (o->tp)
+        st = comm_agree(o->tp, st);
+    return o->pp ? comm_agree(o->pp, st) : st;
 }
 
 status *zero_open(const struct zero_options *o, struct params *p, struct comm *dp, struct zero **out)
@@ -433,14 +407,13 @@ status *zero_open(const struct zero_options *o, struct params *p, struct comm *d
         st = comm_agree(dp, open_all(z));
     if (!st)
         st = comm_agree(dp, warm_up(z));
-    if (o->cp)
-        st = comm_agree(o->cp, st);
     if (o->tp)
         st = comm_agree(o->tp, st);
     if (!st)
         st = comm_agree(dp, open_tp(z));
-    if (o->pp)
-        st = comm_agree(o->pp, st);
+    st = agree_all(o, dp, st);
+    if (!st && !o->sums_only)
+        st = agree_all(o, dp, open_norm(z));
     if (st) {
         zero_close(z);
         return st;
@@ -459,7 +432,6 @@ static void close_blocks(struct zero *z)
         flat_free(where(z), z->buffer[--z->buffers], z->field_elems + 1);
     flat_free(where(z), z->moments.v, z->moments.v_elems);
     flat_free(where(z), z->moments.m, z->moments.elems);
-    compute_free(where(z), z->squares, z->blocks * sizeof *z->squares);
     flat_free(where(z), z->cp_room, z->cp_elems);
     for (int i = 0; i <= FLIGHTS; i++)
         compute_free(where(z), z->low[i].low, z->low[i].elems * sizeof *z->low[i].low);
@@ -471,14 +443,10 @@ void zero_close(struct zero *z)
         return;
     comm_close(z->sums); /* after an error something may be under way, and be added up */
     shared_grads_close(z->shared);
-    mem_free(z->pp_norm);
-    mem_free(z->nodes);
+    close_norm(z);
+    mem_free(z->update);
     mem_free(z->chunk);
-    mem_free(z->tp_norm);
     mem_free(z->scalar);
-    mem_free(z->seen);
-    mem_free(z->cursor);
-    mem_free(z->norm);
     mem_free(z->due);
     for (int i = 0; i < FLIGHTS; i++)
         mem_free(z->flight[i].xfer);
@@ -581,8 +549,8 @@ int zero_holders(const struct zero *z)
 static void update_run(const struct zero *z, const struct adamw *a, struct zero_run run, float *w, const float *g,
                        float *m, float *v)
 {
-    const struct kernels *k = compute_kernels(where(z));
-    struct workers *workers = compute_workers(where(z), z->o.workers);
+    const struct adamw_how how = { a->lr, a->beta1, a->beta2, a->eps, a->step, a->grad_scale, a->scale };
+    size_t runs = 0;
     uint64_t skipped = 0; /* of the run so far: parameters lie in the order of the list */
     for (int i = 0; i < z->p->count; i++) {
         const struct param *p = &z->p->p[i];
@@ -594,9 +562,11 @@ static void update_run(const struct zero *z, const struct adamw *a, struct zero_
         end = end < run.end ? end : run.end;
         uint64_t at = begin - run.begin;
         if (begin < end)
-            k->adamw(workers, w + at, g + at, m + at, v + (at - skipped), end - begin, a->lr, a->beta1, a->beta2,
-                     a->eps, p->decay ? a->weight_decay : 0, a->step, a->grad_scale);
+            z->update[runs++] = (struct adamw_run){ w + at,      g + at,
+                                                    m + at,      v + (at - skipped),
+                                                    end - begin, p->decay ? a->weight_decay : 0 };
     }
+    compute_kernels(where(z))->adamw(compute_workers(where(z), z->o.workers), z->update, runs, &how);
 }
 
 typedef status *fence_fn(void *arg, const void *addr, size_t bytes);

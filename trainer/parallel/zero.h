@@ -63,8 +63,8 @@ struct zero_moments {
 
 /* Collective over dp, cp, tp and pp. With stages 0 and 1 params must have values and gradients, with 2 values; else
  * they get their memory here, and tensors point into it until zero_close. Both are borrowed. All memory is taken here,
- * where params.compute is: all ranks' communicators must move it. On a device a step's work is queued; the host waits
- * in zero_norm. */
+ * where params.compute is: all ranks' communicators must move it. On a device a step's work is queued, and the host
+ * waits for nothing but the norm that it asks zero_reduce for. */
 status *zero_open(const struct zero_options *o, struct params *p, struct comm *dp, struct zero **out) WARN_UNUSED;
 void zero_close(struct zero *z); /* NULL is fine; collective */
 struct zero_moments zero_moments(struct zero *z);
@@ -110,11 +110,12 @@ status *zero_idle(struct zero *z, int chunk) WARN_UNUSED;
  * pp; over tp in order of ranks, what several hold once. norm NULL: no norm. Collective over dp, cp and tp, with a norm
  * over pp too. */
 status *zero_reduce(struct zero *z, double *norm) WARN_UNUSED;
-/* The norm alone, of what zero_reduce has left in the shard's runs. Collective over dp, tp and pp. */
-status *zero_norm(struct zero *z, double *norm) WARN_UNUSED;
+/* The norm's square alone, of what zero_reduce has left in the shard's runs: *squares is where the parameters are
+ * (params.compute), until the next call. Queued, as all of a step on a device. Collective over dp, tp and pp. */
+status *zero_squares(struct zero *z, const double **squares) WARN_UNUSED;
 /* Stages 0 and 1, after zero_reduce: every rank's runs of the gradients to every rank. Collective over dp. */
 status *zero_gather(struct zero *z) WARN_UNUSED;
-/* After zero_norm, for an optimiser of its own between that and zero_update: each rank then has the sums of all its
+/* After zero_squares, for an optimiser of its own between that and zero_update: each rank then has the sums of all its
  * runs (moments.run). Stage 0: collective over dp. */
 status *zero_spread_sums(struct zero *z) WARN_UNUSED;
 /* Where they lie: run is one of moments.run, `before` the elements of those before it. */
@@ -127,7 +128,8 @@ float *zero_own_sums(const struct zero *z, uint64_t offset, uint64_t elems, uint
 
 struct adamw {
     double lr, beta1, beta2, eps, weight_decay, grad_scale;
-    uint64_t step; /* 1 for the first update: bias correction */
+    uint64_t step;       /* 1 for the first update: bias correction */
+    const double *scale; /* in place of grad_scale, where the parameters are; NaN: nothing changes. NULL: grad_scale */
 };
 /* AdamW on the shard's runs (stage 0: after all-gathering gradients, everything), weight decay by each parameter's
  * mask, then all-gather parameters (stages 1 and 2). `fence` (may be NULL) is called before bytes [addr, addr + n) of

@@ -21,6 +21,7 @@
 
 #include "trainer/ops/flat.h"
 #include "trainer/parallel/shards.h"
+#include "trainer/parallel/treesum.h"
 #include "trainer/parallel/zero.h"
 
 enum {
@@ -86,6 +87,21 @@ struct low_room {
     size_t elems, narrowed; /* narrowed: messages that are in flight */
 };
 
+/* The global norm: its additions, and where its numbers are among plan.v. Between the phases of the plan numbers come
+ * from other ranks. */
+struct norm {
+    struct sum_plan plan;
+    uint32_t squares;               /* [blocks] of the blocks of this rank's parts, bucket by bucket */
+    uint32_t nodes, node_cap;       /* [dp][node_cap]: each rank's nodes of these */
+    uint32_t stages, tp;            /* [pp][chunks][TREE_NODES] of each stage's chunks, [tp] of each rank; or 0 */
+    uint32_t total;                 /* of all */
+    int own, over_dp, over_pp, sum; /* phases */
+    struct uncounted {
+        uint64_t first, n; /* blocks */
+    } * uncounted;         /* [gaps]: what another rank of tp counts */
+    uint64_t gaps;
+};
+
 struct zero {
     struct zero_options o;
     struct params *p;         /* borrowed */
@@ -99,7 +115,8 @@ struct zero {
     uint32_t lanes;
     struct zero_moments moments;
     struct zero_run *run, *v_run;
-    bool gathered; /* stage 0: gradients are whole already */
+    struct adamw_run *update; /* [params.count] of a bucket */
+    bool gathered;            /* stage 0: gradients are whole already */
 
     struct part *part;
     int parts, own_parts;
@@ -115,15 +132,7 @@ struct zero {
     uint64_t cp_elems;
     struct low_room low[FLIGHTS + 1]; /* of each flight, and of xfer */
 
-    double *norm;         /* [dp][norm_cap]: sums of squares of each rank's norm nodes */
-    uint64_t norm_cap;    /* most norm nodes of a rank */
-    double *squares;      /* on a device: sums of squares of the blocks of this rank's parts, there, and */
-    double *seen;         /* here; else NULL */
-    uint64_t blocks;      /* of these */
-    uint64_t *cursor;     /* [dp] */
-    struct tree *nodes;   /* [chunks]: norm nodes of this stage's chunks, combined as far as they go */
-    struct tree *pp_norm; /* [pp][chunks]: of each stage; NULL: there is one */
-    double *tp_norm;      /* [tp]: sums of squares of each tensor-parallel rank; NULL: there is one */
+    struct norm norm;
     struct shared_grads *shared;
     double *scalar; /* [dp][scalar_cap] of zero_sum_scalars */
     size_t scalar_cap;
@@ -258,6 +267,9 @@ static inline float *field(const struct zero *z)
  * the flat block is. */
 status *spread_bucket(struct zero *z, struct comm *c, uint64_t bucket, float *block, uint64_t origin, bool gradients,
                       struct zero_run (*run_of)(const struct zero *, uint64_t, int)) WARN_UNUSED;
+/* List what the norm adds up, and take memory for it. Collective over pp. */
+status *open_norm(struct zero *z) WARN_UNUSED;
+void close_norm(struct zero *z);
 /* For shards_collect: adds a unit's gradients. */
 status *collect_unit(void *arg, int unit) WARN_UNUSED;
 

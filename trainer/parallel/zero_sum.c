@@ -1,4 +1,5 @@
 /* zero_sum: gradients of micro-batches become sums over all ranks, and their norm. See zero_impl.h. */
+#include "comm/agree.h"
 #include "comm/base/mem.h"
 #include "trainer/ops/kernels.h"
 #include "trainer/ops/rank_sums.h"
@@ -511,110 +512,208 @@ static bool counts(const struct zero *z, uint64_t at, int *i)
     return !z->o.tp || p[owner].share <= 1 || z->o.tp->rank % p[owner].share == 0;
 }
 
-enum { NORM_BLOCKS = 1024 }; /* whose sums are made at a time, on the host */
-
-/* On a device: all of them, which the host waits for. */
-static status *see_squares(const struct zero *z)
+/* Of this rank's runs, bucket by bucket: squares, of which blocks that another rank counts stay 0, and their nodes. */
+static status *list_own(struct zero *z)
 {
-    double *to = z->squares;
-    for (uint64_t b = 0; z->blocks && b < z->k->n; b++) {
-        struct zero_run run = own_part(z, b);
-        if (!run_elems(run))
-            continue;
-        where(z)->kernels->block_sums(where(z)->workers, field(z) + field_at(z, b, run.begin), (int64_t)run_elems(run),
-                                      true, to);
-        to += run_elems(run) / PARAM_ALIGN;
-    }
-    return z->blocks ? compute_get(where(z), z->seen, z->squares, z->blocks * sizeof *z->seen) : NULL;
-}
-
-/* Sums of squares of the aligned nodes of this rank's runs, bucket by bucket. */
-static status *norm_nodes(const struct zero *z, double *out)
-{
+    struct norm *n = &z->norm;
     int param = 0, chunk = 0;
-    const double *seen = z->seen;
-    TRY(see_squares(z));
+    uint64_t at = 0;
+    uint32_t node = n->nodes + (uint32_t)z->dp->rank * n->node_cap;
     for (uint64_t b = 0; b < z->k->n; b++)
         for (struct zero_run run = own_part(z, b), piece; run.begin < run.end; run.begin = piece.end) {
-            uint64_t block;
-            struct tree t = { 0 };
+            uint64_t block, first = at;
             piece = norm_piece(z, run, &chunk, &block);
-            double squares[NORM_BLOCKS];
-            for (uint64_t at = piece.begin, i = 0; at < piece.end; at += PARAM_ALIGN, i++) {
-                uint64_t left = piece.end - at, most = (uint64_t)NORM_BLOCKS * PARAM_ALIGN;
-                if (!seen && i % NORM_BLOCKS == 0)
-                    block_sums(z->o.workers, field(z) + field_at(z, b, at), (int64_t)(left < most ? left : most), true,
-                               squares);
-                double square = seen ? *seen++ : squares[i % NORM_BLOCKS];
-                tree_push(&t, 0, block++, counts(z, at, &param) ? square : 0);
+            for (uint64_t e = piece.begin; e < piece.end; e += PARAM_ALIGN, at++) {
+                if (counts(z, e, &param))
+                    continue;
+                struct uncounted *last = n->gaps ? &n->uncounted[n->gaps - 1] : NULL;
+                if (last && last->first + last->n == at) {
+                    last->n++;
+                    continue;
+                }
+                struct uncounted *more = mem_array(n->uncounted, n->gaps + 1, sizeof *more);
+                if (!more)
+                    return ERR(NO_MEMORY, "norms of shared parameters");
+                n->uncounted = more;
+                n->uncounted[n->gaps++] = (struct uncounted){ at, 1 };
             }
-            for (int i = 0; i < t.n; i++)
-                *out++ = t.node[i].value;
+            for (uint64_t end = block + (at - first); block < end;) {
+                unsigned level = tree_level(block, end);
+                plan_node(&n->plan, node++, n->squares + (uint32_t)first, level);
+                first += (uint64_t)1 << level;
+                block += (uint64_t)1 << level;
+            }
         }
+    n->own = plan_phase(&n->plan);
     return NULL;
 }
 
-/* From the sum of this rank's part to the norm of the whole. */
-static status *tp_norm(struct zero *z, double squares, double *norm)
+/* The nodes of all ranks, in order of place: bucket by bucket, shard by shard, each its replicas' parts. plan false:
+ * they are counted. */
+static void list_nodes(struct zero *z, uint32_t *cursor, struct tree *nodes, bool plan)
 {
-    if (z->o.tp) {
-        double mine = squares;
-        TRY(comm_allgather(z->o.tp, &mine, z->tp_norm, sizeof mine, NULL));
-        squares = 0;
-        for (int r = 0; r < z->o.tp->size; r++)
-            squares += z->tp_norm[r];
-    }
-    *norm = sqrt(squares);
-    return NULL;
-}
-
-/* Let *t be the nodes of all stages. */
-static status *pp_nodes(struct zero *z, struct tree *t)
-{
-    size_t chunks = (size_t)params_chunks(z->p);
-    size_t stages = z->o.pp ? (size_t)z->o.pp->size : 1;
-    const struct tree *node = z->o.pp ? z->pp_norm : z->nodes;
-    if (z->o.pp)
-        TRY(comm_allgather(z->o.pp, z->nodes, z->pp_norm, chunks * sizeof *z->nodes, NULL));
-    t->n = 0;
-    for (size_t c = 0; c < chunks; c++)
-        for (size_t s = 0; s < stages; s++) {
-            const struct tree *part = &node[s * chunks + c];
-            for (int i = 0; i < part->n; i++)
-                tree_push(t, part->node[i].level, part->node[i].index, part->node[i].value);
-        }
-    return NULL;
-}
-
-status *zero_norm(struct zero *z, double *norm)
-{
-    round_sums(z, z->o.stage > 0);
-    TRY(norm_nodes(z, z->norm + (uint64_t)z->dp->rank * z->norm_cap));
-    TRY(comm_allgather(z->dp, z->norm + (uint64_t)z->dp->rank * z->norm_cap, z->norm, z->norm_cap * sizeof(double),
-                       NULL));
-    struct tree t = { 0 };
+    struct norm *n = &z->norm;
     int chunk = 0;
-    memset(z->cursor, 0, (size_t)z->dp->size * sizeof *z->cursor);
-    for (int c = 0; c < params_chunks(z->p); c++)
-        z->nodes[c].n = 0;
     for (uint64_t b = 0; b < z->k->n; b++)
-        for (int i = 0; i < z->dp->size; i++) { /* in order of place: shard by shard, each its replicas' parts */
+        for (int i = 0; i < z->dp->size; i++) {
             int shard = i / z->k->reps, rep = i % z->k->reps, r = rep * z->k->shards + shard;
             for (struct zero_run run = bucket_part(z->k, b, shard, rep), piece; run.begin < run.end;
                  run.begin = piece.end) {
                 uint64_t at, end;
                 piece = norm_piece(z, run, &chunk, &at);
                 end = at + run_elems(piece) / PARAM_ALIGN;
-                while (at < end) {
-                    unsigned level = tree_level(at, end);
-                    tree_push(&z->nodes[chunk], level, at >> level,
-                              z->norm[(uint64_t)r * z->norm_cap + z->cursor[r]++]);
-                    at += (uint64_t)1 << level;
+                for (unsigned level; at < end; at += (uint64_t)1 << level, cursor[r]++) {
+                    level = tree_level(at, end);
+                    if (plan)
+                        tree_push(&n->plan, &nodes[chunk], level, at >> level,
+                                  n->nodes + (uint32_t)r * n->node_cap + cursor[r]);
                 }
             }
         }
-    TRY(pp_nodes(z, &t));
-    return tp_norm(z, tree_total(&t), norm);
+}
+
+static status *list_over_dp(struct zero *z, uint32_t *cursor, struct tree *nodes)
+{
+    struct norm *n = &z->norm;
+    uint64_t blocks = 0;
+    for (uint64_t b = 0; b < z->k->n; b++)
+        blocks += run_elems(own_part(z, b)) / PARAM_ALIGN;
+    list_nodes(z, cursor, nodes, false);
+    for (int r = 0; r < z->dp->size; r++) {
+        n->node_cap = cursor[r] > n->node_cap ? cursor[r] : n->node_cap;
+        cursor[r] = 0;
+    }
+    n->squares = plan_slots(&n->plan, blocks);
+    n->nodes = plan_slots(&n->plan, (uint64_t)z->dp->size * n->node_cap);
+    TRY(list_own(z));
+    list_nodes(z, cursor, nodes, true);
+    return NULL;
+}
+
+/* Of all stages, whose chunks' nodes are at `all`. */
+static void list_over_pp(struct zero *z, const struct tree *all)
+{
+    struct norm *n = &z->norm;
+    struct tree t = { 0 };
+    uint32_t chunks = (uint32_t)params_chunks(z->p), stages = z->o.pp ? (uint32_t)z->o.pp->size : 1;
+    for (uint32_t c = 0; c < chunks; c++)
+        for (uint32_t s = 0; s < stages; s++) {
+            const struct tree *part = &all[s * chunks + c];
+            uint32_t from = n->stages + (s * chunks + c) * TREE_NODES;
+            for (int i = 0; i < part->n; i++)
+                tree_push(&n->plan, &t, part->node[i].level, part->node[i].index,
+                          z->o.pp ? from + (uint32_t)i : part->node[i].slot);
+        }
+    n->total = tree_total(&n->plan, &t);
+}
+
+/* What follows the exchanges over pp and tp; nodes: of this stage's chunks, all: room for those of all stages. */
+static status *list_rest(struct zero *z, const struct tree *nodes, struct tree *all)
+{
+    struct norm *n = &z->norm;
+    uint32_t chunks = (uint32_t)params_chunks(z->p);
+    if (z->o.pp) {
+        n->stages = plan_slots(&n->plan, (uint64_t)z->o.pp->size * chunks * TREE_NODES);
+        uint32_t mine = n->stages + (uint32_t)z->o.pp->rank * chunks * TREE_NODES;
+        for (uint32_t c = 0; c < chunks; c++)
+            for (int i = 0; i < nodes[c].n; i++)
+                plan_copy(&n->plan, mine + c * TREE_NODES + (uint32_t)i, nodes[c].node[i].slot);
+        n->over_dp = plan_phase(&n->plan);
+        TRY(comm_allgather(z->o.pp, nodes, all, chunks * sizeof *nodes, NULL));
+    }
+    list_over_pp(z, z->o.pp ? all : nodes);
+    if (z->o.tp) {
+        n->tp = plan_slots(&n->plan, (uint64_t)z->o.tp->size);
+        plan_copy(&n->plan, n->tp + (uint32_t)z->o.tp->rank, n->total);
+        n->over_pp = plan_phase(&n->plan);
+        n->total = n->tp;
+        for (uint32_t r = 1; r < (uint32_t)z->o.tp->size; r++) {
+            uint32_t sum = plan_slots(&n->plan, 1);
+            plan_add(&n->plan, sum, n->total, n->tp + r);
+            n->total = sum;
+        }
+    }
+    n->sum = plan_phase(&n->plan);
+    return plan_ready(&n->plan, where(z), z->o.workers);
+}
+
+status *open_norm(struct zero *z)
+{
+    size_t chunks = (size_t)params_chunks(z->p), stages = z->o.pp ? (size_t)z->o.pp->size : 0;
+    uint32_t *cursor = mem_calloc((size_t)z->dp->size, sizeof *cursor);
+    struct tree *nodes = mem_calloc(chunks, sizeof *nodes), *all = mem_calloc(chunks * stages + 1, sizeof *all);
+    status *st = cursor && nodes && all ? NULL : ERR(NO_MEMORY, "norms of %zu chunks of stages", chunks);
+    if (!st)
+        st = list_over_dp(z, cursor, nodes);
+    if (z->o.pp)
+        st = comm_agree(z->o.pp, st);
+    if (!st)
+        st = list_rest(z, nodes, all);
+    mem_free(cursor);
+    mem_free(nodes);
+    mem_free(all);
+    return st;
+}
+
+void close_norm(struct zero *z)
+{
+    plan_close(&z->norm.plan);
+    mem_free(z->norm.uncounted);
+}
+
+/* Sums of squares of this rank's blocks. */
+static void own_squares(struct zero *z)
+{
+    const struct kernels *k = compute_kernels(where(z));
+    struct workers *w = compute_workers(where(z), z->o.workers);
+    double *to = z->norm.plan.v + z->norm.squares;
+    for (uint64_t b = 0; b < z->k->n; b++) {
+        struct zero_run run = own_part(z, b);
+        if (!run_elems(run))
+            continue;
+        k->block_sums(w, field(z) + field_at(z, b, run.begin), (int64_t)run_elems(run), true, to);
+        to += run_elems(run) / PARAM_ALIGN;
+    }
+    to = z->norm.plan.v + z->norm.squares;
+    for (uint64_t i = 0; i < z->norm.gaps; i++) /* a double of zeros is two floats of zeros */
+        k->zero(w, (float *)(void *)(to + z->norm.uncounted[i].first), 2 * (int64_t)z->norm.uncounted[i].n);
+}
+
+/* `each` numbers of every rank of c, which begin at `at`. */
+static status *gather(const struct zero *z, struct comm *c, uint32_t at, size_t each)
+{
+    double *v = z->norm.plan.v + at;
+    if (!c || c->size == 1 || !each)
+        return NULL;
+    return comm_allgather(c, v + (size_t)c->rank * each, v, each * sizeof *v, stream_of(z));
+}
+
+status *zero_squares(struct zero *z, const double **squares)
+{
+    const struct norm *n = &z->norm;
+    round_sums(z, z->o.stage > 0);
+    own_squares(z);
+    plan_run(&n->plan, n->own);
+    TRY(gather(z, z->dp, n->nodes, n->node_cap));
+    if (z->o.pp)
+        plan_run(&n->plan, n->over_dp);
+    TRY(gather(z, z->o.pp, n->stages, (size_t)params_chunks(z->p) * TREE_NODES));
+    if (z->o.tp)
+        plan_run(&n->plan, n->over_pp);
+    TRY(gather(z, z->o.tp, n->tp, 1));
+    plan_run(&n->plan, n->sum);
+    *squares = n->plan.v + n->total;
+    return NULL;
+}
+
+/* The host waits for it. */
+static status *see_norm(struct zero *z, double *norm)
+{
+    const double *squares;
+    TRY(zero_squares(z, &squares));
+    TRY(compute_get(where(z), norm, squares, sizeof *norm));
+    *norm = sqrt(*norm);
+    return NULL;
 }
 
 status *zero_reduce(struct zero *z, double *norm)
@@ -634,7 +733,7 @@ status *zero_reduce(struct zero *z, double *norm)
     TRY(shared_grads_sum(z->shared, field(z)));
     round_sums(z, false);
     TRY(spread_over_replicas(z));
-    return norm ? zero_norm(z, norm) : NULL;
+    return norm ? see_norm(z, norm) : NULL;
 }
 
 float *zero_own_sums(const struct zero *z, uint64_t offset, uint64_t elems, uint64_t *n)

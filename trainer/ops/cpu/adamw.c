@@ -36,3 +36,11 @@ void adamw_update(struct workers *w, float *p, const float *g, float *m, float *
     };
     workers_for(w, task_count(t.n, TASK_ELEMS), update, &t);
 }
+
+void cpu_adamw(struct workers *w, const struct adamw_run *run, size_t runs, const struct adamw_how *how)
+{
+    double scale = how->scale ? *how->scale : how->grad_scale;
+    for (size_t i = 0; i < runs && !isnan(scale); i++)
+        adamw_update(w, run[i].p, run[i].g, run[i].m, run[i].v, run[i].n, how->lr, how->beta1, how->beta2, how->eps,
+                     run[i].weight_decay, how->step, scale);
+}

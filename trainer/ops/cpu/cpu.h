@@ -84,6 +84,10 @@ void cpu_round_low(struct workers *w, float *x, int64_t n);
 void cpu_narrow_drawn(struct workers *w, uint16_t *y, const float *x, int64_t n, const struct rounding *how);
 void cpu_copy_rows(struct workers *w, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n, int64_t c,
                    bool add);
+void cpu_adds(struct workers *w, double *v, const struct add *a, uint32_t n);
+void cpu_add_rounds(struct workers *w, double *v, const struct add *a, const uint32_t *begin, uint32_t rounds);
+void cpu_clip(struct workers *w, struct clipped *c, const double *squares, double clip);
+void cpu_adamw(struct workers *w, const struct adamw_run *run, size_t runs, const struct adamw_how *how);
 void cpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial);
 void cpu_find_nonfinite(struct workers *w, int64_t *first, const float *x, int64_t n);
 void cpu_logprob(struct workers *w, const struct logprob *p);

@@ -39,6 +39,28 @@ double tree_sum(double *s, int64_t n)
     return s[0];
 }
 
+void cpu_adds(struct workers *w, double *v, const struct add *a, uint32_t n)
+{
+    (void)w;
+    for (uint32_t k = 0; k < n; k++) {
+        double s[ADD_MOST];
+        for (uint32_t i = 0; i < a[k].count; i++)
+            s[i] = v[(uint32_t)(a[k].from + i * a[k].step)];
+        v[a[k].to] = tree_sum(s, a[k].count);
+    }
+}
+
+void cpu_add_rounds(struct workers *w, double *v, const struct add *a, const uint32_t *begin, uint32_t rounds)
+{
+    cpu_adds(w, v, a + begin[0], begin[rounds] - begin[0]);
+}
+
+void cpu_clip(struct workers *w, struct clipped *c, const double *squares, double clip)
+{
+    (void)w;
+    *c = clip_squares(clip, *squares);
+}
+
 void cpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial)
 {
     block_sums(w, x, n, false, partial);

@@ -1,4 +1,4 @@
-/* act: everything that works on one element at a time: swiglu, sums of arrays, AdamW. One kernel over all of them, four
+/* act: everything that works on one element at a time: swiglu, sums of arrays. One kernel over all of them, four
  * elements a thread where all arrays are 16-byte aligned. */
 #include "trainer/ops/cuda/gpu.h"
 
@@ -117,19 +117,6 @@ struct plus_one {
     }
 };
 
-struct adamw_step { /* p, g, m, v to p, m, v */
-    enum { IN = 4, OUT = 3 };
-    float lr, beta1, beta1_rest, beta2, beta2_rest, eps, decay, fix1, fix2, grad_scale;
-    __device__ void operator()(const float *a, float *y) const
-    {
-        float g = a[1] * grad_scale, m = a[2] * beta1 + g * beta1_rest, v = a[3] * beta2 + g * g * beta2_rest;
-        float update = m * fix1 / (sqrtf(v * fix2) + eps);
-        y[0] = a[0] - lr * (update + decay * a[0]);
-        y[1] = m;
-        y[2] = v;
-    }
-};
-
 struct array f32(const float *x)
 {
     return array_of(const_cast<float *>(x));
@@ -196,20 +183,4 @@ void gpu_widen(struct workers *w, float *y, const uint16_t *x, int64_t n)
     int64_t blocks = (n + BLOCK - 1) / BLOCK;
     launch(w, "widen", widen_kernel, (unsigned)(blocks < MOST_BLOCKS ? blocks : (int64_t)MOST_BLOCKS), BLOCK, 0, y, x,
            n);
-}
-
-void gpu_adamw(struct workers *w, float *p, const float *g, float *m, float *v, size_t n, double lr, double beta1,
-               double beta2, double eps, double weight_decay, uint64_t step, double grad_scale)
-{
-    struct adamw_step h = { (float)lr,
-                            (float)beta1,
-                            (float)(1 - beta1),
-                            (float)beta2,
-                            (float)(1 - beta2),
-                            (float)eps,
-                            (float)weight_decay,
-                            (float)(1 / (1 - pow(beta1, (double)step))),
-                            (float)(1 / (1 - pow(beta2, (double)step))),
-                            (float)grad_scale };
-    each(w, "adamw", { { f32(p), f32(g), f32(m), f32(v) }, { f32(p), f32(m), f32(v) } }, h, (int64_t)n);
 }

@@ -161,6 +161,56 @@ __global__ void sum_tree(float *y, double *s, int64_t n)
         *y = n ? (float)s[0] : 0.0f;
 }
 
+struct add_room {
+    double x[ADD_MOST];
+};
+
+/* A block adds one up: tree_sum, in shared memory. */
+__global__ void add_up(double *v, const struct add *all)
+{
+    enum { EACH = ADD_MOST / 2 / BLOCK };
+    SHARED(add_room, s);
+    struct add a = all[blockIdx.x];
+    for (uint32_t i = threadIdx.x; i < a.count; i += BLOCK)
+        s.x[i] = v[(uint32_t)(a.from + i * a.step)];
+    __syncthreads();
+    for (uint32_t n = a.count; n > 1; n = (n + 1) / 2) {
+        double sum[EACH] = {};
+        UNROLL
+        for (uint32_t k = 0; k < EACH; k++) {
+            uint32_t i = threadIdx.x + k * BLOCK;
+            if (i < (n + 1) / 2)
+                sum[k] = 2 * i + 1 < n ? s.x[2 * i] + s.x[2 * i + 1] : s.x[2 * i];
+        }
+        __syncthreads();
+        UNROLL
+        for (uint32_t k = 0; k < EACH; k++)
+            if (threadIdx.x + k * BLOCK < (n + 1) / 2)
+                s.x[threadIdx.x + k * BLOCK] = sum[k];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0)
+        v[a.to] = s.x[0];
+}
+
+/* One block: a thread an addition, and a barrier behind each round. */
+__global__ void add_rounds(double *v, const struct add *all, const uint32_t *begin, uint32_t rounds)
+{
+    for (uint32_t r = 0; r < rounds; r++) {
+        for (uint32_t i = begin[r] + threadIdx.x; i < begin[r + 1]; i += BLOCK) {
+            struct add a = all[i];
+            v[a.to] = a.count > 1 ? v[a.from] + v[(uint32_t)(a.from + a.step)] : v[a.from];
+        }
+        __syncthreads();
+    }
+}
+
+__global__ void clip_kernel(struct clipped *c, const double *squares, double clip)
+{
+    if (threadIdx.x == 0)
+        *c = clip_squares(clip, *squares);
+}
+
 struct least_room {
     int64_t least[BLOCK];
 };
@@ -229,6 +279,21 @@ void gpu_block_sums(struct workers *w, const float *x, int64_t n, bool squared, 
 {
     launch(w, "block_sums", sum_blocks, gpu_blocks(n, (int64_t)SUM_BLOCK * (BLOCK / SUM_LANES)), BLOCK, 0, out, x, n,
            squared);
+}
+
+void gpu_adds(struct workers *w, double *v, const struct add *a, uint32_t n)
+{
+    launch(w, "adds", add_up, n, BLOCK, sizeof(struct add_room), v, a);
+}
+
+void gpu_add_rounds(struct workers *w, double *v, const struct add *a, const uint32_t *begin, uint32_t rounds)
+{
+    launch(w, "add_rounds", add_rounds, rounds ? 1 : 0, BLOCK, 0, v, a, begin, rounds);
+}
+
+void gpu_clip(struct workers *w, struct clipped *c, const double *squares, double clip)
+{
+    launch(w, "clip", clip_kernel, 1, WARP, 0, c, squares, clip);
 }
 
 void gpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial)
