@@ -1,9 +1,11 @@
 /* balance: see balance.h. Each micro-batch and layer has a slot of its own, so that a pass that runs twice (recomputed
- * blocks) counts once; the sums are of integers, or in order of micro-batches. */
+ * blocks) counts once; the sums are of integers, or in order of micro-batches. On a device kernels fill the slots,
+ * which are read once a step. */
 #include "trainer/balance.h"
 
 #include "comm/base/mem.h"
 #include "trainer/ops/compute.h"
+#include "trainer/ops/kernels.h"
 #include "trainer/ops/moe.h"
 #include "trainer/parallel/shards.h"
 
@@ -11,11 +13,24 @@
 
 struct balance {
     struct model *m;
-    struct expert_load load;
-    size_t slots;    /* micro-batches x layers */
+    struct expert_load load; /* balance, and behind it count, are one block */
+    size_t slots, bytes;     /* micro-batches x layers; of the block */
+    double *balance;         /* the host's copy of it; on the CPU the same */
+    int32_t *taken;
     uint64_t *count; /* [layers][experts] */
     double *loss;    /* [layers] */
 };
+
+static status *take_slots(struct balance *b)
+{
+    void *block;
+    TRY(compute_alloc(b->m->params.compute, b->bytes, &block));
+    b->load.balance = block;
+    b->load.count = (int32_t *)(b->load.balance + b->slots);
+    b->balance = compute_host(b->m->params.compute) ? block : mem_calloc(1, b->bytes);
+    b->taken = b->balance ? (int32_t *)(b->balance + b->slots) : NULL;
+    return b->balance ? NULL : ERR(NO_MEMORY, "%zu bytes", b->bytes);
+}
 
 status *balance_open(struct model *m, int64_t layers, uint32_t most, struct balance **out)
 {
@@ -28,18 +43,18 @@ status *balance_open(struct model *m, int64_t layers, uint32_t most, struct bala
     size_t experts = (size_t)m->moe.experts;
     b->m = m;
     b->slots = most * (size_t)layers;
+    b->bytes = b->slots * (sizeof(double) + experts * sizeof(int32_t));
     b->load =
         (struct expert_load){ .layers = layers,
                               .experts = m->moe.experts,
-                              .count = mem_calloc(b->slots * experts, sizeof *b->load.count),
-                              .balance = mem_calloc(b->slots, sizeof *b->load.balance),
                               .balance_weight = (float)(m->moe.balance / ((double)most * (double)m->moe.layers)) };
     b->count = mem_calloc((size_t)layers * experts, sizeof *b->count);
     b->loss = mem_calloc((size_t)layers, sizeof *b->loss);
-    if (!b->load.count || !b->load.balance || !b->count || !b->loss) {
+    status *st = b->count && b->loss ? take_slots(b) : ERR(NO_MEMORY, "sums");
+    if (st) {
         balance_close(b);
-        return ERR(NO_MEMORY, "loads of %zu experts in %lld layers and %u micro-batches", experts, (long long)layers,
-                   most);
+        return status_wrap(st, "loads of %zu experts in %lld layers and %u micro-batches", experts, (long long)layers,
+                           most);
     }
     m->load = &b->load;
     *out = b;
@@ -51,8 +66,9 @@ void balance_close(struct balance *b)
     if (!b)
         return;
     b->m->load = NULL;
-    mem_free(b->load.count);
-    mem_free(b->load.balance);
+    if (b->balance != b->load.balance)
+        mem_free(b->balance);
+    compute_free(b->m->params.compute, b->load.balance, b->bytes);
     mem_free(b->count);
     mem_free(b->loss);
     mem_free(b);
@@ -60,10 +76,16 @@ void balance_close(struct balance *b)
 
 void balance_begin(struct balance *b)
 {
-    if (!b)
-        return;
-    memset(b->load.count, 0, b->slots * (size_t)b->load.experts * sizeof *b->load.count);
-    memset(b->load.balance, 0, b->slots * sizeof *b->load.balance);
+    const struct compute *c = b ? b->m->params.compute : NULL;
+    if (b)
+        compute_kernels(c)->zero(compute_workers(c, NULL), (float *)b->load.balance,
+                                 (int64_t)(b->bytes / sizeof(float)));
+}
+
+status *balance_fetch(struct balance *b)
+{
+    struct compute *c = b ? b->m->params.compute : NULL;
+    return compute_host(c) ? NULL : compute_fetch(c, b->balance, b->load.balance, b->bytes);
 }
 
 /* Tokens of this rank's micro-batches, of all micro-batches, of all stages' layers. */
@@ -72,7 +94,7 @@ static status *sum_counts(struct balance *b, struct comm *data, struct comm *pp)
     size_t width = (size_t)(b->load.layers * b->load.experts);
     memset(b->count, 0, width * sizeof *b->count);
     for (size_t i = 0; i < b->slots * (size_t)b->load.experts; i++)
-        b->count[i % width] += (uint64_t)b->load.count[i];
+        b->count[i % width] += (uint64_t)b->taken[i];
     TRY(comm_allreduce(data, b->count, width, COMM_U64, COMM_SUM, NULL));
     return pp ? comm_allreduce(pp, b->count, width, COMM_U64, COMM_SUM, NULL) : NULL;
 }
@@ -149,8 +171,9 @@ status *balance_finish(struct balance *b, struct zero *z, uint32_t k, struct com
 {
     if (!b)
         return NULL;
+    TRY(compute_fetched(b->m->params.compute));
     TRY(sum_counts(b, data, pp));
-    TRY(zero_sum_scalars(z, b->load.balance, k, (uint32_t)b->load.layers, b->loss));
+    TRY(zero_sum_scalars(z, b->balance, k, (uint32_t)b->load.layers, b->loss));
     if (pp)
         TRY(comm_allreduce(pp, b->loss, (size_t)b->load.layers, COMM_F64, COMM_SUM, NULL));
     measure(b, k, out);

@@ -19,8 +19,12 @@ status *balance_open(struct model *m, int64_t layers, uint32_t most, struct bala
 void balance_close(struct balance *b); /* NULL is fine */
 /* Before the passes of a step. */
 void balance_begin(struct balance *b);
-/* After the update of a step of K micro-batches: metrics, the same on all ranks, and biases. data: the ranks with other
- * micro-batches; pp NULL: one stage. `fence` is called before a bias is overwritten. Collective over both. */
+/* When all passes of a step are queued: so is, on a device, the copy of what they see, for which balance_finish waits.
+ */
+status *balance_fetch(struct balance *b) WARN_UNUSED;
+/* After that and the update of a step of K micro-batches: metrics, the same on all ranks, and biases. data: the ranks
+ * with other micro-batches; pp NULL: one stage. `fence` is called before a bias is overwritten. Collective over both.
+ */
 status *balance_finish(struct balance *b, struct zero *z, uint32_t k, struct comm *data, struct comm *pp,
                        status *(*fence)(void *arg, const void *addr, size_t bytes), void *arg,
                        struct load_metrics *out) WARN_UNUSED;

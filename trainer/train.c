@@ -289,6 +289,7 @@ static status *train_step(struct trainer *t, struct step_result *r)
     TRY(zero_reduce(t->zero, NULL)); /* first of all: others may be waiting for what is under way */
     TRY(tied_sum(t->tied, t->zero));
     r->lr = schedule_lr(&t->cfg->optim, p->peak_lr, t->step - p->first_step, p->steps);
+    TRY(balance_fetch(t->balance));
     TRY(optimise(t, p, r->lr));
     TRY(balance_finish(t->balance, t->zero, k, t->dp, t->pp, before_overwrite, t, &r->load));
     TRY(show_update(t));

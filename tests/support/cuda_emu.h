@@ -60,6 +60,8 @@ extern __thread struct emu_place emu_here __attribute__((tls_model("initial-exec
 typedef struct emu_stream *cudaStream_t;
 typedef struct emu_event *cudaEvent_t;
 
+/* How often the host has waited for a stream, an event or for all so far, in all threads. */
+extern "C" unsigned long emu_waits(void);
 /* Of all launches from now on, on this thread. */
 extern "C" void emu_order(bool descending);
 bool emu_descending(void);

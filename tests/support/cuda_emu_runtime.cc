@@ -7,6 +7,7 @@
  * run another stream up to an event that it waits for. Work never waits for another rank: nothing can block it. */
 #include "tests/support/cuda_emu.h"
 
+#include <atomic>
 #include <deque>
 #include <execinfo.h>
 #include <map>
@@ -72,6 +73,8 @@ size_t number(const char *name, size_t otherwise)
 }
 
 /* ---- memory */
+
+std::atomic<unsigned long> waits;
 
 struct memory {
     std::mutex lock;
@@ -236,6 +239,7 @@ void run_until(emu_stream *s, const mark &m, uint64_t record)
 
 void run_everything(void)
 {
+    waits++;
     struct streams &all = streams_of_all();
     std::lock_guard<std::recursive_mutex> hold(all.lock);
     run_all(&all.null);
@@ -243,6 +247,11 @@ void run_everything(void)
         run_all(s);
 }
 } // namespace
+
+unsigned long emu_waits(void)
+{
+    return waits;
+}
 
 bool emu_late(void)
 {
@@ -438,6 +447,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t s)
 
 cudaError_t cudaStreamSynchronize(cudaStream_t s)
 {
+    waits++;
     std::lock_guard<std::recursive_mutex> hold(streams_of_all().lock);
     run_all(stream_of(s));
     return cudaSuccess;
@@ -483,6 +493,7 @@ cudaError_t cudaEventQuery(cudaEvent_t e)
 
 cudaError_t cudaEventSynchronize(cudaEvent_t e)
 {
+    waits++;
     std::lock_guard<std::recursive_mutex> hold(streams_of_all().lock);
     mark &m = *e->m;
     if (m.reached < m.recorded)

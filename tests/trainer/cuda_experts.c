@@ -66,6 +66,111 @@ void test_routes(void **state)
     check_route((struct choices){ 5, { .experts = 33, .top = 4, .sigmoid = true, .scale = 1 }, true, true, true });
 }
 
+/* Choices that leave some experts out and give one many. */
+static int32_t chosen(int64_t i, int64_t experts)
+{
+    return (int32_t)(i % 5 == 0 ? experts / 2 : (i * i + i / 7) % (experts > 2 ? experts - 1 : experts));
+}
+
+static void call_sort(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    struct expert_sort s = *(const struct expert_sort *)arg;
+    s.expert = p[0];
+    s.place = p[1];
+    s.token = p[2];
+    s.offset = p[3];
+    k->sort_experts(w, &s);
+}
+
+void test_sorts(void **state)
+{
+    (void)state;
+    static const struct expert_sort shapes[] = {
+        { .n = 1, .top = 1, .experts = 1 },    { .n = 0, .top = 2, .experts = 4 },
+        { .n = 300, .top = 1, .experts = 1 },  { .n = 77, .top = 3, .experts = 9 },
+        { .n = 129, .top = 2, .experts = 40 }, { .n = 700, .top = 8, .experts = 64 },
+        { .n = 5, .top = 2, .experts = 1024 }
+    };
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const struct expert_sort *s = &shapes[i];
+        int64_t choices = s->n * s->top;
+        struct run r = { .what = "sort_experts", .call = call_sort, .arg = s };
+        int32_t *expert = ints(&r, choices);
+        for (int64_t c = 0; c < choices; c++)
+            expert[c] = chosen(c, s->experts);
+        (void)add_buffer(&r, EXACT, (size_t)choices * sizeof *expert);
+        (void)add_buffer(&r, EXACT, (size_t)choices * sizeof *expert);
+        (void)add_buffer(&r, EXACT, (size_t)(s->experts + 1) * sizeof *expert);
+        check_one(&r, false);
+    }
+}
+
+struct loads {
+    int64_t n, padding;
+    struct router how;
+    bool quiet; /* nobody wants counts and loss */
+};
+
+static void call_loads(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct loads *c = arg;
+    struct route_load l = { .n = c->n,
+                            .padding = c->padding,
+                            .how = &c->how,
+                            .score = p[0],
+                            .expert = p[1],
+                            .offset = p[2],
+                            .sums = p[3],
+                            .weight = 0.5f,
+                            .dshare = p[4],
+                            .count = c->quiet ? NULL : p[5],
+                            .balance = c->quiet ? NULL : p[6] };
+    k->load_sums(w, &l);
+    k->load_shares(w, &l);
+}
+
+/* Scores of few bits, whose sum over experts is 4, for a number of tokens that is a power of two: all sums are exact,
+ * in whatever order. */
+static void check_loads(struct loads c)
+{
+    struct run r = { .what = "loads", .call = call_loads, .arg = &c };
+    int64_t e = c.how.experts, choices = c.n * c.how.top;
+    float *score = floats(&r, READ, c.n * e);
+    for (int64_t i = 0; i < c.n * e; i++)
+        score[i] = (float)draw_below(256) / 256 * 0.0625f;
+    for (int64_t i = 0; i < c.n; i++) {
+        float rest = 4;
+        for (int64_t j = 0; j + 1 < e; j++)
+            rest -= score[i * e + j];
+        score[i * e + e - 1] = rest;
+    }
+    int32_t *expert = ints(&r, choices), *offset = ints(&r, e + 1);
+    for (int64_t i = 0; i < choices; i++) {
+        expert[i] = chosen(i, e);
+        offset[expert[i] + 1]++;
+    }
+    for (int64_t i = 0; i < e; i++)
+        offset[i + 1] += offset[i];
+    (void)add_buffer(&r, EXACT, (size_t)(1 + 2 * e) * sizeof(double));
+    (void)add_buffer(&r, EXACT, (size_t)e * sizeof(float));
+    (void)add_buffer(&r, EXACT, (size_t)e * sizeof(int32_t));
+    (void)add_buffer(&r, EXACT, sizeof(double));
+    check_one(&r, false);
+}
+
+void test_loads(void **state)
+{
+    (void)state;
+    for (int sigmoid = 0; sigmoid < 2; sigmoid++) {
+        check_loads((struct loads){ 1, 0, { .experts = 1, .top = 1, .sigmoid = sigmoid }, false });
+        check_loads((struct loads){ 256, 0, { .experts = 40, .top = 3, .sigmoid = sigmoid }, false });
+        check_loads((struct loads){ 133, 5, { .experts = 7, .top = 2, .sigmoid = sigmoid }, false });
+        check_loads((struct loads){ 3, 3, { .experts = 300, .top = 2, .sigmoid = sigmoid }, false });
+        check_loads((struct loads){ 64, 0, { .experts = 64, .top = 1, .sigmoid = sigmoid }, true });
+    }
+    check_loads((struct loads){ 0, 0, { .experts = 4, .top = 1 }, false });
+}
+
 struct mixing {
     int64_t n, k, c;
     bool in_place;

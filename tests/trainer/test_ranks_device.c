@@ -8,6 +8,7 @@
 #include "tests/support/comm_threads.h"
 #include "trainer/ops/compute.h"
 #include "trainer/ops/kernels.h"
+#include "trainer/ops/moe.h"
 #include "trainer/ops/ops.h"
 #include "trainer/ops/rank_sums.h"
 
@@ -203,6 +204,24 @@ static status *all_tokens(struct place *p)
     return go_back(p, y);
 }
 
+/* Experts over ranks, two each, and tokens of each rank's own. */
+static status *experts(struct place *p)
+{
+    struct tensor *x, *router, *gate, *up, *down;
+    int64_t all = 2 * p->ranks->size;
+    const struct router how = { .experts = all, .top = 2, .groups = 1, .top_groups = 1, .normalise = true, .scale = 1 };
+    TRY(leaf(p, 2, (int64_t[]){ TOKENS, CHANNELS }, &x));
+    TRY(leaf(p, 2, (int64_t[]){ all, CHANNELS }, &router));
+    TRY(leaf(p, 3, (int64_t[]){ 2, 5, CHANNELS }, &gate));
+    TRY(leaf(p, 3, (int64_t[]){ 2, 5, CHANNELS }, &up));
+    TRY(leaf(p, 3, (int64_t[]){ 2, CHANNELS, 5 }, &down));
+    tape_experts(p->t, p->ranks);
+    tape_begin(p->t, TAPE_TRAIN);
+    const struct expert_weights w = { .router = router, .gate = gate, .up = up, .down = down };
+    struct tensor *y = op_moe(p->t, x, &w, &how, NULL);
+    return y ? go_back(p, y) : tape_end(p->t);
+}
+
 /* Sums in order of ranks, of counts that the ranks do not divide. */
 static status *sums(struct place *p)
 {
@@ -313,6 +332,12 @@ static void test_context(void **state)
     expect_same(all_tokens, 0);
 }
 
+static void test_experts(void **state)
+{
+    (void)state;
+    expect_same(experts, 1e-5);
+}
+
 int main(void)
 {
     setenv("TESSERA_PLUGINS", "emu", 1); /* beside the test */
@@ -320,6 +345,7 @@ int main(void)
         cmocka_unit_test(test_sums),
         cmocka_unit_test(test_tensors),
         cmocka_unit_test(test_context),
+        cmocka_unit_test(test_experts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -145,7 +145,8 @@ struct kv_shape {
     int64_t max_positions;
 };
 
-/* What training passes see of routed experts (struct route_watch), by micro-batch and layer. */
+/* What training passes see of routed experts (struct route_watch), by micro-batch and layer; arrays are in the memory
+ * of activations. */
 struct expert_load {
     int64_t layers, experts; /* of the whole model */
     int32_t *count;          /* [micro-batches][layers][experts] */

@@ -13,20 +13,14 @@ static int ranks_of(const struct tape *t)
     return t->ep ? t->ep->size : 1;
 }
 
-/* Three arrays in one. */
-static struct routing_index index_at(int32_t *p, size_t choices)
-{
-    return (struct routing_index){ p, p + choices, p + 2 * choices };
-}
-
 struct routing *routing_new(struct tape *t, const struct router *how, int64_t n, int64_t experts)
 {
     struct routing *g = take(t, 1, sizeof *g);
     size_t choices = (size_t)(n * how->top), all = (size_t)how->experts, ranks = (size_t)ranks_of(t);
-    int32_t *there = take_there(t, 3 * choices, sizeof *there);
-    int32_t *here = at_home(t) ? there : take(t, 3 * choices, sizeof *here);
-    int32_t *begin = take(t, all + (size_t)experts + 2, sizeof *begin), *from = t->ep ? begin + all + 1 : begin;
-    int32_t *offset = at_home(t) ? from : take_there(t, (size_t)experts + 1, sizeof *offset);
+    int32_t *index = take_there(t, 3 * choices + all + 1, sizeof *index);
+    int32_t *offset = t->ep ? take_there(t, (size_t)experts + 1, sizeof *offset) : NULL;
+    int32_t *chosen = at_home(t) ? index : take(t, choices, sizeof *chosen);
+    int32_t *here = t->ep ? take(t, all + (size_t)experts + 2, sizeof *here) : NULL;
     int32_t *counts = t->ep ? take(t, (ranks + 1) * all, sizeof *counts) : NULL;
     struct comm_xfer *xfer = t->ep ? take(t, all + ranks * (size_t)experts, sizeof *xfer) : NULL;
     if (t->error)
@@ -34,33 +28,17 @@ struct routing *routing_new(struct tape *t, const struct router *how, int64_t n,
     *g = (struct routing){ .how = how, .n = n, .experts = experts, .rows = n * how->top };
     if (!runs(t))
         g->rows *= ranks_of(t) < DRY_LOAD ? ranks_of(t) : DRY_LOAD;
-    g->there = index_at(there, choices);
-    g->here = index_at(here, choices);
-    g->begin = begin;
-    g->from = from;
-    g->offset = offset;
+    g->expert = index;
+    g->place = index + choices;
+    g->token = g->place + choices;
+    g->begin = g->token + choices;
+    g->offset = t->ep ? offset : g->begin;
+    g->chosen = chosen;
+    g->begin_here = here;
+    g->from = t->ep ? here + all + 1 : NULL;
     g->counts = counts;
     g->xfer = xfer;
     return g;
-}
-
-/* Choices in order of experts, and for each expert in order of tokens. */
-static void sort_choices(struct routing *g)
-{
-    int64_t k = g->how->top, choices = g->n * k, experts = g->how->experts;
-    memset(g->begin, 0, (size_t)(experts + 1) * sizeof *g->begin);
-    for (int64_t i = 0; i < choices; i++)
-        g->begin[g->here.expert[i] + 1]++;
-    for (int64_t e = 0; e < experts; e++)
-        g->begin[e + 1] += g->begin[e];
-    for (int64_t i = 0; i < choices; i++) { /* begin moves to the end of the expert's rows */
-        int64_t to = g->begin[g->here.expert[i]]++;
-        g->here.place[i] = (int32_t)to;
-        g->here.token[to] = (int32_t)(i / k);
-    }
-    for (int64_t e = experts; e > 0; e--)
-        g->begin[e] = g->begin[e - 1];
-    g->begin[0] = 0;
 }
 
 static void failed(struct tape *t, status *st)
@@ -75,7 +53,7 @@ static void tell_counts(struct tape *t, struct routing *g)
     int64_t experts = g->how->experts, at = 0;
     int32_t *mine = g->counts + t->ep->size * experts;
     for (int64_t e = 0; e < experts; e++)
-        mine[e] = (int32_t)(g->begin[e + 1] - g->begin[e]);
+        mine[e] = g->begin_here[e + 1] - g->begin_here[e];
     failed(t, comm_allgather(t->ep, mine, g->counts, (size_t)experts * sizeof *mine, NULL));
     for (int64_t e = 0; !t->error && e < g->experts; e++) {
         g->from[e] = (int32_t)at;
@@ -90,10 +68,12 @@ static void tell_counts(struct tape *t, struct routing *g)
 
 void routing_sort(struct tape *t, struct routing *g)
 {
-    sort_choices(g);
-    put_there(t, g->there.place, g->here.place, 2 * (size_t)(g->n * g->how->top) * sizeof(int32_t));
-    if (t->ep)
-        tell_counts(t, g);
+    struct expert_sort s = { g->n, g->how->top, g->how->experts, g->expert, g->place, g->token, g->begin };
+    t->kernels->sort_experts(t->workers, &s);
+    if (!t->ep)
+        return;
+    get_here(t, g->begin_here, g->begin, (size_t)(s.experts + 1) * sizeof *g->begin); /* waits: sizes of messages */
+    tell_counts(t, g);
     put_there(t, g->offset, g->from, (size_t)(g->experts + 1) * sizeof *g->from);
 }
 
@@ -102,8 +82,9 @@ static void exchange(struct tape *t, const struct routing *g, float *sorted, flo
 {
     size_t n = 0, row = (size_t)c * sizeof(float);
     for (int64_t e = 0; e < g->how->experts; e++)
-        g->xfer[n++] = (struct comm_xfer){ (int)(e / g->experts), (int)(e % g->experts), !back,
-                                           sorted + g->begin[e] * c, (size_t)(g->begin[e + 1] - g->begin[e]) * row };
+        g->xfer[n++] =
+            (struct comm_xfer){ (int)(e / g->experts), (int)(e % g->experts), !back, sorted + g->begin_here[e] * c,
+                                (size_t)(g->begin_here[e + 1] - g->begin_here[e]) * row };
     for (int64_t e = 0; e < g->experts; e++) {
         float *to = rows + g->from[e] * c;
         for (int r = 0; r < t->ep->size; r++) {
@@ -134,7 +115,7 @@ static void dispatch_backward(struct tape *t, const struct tape_record *base, un
     if (t->ep)
         exchange(t, r->g, sorted, r->rows->grad, c, true);
     if (r->x->grad && !t->error)
-        t->kernels->embedding_bwd(t->workers, r->x->grad, sorted, r->g->there.token, r->g->n * r->g->how->top, c);
+        t->kernels->embedding_bwd(t->workers, r->x->grad, sorted, r->g->token, r->g->n * r->g->how->top, c);
 }
 
 struct tensor *op_dispatch(struct tape *t, struct tensor *x, struct routing *g)
@@ -145,7 +126,7 @@ struct tensor *op_dispatch(struct tape *t, struct tensor *x, struct routing *g)
     if (t->error)
         return NULL;
     if (runs(t))
-        t->kernels->embedding(t->workers, sorted, x->data, DTYPE_F32, g->there.token, choices, c);
+        t->kernels->embedding(t->workers, sorted, x->data, DTYPE_F32, g->token, choices, c);
     if (runs(t) && t->ep)
         exchange(t, g, sorted, rows->data, c, false);
     struct dispatch_record *r = rows->grad ? record(t, sizeof *r, dispatch_backward) : NULL;
@@ -170,9 +151,8 @@ struct combine_record {
 
 static struct mix mix_of(const struct routing *g, const float *sorted, const struct tensor *weight, int64_t c)
 {
-    return (struct mix){
-        .n = g->n, .k = g->how->top, .c = c, .row = sorted, .weight = weight->data, .place = g->there.place
-    };
+    return (
+        struct mix){ .n = g->n, .k = g->how->top, .c = c, .row = sorted, .weight = weight->data, .place = g->place };
 }
 
 static void combine_backward(struct tape *t, const struct tape_record *base, unsigned halves)

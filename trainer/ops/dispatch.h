@@ -16,21 +16,22 @@ struct routing {
     int64_t n;       /* tokens here */
     int64_t experts; /* here, of how->experts */
     int64_t rows;    /* that they get */
-    struct routing_index {
-        int32_t *expert;    /* [N, K] */
-        int32_t *place;     /* [N, K]: the sorted row of each choice */
-        int32_t *token;     /* [N K]: the token of each sorted row */
-    } there, here;          /* as kernels see them; as the host does: on the CPU the same */
-    int32_t *begin;         /* [E + 1]: of each expert's rows among the sorted ones */
-    int32_t *from;          /* [experts here + 1]: of each expert's rows among those that they get */
-    int32_t *offset;        /* the same as kernels see it */
-    int32_t *counts;        /* with expert parallelism, [ranks][E]: rows of each rank for each expert */
+    int32_t *expert; /* [N, K], as kernels see it, as the next three */
+    int32_t *place;  /* [N, K]: the sorted row of each choice */
+    int32_t *token;  /* [N K]: the token of each sorted row */
+    int32_t *begin;  /* [E + 1]: of each expert's rows among the sorted ones */
+    int32_t *offset; /* [experts here + 1]: of each expert's rows among those that they get */
+    int32_t *chosen; /* [N, K]: room for the host's copy of expert; on the CPU that itself */
+    /* with expert parallelism, the host's: begin, offset, and [ranks][E] the rows of each rank for each expert */
+    int32_t *begin_here, *from;
+    int32_t *counts;
     struct comm_xfer *xfer; /* room for all messages */
 };
 
 /* Take memory for the routing of n tokens to experts of which `experts` are here. NULL: the tape has failed. */
 struct routing *routing_new(struct tape *t, const struct router *how, int64_t n, int64_t experts);
-/* Experts are chosen, as `here` says: sort, and tell the other ranks. */
+/* Experts are chosen: sort, and tell the other ranks, for which the host waits for the counts. Without expert
+ * parallelism it waits for nothing. */
 void routing_sort(struct tape *t, struct routing *g);
 /* [rows, C] from x [N, C]; backward adds the rows' gradients to their tokens' in the sorted order. */
 struct tensor *op_dispatch(struct tape *t, struct tensor *x, struct routing *g);

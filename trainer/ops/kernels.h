@@ -147,6 +147,32 @@ struct route {
     float *dz;            /* [N, E] */
 };
 
+/* Choices (token n's j-th expert) in order of experts, and for each expert in order of tokens. */
+struct expert_sort {
+    int64_t n, top, experts;
+    const int32_t *expert; /* [N, K] */
+    int32_t *place;        /* [N, K]: where in that order a choice comes */
+    int32_t *token;        /* [N K]: whose it is */
+    int32_t *offset;       /* [E + 1]: where each expert's begin */
+};
+
+/* How N tokens spread over experts (struct route_watch), of whom the last `padding` do not count: sums of theirs, to
+ * which those of other ranks may be added, and then what follows from all. */
+struct route_load {
+    int64_t n, padding;
+    const struct router *how;
+    const float *score;    /* [N, E] */
+    const int32_t *expert; /* [N, K] */
+    const int32_t *offset; /* [E + 1], expert_sort's */
+    /* [1 + 2 E]: tokens; of each expert the sum over tokens of s[n, e] (with sigmoid, of s[n, e] / sum_e s[n, e]), from
+     * 0 in their order; of each expert the tokens that chose it */
+    double *sums;
+    float weight;
+    float *dshare;   /* [E]: the gradient of weight times the balance loss for each token's share */
+    int32_t *count;  /* [E], or NULL */
+    double *balance; /* or NULL */
+};
+
 /* y[n] = sum_j weight[n, j] row[place[n, j]], j ascending from 0. */
 struct mix {
     int64_t n, k, c;
@@ -224,6 +250,9 @@ struct kernels {
     void (*grouped)(struct workers *w, const struct grouped_gemm *p);
     void (*route)(struct workers *w, const struct route *r);
     void (*route_bwd)(struct workers *w, const struct route *r);
+    void (*sort_experts)(struct workers *w, const struct expert_sort *s);
+    void (*load_sums)(struct workers *w, const struct route_load *l);
+    void (*load_shares)(struct workers *w, const struct route_load *l);
     void (*mix)(struct workers *w, const struct mix *m);
     void (*mix_bwd)(struct workers *w, const struct mix *m);
     /* db[j] += sum over rows of dy[n, j], rows ascending from 0, then added. */

@@ -35,7 +35,8 @@ struct expert_weights {
     } low;
 };
 
-/* What else there is to say of a layer's micro-batch. Borrowed, fields may be NULL; arrays must outlive backward. */
+/* What else there is to say of a layer's micro-batch. Borrowed, fields may be NULL; arrays must outlive backward. count
+ * and balance are in the memory of activations: a device's kernels write them, and nobody waits. */
 struct route_watch {
     /* TAPE_TRAIN: tokens that chose each expert [E], and the balance loss E sum_e f[e] P[e]: f[e] are these counts over
      * N, P[e] is the mean over the N tokens of s[n, e] (with sigmoid, of s[n, e] / sum_e s[n, e]); so it is K where

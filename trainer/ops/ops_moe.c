@@ -24,45 +24,36 @@ static void route_backward(struct tape *t, const struct tape_record *base, unsig
     t->kernels->route_bwd(t->workers, &back);
 }
 
-/* Tell the watch; expert [N, K] and score [N, E] are the host's. dshare [E]: the gradient of each token's shares. */
-static void watch_load(struct tape *t, const struct route *r, const struct routing *g, const float *score,
-                       const struct route_watch *watch, float *dshare)
+/* Tell the watch; sums [1 + 2 E]. What all ranks with a context have is added up by the host, which waits for it. */
+static void watch_load(struct tape *t, const struct routing *g, const float *score, const struct route_watch *watch,
+                       double *sums, float *dshare)
 {
-    const int32_t *begin = g->begin;
-    float share[EXPERTS_MAX];
-    int64_t experts = r->how->experts, own = r->n - watch->padding;
-    double sums[2 * EXPERTS_MAX + 1] = { 0 }, loss = 0, *mean = sums + 1, *count = mean + experts;
-    sums[0] = (double)own;
-    for (int64_t e = 0; e < experts; e++)
-        count[e] = (double)(begin[e + 1] - begin[e]);
-    for (int64_t i = own * r->how->top; i < r->n * r->how->top; i++)
-        count[g->here.expert[i]]--;
-    for (int64_t i = 0; i < own; i++) {
-        const float *s = score + i * experts;
-        double sum = 0;
-        for (int64_t e = 0; r->how->sigmoid && e < experts; e++)
-            sum += (double)s[e];
-        for (int64_t e = 0; e < experts; e++)
-            mean[e] += r->how->sigmoid ? (double)s[e] / sum : (double)s[e];
+    struct route_load l = { .n = g->n,
+                            .padding = watch->padding,
+                            .how = g->how,
+                            .score = score,
+                            .expert = g->expert,
+                            .offset = g->begin,
+                            .sums = sums,
+                            .weight = watch->balance_weight,
+                            .dshare = dshare,
+                            .count = watch->count,
+                            .balance = watch->balance };
+    double here[2 * EXPERTS_MAX + 1];
+    size_t count = 2 * (size_t)g->how->experts + 1;
+    t->kernels->load_sums(t->workers, &l);
+    if (t->context) {
+        get_here(t, here, sums, count * sizeof *here);
+        context_add(t, here, count);
+        put_there(t, sums, here, count * sizeof *here);
     }
-    context_add(t, sums, (size_t)(2 * experts + 1));
-    double n = sums[0];
-    for (int64_t e = 0; e < experts; e++) {
-        double slope = n > 0 ? (double)experts * count[e] / n / n : 0;
-        loss += slope * mean[e];
-        share[e] = (float)((double)watch->balance_weight * slope);
-        if (watch->count)
-            watch->count[e] = (int32_t)count[e];
-    }
-    if (watch->balance)
-        *watch->balance = loss;
-    put_there(t, dshare, share, (size_t)experts * sizeof *share);
+    t->kernels->load_shares(t->workers, &l);
 }
 
 /* Experts are chosen, or those of another run are taken; false: the tape has failed. */
 static bool choose(struct tape *t, struct route *r, const struct routing *g, const struct route_watch *watch)
 {
-    int32_t *expert = g->here.expert;
+    int32_t *expert = g->chosen;
     struct routes *routes = watch && r->n ? watch->routes : NULL;
     int64_t choices = r->n * r->how->top;
     r->given = routes && routes->replay;
@@ -78,9 +69,8 @@ static bool choose(struct tape *t, struct route *r, const struct routing *g, con
     if (t->error)
         return false;
     t->kernels->route(t->workers, r);
-    if (!r->given)
-        get_here(t, expert, r->expert,
-                 (size_t)choices * sizeof *expert); /* waits: their counts are sizes of products */
+    if (routes && !r->given)
+        get_here(t, expert, r->expert, (size_t)choices * sizeof *expert); /* waits, to record them */
     st = routes && !routes->replay && !t->error ? routes_put(routes, watch->key, expert, choices) : NULL;
     if (st)
         tape_fail(t, st);
@@ -94,9 +84,8 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
     int64_t experts = g->how->experts;
     bool learning = t->mode != TAPE_FORWARD;
     struct tensor *weight = make(t, 2, (int64_t[]){ g->n, g->how->top }, learning);
-    float *score = take_floats(t, g->n * experts), *dshare = learning ? take_floats(t, experts) : NULL, *seen = score;
-    if (learning && !at_home(t))
-        seen = take(t, (size_t)(g->n * experts), sizeof *seen);
+    float *score = take_floats(t, g->n * experts), *dshare = learning ? take_floats(t, experts) : NULL;
+    double *sums = learning ? take_there(t, (size_t)(2 * experts + 1), sizeof *sums) : NULL;
     if (t->error)
         return NULL;
     struct route r = { .n = g->n,
@@ -104,13 +93,12 @@ static struct tensor *route(struct tape *t, struct tensor *z, const struct tenso
                        .z = z->data,
                        .bias = bias ? widened(t, bias) : NULL,
                        .score = score,
-                       .expert = g->there.expert,
+                       .expert = g->expert,
                        .weight = weight->data };
     if (runs(t) && choose(t, &r, g, watch))
         routing_sort(t, g);
     if (t->mode == TAPE_TRAIN && watch && !t->error) {
-        get_here(t, seen, score, (size_t)(g->n * experts) * sizeof *seen);
-        watch_load(t, &r, g, seen, watch, dshare);
+        watch_load(t, g, score, watch, sums, dshare);
         bool counts =
             watch->balance_weight > 0 && (!t->tp || t->tp->rank == 0); /* all have the same loss: one adds it */
         r.dshare = counts ? dshare : NULL;

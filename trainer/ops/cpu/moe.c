@@ -3,6 +3,7 @@
 #include "trainer/ops/cpu/cpu.h"
 
 #include <math.h>
+#include <string.h>
 
 /* What keeps the sum of scores that are all zero from being divided by (DeepSeek-V3's). */
 static const double tiny = 1e-20;
@@ -199,4 +200,65 @@ static void mix_back(void *arg, size_t index)
 void cpu_mix_bwd(struct workers *w, const struct mix *m)
 {
     workers_for(w, task_count(m->n, task_rows(m->c)), mix_back, (void *)(size_t)m);
+}
+
+/* ---- the order of experts, and their loads ---- */
+
+void cpu_sort_experts(struct workers *w, const struct expert_sort *s)
+{
+    int32_t *at = s->offset;
+    int64_t choices = s->n * s->top;
+    (void)w;
+    memset(at, 0, (size_t)(s->experts + 1) * sizeof *at);
+    for (int64_t i = 0; i < choices; i++)
+        at[s->expert[i] + 1]++;
+    for (int64_t e = 0; e < s->experts; e++)
+        at[e + 1] += at[e];
+    for (int64_t i = 0; i < choices; i++) { /* an offset moves to the end of the expert's */
+        int32_t to = at[s->expert[i]]++;
+        s->place[i] = to;
+        s->token[to] = (int32_t)(i / s->top);
+    }
+    for (int64_t e = s->experts; e > 0; e--)
+        at[e] = at[e - 1];
+    at[0] = 0;
+}
+
+void cpu_load_sums(struct workers *w, const struct route_load *l)
+{
+    int64_t experts = l->how->experts, own = l->n - l->padding;
+    double *mean = l->sums + 1, *count = mean + experts;
+    (void)w;
+    l->sums[0] = (double)own;
+    for (int64_t e = 0; e < experts; e++) {
+        mean[e] = 0;
+        count[e] = (double)(l->offset[e + 1] - l->offset[e]);
+    }
+    for (int64_t i = own * l->how->top; i < l->n * l->how->top; i++)
+        count[l->expert[i]]--;
+    for (int64_t i = 0; i < own; i++) {
+        const float *s = l->score + i * experts;
+        double sum = 0;
+        for (int64_t e = 0; l->how->sigmoid && e < experts; e++)
+            sum += (double)s[e];
+        for (int64_t e = 0; e < experts; e++)
+            mean[e] += l->how->sigmoid ? (double)s[e] / sum : (double)s[e];
+    }
+}
+
+void cpu_load_shares(struct workers *w, const struct route_load *l)
+{
+    int64_t experts = l->how->experts;
+    const double *mean = l->sums + 1, *count = mean + experts;
+    double n = l->sums[0], loss = 0;
+    (void)w;
+    for (int64_t e = 0; e < experts; e++) {
+        double slope = n > 0 ? (double)experts * count[e] / n / n : 0;
+        loss += slope * mean[e];
+        l->dshare[e] = (float)((double)l->weight * slope);
+        if (l->count)
+            l->count[e] = (int32_t)count[e];
+    }
+    if (l->balance)
+        *l->balance = loss;
 }

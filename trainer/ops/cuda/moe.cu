@@ -1,4 +1,5 @@
-/* moe: which experts a token takes, a warp a token, scores in f64 and rounded once; and the sum of what they make. */
+/* moe: which experts a token takes, a warp a token, scores in f64 and rounded once; the order of experts, which is that
+ * of a stable counting sort, and their loads; and the sum of what they make. */
 #include "trainer/ops/cuda/gpu.h"
 
 namespace
@@ -202,6 +203,156 @@ __global__ void route_back(struct route_args r)
         dz[e] += (float)((r.how.sigmoid ? 1 - (double)s[e] : 1) * (double)s[e] * (ds[e] - mean));
 }
 
+/* ---- the order of experts: a block for each, a warp for a run of choices ---- */
+
+__device__ inline void run_of_warp(const struct expert_sort &s, int64_t *begin, int64_t *end)
+{
+    int64_t choices = s.n * s.top, each = (choices + WARPS * WARP - 1) / (WARPS * WARP) * WARP;
+    *begin = min_of(threadIdx.x / WARP * each, choices);
+    *end = min_of(*begin + each, choices);
+}
+
+/* count [E][WARPS] */
+__global__ void count_choices(struct expert_sort s, int32_t *count)
+{
+    int64_t begin, end;
+    int sum = 0, e = (int)blockIdx.x;
+    run_of_warp(s, &begin, &end);
+    for (int64_t i = begin + threadIdx.x % WARP; i < end; i += WARP)
+        sum += s.expert[i] == e;
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0)
+        count[e * WARPS + (int)threadIdx.x / WARP] = sum;
+}
+
+/* A warp's choices of its expert come behind all that are counted before. */
+__global__ void place_choices(struct expert_sort s, const int32_t *count)
+{
+    int64_t begin, end;
+    int at = 0, e = (int)blockIdx.x, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    for (int i = lane; i < e * WARPS + warp; i += WARP)
+        at += count[i];
+    at = warp_sum(at);
+    if (threadIdx.x == 0)
+        s.offset[e] = at;
+    if (threadIdx.x == 0 && e + 1 == s.experts)
+        s.offset[s.experts] = (int32_t)(s.n * s.top);
+    run_of_warp(s, &begin, &end);
+    for (int64_t first = begin; first < end; first += WARP) {
+        int64_t i = first + lane;
+        bool hit = i < end && s.expert[i] == e;
+        unsigned hits = __ballot_sync(0xffffffffu, hit);
+        if (hit) {
+            int to = at + __popc(hits & ((1u << lane) - 1));
+            s.place[i] = to;
+            s.token[to] = (int32_t)(i / s.top);
+        }
+        at += __popc(hits);
+    }
+}
+
+/* ---- their loads ---- */
+
+/* route_load without what is the host's. */
+struct load_args {
+    int64_t own, choices, experts, top;
+    bool sigmoid;
+    const float *score;
+    const int32_t *expert, *offset;
+    double *sums;
+    float weight, *dshare;
+    int32_t *count;
+    double *balance;
+};
+
+struct load_args load_of(const struct route_load *l)
+{
+    struct load_args t = {};
+    t.own = l->n - l->padding;
+    t.choices = l->n * l->how->top;
+    t.experts = l->how->experts;
+    t.top = l->how->top;
+    t.sigmoid = l->how->sigmoid;
+    t.score = l->score;
+    t.expert = l->expert;
+    t.offset = l->offset;
+    t.sums = l->sums;
+    t.weight = l->weight;
+    t.dshare = l->dshare;
+    t.count = l->count;
+    t.balance = l->balance;
+    return t;
+}
+
+enum { SPAN = 64 }; /* tokens whose shares a block adds up */
+
+struct share_room {
+    double whole[SPAN];
+};
+
+/* part [blocks][E] */
+__global__ void sum_shares(struct load_args l, double *part)
+{
+    SHARED(struct share_room, s);
+    int64_t first = (int64_t)blockIdx.x * SPAN, count = min_of(SPAN, l.own - first);
+    const float *score = l.score + first * l.experts;
+    for (int64_t i = threadIdx.x / WARP; l.sigmoid && i < count; i += WARPS) {
+        double sum = 0;
+        for (int64_t e = threadIdx.x % WARP; e < l.experts; e += WARP)
+            sum += (double)score[i * l.experts + e];
+        sum = warp_sum(sum);
+        if (threadIdx.x % WARP == 0)
+            s.whole[i] = sum;
+    }
+    __syncthreads();
+    for (int64_t e = threadIdx.x; e < l.experts; e += BLOCK) {
+        double sum = 0;
+        for (int64_t i = 0; i < count; i++) {
+            double x = (double)score[i * l.experts + e];
+            sum += l.sigmoid ? x / s.whole[i] : x;
+        }
+        part[blockIdx.x * l.experts + e] = sum;
+    }
+}
+
+__global__ void sum_parts(struct load_args l, const double *part, int64_t parts)
+{
+    int64_t e = (int64_t)blockIdx.x * BLOCK + threadIdx.x;
+    double sum = 0;
+    if (e >= l.experts)
+        return;
+    for (int64_t i = 0; i < parts; i++)
+        sum += part[i * l.experts + e];
+    int64_t count = l.offset[e + 1] - l.offset[e];
+    for (int64_t i = l.own * l.top; i < l.choices; i++)
+        count -= l.expert[i] == e;
+    l.sums[1 + e] = sum;
+    l.sums[1 + l.experts + e] = (double)count;
+    if (e == 0)
+        l.sums[0] = (double)l.own;
+}
+
+struct loss_room {
+    double sum[WARPS];
+};
+
+__global__ void share_gradients(struct load_args l)
+{
+    SHARED(struct loss_room, s);
+    const double *mean = l.sums + 1, *count = mean + l.experts;
+    double n = l.sums[0], loss = 0;
+    for (int64_t e = threadIdx.x; e < l.experts; e += BLOCK) {
+        double slope = n > 0 ? (double)l.experts * count[e] / n / n : 0;
+        loss += slope * mean[e];
+        l.dshare[e] = (float)((double)l.weight * slope);
+        if (l.count)
+            l.count[e] = (int32_t)count[e];
+    }
+    loss = block_sum(loss, s.sum);
+    if (l.balance && threadIdx.x == 0)
+        *l.balance = loss;
+}
+
 __global__ void mix_tokens(struct mix m)
 {
     int64_t step = (int64_t)gridDim.x * blockDim.x;
@@ -245,6 +396,27 @@ void gpu_route(struct workers *w, const struct route *r)
 void gpu_route_bwd(struct workers *w, const struct route *r)
 {
     launch(w, "route_bwd", route_back, gpu_blocks(r->n, TOKENS), ROUTE_BLOCK, sizeof(struct back_room), args_of(r));
+}
+
+void gpu_sort_experts(struct workers *w, const struct expert_sort *s)
+{
+    int32_t *count = static_cast<int32_t *>(gpu_scratch(w, SCRATCH_CALL, (size_t)s->experts * WARPS * sizeof *count));
+    launch(w, "sort_experts", count_choices, (unsigned)s->experts, BLOCK, 0, *s, count);
+    launch(w, "sort_experts", place_choices, (unsigned)s->experts, BLOCK, 0, *s, count);
+}
+
+void gpu_load_sums(struct workers *w, const struct route_load *l)
+{
+    struct load_args t = load_of(l);
+    unsigned parts = gpu_blocks(t.own, SPAN);
+    double *part = static_cast<double *>(gpu_scratch(w, SCRATCH_CALL, (parts + 1) * (size_t)t.experts * sizeof *part));
+    launch(w, "load_sums", sum_shares, parts, BLOCK, sizeof(struct share_room), t, part);
+    launch(w, "load_sums", sum_parts, gpu_blocks(t.experts, BLOCK), BLOCK, 0, t, part, (int64_t)parts);
+}
+
+void gpu_load_shares(struct workers *w, const struct route_load *l)
+{
+    launch(w, "load_shares", share_gradients, 1, BLOCK, sizeof(struct loss_room), load_of(l));
 }
 
 void gpu_mix(struct workers *w, const struct mix *m)
