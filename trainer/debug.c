@@ -3,6 +3,7 @@
 #include "trainer/trainer.h"
 
 #include "comm/agree.h"
+#include "trainer/ops/kernels.h"
 
 #include <inttypes.h>
 
@@ -63,7 +64,7 @@ static status *look(const struct trainer *t, const char *what, const struct para
         return NULL;
     int64_t n = (int64_t)(end - begin), first;
     float value;
-    TRY(watch_find(t->watch, x, n, &first, &value));
+    TRY(watch_find(t->watch, array_of(x), n, &first, &value));
     return first < n ? bad(t, what, p, begin + (uint64_t)first, value) : NULL;
 }
 

@@ -4,8 +4,6 @@
 
 #include <string.h>
 
-enum { ALIGN = 64 };
-
 struct arena_block {
     struct arena_block *next;
     size_t bytes, used;
@@ -64,9 +62,9 @@ static struct arena_block *new_block(struct arena *a, size_t bytes)
 
 void *arena_alloc(struct arena *a, size_t bytes)
 {
-    if (bytes > SIZE_MAX - ALIGN)
+    if (bytes > SIZE_MAX - ARENA_ALIGN)
         return NULL;
-    size_t n = (bytes + ALIGN - 1) / ALIGN * ALIGN;
+    size_t n = (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
     struct arena_block *b = a->current;
     while (b && n > b->bytes - b->used && b->next) { /* blocks after current are empty */
         b = b->next;

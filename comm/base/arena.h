@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+enum { ARENA_ALIGN = 64 };
+
 /* Where blocks come from. */
 struct arena_source {
     void *(*get)(void *arg, size_t bytes); /* at least 64-byte aligned; NULL: there are none */
@@ -37,7 +39,7 @@ void arena_init(struct arena *a, size_t block_bytes, size_t cap_bytes);
 /* The same of blocks of another memory, which the host may not be able to read (arena_zalloc is not for it). */
 void arena_init_from(struct arena *a, struct arena_source source, size_t block_bytes, size_t cap_bytes);
 void arena_fini(struct arena *a);
-/* 64-byte aligned, not zeroed. NULL when over the cap or out of memory. */
+/* ARENA_ALIGN-byte aligned, not zeroed. NULL when over the cap or out of memory. */
 void *arena_alloc(struct arena *a, size_t bytes);
 void *arena_zalloc(struct arena *a, size_t bytes);
 struct arena_mark arena_mark(const struct arena *a);

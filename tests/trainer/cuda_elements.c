@@ -299,7 +299,7 @@ void test_sums(void **state)
 
 static void call_find(const struct kernels *k, struct workers *w, void **p, const void *arg)
 {
-    k->find_nonfinite(w, p[0], p[1], *(const int64_t *)arg);
+    k->find_nonfinite(w, p[0], array_of(p[1]), *(const int64_t *)arg);
 }
 
 /* No bad element, one at the ends, several. */
@@ -321,7 +321,7 @@ void test_firsts(void **state)
             if (n > 1)
                 x[at ? 0 : 1] = 3e38f;
             int64_t got = -1;
-            kernels_cpu.find_nonfinite(NULL, &got, x, n);
+            kernels_cpu.find_nonfinite(NULL, &got, array_of(x), n);
             assert_int_equal(got, where && n ? at : n);
             check_one(&r, where % 2);
         }

@@ -169,10 +169,12 @@ static void expect_chain_rule(struct model *plain, struct model *m)
         uint64_t rows = of->shape.dim[first], cols = of->shape.dim[first + 1];
         double scale = (double)m->lora_scale;
         for (uint64_t e = 0; e < (first ? of->shape.dim[0] : 1); e++) {
-            const float *dw = plain->params.p[i].value.grad + e * rows * cols,
+            const float *dw = (const float *)plain->params.p[i].value.grad + e * rows * cols,
                         *ea = (const float *)a->data + e * RANK * cols, *eb = (const float *)b->data + e * rows * RANK;
-            double da = off_product(eb, true, dw, false, RANK, rows, cols, scale, a->grad + e * RANK * cols),
-                   db = off_product(dw, false, ea, true, rows, cols, RANK, scale, b->grad + e * rows * RANK);
+            double da = off_product(eb, true, dw, false, RANK, rows, cols, scale,
+                                    (const float *)a->grad + e * RANK * cols),
+                   db = off_product(dw, false, ea, true, rows, cols, RANK, scale,
+                                    (const float *)b->grad + e * rows * RANK);
             if (!(da < 1e-8 && db < 1e-8))
                 fail_msg("%s, matrix %d: gradients of A and B are off by %g, %g", of->name, (int)e, sqrt(da), sqrt(db));
         }

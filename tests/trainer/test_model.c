@@ -442,7 +442,7 @@ static void check_gradient(struct plain *p, const struct batch *b, int param, in
     double high = plain_batch(p, b, NULL);
     p->by = -h;
     double low = plain_batch(p, b, NULL), want = (high - low) / (2 * h),
-           got = (double)p->m->params.p[param].value.grad[e] - 0.5;
+           got = (double)((float *)p->m->params.p[param].value.grad)[e] - 0.5;
     p->changed = -1;
     if (!(fabs(got - want) <= 2e-5 * (1 + fabs(want))))
         fail_msg("%s: gradient of %s at %lld is %.8g, not %.8g", p->v->name, p->m->params.p[param].name, (long long)e,
@@ -492,7 +492,7 @@ static void paddings_stay_zero(void **state)
     for (int i = 0; i < m->params.count; i++) {
         const struct param *p = &m->params.p[i];
         for (int64_t e = tensor_elems(&p->value); e % PARAM_ALIGN; e++)
-            assert_true(((float *)p->value.data)[e] == 0 && p->value.grad[e] == 0);
+            assert_true(((float *)p->value.data)[e] == 0 && ((float *)p->value.grad)[e] == 0);
     }
     tape_close(t);
     model_close(m);

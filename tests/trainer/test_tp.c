@@ -230,7 +230,7 @@ static status *check_gradients(const struct whole *w, const struct model *m)
             all += (double)want[e] * (double)want[e];
         for (uint64_t e = 0; e < param_elems(p); e++) {
             bool padding = e >= box_volume(p->shape.ndim, &p->box);
-            double d = (double)p->value.grad[e] - (padding ? 0 : (double)want[whole_index(p, e)]);
+            double d = (double)((float *)p->value.grad)[e] - (padding ? 0 : (double)want[whole_index(p, e)]);
             EXPECT(!padding || (d == 0 && ((float *)p->value.data)[e] == 0), "%s: padding was touched", p->name);
             off += d * d;
         }
@@ -330,6 +330,16 @@ static status *check_recompute(struct model *m, struct tape *t, const struct bat
             TRY(tape_backward(t, logp, b->weight, TAPE_BACKWARD_WEIGHT));
         EXPECT(!memcmp(grad, m->params.grad, bytes), "gradients with recompute, round %d", round);
     }
+    tape_share(t, true);
+    for (int recompute = 0; recompute < 3; recompute++) {
+        tape_recompute(t, (enum tape_recompute)recompute);
+        memset(m->params.grad, 0, bytes);
+        TRY(run_model(m, t, b, TAPE_DRY, &logp, &stats));
+        TRY(run_model(m, t, b, TAPE_TRAIN, &logp, &stats));
+        EXPECT(!memcmp(grad, m->params.grad, bytes), "gradients in shared memory, recompute %d", recompute);
+        EXPECT(recompute == TAPE_RECOMPUTE_BLOCK || t->grads.at, "gradients share no memory, recompute %d", recompute);
+    }
+    tape_share(t, false);
     mem_free(grad);
     return NULL;
 }
@@ -529,16 +539,17 @@ static void ops_against_formulas(void **state)
  * and attention keep (docs/parallelism.md). */
 static size_t attention_floats(size_t c, size_t q, size_t k, size_t heads)
 {
-    return TOKENS * (2 * (3 * c + 3 * q + 3 * k) + 1 + heads);
+    return TOKENS * (2 * (2 * c + 3 * q + 3 * k) + 1 + heads);
 }
 
 static size_t ffn_floats(size_t c, size_t f)
 {
-    return TOKENS * (2 * (3 * c + 3 * f) + 1);
+    return TOKENS * (2 * (2 * c + 3 * f) + 1);
 }
 
 /* What a training pass of 24 layers holds: all activations; or of each layer its output and the angles' table, and one
- * layer's activations; or of each layer its feed-forward part and what goes into it, and one layer's attention. */
+ * layer's activations; or of each layer its feed-forward part and what goes into it, and one layer's attention; or all,
+ * but the gradients of one layer only, and of each layer's output. */
 static void recompute_holds_one_block(void **state)
 {
     (void)state;
@@ -548,19 +559,21 @@ static void recompute_holds_one_block(void **state)
     struct batch b;
     struct tensor *logp;
     struct logprob_stats stats;
-    size_t bytes[3];
+    size_t bytes[4];
     fill(&b, TOKENS);
     must(open_at("heads=4,kv_heads=2,hidden=96,ffn=160,layers=24", &(struct tp_place){ .size = 1 }, &m));
     stir(m);
-    for (int recompute = 0; recompute < 3; recompute++) {
+    for (int recompute = 0; recompute < 4; recompute++) {
         must(tape_open(NULL, NULL, 0, &t));
-        tape_recompute(t, (enum tape_recompute)recompute);
+        tape_recompute(t, (enum tape_recompute)(recompute % 3));
+        tape_share(t, recompute == 3);
         must(run_model(m, t, &b, TAPE_DRY, &logp, &stats));
         uint64_t grown = t->arena.grown;
         must(run_model(m, t, &b, TAPE_TRAIN, &logp, &stats));
         must(run_model(m, t, &b, TAPE_FORWARD, &logp, &stats));
         assert_int_equal(t->arena.grown, grown);
         bytes[recompute] = t->arena.peak_bytes;
+        tape_share(t, false);
         must(check_recompute(m, t, &b));
         tape_close(t);
     }
@@ -571,6 +584,11 @@ static void recompute_holds_one_block(void **state)
     double saved = (double)(bytes[0] - bytes[2]), want = (double)(MANY * (all - 2 * own) - (all + own)) * sizeof(float);
     if (fabs(saved - want) > 0.02 * want || (double)bytes[2] < (double)(MANY * (rest + 2 * own)) * sizeof(float))
         fail_msg("%zu bytes without attention's, %zu with: %.0f less, not %.0f", bytes[2], bytes[0], saved, want);
+    size_t gradients = (all + rest - (size_t)TOKENS * (2 + 4)) / 2; /* norms' roots and attention's sums have none */
+    saved = (double)(bytes[0] - bytes[3]);
+    want = (double)(MANY * (gradients - own) - gradients) * sizeof(float);
+    if (fabs(saved - want) > 0.02 * want)
+        fail_msg("%zu bytes with shared gradients, %zu with all: %.0f less, not %.0f", bytes[3], bytes[0], saved, want);
     model_close(m);
 }
 

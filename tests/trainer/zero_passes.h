@@ -152,7 +152,7 @@ static inline void add_gradients(struct params *ps, int unit, uint32_t step, uin
 {
     for (int i = 0; i < PARAMS; i++)
         for (uint64_t e = 0; ps->p[i].alias < 0 && ps->p[i].block + 1 == unit && e < elems_of_row(i); e++)
-            ps->p[i].value.grad[e] += gradient[step][micro][ps->p[i].offset + e];
+            ((float *)ps->p[i].value.grad)[e] += gradient[step][micro][ps->p[i].offset + e];
 }
 
 /* Parameters of a unit, where tensors point, are those of step `step` - 1 (NULL: not compared). */

@@ -206,6 +206,13 @@ struct tensor *model_linear(struct model *m, struct tape *t, struct tensor *x, i
     return op_linear_low_rank(t, x, &m->params.p[w].value, b, low.a ? &low : NULL);
 }
 
+struct tensor *model_linear_add(struct model *m, struct tape *t, struct tensor *onto, struct tensor *x, int w, int bias)
+{
+    struct tensor *b = bias < 0 ? NULL : &m->params.p[bias].value;
+    struct low_rank low = model_adapter(m, w);
+    return op_linear_add(t, onto, x, &m->params.p[w].value, b, low.a ? &low : NULL);
+}
+
 /* ---- from a checkpoint ---- */
 
 status *lora_stored(const char *text, struct lora_config *out)

@@ -195,6 +195,9 @@ struct model {
 /* For `forward`: y = x w^T + b, with the adapter of parameter w, if it has one; indices into params.p, bias -1: none.
  */
 struct tensor *model_linear(struct model *m, struct tape *t, struct tensor *x, int w, int bias);
+/* onto + that, for a residual stream (op_linear_add). */
+struct tensor *model_linear_add(struct model *m, struct tape *t, struct tensor *onto, struct tensor *x, int w,
+                                int bias);
 
 /* For `forward`: the adapter of parameter w; a NULL: it has none, or adapters are off. */
 struct low_rank model_adapter(struct model *m, int w);

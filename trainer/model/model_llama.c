@@ -404,13 +404,14 @@ static struct tensor *attention_block(struct tape *t, const void *arg, int64_t i
     if (c->kv_rank && c->v_dim < c->head_dim)
         o = op_join(p->t, param(p, l->o)->dim[1] / c->v_dim, &(struct join_part){ o, 0, 1, c->v_dim }, 1);
     o = op_view(p->t, o, 2, (int64_t[]){ p->in->tokens, param(p, l->o)->dim[1] });
-    return op_add(p->t, x, model_linear(p->m, p->t, o, l->o, -1));
+    return model_linear_add(p->m, p->t, x, o, l->o, -1);
 }
 
-static struct tensor *ffn(const struct pass *p, struct tensor *h, const struct ffn *f)
+/* x + the ffn of h. */
+static struct tensor *ffn(const struct pass *p, struct tensor *x, struct tensor *h, const struct ffn *f)
 {
     struct tensor *gate = model_linear(p->m, p->t, h, f->gate, -1), *up = model_linear(p->m, p->t, h, f->up, -1);
-    return model_linear(p->m, p->t, op_swiglu(p->t, gate, up), f->down, -1);
+    return model_linear_add(p->m, p->t, x, op_swiglu(p->t, gate, up), f->down, -1);
 }
 
 static struct tensor *routed(const struct pass *p, struct tensor *h, int64_t i)
@@ -444,7 +445,7 @@ static struct tensor *ffn_block(const struct pass *p, struct tensor *x, int64_t 
     struct tensor *h = op_rmsnorm(p->t, x, param(p, l->post_norm), (float)p->l->c.norm_eps);
     if (l->router >= 0)
         x = op_add(p->t, x, routed(p, h, i));
-    return l->all.gate >= 0 ? op_add(p->t, x, ffn(p, h, &l->all)) : x;
+    return l->all.gate >= 0 ? ffn(p, x, h, &l->all) : x;
 }
 
 static struct tensor *layer(struct tape *t, const void *arg, int64_t i, struct tensor *x)

@@ -24,6 +24,7 @@ struct block_record {
 struct region {
     struct arena_mark mark, host;
     struct tape_record *last;
+    bool grads_open;
     struct rope_table *rope;
     struct tape_copy *copies;
     float *room, *context_part;
@@ -39,6 +40,7 @@ static struct region open_region(struct tape *t, int64_t block, enum tape_mode m
                         .host = arena_mark(&t->host),
                         .copies = t->copies,
                         .last = t->last,
+                        .grads_open = t->grads.open,
                         .rope = t->rope,
                         .room = t->room,
                         .context_part = t->context_part,
@@ -49,6 +51,7 @@ static struct region open_region(struct tape *t, int64_t block, enum tape_mode m
                         .block = t->block,
                         .mode = t->mode };
     t->last = NULL;
+    t->grads.open = false;
     t->block = block;
     t->outside = t->inside = NULL;
     t->mode = mode;
@@ -64,6 +67,7 @@ static void close_region(struct tape *t, const struct region *r)
     arena_release(&t->host, r->host);
     t->copies = r->copies;
     t->last = r->last;
+    t->grads.open = r->grads_open;
     t->rope = r->rope;
     t->room = r->room;
     t->room_floats = r->room_floats;
@@ -74,19 +78,6 @@ static void close_region(struct tape *t, const struct region *r)
     t->outside = t->inside = NULL;
     t->block = r->block;
     t->mode = r->mode;
-}
-
-/* x with a gradient of its own: what of a block's gradient is wanted, x's owner decides. */
-static struct tensor *twin_of(struct tape *t, const struct tensor *x)
-{
-    struct tensor *y = take(t, 1, sizeof *y);
-    if (!y)
-        return NULL;
-    *y = *x;
-    y->grad = learns(t, x) ? take_floats(t, tensor_elems(x)) : NULL;
-    if (y->grad && runs(t))
-        t->kernels->zero(t->workers, y->grad, tensor_elems(x));
-    return t->error ? NULL : y;
 }
 
 /* False: the tape has failed. */
@@ -126,6 +117,15 @@ static void mark_end(struct tape *t, int64_t index,
         r->index = index;
 }
 
+/* The gradient of a block's output is needed while that of the next block's activations is made. */
+static void keep_gradient(struct tape *t, struct tensor *y)
+{
+    struct tensor *own = y ? owner_of(y) : NULL;
+    const char *p = own ? own->grad : NULL, *from = t->grads.at;
+    if (p && (p == (const char *)t || (from && p >= from && p < from + t->grads.bytes)))
+        own->grad = take_there(t, (size_t)tensor_elems(own), own->low_grad ? sizeof(uint16_t) : sizeof(float));
+}
+
 /* A block whose activations are kept. */
 static struct tensor *run_kept(struct tape *t, block_fn *run, const void *arg, int64_t index, struct tensor *x)
 {
@@ -133,7 +133,11 @@ static struct tensor *run_kept(struct tape *t, block_fn *run, const void *arg, i
         return NULL;
     mark_end(t, index, first_backward);
     t->block = index;
+    t->grads.open = t->share && t->mode != TAPE_FORWARD;
+    t->grads.used = 0;
     struct tensor *y = run(t, arg, index, x);
+    t->grads.open = false;
+    keep_gradient(t, y);
     t->block = -1;
     mark_end(t, index, last_backward);
     return leave(t, index, false) ? y : NULL;
@@ -145,13 +149,13 @@ static void block_backward(struct tape *t, const struct tape_record *base, unsig
     if (t->error || (r->whole && !enter(t, r->index, true)))
         return;
     struct region region = open_region(t, r->index, TAPE_TRAIN);
-    struct tensor *x = twin_of(t, r->x), *y = x ? r->run(t, r->arg, r->index, x) : NULL;
+    struct tensor *x = twin(t, r->x), *y = x ? r->run(t, r->arg, r->index, x) : NULL;
     if (y && y->grad && !t->error) {
         unsigned needed = WEIGHT_HALF(halves) ? (unsigned)TAPE_BACKWARD_ALL : halves; /* gradients inside are gone */
-        t->kernels->scale(t->workers, y->grad, r->y->grad, 1.0f, tensor_elems(y));
+        t->kernels->scale(t->workers, grad_over(y), grad_f32(t, r->y), 1.0f, tensor_elems(y));
         tape_replay(t, t->last, needed);
         if (INPUT_HALF(halves) && r->x->grad)
-            t->kernels->axpy(t->workers, r->x->grad, x->grad, 1.0f, tensor_elems(x));
+            t->kernels->axpy(t->workers, grad_f32(t, r->x), grad_f32(t, x), 1.0f, tensor_elems(x));
     }
     close_region(t, &region);
     if (r->whole && WEIGHT_HALF(halves))
@@ -162,7 +166,7 @@ static void block_backward(struct tape *t, const struct tape_record *base, unsig
 static struct tensor *run_dropped(struct tape *t, block_fn *run, const void *arg, size_t bytes, int64_t index,
                                   struct tensor *x, bool whole)
 {
-    struct tensor *y = make_like(t, x, true);
+    struct tensor *y = make_like(t, x, true, false);
     void *own = take(t, 1, bytes);
     if (!y || !own)
         return NULL;
@@ -170,8 +174,8 @@ static struct tensor *run_dropped(struct tape *t, block_fn *run, const void *arg
     if (whole && !enter(t, index, false))
         return NULL;
     struct region region = open_region(t, index, runs(t) ? TAPE_FORWARD : TAPE_DRY);
-    struct tensor *in = runs(t) ? x : twin_of(t, x), *out = in ? run(t, own, index, in) : NULL;
-    if (out && !same_shape(out, x))
+    struct tensor *in = runs(t) ? x : twin(t, x), *out = in ? run(t, own, index, in) : NULL;
+    if (out && (!same_shape(out, x) || !is_f32(out)))
         out = misfit(t, "op_block", "a block's output has its input's shape", x, out);
     if (out && runs(t))
         copy_there(t, y->data, out->data, (size_t)tensor_elems(y) * sizeof(float));

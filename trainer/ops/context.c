@@ -120,7 +120,7 @@ void context_gradients(struct tape *t, const struct tensor *k, const struct tens
     t->kernels->zero(t->workers, part(t, k, 2), 2 * (int64_t)part_elems(t, k));
 }
 
-static void sum(struct tape *t, const struct tensor *x, float *whole, float *by_rank, float *room)
+static void sum(struct tape *t, struct tensor *x, float *whole, float *by_rank, float *room)
 {
     int64_t own = tensor_elems(x), rows = x->dim[0], row = rows ? own / rows : 0;
     float *mine = by_rank + (int64_t)t->context->rank * own;
@@ -130,10 +130,10 @@ static void sum(struct tape *t, const struct tensor *x, float *whole, float *by_
     reorder(t, whole, by_rank, rows, row, false);
     if (!t->error)
         failed(t, ordered_reduce_scatter(t->context, by_rank, part_elems(t, x), (size_t)own, mine, room, &at));
-    t->kernels->axpy(t->workers, x->grad, mine, 1.0f, own);
+    t->kernels->axpy(t->workers, grad_f32(t, x), mine, 1.0f, own);
 }
 
-void context_sum(struct tape *t, const struct tensor *k, const struct tensor *v, const struct attention *a)
+void context_sum(struct tape *t, struct tensor *k, struct tensor *v, const struct attention *a)
 {
     sum(t, k, a->dk, part(t, k, 0), part(t, k, 1));
     sum(t, v, a->dv, part(t, k, 0), part(t, k, 1));
@@ -158,8 +158,8 @@ static void tokens_backward(struct tape *t, const struct tape_record *base, unsi
 {
     const struct tokens_record *r = (const void *)base;
     if (INPUT_HALF(halves)) {
-        t->kernels->embedding(t->workers, r->room, r->y->grad, DTYPE_F32, r->token, r->x->dim[0], 1);
-        t->kernels->axpy(t->workers, r->x->grad, r->room, 1.0f, r->x->dim[0]);
+        t->kernels->embedding(t->workers, r->room, grad_f32(t, r->y), DTYPE_F32, r->token, r->x->dim[0], 1);
+        t->kernels->axpy(t->workers, grad_f32(t, r->x), r->room, 1.0f, r->x->dim[0]);
     }
 }
 

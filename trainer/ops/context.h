@@ -27,7 +27,7 @@ void context_keys(struct tape *t, const struct tensor *k, const struct tensor *v
 /* a->dk, a->dv, where k and v want them: room for the summands of all tokens' gradients, zero. */
 void context_gradients(struct tape *t, const struct tensor *k, const struct tensor *v, struct attention *a);
 /* Add this rank's tokens' sums of these to the gradients of k and v; a->k and a->v are of no use then. */
-void context_sum(struct tape *t, const struct tensor *k, const struct tensor *v, const struct attention *a);
+void context_sum(struct tape *t, struct tensor *k, struct tensor *v, const struct attention *a);
 /* INVALID: seg is not of a pack of which a rank has n rows, or positions do not ascend in a sequence. */
 status *context_check(const struct tape *t, const struct segments *seg, int64_t n) WARN_UNUSED;
 /* In place, the sum of the ranks' values; without a context, what they are. */

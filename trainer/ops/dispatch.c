@@ -111,11 +111,11 @@ static void dispatch_backward(struct tape *t, const struct tape_record *base, un
     int64_t c = r->x->dim[1];
     if (!INPUT_HALF(halves) || t->error)
         return;
-    float *sorted = t->ep ? r->sorted : r->rows->grad;
+    float *sorted = t->ep ? r->sorted : grad_f32(t, r->rows);
     if (t->ep)
-        exchange(t, r->g, sorted, r->rows->grad, c, true);
+        exchange(t, r->g, sorted, grad_f32(t, r->rows), c, true);
     if (r->x->grad && !t->error)
-        t->kernels->embedding_bwd(t->workers, r->x->grad, sorted, r->g->token, r->g->n * r->g->how->top, c);
+        t->kernels->embedding_bwd(t->workers, grad_f32(t, r->x), sorted, r->g->token, r->g->n * r->g->how->top, c);
 }
 
 struct tensor *op_dispatch(struct tape *t, struct tensor *x, struct routing *g)
@@ -162,12 +162,12 @@ static void combine_backward(struct tape *t, const struct tape_record *base, uns
     if (!INPUT_HALF(halves) || t->error)
         return;
     struct mix m = mix_of(r->g, r->sorted, r->weight, c);
-    m.dy = r->y->grad;
-    m.drow = t->ep ? r->sorted : r->rows->grad; /* nothing else has a gradient for `rows` */
-    m.dweight = r->weight->grad;
+    m.dy = grad_f32(t, r->y);
+    m.drow = t->ep ? r->sorted : grad_over(r->rows); /* nothing else has a gradient for `rows` */
+    m.dweight = grad_f32(t, r->weight);
     t->kernels->mix_bwd(t->workers, &m);
     if (t->ep)
-        exchange(t, r->g, r->sorted, r->rows->grad, c, false);
+        exchange(t, r->g, r->sorted, grad_f32(t, r->rows), c, false);
 }
 
 struct tensor *op_combine(struct tape *t, struct tensor *rows, struct tensor *weight, struct routing *g)

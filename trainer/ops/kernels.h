@@ -26,9 +26,9 @@ struct array {
     bool low;   /* bf16 instead of f32; computed with in f32. A GPU's only */
     bool fresh; /* of a gradient: nothing is in it yet, and it is written instead of added to. A GPU's only */
 };
-static inline struct array array_of(float *x)
+static inline struct array array_of(const float *x)
 {
-    struct array a = { x, false, false };
+    struct array a = { (void *)(size_t)x, false, false };
     return a;
 }
 
@@ -312,7 +312,7 @@ struct kernels {
     /* *y = sum of x: block_sums, then tree_sum; partial [ceil(n / 1024)] is scratch. */
     void (*sum)(struct workers *w, float *y, const float *x, int64_t n, double *partial);
     /* *first = the index of the first NaN or infinity of x, n if there is none. */
-    void (*find_nonfinite)(struct workers *w, int64_t *first, const float *x, int64_t n);
+    void (*find_nonfinite)(struct workers *w, int64_t *first, struct array x, int64_t n);
     void (*logprob)(struct workers *w, const struct logprob *p);
     void (*logprob_merge)(struct workers *w, const struct logprob *p);
     void (*logprob_bwd)(struct workers *w, const struct logprob *p);

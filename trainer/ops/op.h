@@ -54,6 +54,17 @@ static inline bool is_f32(const struct tensor *x)
     return x->dtype == DTYPE_F32;
 }
 
+/* Or bf16, where activations may be. */
+static inline bool is_activation(const struct tape *t, const struct tensor *x)
+{
+    return x->dtype == DTYPE_F32 || (t->low && x->dtype == DTYPE_BF16);
+}
+
+static inline bool is_low(const struct tensor *x)
+{
+    return x->dtype == DTYPE_BF16;
+}
+
 static inline bool is_weight(const struct tensor *x)
 {
     return x->dtype == DTYPE_F32 || x->dtype == DTYPE_BF16;
@@ -63,11 +74,6 @@ static inline bool is_weight(const struct tensor *x)
 static inline struct array data_of(const struct tensor *x)
 {
     return (struct array){ .at = x->data, .low = x->dtype == DTYPE_BF16 };
-}
-
-static inline struct array grad_of(const struct tensor *x)
-{
-    return (struct array){ .at = x->grad };
 }
 
 static inline bool runs(const struct tape *t)
@@ -157,31 +163,135 @@ static inline const int32_t *on_device(struct tape *t, const int32_t *host, int6
     return there;
 }
 
-/* A tensor with a zeroed gradient, if any, and data not yet written. */
-static inline struct tensor *make(struct tape *t, int ndim, const int64_t *dim, bool with_grad)
+/* Memory for a gradient: inside a block that of all blocks, as far as a dry pass has seen that it is needed. */
+static inline void *take_grad(struct tape *t, size_t bytes)
+{
+    if (!t->grads.open)
+        return take_there(t, 1, bytes);
+    size_t used = t->grads.used, end = used + (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
+    if (t->mode != TAPE_DRY && !t->grads.at && t->grads.bytes)
+        t->grads.at = take_there(t, 1, t->grads.bytes);
+    if (t->error || (t->mode != TAPE_DRY && end > t->grads.bytes))
+        return take_there(t, 1, bytes);
+    t->grads.used = end;
+    t->grads.most = end > t->grads.most ? end : t->grads.most;
+    return t->mode == TAPE_DRY ? (void *)t : t->grads.at + used; /* a dry pass writes to none */
+}
+
+/* A tensor with data not yet written, in bf16 or not, and a fresh gradient, if any, in bf16 or not. */
+static inline struct tensor *make_of(struct tape *t, int ndim, const int64_t *dim, bool with_grad, bool low,
+                                     bool low_grad)
 {
     struct tensor *x = take(t, 1, sizeof *x);
     if (!x)
         return NULL;
-    *x = (struct tensor){ .dtype = DTYPE_F32, .ndim = ndim };
+    *x = (struct tensor){ .dtype = low ? DTYPE_BF16 : DTYPE_F32, .ndim = ndim, .low_grad = low_grad, .fresh = true };
     memcpy(x->dim, dim, (size_t)ndim * sizeof *dim);
-    int64_t n = tensor_elems(x);
-    x->data = take_floats(t, n);
+    size_t n = (size_t)tensor_elems(x);
+    x->data = take_there(t, n, low ? sizeof(uint16_t) : sizeof(float));
     if (with_grad && t->mode != TAPE_FORWARD)
-        x->grad = take_floats(t, n);
-    if (t->error)
-        return NULL;
-    if (x->grad && runs(t))
-        t->kernels->zero(t->workers, x->grad, n);
-    return x;
+        x->grad = take_grad(t, n * (low_grad ? sizeof(uint16_t) : sizeof(float)));
+    return t->error ? NULL : x;
 }
 
-static inline struct tensor *make_like(struct tape *t, const struct tensor *x, bool with_grad)
+static inline struct tensor *make(struct tape *t, int ndim, const int64_t *dim, bool with_grad)
 {
-    struct tensor *y = make(t, x->ndim, x->dim, with_grad);
+    return make_of(t, ndim, dim, with_grad, false, false);
+}
+
+static inline struct tensor *make_like(struct tape *t, const struct tensor *x, bool with_grad, bool low)
+{
+    struct tensor *y = make_of(t, x->ndim, x->dim, with_grad, low, low);
     if (y)
         y->cut_rows = x->cut_rows;
     return y;
+}
+
+/* x with a gradient of its own, f32; NULL: the tape has failed. */
+static inline struct tensor *twin(struct tape *t, const struct tensor *x)
+{
+    struct tensor *y = take(t, 1, sizeof *y);
+    if (!y)
+        return NULL;
+    *y = *x;
+    y->owner = NULL;
+    y->low_grad = false;
+    y->fresh = true;
+    y->grad = learns(t, x) ? take_grad(t, (size_t)tensor_elems(x) * sizeof(float)) : NULL;
+    return t->error ? NULL : y;
+}
+
+/* x itself, or if it is bf16 an f32 tensor of its values, for ops that know f32 only. NULL stays NULL. */
+struct tensor *as_f32(struct tape *t, struct tensor *x);
+/* op_linear whose output is f32 in any case. */
+struct tensor *linear_f32(struct tape *t, struct tensor *x, struct tensor *w);
+
+/* ---- gradients, in backward. A fresh one stands for zeros. ---- */
+
+static inline struct tensor *owner_of(struct tensor *x)
+{
+    return x->owner ? x->owner : x;
+}
+
+static inline bool is_fresh(struct tensor *x)
+{
+    return !x->grad || owner_of(x)->fresh;
+}
+
+static inline void clear_grad(struct tape *t, struct tensor *x)
+{
+    if (x->grad && x->fresh) /* zeros are the same in either type */
+        t->kernels->zero(t->workers, x->grad, (tensor_elems(x) + x->low_grad) / (1 + x->low_grad));
+    x->fresh = false;
+}
+
+/* To read, or to add to. */
+static inline struct array grad_of(struct tape *t, struct tensor *x)
+{
+    struct tensor *own = owner_of(x);
+    clear_grad(t, own);
+    return (struct array){ .at = own->grad, .low = own->low_grad };
+}
+
+/* For a product, which adds to it or, if it is fresh, writes all of it. */
+static inline struct array grad_product(struct tensor *x)
+{
+    struct tensor *own = owner_of(x);
+    struct array dx = { .at = own->grad, .low = own->low_grad, .fresh = own->fresh };
+    own->fresh = false;
+    return dx;
+}
+
+/* The same for other kernels, of which the CPU's can only add. */
+static inline struct array grad_to(struct tape *t, struct tensor *x)
+{
+    return at_home(t) ? grad_of(t, x) : grad_product(x);
+}
+
+/* As f32, of what is never bf16. */
+static inline float *grad_f32(struct tape *t, struct tensor *x)
+{
+    return grad_of(t, x).at;
+}
+
+/* To write all of it, whatever was in it. */
+static inline float *grad_over(struct tensor *x)
+{
+    struct tensor *own = owner_of(x);
+    own->fresh = false;
+    return own->grad;
+}
+
+/* x's gradient += s times y's, both f32. */
+static inline void add_grad(struct tape *t, struct tensor *x, struct tensor *y, float s)
+{
+    if (!x->grad)
+        return;
+    const float *dy = grad_f32(t, y);
+    if (is_fresh(x))
+        t->kernels->scale(t->workers, grad_over(x), dy, s, tensor_elems(y));
+    else
+        t->kernels->axpy(t->workers, grad_f32(t, x), dy, s, tensor_elems(y));
 }
 
 /* A record of `bytes` with its first fields set, put on the tape once its op has filled it. NULL: the tape has failed.
@@ -218,11 +328,6 @@ static inline const float *widened(struct tape *t, const struct tensor *x)
     if (y && runs(t))
         t->kernels->widen(t->workers, y, x->data, tensor_elems(x));
     return y;
-}
-
-static inline const float *f32(const struct tensor *x)
-{
-    return x->data;
 }
 
 #endif

@@ -13,16 +13,53 @@ struct tensor *op_new(struct tape *t, int ndim, const int64_t *dim, bool with_gr
     if (ndim < 1 || ndim > TENSOR_DIMS)
         return tape_fail(t, ERR(INVALID, "op_new: %d dimensions", ndim));
     struct tensor *x = make(t, ndim, dim, with_grad);
-    if (x && runs(t))
+    if (x && runs(t)) {
         t->kernels->zero(t->workers, x->data, tensor_elems(x));
+        clear_grad(t, x);
+    }
     return x;
+}
+
+/* ---- from bf16 ---- */
+
+struct cast_record {
+    struct tape_record base;
+    struct tensor *x, *y;
+};
+
+static void cast_backward(struct tape *t, const struct tape_record *base, unsigned halves)
+{
+    const struct cast_record *r = (const void *)base;
+    if (INPUT_HALF(halves))
+        t->kernels->convert(t->workers, grad_to(t, r->x), grad_of(t, r->y), tensor_elems(r->y));
+}
+
+struct tensor *as_f32(struct tape *t, struct tensor *x)
+{
+    if (!x || !is_low(x))
+        return x;
+    struct tensor *y = make_like(t, x, learns(t, x), false);
+    if (!y)
+        return NULL;
+    if (runs(t))
+        t->kernels->convert(t->workers, (struct array){ .at = y->data, .fresh = true }, data_of(x), tensor_elems(x));
+    struct cast_record *r = y->grad ? record(t, sizeof *r, cast_backward) : NULL;
+    if (r) {
+        r->x = x;
+        r->y = y;
+        r->base.look = (struct tape_look){ "widening", { x }, { NULL } };
+    }
+    return t->error ? NULL : y;
 }
 
 struct tensor *op_view(struct tape *t, struct tensor *x, int ndim, const int64_t *dim)
 {
     if (!x)
         return missing(t, "op_view");
-    struct tensor v = { .dtype = x->dtype, .ndim = ndim, .data = x->data, .grad = x->grad, .cut_rows = x->cut_rows };
+    struct tensor v = *x;
+    v.ndim = ndim;
+    v.owner = owner_of(x);
+    v.cut = NULL;
     if (ndim < 1 || ndim > TENSOR_DIMS)
         return tape_fail(t, ERR(INVALID, "op_view: %d dimensions", ndim));
     memcpy(v.dim, dim, (size_t)ndim * sizeof *dim);
@@ -52,7 +89,7 @@ static void embedding_backward(struct tape *t, const struct tape_record *base, u
 {
     const struct embedding_record *r = (const void *)base;
     if (WEIGHT_HALF(halves))
-        t->kernels->embedding_bwd(t->workers, r->table->grad, r->y->grad, r->id, r->y->dim[0], r->y->dim[1]);
+        t->kernels->embedding_bwd(t->workers, r->table->grad, grad_f32(t, r->y), r->id, r->y->dim[0], r->y->dim[1]);
 }
 
 /* Ids as rows of this rank's part; -1: of another's. */
@@ -111,24 +148,27 @@ static void rmsnorm_backward(struct tape *t, const struct tape_record *base, uns
 {
     const struct rmsnorm_record *r = (const void *)base;
     if (INPUT_HALF(halves) && r->x->grad)
-        t->kernels->rmsnorm_bwd(t->workers, grad_of(r->x), grad_of(r->y), data_of(r->x), r->weight, r->rrms, r->rows,
-                                r->c);
+        t->kernels->rmsnorm_bwd(t->workers, grad_to(t, r->x), grad_of(t, r->y), data_of(r->x), r->weight, r->rrms,
+                                r->rows, r->c);
     if (WEIGHT_HALF(halves) && r->w->grad)
-        t->kernels->rmsnorm_bwd_weight(t->workers, r->w->grad, grad_of(r->y), data_of(r->x), r->rrms, r->rows, r->c);
+        t->kernels->rmsnorm_bwd_weight(t->workers, r->w->grad, grad_of(t, r->y), data_of(r->x), r->rrms, r->rows, r->c);
 }
 
 struct tensor *op_rmsnorm(struct tape *t, struct tensor *x, struct tensor *w, float eps)
 {
     if (!x || !w)
         return missing(t, "op_rmsnorm");
-    if (x->ndim < 1 || w->ndim != 1 || x->dim[x->ndim - 1] != w->dim[0] || w->dim[0] < 1 || !is_f32(x) || !is_weight(w))
+    if (x->ndim < 1 || w->ndim != 1 || x->dim[x->ndim - 1] != w->dim[0] || w->dim[0] < 1 || !is_activation(t, x) ||
+        !is_weight(w))
         return misfit(t, "op_rmsnorm", "x is f32 [..., C], w [C]", x, w);
     int64_t c = w->dim[0], rows = tensor_elems(x) / c;
-    struct tensor *y = make_like(t, x, learns(t, x) || learns(t, w));
+    /* several products add to its gradient, which therefore stays f32 */
+    struct tensor *y = make_of(t, x->ndim, x->dim, learns(t, x) || learns(t, w), t->low, false);
     float *rrms = take_floats(t, rows);
     const float *weight = widened(t, w);
     if (t->error)
         return NULL;
+    y->cut_rows = x->cut_rows;
     if (runs(t))
         t->kernels->rmsnorm(t->workers, data_of(y), rrms, data_of(x), weight, rows, c, eps);
     struct rmsnorm_record *r = y->grad ? record(t, sizeof *r, rmsnorm_backward) : NULL;
@@ -206,7 +246,7 @@ static void rope_backward(struct tape *t, const struct tape_record *base, unsign
 {
     const struct rope_record *r = (const void *)base;
     if (INPUT_HALF(halves))
-        t->kernels->rope_bwd(t->workers, grad_of(r->x), grad_of(r->y), r->angles, r->x->dim[0], r->x->dim[1],
+        t->kernels->rope_bwd(t->workers, grad_to(t, r->x), grad_of(t, r->y), r->angles, r->x->dim[0], r->x->dim[1],
                              r->x->dim[2]);
 }
 
@@ -214,9 +254,9 @@ struct tensor *op_rope(struct tape *t, struct tensor *x, const int32_t *position
 {
     if (!x)
         return missing(t, "op_rope");
-    if (x->ndim != 3 || x->dim[2] % 2 || !is_f32(x))
+    if (x->ndim != 3 || x->dim[2] % 2 || !is_activation(t, x))
         return misfit(t, "op_rope", "x is f32 [N, H, D], D even", x, NULL);
-    struct tensor *y = make_like(t, x, learns(t, x));
+    struct tensor *y = make_like(t, x, learns(t, x), is_low(x));
     const float *angles = y ? rope_angles(t, position, x->dim[0], x->dim[2], how) : NULL;
     if (!angles)
         return NULL;
@@ -269,7 +309,8 @@ static struct attention attention_of(const struct tape *t, const struct tensor *
                                .q = q->data,
                                .k = k->data,
                                .v = v->data,
-                               .bf16 = t->bf16 };
+                               .bf16 = t->bf16,
+                               .low = is_low(q) };
 }
 
 static void attention_backward(struct tape *t, const struct tape_record *base, unsigned halves)
@@ -281,10 +322,10 @@ static void attention_backward(struct tape *t, const struct tape_record *base, u
     a.window = r->window;
     a.o = r->o->data;
     a.lse = r->lse;
-    a.d_o = r->o->grad;
-    a.dq = r->q->grad;
-    a.dk = r->k->grad;
-    a.dv = r->v->grad;
+    a.d_o = grad_of(t, r->o).at;
+    a.dq = grad_of(t, r->q).at;
+    a.dk = grad_of(t, r->k).at;
+    a.dv = grad_of(t, r->v).at;
     if (t->context) {
         context_keys(t, r->k, r->v, &a);
         context_gradients(t, r->k, r->v, &a);
@@ -353,7 +394,7 @@ static void append(struct tape *t, struct kv_cache *c, const struct segments *se
 
 static const char *attention_misfit(const struct tensor *q, const struct tensor *k, const struct tensor *v)
 {
-    if (q->ndim != 3 || k->ndim != 3 || !same_shape(k, v) || !is_f32(q) || !is_f32(k) || !is_f32(v))
+    if (q->ndim != 3 || k->ndim != 3 || !same_shape(k, v) || q->dtype != k->dtype || q->dtype != v->dtype)
         return "q is f32 [N, H, D], k and v f32 [N, G, D]";
     if (q->dim[0] != k->dim[0] || q->dim[2] != k->dim[2] || k->dim[1] < 1 || q->dim[1] % k->dim[1])
         return "equal N and D are needed, and H a multiple of G";
@@ -367,6 +408,13 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
 {
     if (!q || !k || !v)
         return missing(t, "op_attention");
+    if (!is_activation(t, q) || !is_activation(t, k) || !is_activation(t, v))
+        return misfit(t, "op_attention", "q is f32 [N, H, D], k and v f32 [N, G, D]", q, is_f32(k) ? v : k);
+    q = as_f32(t, q);
+    k = as_f32(t, k);
+    v = as_f32(t, v);
+    if (t->error)
+        return NULL;
     const char *why = attention_misfit(q, k, v);
     if (why)
         return misfit(t, "op_attention", why, q, same_shape(k, v) ? k : v);
@@ -375,7 +423,7 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
         st = check_cache(t, cache, k, seg);
     if (st)
         return tape_fail(t, st);
-    struct tensor *o = make_like(t, q, learns(t, q) || learns(t, k) || learns(t, v));
+    struct tensor *o = make_like(t, q, learns(t, q) || learns(t, k) || learns(t, v), is_low(q));
     float *lse = o && o->grad ? take_floats(t, q->dim[0] * q->dim[1]) : NULL;
     int32_t *past = cache ? take(t, (size_t)cache->segments, sizeof *past) : NULL;
     if (cache && !runs(t))
@@ -435,17 +483,17 @@ static void swiglu_backward(struct tape *t, const struct tape_record *base, unsi
 {
     const struct elementwise_record *r = (const void *)base;
     if (INPUT_HALF(halves))
-        t->kernels->swiglu_bwd(t->workers, grad_of(r->a), grad_of(r->b), grad_of(r->y), data_of(r->a), data_of(r->b),
-                               tensor_elems(r->y));
+        t->kernels->swiglu_bwd(t->workers, grad_to(t, r->a), grad_to(t, r->b), grad_of(t, r->y), data_of(r->a),
+                               data_of(r->b), tensor_elems(r->y));
 }
 
 struct tensor *op_swiglu(struct tape *t, struct tensor *gate, struct tensor *up)
 {
     if (!gate || !up)
         return missing(t, "op_swiglu");
-    if (!same_shape(gate, up) || !is_f32(gate) || !is_f32(up))
+    if (!same_shape(gate, up) || !is_activation(t, gate) || !is_activation(t, up))
         return misfit(t, "op_swiglu", "two f32 tensors of one shape are needed", gate, up);
-    struct tensor *y = make_like(t, gate, learns(t, gate) || learns(t, up));
+    struct tensor *y = make_like(t, gate, learns(t, gate) || learns(t, up), is_low(gate) && is_low(up));
     if (!y)
         return NULL;
     if (runs(t))
@@ -456,19 +504,21 @@ struct tensor *op_swiglu(struct tape *t, struct tensor *gate, struct tensor *up)
 static void add_backward(struct tape *t, const struct tape_record *base, unsigned halves)
 {
     const struct elementwise_record *r = (const void *)base;
-    if (INPUT_HALF(halves) && r->a->grad)
-        t->kernels->axpy(t->workers, r->a->grad, r->y->grad, 1.0f, tensor_elems(r->y));
-    if (INPUT_HALF(halves) && r->b->grad)
-        t->kernels->axpy(t->workers, r->b->grad, r->y->grad, 1.0f, tensor_elems(r->y));
+    if (INPUT_HALF(halves))
+        add_grad(t, r->a, r->y, 1.0f);
+    if (INPUT_HALF(halves))
+        add_grad(t, r->b, r->y, 1.0f);
 }
 
 struct tensor *op_add(struct tape *t, struct tensor *a, struct tensor *b)
 {
     if (!a || !b)
         return missing(t, "op_add");
-    if (!same_shape(a, b) || !is_f32(a) || !is_f32(b))
+    if (!same_shape(a, b) || !is_activation(t, a) || !is_activation(t, b))
         return misfit(t, "op_add", "two f32 tensors of one shape are needed", a, b);
-    struct tensor *y = make_like(t, a, learns(t, a) || learns(t, b));
+    a = as_f32(t, a);
+    b = as_f32(t, b);
+    struct tensor *y = a && b ? make_like(t, a, learns(t, a) || learns(t, b), false) : NULL;
     if (!y)
         return NULL;
     if (runs(t))
@@ -480,16 +530,17 @@ static void scale_backward(struct tape *t, const struct tape_record *base, unsig
 {
     const struct elementwise_record *r = (const void *)base;
     if (INPUT_HALF(halves))
-        t->kernels->axpy(t->workers, r->a->grad, r->y->grad, r->s, tensor_elems(r->y));
+        add_grad(t, r->a, r->y, r->s);
 }
 
 struct tensor *op_scale(struct tape *t, struct tensor *x, float s)
 {
     if (!x)
         return missing(t, "op_scale");
-    if (!is_f32(x))
+    if (!is_activation(t, x))
         return misfit(t, "op_scale", "an f32 tensor is needed", x, NULL);
-    struct tensor *y = make_like(t, x, learns(t, x));
+    x = as_f32(t, x);
+    struct tensor *y = x ? make_like(t, x, learns(t, x), false) : NULL;
     if (!y)
         return NULL;
     if (runs(t))
@@ -501,15 +552,18 @@ static void sum_backward(struct tape *t, const struct tape_record *base, unsigne
 {
     const struct elementwise_record *r = (const void *)base;
     if (INPUT_HALF(halves))
-        t->kernels->add_scalar(t->workers, r->a->grad, r->y->grad, tensor_elems(r->a));
+        t->kernels->add_scalar(t->workers, grad_f32(t, r->a), grad_f32(t, r->y), tensor_elems(r->a));
 }
 
 struct tensor *op_sum(struct tape *t, struct tensor *x)
 {
     if (!x)
         return missing(t, "op_sum");
-    if (!is_f32(x))
+    if (!is_activation(t, x))
         return misfit(t, "op_sum", "an f32 tensor is needed", x, NULL);
+    x = as_f32(t, x);
+    if (!x)
+        return NULL;
     int64_t n = tensor_elems(x);
     struct tensor *y = make(t, 1, (int64_t[]){ 1 }, learns(t, x));
     double *partial = take_there(t, (size_t)((n + SUM_BLOCK - 1) / SUM_BLOCK), sizeof *partial);

@@ -58,6 +58,10 @@ struct low_rank {
  * dv = scale dy b:  dx += dv a, da += dv^T x, db += dy^T (scale u). low NULL: op_linear. */
 struct tensor *op_linear_low_rank(struct tape *t, struct tensor *x, struct tensor *w, struct tensor *b,
                                   const struct low_rank *low);
+/* onto [N, M] f32 + op_linear_low_rank(t, x, w, b, low), for a residual stream: one pass over its memory, and no tensor
+ * between. The sum is taken after the first product's chain. */
+struct tensor *op_linear_add(struct tape *t, struct tensor *onto, struct tensor *x, struct tensor *w, struct tensor *b,
+                             const struct low_rank *low);
 
 /* y = x * rsqrt(mean(x^2) + eps) * w over the last dimension (Zhang, Sennrich 2019, arXiv:1910.07467).  x, y [..., C],
  * w [C]. Keeps the reciprocal root [rows]. Works on [N, H, D] with w [D] too (q/k norm). */

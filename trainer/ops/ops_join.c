@@ -41,11 +41,11 @@ static void join_backward(struct tape *t, const struct tape_record *base, unsign
         t->kernels->columns(t->workers, &(struct column_copy){ .n = c.n,
                                                                .heads = c.heads,
                                                                .count = c.count,
-                                                               .x = r->y->grad + at,
+                                                               .x = grad_f32(t, r->y) + at,
                                                                .x_token = c.y_token,
                                                                .x_head = c.y_head,
                                                                .x_step = c.y_step,
-                                                               .y = p->x->grad + p->first,
+                                                               .y = grad_f32(t, p->x) + p->first,
                                                                .y_token = c.x_token,
                                                                .y_head = c.x_head,
                                                                .y_step = c.x_step,
@@ -60,7 +60,7 @@ static const char *part_misfit(const struct join_part *p, const struct tensor *a
         return "a part has at least one element";
     if (!x)
         return NULL;
-    if (!is_f32(x) || x->ndim < 2 || x->ndim > 3 || (x->ndim == 3 && x->dim[1] != heads && x->dim[1] != 1))
+    if (x->ndim < 2 || x->ndim > 3 || (x->ndim == 3 && x->dim[1] != heads && x->dim[1] != 1))
         return "x is f32 [N, H, W], [N, 1, W] or [N, W]";
     if (x->dim[0] != any->dim[0] || x->cut_rows != any->cut_rows)
         return "parts are of the same tokens";
@@ -72,6 +72,7 @@ struct tensor *op_join(struct tape *t, int64_t heads, const struct join_part *pa
     struct tensor *any = NULL;
     int64_t width = 0;
     bool learning = false;
+    struct join_part wide[JOIN_PARTS];
     for (int i = 0; i < parts; i++)
         any = any ? any : part[i].x;
     if (!any || t->error)
@@ -83,7 +84,12 @@ struct tensor *op_join(struct tape *t, int64_t heads, const struct join_part *pa
             return misfit(t, "op_join", why, part[i].x ? part[i].x : any, any);
         width += part[i].count;
         learning = learning || learns(t, part[i].x);
+        wide[i] = part[i];
+        wide[i].x = as_f32(t, part[i].x);
     }
+    if (t->error)
+        return NULL;
+    part = wide;
     struct tensor *y = make(t, 3, (int64_t[]){ any->dim[0], heads, width }, learning);
     if (!y)
         return NULL;

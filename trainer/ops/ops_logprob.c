@@ -17,8 +17,8 @@ static void logprob_backward(struct tape *t, const struct tape_record *base, uns
 {
     const struct logprob_record *r = (const void *)base;
     struct logprob p = r->p;
-    p.dlogp = r->y->grad;
-    p.dx = INPUT_HALF(halves) ? r->x->grad : NULL;
+    p.dlogp = grad_f32(t, r->y);
+    p.dx = INPUT_HALF(halves) && r->x->grad ? grad_f32(t, r->x) : NULL;
     p.dw = WEIGHT_HALF(halves) ? r->w->grad : NULL;
     if (p.dx || p.dw)
         t->kernels->logprob_bwd(t->workers, &p);
@@ -86,13 +86,16 @@ struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor 
 {
     if (!x || !w)
         return missing(t, "op_logprob");
-    if (x->ndim != 2 || w->ndim != 2 || x->dim[1] != w->dim[1] || w->dim[0] < 1 || !is_f32(x) || !is_weight(w))
+    if (x->ndim != 2 || w->ndim != 2 || x->dim[1] != w->dim[1] || w->dim[0] < 1 || !is_activation(t, x) ||
+        !is_weight(w))
         return misfit(t, "op_logprob", "x is f32 [N, C], w [V, C]", x, w);
     if (!(temperature > 0))
         return tape_fail(t, ERR(INVALID, "op_logprob: temperature %g is not above 0", (double)temperature));
     const char *why = cut_misfit(t, w, 1);
     if (why)
         return misfit(t, "op_logprob", why, x, w);
+    if (x->low_grad && !(x = as_f32(t, x)))
+        return NULL;
     if (w->cut && !(x = tp_enter(t, x)))
         return NULL;
     int64_t n = x->dim[0], vocab = w->cut ? w->cut->total : w->dim[0];
@@ -107,7 +110,8 @@ struct tensor *op_logprob_stats(struct tape *t, struct tensor *x, struct tensor 
                          .v = w->cut ? w->cut->count : vocab,
                          .first = w->cut ? w->cut->first : 0,
                          .vocab = vocab,
-                         .x = f32(x),
+                         .x = x->data,
+                         .x_low = is_low(x),
                          .w = w->data,
                          .w_dtype = w->dtype,
                          .target = target,
@@ -153,8 +157,8 @@ struct tensor *op_logits(struct tape *t, struct tensor *x, struct tensor *w)
     if (!x || !w)
         return missing(t, "op_logits");
     if (!w->cut)
-        return op_linear(t, x, w, NULL);
-    if (x->ndim != 2 || w->ndim != 2 || x->dim[1] != w->dim[1] || !is_f32(x) || !is_weight(w))
+        return linear_f32(t, x, w);
+    if (x->ndim != 2 || w->ndim != 2 || x->dim[1] != w->dim[1] || !is_activation(t, x) || !is_weight(w))
         return misfit(t, "op_logits", "x is f32 [N, C], w [V, C]", x, w);
     const char *why = t->mode == TAPE_TRAIN ? "a cut weight has no backward here" : cut_misfit(t, w, 1);
     if (why)
@@ -172,6 +176,7 @@ struct tensor *op_logits(struct tape *t, struct tensor *x, struct tensor *w)
                                                  .n = w->cut->count,
                                                  .k = x->dim[1],
                                                  .a = x->data,
+                                                 .a_low = is_low(x),
                                                  .lda = x->dim[1],
                                                  .b = w->data,
                                                  .b_dtype = w->dtype,

@@ -19,8 +19,8 @@ static void route_backward(struct tape *t, const struct tape_record *base, unsig
     if (!INPUT_HALF(halves))
         return;
     struct route back = r->r;
-    back.dweight = r->weight->grad;
-    back.dz = r->z->grad;
+    back.dweight = grad_f32(t, r->weight);
+    back.dz = grad_f32(t, r->z);
     t->kernels->route_bwd(t->workers, &back);
 }
 
@@ -223,6 +223,8 @@ static void grouped_backward(struct tape *t, const struct tape_record *base, uns
 {
     const struct grouped_record *r = (const void *)base;
     bool low = r->low.a != NULL;
+    (void)grad_of(t, r->y); /* no view, and no more fresh */
+    (void)grad_of(t, r->x);
     if (INPUT_HALF(halves) && r->x->grad)
         multiply(t, of_weight(r), TO_INPUT, true);
     if (INPUT_HALF(halves) && low) {
@@ -289,7 +291,7 @@ static struct tensor *bad_experts(struct tape *t, const struct tensor *x, const 
 {
     int64_t c = x->dim[1], here = r->experts / (t->ep ? t->ep->size : 1), width = w->gate->dim[1];
     const char *why;
-    if (x->ndim != 2 || !is_f32(x) || w->router->ndim != 2 || w->router->dim[0] != r->experts)
+    if (x->ndim != 2 || !is_activation(t, x) || w->router->ndim != 2 || w->router->dim[0] != r->experts)
         return misfit(t, "op_moe", "x is f32 [N, C], the router [E, C]", x, w->router);
     if (r->experts < 1 || r->experts > EXPERTS_MAX || r->top < 1 || r->top > r->experts || r->top > TOP_MAX ||
         (t->ep && r->experts % t->ep->size))
@@ -317,11 +319,11 @@ struct tensor *op_moe(struct tape *t, struct tensor *x, const struct expert_weig
 {
     if (!x || !w->router || !w->gate || !w->up || !w->down)
         return missing(t, "op_moe");
-    if (!bad_experts(t, x, w, r))
+    if (!bad_experts(t, x, w, r) || !(x = as_f32(t, x)))
         return NULL;
     if (w->gate->cut && !(x = tp_enter(t, x)))
         return NULL;
-    struct tensor *z = op_linear(t, x, w->router, NULL);
+    struct tensor *z = linear_f32(t, x, w->router);
     struct routing *g = z ? routing_new(t, r, x->dim[0], w->gate->dim[0]) : NULL;
     struct tensor *weight = g ? route(t, z, w->bias, g, watch) : NULL;
     struct tensor *rows = weight ? op_dispatch(t, x, g) : NULL;

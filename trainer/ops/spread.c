@@ -70,17 +70,17 @@ static void enter_backward(struct tape *t, const struct tape_record *base, unsig
 {
     const struct crossing *r = (const void *)base;
     int64_t own = (int64_t)r->elems;
-    float *sum = r->to->grad;
     const struct ordered_at at = rank_sums_at(t->compute);
     if (!INPUT_HALF(halves) || t->error)
         return;
+    float *dy = grad_f32(t, r->to), *sum = dy;
     if (r->from->cut_rows) {
         sum = own_slice(t, r, sum, &own);
-        failed(t, ordered_reduce_scatter(t->tp, r->to->grad, r->elems, r->slice, sum, t->room, &at));
+        failed(t, ordered_reduce_scatter(t->tp, dy, r->elems, r->slice, sum, t->room, &at));
     } else {
         failed(t, ordered_allreduce(t->tp, sum, r->elems, t->room, &at));
     }
-    t->kernels->axpy(t->workers, r->from->grad, sum, 1.0f, own);
+    t->kernels->axpy(t->workers, grad_f32(t, r->from), sum, 1.0f, own);
 }
 
 /* x itself with another gradient, or the gathered rows. */
@@ -88,20 +88,19 @@ static struct tensor *inside_of(struct tape *t, struct tensor *x, int64_t rows, 
 {
     if (x->cut_rows)
         return make(t, 2, (int64_t[]){ rows, c }, learns(t, x));
-    struct tensor *y = take(t, 1, sizeof *y);
-    if (!y)
-        return NULL;
-    *y = *x;
-    y->grad = learns(t, x) ? take_floats(t, rows * c) : NULL;
-    if (y->grad && runs(t))
-        t->kernels->zero(t->workers, y->grad, rows * c);
-    return t->error ? NULL : y;
+    return twin(t, x);
 }
 
 struct tensor *tp_enter(struct tape *t, struct tensor *x)
 {
     if (t->inside && t->outside == x)
         return t->inside;
+    t->outside = x;
+    t->inside = NULL;
+    if (x->cut_rows || x->low_grad)
+        x = as_f32(t, x);
+    if (!x)
+        return NULL;
     int64_t rows = x->cut_rows ? x->cut_rows : x->dim[0], c = x->dim[1];
     struct tensor *y = inside_of(t, x, rows, c);
     if (!y || (y->grad && !take_room(t, rows, c)))
@@ -118,7 +117,6 @@ struct tensor *tp_enter(struct tape *t, struct tensor *x)
         r->slice = slice;
         r->base.look = (struct tape_look){ "sum over tensor-parallel ranks", { x }, { NULL } };
     }
-    t->outside = x;
     t->inside = t->error ? NULL : y;
     return t->inside;
 }
@@ -127,7 +125,7 @@ struct tensor *op_enter(struct tape *t, struct tensor *x, const struct tensor *w
 {
     if (!x || !w)
         return missing(t, "op_enter");
-    if (x->ndim != 2 || !is_f32(x))
+    if (x->ndim != 2 || !is_activation(t, x))
         return misfit(t, "op_enter", "x is f32 [N, K]", x, NULL);
     return cut_along(w, 0) ? tp_enter(t, x) : x;
 }
@@ -138,6 +136,8 @@ struct tensor *op_boundary(struct tape *t, int64_t tokens, int64_t c)
     struct tensor *x = make(t, 2, (int64_t[]){ cut ? slice_rows(t, tokens) : tokens, c }, true);
     if (x && cut)
         x->cut_rows = tokens;
+    if (x && runs(t))
+        clear_grad(t, x); /* others read it */
     return x;
 }
 
@@ -168,7 +168,7 @@ static void leave_backward(struct tape *t, const struct tape_record *base, unsig
     const struct crossing *r = (const void *)base;
     const struct ordered_at at = rank_sums_at(t->compute);
     if (INPUT_HALF(halves) && !t->error) /* nothing else has a gradient for `from` */
-        failed(t, ordered_allgather(t->tp, r->to->grad, r->elems, r->slice, r->from->grad, &at));
+        failed(t, ordered_allgather(t->tp, grad_f32(t, r->to), r->elems, r->slice, grad_over(r->from), &at));
 }
 
 struct tensor *tp_leave(struct tape *t, struct tensor *y)

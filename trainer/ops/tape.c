@@ -67,6 +67,16 @@ void tape_bf16(struct tape *t, bool bf16)
     t->bf16 = bf16;
 }
 
+void tape_low(struct tape *t, bool low)
+{
+    t->low = low && !compute_host(t->compute);
+}
+
+void tape_share(struct tape *t, bool share)
+{
+    t->share = share;
+}
+
 void tape_recompute(struct tape *t, enum tape_recompute what)
 {
     t->recompute = what;
@@ -112,6 +122,9 @@ void tape_begin(struct tape *t, enum tape_mode mode)
     t->context_floats = 0;
     t->context_order = NULL;
     t->block_bytes = t->block_host = 0;
+    t->grads.at = NULL;
+    t->grads.used = t->grads.most = 0;
+    t->grads.open = false;
     t->block = -1;
     t->routed = 0;
     t->mode = mode;
@@ -155,6 +168,8 @@ static status *take_error(struct tape *t)
 status *tape_end(struct tape *t)
 {
     if (t->mode == TAPE_DRY) {
+        t->grads.bytes = t->grads.most > t->grads.bytes ? t->grads.most : t->grads.bytes;
+        reserve(t, &t->arena, t->grads.bytes);
         reserve(t, &t->arena, t->block_bytes);
         reserve(t, &t->host, t->block_host);
     }
@@ -187,8 +202,13 @@ status *tape_backward(struct tape *t, struct tensor *root, const float *droot, u
         return ERR(INVALID, "backward from a tensor without gradient");
     if (halves == 0 || halves > TAPE_BACKWARD_ALL)
         return ERR(INVALID, "backward halves %u are none", halves);
+    if (halves != TAPE_BACKWARD_ALL && t->grads.at)
+        return ERR(INVALID, "backward in halves, and blocks share the memory of gradients");
+    if (root->low_grad || root->owner)
+        return ERR(INVALID, "backward from a view, or from a tensor with a gradient in bf16");
     if (droot && droot != root->grad)
         t->kernels->scale(t->workers, root->grad, droot, 1.0f, tensor_elems(root));
+    root->fresh = false;
     if (t->watch)
         watch_root(t, root);
     if (!t->watch || !t->error)

@@ -7,10 +7,11 @@
  *     tape_backward(t, logp, dlogp, TAPE_BACKWARD_ALL);     // adds into the .grad of every tensor that has one
  *
  * A tape owns its arenas and holds one micro-batch: outputs, what forward keeps for backward, and gradients of
- * activations live there until the next tape_begin. On a device they are in its memory, which the host does not read or
- * write (compute.h); records, tensors' descriptions and what the host alone needs are in an arena of the host's. After
- * shapes have been seen once (a TAPE_DRY pass with the largest shapes) nothing is allocated. Backward accumulates (+=)
- * into gradients. One thread drives a tape; kernels share the rank's workers. Results depend on no thread count. */
+ * activations live there until the next tape_begin. On
+ * a device they are in its memory, which the host does not read or write (compute.h); records, tensors' descriptions
+ * and what the host alone needs are in an arena of the host's. After shapes have been seen once (a TAPE_DRY pass with
+ * the largest shapes) nothing is allocated. Backward accumulates (+=) into gradients. One thread drives a tape; kernels
+ * share the rank's workers. Results depend on no thread count. */
 #ifndef TESSERA_TRAINER_OPS_TAPE_H
 #define TESSERA_TRAINER_OPS_TAPE_H
 
@@ -32,11 +33,14 @@ struct tensor_cut {
 
 /* Row-major, contiguous, last index fastest. */
 struct tensor {
-    enum dtype dtype; /* DTYPE_F32, or DTYPE_BF16 for stored weights */
+    enum dtype dtype; /* DTYPE_F32, or DTYPE_BF16 for stored weights and on a tape_low tape for activations */
     int ndim;
     int64_t dim[TENSOR_DIMS];
     void *data;
-    float *grad;                  /* f32, same shape; NULL: no gradient is wanted */
+    void *grad;           /* same shape, f32 or, of an activation with low_grad, bf16; NULL: no gradient is wanted */
+    bool low_grad;        /* what it is */
+    bool fresh;           /* of an activation: nothing is in grad yet, it stands for zeros */
+    struct tensor *owner; /* of a view: whose gradient it is, and what says where that is and whether it is fresh */
     const struct tensor_cut *cut; /* of a weight; NULL: whole on every tensor-parallel rank */
     /* Of an activation, 0, or the rows of a whole that the tensor-parallel ranks hold cut by tokens: each has
      * ceil(cut_rows / ranks) of them in dim[0], zeros behind the last. */
@@ -112,9 +116,15 @@ struct tape {
     status *error;            /* first error since tape_begin */
 
     enum tape_recompute recompute;    /* tape_recompute */
-    bool bf16;                        /* tape_bf16 */
+    bool bf16, low, share;            /* tape_bf16, tape_low, tape_share */
     const struct tape_blocks *blocks; /* tape_blocks; may be NULL */
     size_t block_bytes, block_host;   /* with it, the most that a block has taken since tape_begin, of both arenas */
+    /* Where the gradients of a block's activations lie: backward needs those of one block at a time. */
+    struct {
+        char *at;                 /* since tape_begin, once it was needed */
+        size_t used, most, bytes; /* by this block; by any since tape_begin; at `at`, or what a dry pass has found */
+        bool open;                /* a block is running */
+    } grads;
 
     struct watch *watch;  /* tape_watch; NULL: nobody looks */
     int64_t block;        /* that is running (op_block), or -1 */
@@ -149,6 +159,14 @@ void tape_recompute(struct tape *t, enum tape_recompute what);
  * bf16, added up in f32 (kernels.h, gemm.bf16), and on a GPU those of op_attention too; all else, and what is stored,
  * stays f32. */
 void tape_bf16(struct tape *t, bool bf16);
+/* On a device, from now on activations that only products, normalisations, rope, attention and swiglu read are kept in
+ * bf16, and so are their gradients, but for those of what several products read; what is added to the residual stream,
+ * and the stream itself, stays f32. Needs tape_bf16; of no effect on the CPU. */
+void tape_low(struct tape *t, bool low);
+/* From now on backward always runs both halves at once, so that the gradients of activations inside blocks whose
+ * activations are kept (op_block) can share the memory of one block's, as far as a dry pass has seen how much that is.
+ */
+void tape_share(struct tape *t, bool share);
 /* From now on the outputs of every op, and after it the gradients that its backward adds to, are looked at, and the
  * first one that is not finite is an error, INVALID, that names the op, its block, the shape, the place and the value
  * (watch.h); borrowed; NULL: nobody looks, which costs nothing. */

@@ -38,13 +38,20 @@ void watch_close(struct watch *w)
     mem_free(w);
 }
 
-status *watch_find(struct watch *w, const float *x, int64_t n, int64_t *first, float *value)
+status *watch_find(struct watch *w, struct array x, int64_t n, int64_t *first, float *value)
 {
     const struct kernels *k = w->compute ? w->compute->kernels : &kernels_cpu;
     k->find_nonfinite(w->compute ? w->compute->workers : NULL, w->first, x, n);
     TRY(compute_check(w->compute, false));
     TRY(compute_get(w->compute, first, w->first, sizeof *first)); /* the host decides whether to go on */
-    return *first < n ? compute_get(w->compute, value, x + *first, sizeof *value) : NULL;
+    if (*first >= n)
+        return NULL;
+    if (!x.low)
+        return compute_get(w->compute, value, (const float *)x.at + *first, sizeof *value);
+    uint16_t low = 0;
+    TRY(compute_get(w->compute, &low, (const uint16_t *)x.at + *first, sizeof low));
+    *value = bf16_to_f32(low);
+    return NULL;
 }
 
 const char *watch_word(float value)
@@ -80,7 +87,7 @@ static void describe(const struct tape *t, const char *op, int64_t block, const 
 }
 
 /* Of x's array: its first element that is not finite, as text; false: there is none, or the tape has failed. */
-static bool is_bad(struct tape *t, const struct tensor *x, const float *array, char text[BAD_BYTES])
+static bool is_bad(struct tape *t, const struct tensor *x, struct array array, char text[BAD_BYTES])
 {
     int64_t n = tensor_elems(x), first = n;
     float value = 0;
@@ -97,18 +104,18 @@ static bool is_bad(struct tape *t, const struct tensor *x, const float *array, c
 void watch_output(struct tape *t, const char *op, const struct tensor *y, const struct tensor *weight)
 {
     char bad[BAD_BYTES], cause[BAD_BYTES], place[PLACE_BYTES];
-    if (!is_bad(t, y, y->data, bad))
+    if (!is_bad(t, y, data_of(y), bad))
         return;
     describe(t, op, t->block, weight, place);
-    bool too = weight && weight->dtype == DTYPE_F32 && is_bad(t, weight, weight->data, cause);
+    bool too = weight && weight->dtype == DTYPE_F32 && is_bad(t, weight, data_of(weight), cause);
     tape_fail(t, ERR(INVALID, "%s, forward of micro-batch %u: its output %s%s%s", place, t->micro_batch, bad,
                      too ? "; its weight " : "", too ? cause : ""));
 }
 
-static void look(struct tape *t, const struct tape_record *r, const char *what, const struct tensor *x, bool weight)
+static void look(struct tape *t, const struct tape_record *r, const char *what, struct tensor *x, bool weight)
 {
     char bad[BAD_BYTES], place[PLACE_BYTES];
-    if (t->error || !x || !x->grad || !is_bad(t, x, x->grad, bad))
+    if (t->error || !x || !x->grad || !is_bad(t, x, grad_of(t, x), bad))
         return;
     describe(t, r->look.op, r->block, weight ? x : r->look.weight[0], place);
     tape_fail(
@@ -126,7 +133,7 @@ void watch_record(struct tape *t, const struct tape_record *r, unsigned halves)
 void watch_root(struct tape *t, const struct tensor *root)
 {
     char bad[BAD_BYTES];
-    if (is_bad(t, root, root->grad, bad))
+    if (is_bad(t, root, array_of(root->grad), bad))
         tape_fail(t,
                   ERR(INVALID, "backward of micro-batch %u: the gradient that it begins with %s", t->micro_batch, bad));
 }

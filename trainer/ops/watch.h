@@ -7,6 +7,7 @@
 
 struct compute;
 struct watch;
+struct array; /* trainer/ops/kernels.h */
 
 /* What messages call a weight; NULL: it has no name. */
 typedef const char *watch_name(const void *arg, const struct tensor *weight);
@@ -16,7 +17,7 @@ status *watch_open(struct compute *c, watch_name *name, const void *arg, struct 
 void watch_close(struct watch *w); /* NULL is fine */
 
 /* The first of n elements that is not finite, and its value; n: all are. Errors: those of the device. */
-status *watch_find(struct watch *w, const float *x, int64_t n, int64_t *first, float *value) WARN_UNUSED;
+status *watch_find(struct watch *w, struct array x, int64_t n, int64_t *first, float *value) WARN_UNUSED;
 /* "nan", "inf" or "-inf". */
 const char *watch_word(float value);
 

@@ -73,8 +73,10 @@ static status *open_all(struct pipe *p, struct workers *w, struct compute *c, si
     if (!p->op || !p->scratch || !p->slot || !p->copy)
         return ERR(NO_MEMORY, "%d tapes of a pipeline", depth);
     p->copies = copies;
-    for (; p->slots < depth; p->slots++)
+    for (; p->slots < depth; p->slots++) {
         TRY(tape_open(w, c, cap_bytes / (size_t)depth, &p->slot[p->slots].tape));
+        tape_share(p->slot[p->slots].tape, p->s.how != PIPE_ZERO_BUBBLE);
+    }
     return NULL;
 }
 

@@ -92,7 +92,7 @@ void cpu_add_rounds(struct workers *w, double *v, const struct add *a, const uin
 void cpu_clip(struct workers *w, struct clipped *c, const double *squares, double clip);
 void cpu_adamw(struct workers *w, const struct adamw_run *run, size_t runs, const struct adamw_how *how);
 void cpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *partial);
-void cpu_find_nonfinite(struct workers *w, int64_t *first, const float *x, int64_t n);
+void cpu_find_nonfinite(struct workers *w, int64_t *first, struct array array, int64_t n);
 void cpu_logprob(struct workers *w, const struct logprob *p);
 void cpu_logprob_merge(struct workers *w, const struct logprob *p);
 void cpu_logprob_bwd(struct workers *w, const struct logprob *p);

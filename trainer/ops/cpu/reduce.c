@@ -79,8 +79,9 @@ static bool any_nonfinite(const float *x, int64_t n)
     return found;
 }
 
-void cpu_find_nonfinite(struct workers *w, int64_t *first, const float *x, int64_t n)
+void cpu_find_nonfinite(struct workers *w, int64_t *first, struct array array, int64_t n)
 {
+    const float *x = array.at;
     int64_t i = 0;
     (void)w;
     while (i < n && !any_nonfinite(x + i, min64(SUM_BLOCK, n - i)))

@@ -117,11 +117,6 @@ struct plus_one {
     }
 };
 
-struct array f32(const float *x)
-{
-    return array_of(const_cast<float *>(x));
-}
-
 /* What a gradient is before it is added to. */
 struct array before(struct array dx)
 {
@@ -154,22 +149,22 @@ void gpu_convert(struct workers *w, struct array y, struct array x, int64_t n)
 
 void gpu_add(struct workers *w, float *y, const float *a, const float *b, int64_t n)
 {
-    each(w, "add", { { f32(a), f32(b) }, { f32(y) } }, sum_of(), n);
+    each(w, "add", { { array_of(a), array_of(b) }, { array_of(y) } }, sum_of(), n);
 }
 
 void gpu_scale(struct workers *w, float *y, const float *x, float s, int64_t n)
 {
-    each(w, "scale", { { f32(x) }, { f32(y) } }, times{ s }, n);
+    each(w, "scale", { { array_of(x) }, { array_of(y) } }, times{ s }, n);
 }
 
 void gpu_axpy(struct workers *w, float *y, const float *x, float s, int64_t n)
 {
-    each(w, "axpy", { { f32(x), f32(y) }, { f32(y) } }, plus_times{ s }, n);
+    each(w, "axpy", { { array_of(x), array_of(y) }, { array_of(y) } }, plus_times{ s }, n);
 }
 
 void gpu_add_scalar(struct workers *w, float *y, const float *s, int64_t n)
 {
-    each(w, "add_scalar", { { f32(y) }, { f32(y) } }, plus_one{ s }, n);
+    each(w, "add_scalar", { { array_of(y) }, { array_of(y) } }, plus_one{ s }, n);
 }
 
 void gpu_zero(struct workers *w, float *y, int64_t n)

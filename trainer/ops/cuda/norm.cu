@@ -226,11 +226,11 @@ __device__ int64_t block_least(int64_t i, least_room &s)
 }
 
 /* out[b]: where the first element that is not finite is, of those that block b looks at; n: nowhere. */
-__global__ void first_of_blocks(int64_t *out, const float *x, int64_t n)
+__global__ void first_of_blocks(int64_t *out, struct array x, int64_t n)
 {
     SHARED(least_room, s);
     int64_t i = (int64_t)blockIdx.x * BLOCK + threadIdx.x, step = (int64_t)gridDim.x * BLOCK;
-    while (i < n && (__float_as_uint(x[i]) & 0x7f800000u) != 0x7f800000u)
+    while (i < n && (__float_as_uint(at_of(x, i)) & 0x7f800000u) != 0x7f800000u)
         i += step;
     i = block_least(min_of(i, n), s);
     if (threadIdx.x == 0)
@@ -302,7 +302,7 @@ void gpu_sum(struct workers *w, float *y, const float *x, int64_t n, double *par
     launch(w, "sum", sum_tree, 1, BLOCK, 0, y, partial, (n + SUM_BLOCK - 1) / SUM_BLOCK);
 }
 
-void gpu_find_nonfinite(struct workers *w, int64_t *first, const float *x, int64_t n)
+void gpu_find_nonfinite(struct workers *w, int64_t *first, struct array x, int64_t n)
 {
     enum { MOST = 128 };
     int64_t blocks = (n + BLOCK - 1) / BLOCK;
