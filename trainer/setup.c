@@ -171,6 +171,7 @@ static status *open_passes(struct trainer *t)
         tape_spread(pipe_tape(t->pipe, i), t->tp, t->tp && t->cfg->parallel.sequence);
         tape_context(pipe_tape(t->pipe, i), t->cp);
         tape_bf16(pipe_tape(t->pipe, i), t->cfg->train.dtype == TRAIN_BF16);
+        tape_low(pipe_tape(t->pipe, i), t->cfg->train.dtype == TRAIN_BF16);
         tape_experts(pipe_tape(t->pipe, i), t->ep);
         tape_recompute(pipe_tape(t->pipe, i), (enum tape_recompute)t->cfg->memory.recompute);
     }

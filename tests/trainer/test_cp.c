@@ -169,7 +169,8 @@ static status *check_attention(struct plain *p, const struct comm *c, const stru
         /* an element of each input of this token, another one a token; of long packs not of all tokens */
         for (int what = Q; i < p->n && i % every == 0 && what <= V; what++) {
             int64_t width = (int64_t)heads_of(p->s, what) * d, at = i * width + i * 5 % width;
-            double got = (double)((float *)x[what].grad)[j * width + i * 5 % width], want_it = difference(p, what, i, at);
+            double got = (double)((float *)x[what].grad)[j * width + i * 5 % width],
+                   want_it = difference(p, what, i, at);
             EXPECT(near(got, want_it, 2e-5), "%s of token %lld is %.9g, not %.9g", names[what], (long long)i, got,
                    want_it);
         }

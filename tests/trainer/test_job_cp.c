@@ -250,8 +250,8 @@ static void more_ranks_hold_longer_packs(void **state)
 {
     (void)state;
     static const char *const sizes[] = { "parallel.cp=1", "parallel.cp=2", "parallel.cp=4" };
-    const char *o[] = { "checkpoint.url=", "train.steps=4",  "train.micro_batch=8",  "data.tasks=",
-                        "model.ffn=128",   "model.layers=6", "memory.activations=0", NULL };
+    const char *o[] = { "checkpoint.url=", "train.steps=4",   "train.micro_batch=8",  "data.tasks=",
+                        "model.ffn=128",   "model.layers=12", "memory.activations=0", NULL };
     for (int i = 0; i < 3; i++) {
         char text[2048];
         make_config(text, sizeof text, "long");
@@ -260,7 +260,7 @@ static void more_ranks_hold_longer_packs(void **state)
         j.overrides[7] = sizes[i];
         must(comm_threads_run(1 << i, run_rank, &j));
     }
-    /* keys and values of one of six layers are whole: 4 of some 6 (6 C + 3 Q + 3 K + 3 F) */
+    /* keys and values of one of twelve layers are whole: 4 of some 12 (6 C + 3 Q + 3 K + 3 F) */
     assert_true((double)held[2] < 0.56 * (double)held[1] && (double)held[4] < 0.34 * (double)held[1]);
     char cap[64];
     size_t enough = held[4] + (5 << 20); /* blocks of 4 MiB are taken while sizes are not known */

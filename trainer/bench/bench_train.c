@@ -258,6 +258,7 @@ static status *open_ours(struct train_bench *t, int64_t length)
     TRY(open_tokens(t, length));
     TRY(pipe_open(NULL, PIPE_1F1B, 1, 1, t->m->width, w, t->site->compute, 0, &t->pipe));
     tape_bf16(pipe_tape(t->pipe, 0), bf16);
+    tape_low(pipe_tape(t->pipe, 0), bf16);
     void *clipped;
     TRY(zero_open(&zero, &t->m->params, t->b->world, &t->zero));
     TRY(compute_alloc(t->site->compute, sizeof *t->clipped, &clipped));
