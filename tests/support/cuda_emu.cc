@@ -23,7 +23,7 @@ __thread struct emu_place emu_here;
 
 namespace
 {
-enum { THREADS = 1024, WARP = 32, STACK = 256 << 10, SHARED = 227 << 10, ITEM = 32, UNDER_WAY = 128, COPY = 16 };
+enum { THREADS = 1024, WARP = 32, STACK = 256 << 10, SHARED = 227 << 10, ITEM = 32, UNDER_WAY = 128 };
 enum state : unsigned char { READY, AT_BLOCK, AT_WARP, DONE };
 
 /* Where a fiber, or the thread that runs them, goes on. */
@@ -53,7 +53,7 @@ struct copies {
     struct {
         void *to;
         const void *from;
-        unsigned bytes, group;
+        unsigned size, bytes, group;
     } of[UNDER_WAY];
     unsigned count, groups; /* groups: that have ended */
 };
@@ -185,6 +185,8 @@ void run_fiber(void)
     for (;;) {
         do {
             m->body(m->arg);
+            if (m->copies[f->thread].count)
+                give_up("ends before %u copies that it began have arrived", m->copies[f->thread].count);
             m->state[f->thread] = DONE;
         } while (begin_next(m, f));
         leave(f);
@@ -349,20 +351,24 @@ void __syncthreads(void)
     leave(f);
 }
 
-void emu_aligned(const void *p)
+void emu_aligned(const void *p, unsigned size)
 {
-    if ((uintptr_t)p % COPY)
-        give_up("%p is no multiple of 16 bytes", p);
+    if ((uintptr_t)p % size)
+        give_up("%p is no multiple of %u bytes", p, size);
 }
 
-void emu_copy_async(void *to, const void *from, unsigned bytes)
+void emu_copy_async(void *to, const void *from, unsigned size, unsigned bytes)
 {
     struct copies *c = &machine->copies[machine->current->thread];
-    emu_aligned(to);
-    emu_aligned(from);
-    if (c->count == UNDER_WAY || bytes > COPY)
-        give_up("a copy of %u bytes beside %u others", bytes, c->count);
-    c->of[c->count++] = { to, from, bytes, c->groups };
+    ptrdiff_t at = static_cast<unsigned char *>(to) - machine->shared;
+    emu_aligned(to, size);
+    emu_aligned(from, size);
+    if (c->count == UNDER_WAY || (size != 4 && size != 8 && size != 16) || bytes > size || at < 0 ||
+        (size_t)at + size > machine->shared_bytes)
+        give_up("a copy of %u of %u bytes to %td of %zu in shared memory, beside %u others", bytes, size, at,
+                machine->shared_bytes, c->count);
+    memset(to, 0xff, size);
+    c->of[c->count++] = { to, from, size, bytes, c->groups };
 }
 
 void emu_copy_commit(void)
@@ -375,8 +381,9 @@ void emu_copy_wait(unsigned left)
     struct copies *c = &machine->copies[machine->current->thread];
     unsigned done = 0;
     for (; done < c->count && c->of[done].group + left < c->groups; done++) {
-        memset(c->of[done].to, 0, COPY);
-        memcpy(c->of[done].to, c->of[done].from, c->of[done].bytes);
+        memset(c->of[done].to, 0, c->of[done].size);
+        if (c->of[done].bytes)
+            memcpy(c->of[done].to, c->of[done].from, c->of[done].bytes);
     }
     c->count -= done;
     memmove(c->of, c->of + done, c->count * sizeof *c->of);

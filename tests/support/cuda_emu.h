@@ -7,7 +7,8 @@
  * shared memory and cudaMalloc's are full of NaN, freed memory too; a barrier that not all threads of a block reach, an
  * exchange that not all 32 threads of a warp reach, a launch that a GPU would refuse, an access of several words that
  * is not aligned (kernels are built with -fsanitize=alignment), and a copy across the end of a block of memory end the
- * program. What cp.async copies arrives when its thread waits for it, no earlier. There are no atomics.
+ * program. What cp.async copies arrives when its thread waits for it, no earlier; what it overwrites is gone as soon as
+ * it begins; a thread that never waits for it ends the program. There are no atomics.
  *
  * Device memory is one region that can be read and written only while a kernel, a copy or a fill runs: what else
  * touches it ends the process with SIGSEGV, after a line that says so and the callers' addresses. (While one thread of
@@ -44,6 +45,9 @@ struct alignas(16) float4 {
 struct alignas(8) uint2 {
     unsigned x, y;
 };
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 
 struct emu_triple {
     unsigned x, y, z;
@@ -75,13 +79,13 @@ void emu_push(cudaStream_t s, void (*run)(void *), void *arg);
 /* The block's shared memory; ends the program if fewer bytes were asked for at launch. */
 void *emu_shared(size_t bytes);
 void __syncthreads(void);
-/* cp.async of 16 bytes, `bytes` of which are read and the others become 0; a group's end; the wait until no more than
- * the last `left` groups may be under way. */
-void emu_copy_async(void *to, const void *from, unsigned bytes);
+/* cp.async of `size` bytes (4, 8 or 16), `bytes` of which are read and the others become 0; a group's end; the wait
+ * until no more than the last `left` groups may be under way. */
+void emu_copy_async(void *to, const void *from, unsigned size, unsigned bytes);
 void emu_copy_commit(void);
 void emu_copy_wait(unsigned left);
-/* Ends the program if p is no multiple of 16 bytes. */
-void emu_aligned(const void *p);
+/* Ends the program if p is no multiple of `size` bytes. */
+void emu_aligned(const void *p, unsigned size);
 /* Leave bytes for the others of the warp, wait until all have, and return where theirs are, `stride` bytes apart. */
 const unsigned char *emu_exchange(unsigned mask, const void *mine, size_t bytes, size_t *stride);
 
@@ -187,7 +191,7 @@ static inline void emu_ldmatrix(unsigned (&v)[4], const void *row, bool trans)
 {
     uint16_t mine[8];
     size_t stride;
-    emu_aligned(row);
+    emu_aligned(row, sizeof mine);
     memcpy(mine, row, sizeof mine);
     const unsigned char *all = emu_exchange(0xffffffffu, mine, sizeof mine, &stride);
     for (unsigned i = 0; i < 4; i++) {

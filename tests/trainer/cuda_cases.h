@@ -23,7 +23,8 @@ enum kind { READ, INTS, CLOSE, CLOSE_LOW, EXACT, JUNK };
 struct buffer {
     enum kind kind;
     size_t bytes;
-    void *value; /* before */
+    void *value;      /* before */
+    double tolerance; /* of CLOSE; 0: the run's */
 };
 
 struct run {
@@ -57,7 +58,8 @@ void check_one(struct run *r, bool skewed);
 /* clang-format off */
 #define CUDA_CASES(X) \
     X(elements) X(elements_low) X(norms_low) X(ropes_low) X(gemm_low) X(adamw) X(adamw_of_many) X(norm_sums) X(norms) X(sums) X(firsts) X(rounds) X(rounds_by_draws) X(rows_move) X(embeddings) X(ropes) \
-    X(columns) X(gemm) X(grouped) X(logprob) X(attention) X(attention_of_ranks) X(attention_with_cache) X(attention_in_bf16) X(routes) X(sorts) X(loads) X(mixes)
+    X(columns) X(gemm) X(grouped) X(logprob) X(attention) X(attention_of_ranks) X(attention_with_cache) X(attention_in_bf16) X(attention_of_arrays) \
+    X(attention_of_arrays_of_ranks) X(attention_of_arrays_with_cache) X(routes) X(sorts) X(loads) X(mixes)
 /* clang-format on */
 #define CUDA_CASE_DECLARED(name) void test_##name(void **state);
 CUDA_CASES(CUDA_CASE_DECLARED)

@@ -102,7 +102,7 @@ void *add_buffer(struct run *r, enum kind kind, size_t bytes)
     assert_true(r->count < MOST);
     void *p = mem_calloc(1, bytes ? bytes : 1);
     assert_non_null(p);
-    r->b[r->count++] = (struct buffer){ kind, bytes, p };
+    r->b[r->count++] = (struct buffer){ kind, bytes, p, 0 };
     return p;
 }
 
@@ -174,8 +174,9 @@ static void near_cpu(const struct run *r, int b, const void *got, const void *wa
         return;
     }
     const float *g = got, *w = want;
+    double tolerance = r->b[b].tolerance > 0 ? r->b[b].tolerance : r->tolerance;
     for (size_t i = 0; r->b[b].kind == CLOSE && i < r->b[b].bytes / sizeof *g; i++)
-        if (!(fabs((double)g[i] - (double)w[i]) <= r->tolerance * (1 + fabs((double)w[i]))) && !(g[i] == w[i]))
+        if (!(fabs((double)g[i] - (double)w[i]) <= tolerance * (1 + fabs((double)w[i]))) && !(g[i] == w[i]))
             fail_msg("%s: buffer %d, element %zu is %.9g, the CPU's %.9g (run %d)", r->what, b, i, (double)g[i],
                      (double)w[i], round);
     if (r->b[b].kind != CLOSE && r->b[b].kind != JUNK && memcmp(got, want, r->b[b].bytes))

@@ -23,17 +23,17 @@ template <int T> struct square {
 };
 
 /* Rows [0, count) of src, `ld` apart; zeros behind them and behind their d columns. */
-template <int T, int DC>
-__device__ void take(struct rows<T, DC> &to, const float *src, int64_t ld, int64_t count, int d, bool wide)
+template <int T, int DC, class E>
+__device__ void take(struct rows<T, DC> &to, const E *src, int64_t ld, int64_t count, int d, bool wide)
 {
     for (int e = (int)threadIdx.x; e < T * SIDE * DC / 4; e += BLOCK) {
         int i = e / (SIDE * DC / 4), j = e % (SIDE * DC / 4) * 4;
         float v[4] = {};
         if (i < count && wide && j < d)
-            load<4>(v, src + i * ld + j);
+            load<4>(v, reinterpret_cast<const float *>(src) + i * ld + j);
         for (int k = 0; k < 4 && !wide && i < count; k++)
             if (j + k < d)
-                v[k] = src[i * ld + j + k];
+                v[k] = value(src[i * ld + j + k]);
         store<4>(&to.at[i][j], v);
     }
 }
@@ -86,15 +86,15 @@ __device__ void accumulate(float (&out)[T / SIDE][DC], const struct square<T> &w
     }
 }
 
-/* to[row][column] += out, where there is such a row and column. */
-template <int R, int DC>
-__device__ void add_rows(float *to, int64_t ld, int64_t count, int d, const float (&out)[R][DC])
+/* out to `to`, or added to it, where there is such a row and column. */
+template <int R, int DC, class E>
+__device__ void put_rows(E *to, int64_t ld, int64_t count, int d, const float (&out)[R][DC], bool fresh)
 {
     int tx = (int)threadIdx.x % SIDE, ty = (int)threadIdx.x / SIDE;
     for (int r = 0; r < R; r++)
         for (int c = 0; c < DC; c++)
             if (ty + SIDE * r < count && tx + SIDE * c < d)
-                to[(ty + SIDE * r) * ld + tx + SIDE * c] += out[r][c];
+                put(&to[(ty + SIDE * r) * ld + tx + SIDE * c], out[r][c], fresh);
 }
 
 /* Of the 16 lanes that share a row. */
@@ -120,7 +120,7 @@ template <int T, int DC> struct forward_room {
 /* One tile of scores becomes weights; the running maximum, sum and output of the thread's rows are brought up to date.
  */
 template <int T, int DC>
-__device__ void softmax_tile(const struct att_job &t, const struct span &p, int64_t q0, int64_t k0,
+__device__ void softmax_tile(const struct att_job &t, const struct span &p, int q0, int k0,
                              float (&score)[T / SIDE][T / SIDE], float (&top)[T / SIDE], float (&sum)[T / SIDE],
                              float (&out)[T / SIDE][DC], struct square<T> &weights)
 {
@@ -151,23 +151,25 @@ __device__ void softmax_tile(const struct att_job &t, const struct span &p, int6
     }
 }
 
-template <int T, int DC> __global__ void __launch_bounds__(BLOCK) forward(struct att_job t)
+template <class E, int T, int DC> __global__ void __launch_bounds__(BLOCK) forward(struct att_job t)
 {
     typedef forward_room<T, DC> room;
     SHARED(room, s);
     struct query_tile a;
-    if (!find_query_tile(t, T, &a))
+    if (!find_query_tile(t, (int)blockIdx.x, (int)blockIdx.y, T, &a))
         return;
+    const E *q = static_cast<const E *>(t.q), *k = static_cast<const E *>(t.k), *v = static_cast<const E *>(t.v);
+    E *o = static_cast<E *>(t.o);
     float out[T / SIDE][DC] = {}, top[T / SIDE], sum[T / SIDE] = {}, score[T / SIDE][T / SIDE];
     for (int r = 0; r < T / SIDE; r++)
         top[r] = -INFINITY;
-    take(s.q, t.q + a.query, a.q_ld, a.count, t.d, t.wide);
-    for (int64_t k0 = a.begin; k0 < a.end; k0 += T) {
-        take(s.kv, t.k + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
+    take(s.q, q + a.query, a.q_ld, a.count, t.d, t.wide);
+    for (int k0 = a.begin; k0 < a.end; k0 += T) {
+        take(s.kv, k + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
         __syncthreads();
         products<T, DC>(score, s.q, s.kv, t.d);
         __syncthreads();
-        take(s.kv, t.v + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
+        take(s.kv, v + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
         softmax_tile<T, DC>(t, a.p, a.q0, k0, score, top, sum, out, s.p);
         __syncthreads();
         accumulate<false, T, DC>(out, s.p, s.kv);
@@ -175,35 +177,41 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) forward(struct
     }
     int tx = (int)threadIdx.x % SIDE, ty = (int)threadIdx.x / SIDE;
     for (int r = 0; r < T / SIDE; r++) {
-        int64_t i = ty + SIDE * r;
+        int i = ty + SIDE * r;
         if (i >= a.count)
             continue;
         for (int c = 0; c < DC; c++)
             if (tx + SIDE * c < t.d)
-                t.o[a.query + i * a.q_ld + tx + SIDE * c] = out[r][c] / sum[r];
+                put(&o[a.query + i * a.q_ld + tx + SIDE * c], out[r][c] / sum[r], true);
         if (t.lse && tx == 0)
-            t.lse[(a.p.first + a.q0 + i) * t.heads + a.head] = (float)((double)top[r] + log((double)sum[r]));
+            t.lse[(int64_t)(a.p.first + a.q0 + i) * t.heads + a.head] = (float)((double)top[r] + log((double)sum[r]));
     }
 }
 
-/* delta[n, h] = dO . O, a warp each. */
-__global__ void deltas(float *delta, const float *d_o, const float *o, int64_t count, int d)
+enum { LANES = 8 };
+
+/* delta[n, h] = dO . O. Eight lanes have a row, W elements at a time. */
+template <class E, int W> __global__ void deltas(float *delta, const E *d_o, const E *o, int64_t count, int d)
 {
-    int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
-    float sum = 0;
-    if (row >= count)
-        return;
-    for (int64_t j = threadIdx.x % WARP; j < d; j += WARP)
-        sum += d_o[row * d + j] * o[row * d + j];
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0)
+    int64_t row = ((int64_t)blockIdx.x * BLOCK + threadIdx.x) / LANES, at = (row < count ? row : 0) * d;
+    float sum = 0, x[W], y[W];
+    for (int j = (int)threadIdx.x % LANES * W; j < d; j += LANES * W) {
+        piece(x, d_o + at + j);
+        piece(y, o + at + j);
+        UNROLL
+        for (int k = 0; k < W; k++)
+            sum += x[k] * y[k];
+    }
+    for (int step = LANES / 2; step; step /= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (row < count && threadIdx.x % LANES == 0)
         delta[row] = sum;
 }
 
 /* Scores become weights P, and dP = dO V^T the scores' gradients dS; both 0 where nothing is seen. `at` is row 0's
  * place in lse and delta. */
 template <int T>
-__device__ void score_gradients(const struct att_job &t, const struct span &p, int64_t q0, int64_t k0, int64_t at,
+__device__ void score_gradients(const struct att_job &t, const struct span &p, int q0, int k0, int64_t at,
                                 float (&score)[T / SIDE][T / SIDE], float (&dp)[T / SIDE][T / SIDE])
 {
     int tx = (int)threadIdx.x % SIDE, ty = (int)threadIdx.x / SIDE;
@@ -235,55 +243,58 @@ template <int T, int DC> struct backward_room {
     struct square<T> ds, p;
 };
 
-template <int T, int DC> __global__ void __launch_bounds__(BLOCK) query_gradients(struct att_job t)
+template <class E, int T, int DC> __global__ void __launch_bounds__(BLOCK) query_gradients(struct att_job t)
 {
     typedef backward_room<T, DC> room;
     SHARED(room, s);
     struct query_tile a;
-    if (!find_query_tile(t, T, &a))
+    if (!find_query_tile(t, (int)blockIdx.x, (int)blockIdx.y, T, &a)) {
+        clear_queries<E>(t, a, T);
         return;
+    }
+    const E *q = static_cast<const E *>(t.q), *k = static_cast<const E *>(t.k), *v = static_cast<const E *>(t.v);
     float dq[T / SIDE][DC] = {}, score[T / SIDE][T / SIDE], dp[T / SIDE][T / SIDE];
-    take(s.q, t.q + a.query, a.q_ld, a.count, t.d, t.wide);
-    take(s.d_o, t.d_o + a.query, a.q_ld, a.count, t.d, t.wide);
-    for (int64_t k0 = a.begin; k0 < a.end; k0 += T) {
-        take(s.k, t.k + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
-        take(s.v, t.v + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
+    take(s.q, q + a.query, a.q_ld, a.count, t.d, t.wide);
+    take(s.d_o, static_cast<const E *>(t.d_o) + a.query, a.q_ld, a.count, t.d, t.wide);
+    for (int k0 = a.begin; k0 < a.end; k0 += T) {
+        take(s.k, k + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
+        take(s.v, v + a.key + k0 * a.kv_ld, a.kv_ld, min_of(T, a.end - k0), t.d, t.wide);
         __syncthreads();
         products<T, DC>(score, s.q, s.k, t.d);
         products<T, DC>(dp, s.d_o, s.v, t.d);
-        score_gradients<T>(t, a.p, a.q0, k0, (a.p.first + a.q0) * t.heads + a.head, score, dp);
+        score_gradients<T>(t, a.p, a.q0, k0, (int64_t)(a.p.first + a.q0) * t.heads + a.head, score, dp);
         put<T>(s.ds, dp);
         __syncthreads();
         accumulate<false, T, DC>(dq, s.ds, s.k);
         __syncthreads();
     }
-    add_rows(t.dq + a.query, a.q_ld, a.count, t.d, dq);
+    put_rows(static_cast<E *>(t.dq) + a.query, a.q_ld, a.count, t.d, dq, t.fresh);
 }
 
-template <int T, int DC> __global__ void __launch_bounds__(BLOCK) key_gradients(struct att_job t)
+template <class E, int T, int DC> __global__ void __launch_bounds__(BLOCK) key_gradients(struct att_job t)
 {
     typedef backward_room<T, DC> room;
     SHARED(room, s);
-    struct span p;
-    int64_t k0, g = blockIdx.y, d = t.d, group = t.heads / t.kv_heads;
-    if (!find_tile(t, blockIdx.x, T, true, &p, &k0))
+    struct key_tile a;
+    int g = (int)blockIdx.y, group = t.heads / t.kv_heads;
+    if (!find_key_tile(t, (int)blockIdx.x, g, T, &a)) {
+        clear_keys<E>(t, a, g, T);
         return;
-    int64_t q_ld = t.heads * d, kv_ld = t.kv_heads * d, count = min_of(T, p.keys - k0);
-    int64_t key = (p.from + k0) * kv_ld + g * d;
+    }
+    const E *q = static_cast<const E *>(t.q), *d_o = static_cast<const E *>(t.d_o);
     float dk[T / SIDE][DC] = {}, dv[T / SIDE][DC] = {}, score[T / SIDE][T / SIDE], dp[T / SIDE][T / SIDE];
-    take(s.k, t.k + key, kv_ld, count, t.d, t.wide);
-    take(s.v, t.v + key, kv_ld, count, t.d, t.wide);
-    int64_t begin, last = queries_of(t, p, k0, count, T, &begin);
+    take(s.k, static_cast<const E *>(t.k) + a.key, a.kv_ld, a.count, t.d, t.wide);
+    take(s.v, static_cast<const E *>(t.v) + a.key, a.kv_ld, a.count, t.d, t.wide);
     for (int64_t head = g * group; head < (g + 1) * group; head++)
-        for (int64_t q0 = begin; q0 < last; q0 += T) {
-            int64_t query = (p.first + q0) * q_ld + head * d, rows = min_of(T, p.count - q0);
+        for (int q0 = a.seen.from; q0 < a.seen.to; q0 += T) {
+            int64_t first = a.p.first + q0, query = first * a.q_ld + head * t.d, rows = min_of(T, a.p.count - q0);
             __syncthreads(); /* the tile before has been read */
-            take(s.q, t.q + query, q_ld, rows, t.d, t.wide);
-            take(s.d_o, t.d_o + query, q_ld, rows, t.d, t.wide);
+            take(s.q, q + query, a.q_ld, rows, t.d, t.wide);
+            take(s.d_o, d_o + query, a.q_ld, rows, t.d, t.wide);
             __syncthreads();
             products<T, DC>(score, s.q, s.k, t.d);
             products<T, DC>(dp, s.d_o, s.v, t.d);
-            score_gradients<T>(t, p, q0, k0, (p.first + q0) * t.heads + head, score, dp);
+            score_gradients<T>(t, a.p, q0, a.k0, first * t.heads + head, score, dp);
             put<T>(s.p, score);
             put<T>(s.ds, dp);
             __syncthreads();
@@ -291,56 +302,77 @@ template <int T, int DC> __global__ void __launch_bounds__(BLOCK) key_gradients(
             accumulate<true, T, DC>(dk, s.ds, s.q);
         }
     if (t.dk)
-        add_rows(t.dk + key, kv_ld, count, t.d, dk);
+        put_rows(static_cast<E *>(t.dk) + a.key, a.kv_ld, a.count, t.d, dk, t.fresh);
     if (t.dv)
-        add_rows(t.dv + key, kv_ld, count, t.d, dv);
+        put_rows(static_cast<E *>(t.dv) + a.key, a.kv_ld, a.count, t.d, dv, t.fresh);
 }
 
-template <int T, int DC> void run_forward(struct workers *w, const struct attention *a)
+template <class E> struct att_job job_of(const struct attention *a)
 {
     struct att_job t = att_job_of(a);
-    launch(w, "attention", forward<T, DC>, dim3(most_tiles(a->n, T, t.segments), (unsigned)t.heads), BLOCK,
+    t.wide = sizeof(E) == sizeof(float) && whole_pieces(a, 4);
+    return t;
+}
+
+template <class E, int T, int DC> void run_forward(struct workers *w, const struct attention *a)
+{
+    struct att_job t = job_of<E>(a);
+    launch(w, "attention", forward<E, T, DC>, dim3(most_tiles(a->n, T, t.segments), (unsigned)t.heads), BLOCK,
            sizeof(forward_room<T, DC>), t);
 }
 
-template <int T, int DC> void run_backward(struct workers *w, const struct attention *a, const float *delta)
+template <class E, int T, int DC> void run_backward(struct workers *w, const struct attention *a, const float *delta)
 {
-    struct att_job t = att_job_of(a);
+    struct att_job t = job_of<E>(a);
     size_t room = sizeof(backward_room<T, DC>);
     t.delta = delta;
     if (t.dq)
-        launch(w, "attention_bwd", query_gradients<T, DC>, dim3(most_tiles(a->n, T, t.segments), (unsigned)t.heads),
+        launch(w, "attention_bwd", query_gradients<E, T, DC>, dim3(most_tiles(a->n, T, t.segments), (unsigned)t.heads),
                BLOCK, room, t);
     if (t.dk || t.dv)
-        launch(w, "attention_bwd", key_gradients<T, DC>,
+        launch(w, "attention_bwd", key_gradients<E, T, DC>,
                dim3(most_tiles(att_tokens(a), T, t.segments), (unsigned)t.kv_heads), BLOCK, room, t);
+}
+
+/* PIECE elements are 16 bytes. */
+template <class E, int PIECE> void run_deltas(struct workers *w, const struct attention *a, float *delta, int64_t rows)
+{
+    launch(w, "attention_bwd", whole_pieces(a, PIECE) ? deltas<E, PIECE> : deltas<E, 1>,
+           gpu_blocks(rows, BLOCK / LANES), BLOCK, 0, delta, static_cast<const E *>(a->d_o),
+           static_cast<const E *>(a->o), rows, a->head_dim);
 }
 } // namespace
 
 void gpu_attention(struct workers *w, const struct attention *a)
 {
-    if (a->bf16 && a->head_dim <= MMA_HEAD_MAX)
+    if ((a->bf16 || a->low) && a->head_dim <= MMA_HEAD_MAX)
         mma_attention(w, a);
     else if (a->head_dim <= 64)
-        run_forward<64, 4>(w, a);
+        run_forward<float, 64, 4>(w, a);
     else if (a->head_dim <= 128)
-        run_forward<64, 8>(w, a);
+        run_forward<float, 64, 8>(w, a);
+    else if (!a->low)
+        run_forward<float, 32, 16>(w, a);
     else
-        run_forward<32, 16>(w, a);
+        run_forward<uint16_t, 32, 16>(w, a);
 }
 
 void gpu_attention_bwd(struct workers *w, const struct attention *a)
 {
     int64_t rows = a->n * a->heads;
     float *delta = static_cast<float *>(gpu_scratch(w, SCRATCH_CALL, (size_t)rows * sizeof *delta));
-    launch(w, "attention_bwd", deltas, gpu_blocks(rows, WARPS), BLOCK, 0, delta, static_cast<const float *>(a->d_o),
-           static_cast<const float *>(a->o), rows, a->head_dim);
-    if (a->bf16 && a->head_dim <= MMA_HEAD_MAX)
+    if (a->low)
+        run_deltas<uint16_t, 8>(w, a, delta, rows);
+    else
+        run_deltas<float, 4>(w, a, delta, rows);
+    if ((a->bf16 || a->low) && a->head_dim <= MMA_HEAD_MAX)
         mma_attention_bwd(w, a, delta);
     else if (a->head_dim <= 64)
-        run_backward<64, 4>(w, a, delta);
+        run_backward<float, 64, 4>(w, a, delta);
     else if (a->head_dim <= 128)
-        run_backward<64, 8>(w, a, delta);
+        run_backward<float, 64, 8>(w, a, delta);
+    else if (!a->low)
+        run_backward<float, 32, 16>(w, a, delta);
     else
-        run_backward<32, 16>(w, a, delta);
+        run_backward<uint16_t, 32, 16>(w, a, delta);
 }

@@ -46,16 +46,18 @@ template <bool TRANS> static __device__ inline void load_matrices(unsigned (&v)[
 #endif
 }
 
-/* Begin to copy 16 bytes to shared memory, past the first cache and the registers; both at multiples of 16. Only
- * `bytes` are read, the others become 0. */
-static __device__ inline void copy_async(void *shared, const void *from, int bytes)
+/* Begin to copy SIZE bytes to shared memory, past the registers; both at multiples of SIZE: 16, past the first cache
+ * too, or 4. Only `bytes` are read, the others become 0. */
+template <int SIZE = 16> static __device__ inline void copy_async(void *shared, const void *from, int bytes)
 {
 #ifdef CUDA_EMULATED
-    emu_copy_async(shared, from, (unsigned)bytes);
+    emu_copy_async(shared, from, SIZE, (unsigned)bytes);
 #else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-                 "l"(from), "r"(bytes)
-                 : "memory");
+    unsigned at = (unsigned)__cvta_generic_to_shared(shared);
+    if (SIZE == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 #endif
 }
 
