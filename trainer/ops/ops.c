@@ -323,9 +323,10 @@ static void attention_backward(struct tape *t, const struct tape_record *base, u
     a.o = r->o->data;
     a.lse = r->lse;
     a.d_o = grad_of(t, r->o).at;
-    a.dq = grad_of(t, r->q).at;
-    a.dk = grad_of(t, r->k).at;
-    a.dv = grad_of(t, r->v).at;
+    a.fresh = !at_home(t) && !t->context && is_fresh(r->q) && is_fresh(r->k) && is_fresh(r->v);
+    a.dq = a.fresh ? grad_to(t, r->q).at : grad_of(t, r->q).at;
+    a.dk = a.fresh ? grad_to(t, r->k).at : grad_of(t, r->k).at;
+    a.dv = a.fresh ? grad_to(t, r->v).at : grad_of(t, r->v).at;
     if (t->context) {
         context_keys(t, r->k, r->v, &a);
         context_gradients(t, r->k, r->v, &a);
@@ -403,6 +404,12 @@ static const char *attention_misfit(const struct tensor *q, const struct tensor 
     return NULL;
 }
 
+/* In bf16, with such a gradient if any. */
+static bool lows(const struct tensor *x)
+{
+    return is_low(x) && (!x->grad || x->low_grad);
+}
+
 struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, struct tensor *v,
                             const struct segments *seg, int64_t window, struct kv_cache *cache)
 {
@@ -410,11 +417,13 @@ struct tensor *op_attention(struct tape *t, struct tensor *q, struct tensor *k, 
         return missing(t, "op_attention");
     if (!is_activation(t, q) || !is_activation(t, k) || !is_activation(t, v))
         return misfit(t, "op_attention", "q is f32 [N, H, D], k and v f32 [N, G, D]", q, is_f32(k) ? v : k);
-    q = as_f32(t, q);
-    k = as_f32(t, k);
-    v = as_f32(t, v);
-    if (t->error)
-        return NULL;
+    if (cache || t->context || !lows(q) || !lows(k) || !lows(v)) { /* all of one type */
+        q = as_f32(t, q);
+        k = as_f32(t, k);
+        v = as_f32(t, v);
+        if (t->error)
+            return NULL;
+    }
     const char *why = attention_misfit(q, k, v);
     if (why)
         return misfit(t, "op_attention", why, q, same_shape(k, v) ? k : v);
