@@ -6,7 +6,7 @@
 struct choices {
     int64_t n;
     struct router how;
-    bool bias, given, share;
+    bool bias, given, share, none;
 };
 
 static void call_route(const struct kernels *k, struct workers *w, void **p, const void *arg)
@@ -34,6 +34,8 @@ static void check_route(struct choices c)
     float *z = floats(&r, READ, c.n * e), *bias = floats(&r, READ, e);
     for (int64_t i = 0; i < c.n * e; i++)
         z[i] = i % 3 == 0 ? roundf(z[i]) : z[i]; /* ties */
+    for (int64_t i = 0; c.none && i < e; i++)
+        z[e + i] = -200; /* all scores are 0 */
     for (int64_t i = 0; i < e; i++)
         bias[i] = roundf(bias[i]) * 0.125f;
     floats(&r, CLOSE, c.n * e);
@@ -50,20 +52,25 @@ static void check_route(struct choices c)
 void test_routes(void **state)
 {
     (void)state;
-    check_route((struct choices){ 1, { .experts = 1, .top = 1, .scale = 1 }, false, false, false });
-    check_route((struct choices){ 9, { .experts = 8, .top = 2, .normalise = true, .scale = 1 }, false, false, true });
-    check_route((struct choices){ 6, { .experts = 100, .top = 40, .scale = 2.5f }, true, false, true });
+    check_route((struct choices){ 1, { .experts = 1, .top = 1, .scale = 1 }, false, false, false, false });
+    check_route(
+        (struct choices){ 9, { .experts = 8, .top = 2, .normalise = true, .scale = 1 }, false, false, true, false });
+    check_route((struct choices){ 6, { .experts = 100, .top = 40, .scale = 2.5f }, true, false, true, false });
     check_route((struct choices){
         7,
         { .experts = 64, .top = 6, .groups = 8, .top_groups = 3, .sigmoid = true, .normalise = true, .scale = 2.5f },
         true,
         false,
-        true });
+        true,
+        false });
     check_route((struct choices){
-        5, { .experts = 160, .top = 3, .groups = 40, .top_groups = 2, .scale = 1 }, false, false, false });
+        5, { .experts = 160, .top = 3, .groups = 40, .top_groups = 2, .scale = 1 }, false, false, false, false });
+    check_route((struct choices){
+        3, { .experts = 1024, .top = 64, .normalise = true, .scale = 1 }, false, false, true, false });
     check_route(
-        (struct choices){ 3, { .experts = 1024, .top = 64, .normalise = true, .scale = 1 }, false, false, true });
-    check_route((struct choices){ 5, { .experts = 33, .top = 4, .sigmoid = true, .scale = 1 }, true, true, true });
+        (struct choices){ 5, { .experts = 33, .top = 4, .sigmoid = true, .scale = 1 }, true, true, true, false });
+    check_route((struct choices){
+        .n = 5, .how = { .experts = 40, .top = 38, .sigmoid = true, .normalise = true, .scale = 1 }, .none = true });
 }
 
 /* Choices that leave some experts out and give one many. */

@@ -256,23 +256,32 @@ static void call_logprob(const struct kernels *k, struct workers *w, void **p, c
     }
 }
 
+static void put_weight(void *weights, bool half, int64_t i, float x)
+{
+    if (half)
+        ((uint16_t *)weights)[i] = bf16_from_f32(x);
+    else
+        ((float *)weights)[i] = x;
+}
+
 static void check_logprob(struct scores s, int which)
 {
     struct run r = { .what = "logprob", .call = call_logprob, .arg = &s, .tolerance = 1e-5, .gemm = which };
     int64_t all = s.v * (s.parts ? s.parts : 1);
     s.vocab = all;
-    floats(&r, READ, s.n * s.c);
+    const float *x = floats(&r, READ, s.n * s.c);
     void *weights = add_buffer(&r, READ, (size_t)(all * s.c) * (s.half ? 2 : 4));
     for (int64_t i = 0; i < all * s.c; i++)
-        if (s.half)
-            ((uint16_t *)weights)[i] = bf16_from_f32(draw());
-        else
-            ((float *)weights)[i] = draw();
-    if (!s.half) /* two equal rows: the first one is the top */
-        memcpy((float *)weights + (all - 1) * s.c, weights, (size_t)s.c * sizeof(float));
+        put_weight(weights, s.half, i, draw());
+    for (int64_t i = 0; all > 1 && i < s.c; i++) { /* two equal rows, of which the first one is the last token's top */
+        put_weight(weights, s.half, i, 2 * x[(s.n - 1) * s.c + i]);
+        put_weight(weights, s.half, (all - 1) * s.c + i, 2 * x[(s.n - 1) * s.c + i]);
+        put_weight(weights, s.half, all * 5 / 6 * s.c + i, 2 * x[2 * s.c + i]); /* and what the third one wants */
+    }
     int32_t *target = ints(&r, s.n);
     for (int64_t i = 0; i < s.n; i++)
         target[i] = i % 4 == 1 ? -1 : draw_below((int32_t)all);
+    target[s.n > 2 ? 2 : 0] = (int32_t)(all * 5 / 6);
     target[s.n - 1] = (int32_t)all - 1;
     floats(&r, CLOSE, s.n);
     floats(&r, CLOSE, s.n);
