@@ -195,6 +195,8 @@ static void layouts_change_no_bit(void **state)
                              kinds[k][4], "checkpoint.url=", "train.steps=6" };
         struct job want = run_case("whole", &whole, 7, o);
         for (size_t c = k; c < sizeof cases / sizeof *cases; c += k == 2 ? 2 : 1) {
+            if (!runs_kind(c, k, 2))
+                continue;
             struct job got = run_case("cut", &cases[c], 7, o);
             expect_equal(&cases[c], &got, &want, "cut");
         }

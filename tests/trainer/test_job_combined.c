@@ -87,6 +87,8 @@ static void eight_ranks_change_no_bit(void **state)
     for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
         struct job want = run_case("whole", &one, kinds[k]);
         for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+            if (!runs_kind(c, k, 2))
+                continue;
             struct job got = run_case("cut", &cases[c], kinds[k]);
             expect_same("cut", "whole", &got, &want, &cases[c]);
         }

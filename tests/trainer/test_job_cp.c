@@ -91,7 +91,10 @@ static void every_loss_as_on_one_rank(void **state)
     for (int a = 0; a < ALGORITHMS; a++) {
         const char *o[] = { algorithms[a][0], algorithms[a][1], labelled_override(),
                             a % 2 ? "algo.reference=live" : "algo.reference=precomputed" };
-        compare(o, 4, cases, 2);
+        if (UNDER_TSAN)
+            compare(o, 4, &cases[a % 2], 1);
+        else
+            compare(o, 4, cases, 2);
     }
 }
 

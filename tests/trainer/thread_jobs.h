@@ -4,6 +4,7 @@
 #define TESSERA_TESTS_TRAINER_THREAD_JOBS_H
 
 #include "tests/support/comm_threads.h"
+#include "tests/support/sanitized.h"
 #include "tests/support/test_root.h"
 #include "trainer/data/prepare.h"
 #include "trainer/trainer.h"
