@@ -118,8 +118,7 @@ struct passing {
     bool training; /* packs for `loss`, else for `statistic`: algo_ops.data says which sequences these are */
     const struct batch_counts *counts;
     struct logprob_stats tok;
-    uint32_t end;  /* with expert parallelism: a micro-batch of this number or more is an empty one */
-    uint32_t kept; /* results to be read later */
+    uint32_t end; /* with expert parallelism: a micro-batch of this number or more is an empty one */
 };
 
 static bool is_empty(const struct passing *g, uint32_t k)
@@ -216,12 +215,21 @@ static double *live_sums(const struct trainer *t, uint32_t k)
     return t->live_sums + (size_t)k * 2 * (size_t)t->cfg->train.micro_batch;
 }
 
+/* Whether what a step's losses are made of stays on the device until the step has been queued. A loss that wants to
+ * know something of the whole step first does not: the host sums that up over ranks. */
+static bool losses_stay(const struct passing *g)
+{
+    return logps_stay(g->t) && !algo_statistics(g->p->algo, g->p->algo_config);
+}
+
 static status *keep_sums(void *arg, uint32_t k, struct tensor *logp)
 {
     const struct passing *g = arg;
     struct logps x;
     if (is_empty(g, k))
         return NULL;
+    if (losses_stay(g))
+        return logps_live(g->t, g->p, k, logp);
     TRY(logps_get(g->t, logp, NULL, &x));
     algo_sums(g->p->algo, g->p->algo_config, &g->p->pack, x.logp, live_sums(g->t, k));
     return NULL;
@@ -234,6 +242,7 @@ static status *live_references(const struct passing *like)
     struct passing g = *like;
     if (!t->ref_live)
         return NULL;
+    t->logps.live.used = 0;
     g.m = reference_begin(t);
     status *st = pass_all(&g, false, (struct pipe_work){ .forward = forward, .result = keep_sums });
     reference_done(t);
@@ -302,48 +311,42 @@ status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double
 
 /* ---- training ---- */
 
-/* The loss of micro-batch k, whose pack is built; dlogp may be NULL. */
-static void loss_of(const struct passing *g, uint32_t k, const float *logp, const struct logprob_stats *tok,
-                    float *dlogp)
+static double *metric_of(const struct passing *g, uint32_t k)
 {
-    const struct algo_ops *a = g->p->algo;
-    double *metric = g->t->scalar + (size_t)k * (size_t)a->metric_count;
-    a->loss(g->p->algo_config, &g->p->pack, logp, tok, references(g, k), g->counts, g->t->scratch, dlogp, metric);
+    return g->t->scalar + (size_t)k * (size_t)g->p->algo->metric_count;
 }
 
-/* Gradients that do not depend on the log-probabilities are there before these are: they are read when the step's last
- * pass has been queued. */
-static bool reads_later(const struct passing *g)
-{
-    return g->t->logps.kept && g->p->algo->fixed_gradient;
-}
-
+/* The loss of micro-batch k, whose pack is built, and its gradient. */
 static status *take_loss(void *arg, uint32_t k, struct tensor *logp)
 {
-    struct passing *g = arg;
+    const struct passing *g = arg;
+    const struct algo_ops *a = g->p->algo;
     struct logps x;
     if (is_empty(g, k))
         return NULL;
-    if (reads_later(g)) {
-        TRY(logps_keep(g->t, g->kept++, k, logp, &g->tok));
-        x = logps_unread(g->t, logp);
-    } else {
-        TRY(logps_get(g->t, logp, &g->tok, &x)); /* waits: the gradient is made of them */
-    }
-    loss_of(g, k, x.logp, &x.tok, x.dlogp);
-    return logps_put(g->t, &x, logp);
+    bool live = g->t->ref_live && losses_stay(g) && algo_needs_reference(a, g->p->algo_config);
+    if (logps_stay(g->t))
+        return logps_loss(g->t, g->p, k, g->counts, logp, &g->tok, live ? NULL : references(g, k), live);
+    TRY(logps_get(g->t, logp, &g->tok, &x));
+    a->loss(g->p->algo_config, &g->p->pack, x.logp, &x.tok, references(g, k), g->counts, g->t->scratch, logp->grad,
+            metric_of(g, k));
+    return NULL;
 }
 
-static status *take_kept(struct passing *g)
+/* What the device has kept of this rank's micro-batches becomes losses and metrics. */
+static void take_kept(struct passing *g)
 {
-    for (uint32_t i = 0; i < g->kept; i++) {
-        uint32_t k = logps_kept_of(g->t, i);
-        struct logps x;
+    struct trainer *t = g->t;
+    const struct logps_room *r = &t->logps;
+    for (uint32_t i = 0; losses_stay(g) && i < r->live.used; i++)
+        for (int32_t s = 0; s < r->segments; s++)
+            live_sums(t, r->live.micro_batch[i])[s] = r->live.seen[(int32_t)i * r->segments + s].weighted;
+    for (uint32_t i = 0; i < r->step.used; i++) {
+        uint32_t k = r->step.micro_batch[i];
         (void)prepare(g, k);
-        TRY(logps_get_kept(g->t, i, g->p->pack.in.tokens, &x));
-        loss_of(g, k, x.logp, &x.tok, NULL);
+        g->p->algo->from_sums(g->p->algo_config, &g->p->pack, r->step.seen + (size_t)i * (size_t)r->segments,
+                              references(g, k), g->counts, metric_of(g, k));
     }
-    return NULL;
 }
 
 static status *added(void *arg, uint32_t k, int chunk)
@@ -361,21 +364,22 @@ static status *added(void *arg, uint32_t k, int chunk)
 status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts)
 {
     struct passing g = { .t = t, .p = p, .m = t->model, .k = k, .training = true, .counts = counts };
+    t->logps.step.used = t->logps.live.used = 0;
     zero_begin(t->zero, k);
     tied_begin(t->tied, k);
     if (algo_needs_reference(p->algo, p->algo_config))
         must_pass(t, live_references(&g));
     must_pass(t, pass_all(&g, true,
                           (struct pipe_work){ .forward = forward_with_stats, .result = take_loss, .added = added }));
-    t->logps.used = g.kept;
+    must_pass(t, logps_fetch(t));
     return NULL;
 }
 
 status *passes_metrics(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
                        double sums[ALGO_METRICS])
 {
-    struct passing g = { .t = t, .p = p, .k = k, .training = true, .counts = counts, .kept = t->logps.used };
+    struct passing g = { .t = t, .p = p, .k = k, .training = true, .counts = counts };
     g.end = zero_micro_batches_end(t->zero, k);
-    must_pass(t, take_kept(&g));
+    take_kept(&g);
     return sum_scalars(t, k, p->algo->metric_count, sums);
 }

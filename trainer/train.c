@@ -293,8 +293,8 @@ static status *train_step(struct trainer *t, struct step_result *r)
     TRY(optimise(t, p, r->lr));
     TRY(balance_finish(t->balance, t->zero, k, t->dp, t->pp, before_overwrite, t, &r->load));
     TRY(show_update(t));
+    TRY(compute_fetched(t->compute)); /* on a device the host waits here */
     TRY(passes_metrics(t, p, k, &counts, sums));
-    TRY(compute_fetched(t->compute));
     r->norm = t->seen.norm;
     for (int m = 0; m < p->algo->metric_count; m++)
         r->metric[m] = sums[m] / algo_divisor(&counts, p->algo->metrics[m].per);

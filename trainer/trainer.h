@@ -134,8 +134,7 @@ status *passes_statistics(struct trainer *t, struct phase *p, uint32_t k, double
                           struct batch_counts *counts) WARN_UNUSED;
 /* All of them forward and backward: gradients are in t->zero and t->tied. Collective over pp and dp. */
 status *passes_train(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts) WARN_UNUSED;
-/* What the step's losses and metrics were, in sums, once all its work is queued: on a device the host waits here.
- * Collective over pp and dp. */
+/* What the step's losses and metrics were, in sums, after compute_fetched. Collective over pp and dp. */
 status *passes_metrics(struct trainer *t, struct phase *p, uint32_t k, const struct batch_counts *counts,
                        double sums[ALGO_METRICS]) WARN_UNUSED;
 /* From the last pipeline stage to all. Collective over pp. */

@@ -57,7 +57,7 @@ void check_one(struct run *r, bool skewed);
 
 /* clang-format off */
 #define CUDA_CASES(X) \
-    X(elements) X(elements_low) X(norms_low) X(ropes_low) X(gemm_low) X(adamw) X(adamw_of_many) X(norm_sums) X(norms) X(sums) X(firsts) X(rounds) X(rounds_by_draws) X(rows_move) X(embeddings) X(ropes) \
+    X(elements) X(elements_low) X(norms_low) X(ropes_low) X(gemm_low) X(adamw) X(adamw_of_many) X(norm_sums) X(losses) X(norms) X(sums) X(firsts) X(rounds) X(rounds_by_draws) X(rows_move) X(embeddings) X(ropes) \
     X(columns) X(gemm) X(grouped) X(logprob) X(attention) X(attention_of_ranks) X(attention_with_cache) X(attention_in_bf16) X(attention_of_arrays) \
     X(attention_of_arrays_of_ranks) X(attention_of_arrays_with_cache) X(routes) X(sorts) X(loads) X(mixes)
 /* clang-format on */

@@ -235,6 +235,94 @@ void test_norm_sums(void **state)
     check_one(&r, 0);
 }
 
+/* ---- losses of sequences ---- */
+
+enum { SEQUENCES = 8, LOSS_TOKENS = 1500 };
+
+/* Sums and gradients of each loss, then of KTO's rows, then the same for all tokens; sums of log-probabilities alone.
+ */
+static void call_losses(const struct kernels *k, struct workers *w, void **p, const void *arg)
+{
+    const struct pref_step *step = arg;
+    const int32_t *about = p[0];
+    struct loss_work l = { .segments = SEQUENCES,
+                           .offset = about,
+                           .shared = about + SEQUENCES + 1,
+                           .scored = about + 2 * SEQUENCES + 1,
+                           .good = about + 3 * SEQUENCES + 1,
+                           .target = about + 4 * SEQUENCES + 1,
+                           .logp = p[1],
+                           .stats = { (float *)p[2], (float *)p[2] + LOSS_TOKENS, (float *)p[2] + 2 * LOSS_TOKENS,
+                                      (float *)p[2] + 3 * LOSS_TOKENS },
+                           .alpha = step->c.ld_alpha,
+                           .ref = p[3],
+                           .ref_step = 1,
+                           .sums = p[4],
+                           .dlogp = p[5] };
+    k->sequence_sums(w, &l);
+    k->pair_slopes(w, &l, step);
+    l.dlogp += LOSS_TOKENS;
+    l.ref = NULL;
+    k->pair_slopes(w, &l, step);
+    l.dlogp += LOSS_TOKENS;
+    l.ref = &l.sums->weighted;
+    l.ref_step = sizeof *l.sums / sizeof(double);
+    k->kto_slopes(w, &l, &(struct kto_step){ 0.1, 0.3, { 0.5, 2 }, 16 });
+    l.dlogp += LOSS_TOKENS;
+    k->even_slopes(w, &l, -0.25);
+    l.sums += SEQUENCES;
+    l.stats = (struct logprob_stats){ 0 };
+    k->sequence_sums(w, &l);
+}
+
+void test_losses(void **state)
+{
+    (void)state;
+    static const int32_t offset[SEQUENCES + 1] = { 0, 3, 260, 261, 700, 1100, 1101, 1499, LOSS_TOKENS };
+    for (int kind = 0; kind < PREF_KINDS; kind++) {
+        struct pref_step step = { .c = { .loss = kind,
+                                         .more = { kind % 3 ? 0 : 1 + (kind + 7) % PREF_KINDS, 0 },
+                                         .weight = { 1, 0.5, 1 },
+                                         .beta = 0.1,
+                                         .label_smoothing = 0.1,
+                                         .f_divergence = kind % 4,
+                                         .f_alpha = 0.5,
+                                         .ld_alpha = kind % 2 ? 1 : 0.5,
+                                         .simpo_gamma = 0.5,
+                                         .discopop_tau = 0.05,
+                                         .alphapo_alpha = 0.25,
+                                         .nll_norm = kind % 2,
+                                         .wpo = kind % 3 == 1 },
+                                  .weight = 0.25,
+                                  .nll_alpha = kind % 2,
+                                  .mean_length = 30,
+                                  .kl = { 0.2, 0.4 } };
+        struct run r = { .what = "losses", .call = call_losses, .arg = &step, .tolerance = 1e-5 };
+        int32_t *about = add_buffer(&r, READ, (4 * SEQUENCES + 1 + LOSS_TOKENS) * sizeof *about);
+        memcpy(about, offset, sizeof offset);
+        for (int i = 0; i < LOSS_TOKENS; i++)
+            about[4 * SEQUENCES + 1 + i] = i % 9 ? i : -1;
+        float *logp = floats(&r, READ, LOSS_TOKENS), *stats = floats(&r, READ, (int64_t)4 * LOSS_TOKENS);
+        for (int i = 0; i < LOSS_TOKENS; i++) {
+            logp[i] = i % 9 ? -0.01f - fabsf(logp[i]) / 64 : 0;
+            for (int j = 0; j < 4; j++)
+                stats[j * LOSS_TOKENS + i] = i % 9 ? stats[j * LOSS_TOKENS + i] / 64 : 0;
+        }
+        double *ref = add_buffer(&r, READ, SEQUENCES * sizeof *ref);
+        for (int s = 0; s < SEQUENCES; s++) {
+            ref[s] = -0.4 * (offset[s + 1] - offset[s]);
+            about[SEQUENCES + 1 + s] = (offset[s] + offset[s + 1] + 1) / 2;
+            about[3 * SEQUENCES + 1 + s] = s % 3 == 0;
+            about[2 * SEQUENCES + 1 + s] = 0;
+            for (int i = offset[s]; i < offset[s + 1]; i++)
+                about[2 * SEQUENCES + 1 + s] += i % 9 != 0;
+        }
+        add_buffer(&r, JUNK, (size_t)2 * SEQUENCES * sizeof(struct sequence_sums));
+        floats(&r, CLOSE, (int64_t)4 * LOSS_TOKENS);
+        check_one(&r, kind % 2);
+    }
+}
+
 /* ---- rows and columns ---- */
 
 struct shape {

@@ -716,18 +716,18 @@ static void test_token_metrics(void **state)
 static void test_logistic(void **state)
 {
     (void)state;
-    near(algo_neg_log_sigmoid(0), 0.69314718055994530942, 1e-16);
-    near(algo_neg_log_sigmoid(2), 0.12692801104297249644, 1e-16);
-    near(algo_neg_log_sigmoid(-2), 2.12692801104297249644, 1e-15);
-    near(algo_neg_log_sigmoid(40), 4.24835425529158899533e-18, 1e-32);
-    near(algo_neg_log_sigmoid(-1000), 1000, 0);
-    near(algo_neg_log_sigmoid(1000), 0, 0);
-    near(algo_sigmoid(0), 0.5, 0);
-    near(algo_sigmoid(1), 0.73105857863000487926, 1e-15);
-    near(algo_sigmoid(-1), 0.26894142136999512075, 1e-15);
-    near(algo_sigmoid(-40), 4.24835425529158899533e-18, 1e-32);
-    near(algo_sigmoid(1000), 1, 0);
-    near(algo_sigmoid(-1000), 0, 0);
+    near(pref_nls(0), 0.69314718055994530942, 1e-16);
+    near(pref_nls(2), 0.12692801104297249644, 1e-16);
+    near(pref_nls(-2), 2.12692801104297249644, 1e-15);
+    near(pref_nls(40), 4.24835425529158899533e-18, 1e-32);
+    near(pref_nls(-1000), 1000, 0);
+    near(pref_nls(1000), 0, 0);
+    near(pref_sg(0), 0.5, 0);
+    near(pref_sg(1), 0.73105857863000487926, 1e-15);
+    near(pref_sg(-1), 0.26894142136999512075, 1e-15);
+    near(pref_sg(-40), 4.24835425529158899533e-18, 1e-32);
+    near(pref_sg(1000), 1, 0);
+    near(pref_sg(-1000), 0, 0);
 }
 
 static void test_lookup_and_options(void **state)

@@ -11,7 +11,7 @@
 
 #include "tests/trainer/thread_jobs.h"
 
-enum { STEPS = 8, CUT = 5, OVERRIDES = 10 };
+enum { SFT_STEPS = 3, STEPS = 8, CUT = 5, OVERRIDES = 10 };
 
 struct device_case {
     const char *name;
@@ -30,6 +30,8 @@ static const struct device_case cases[] = {
       1e-5,
       { "model.kv_heads=4", "model.kv_lora_rank=16", "model.q_lora_rank=12", "model.qk_nope_head_dim=8",
         "model.qk_rope_head_dim=4", "model.v_head_dim=6" } },
+    { "weighed", 1e-5, { "algo.ld_alpha=0.5", "algo.wpo=true", "algo.nll_alpha=0.5", "algo.loss_2=cdpo" } },
+    { "kl", 1e-5, { "algo.loss=kto_pair", "algo.reference=live" } },
     /* on the GPU activations are in bf16 too */
     { "bf16", 5e-3, { "train.dtype=bf16", "algo.reference=live" } },
     { "bf16-heads", 5e-3, { "train.dtype=bf16", "model.tied=false", "model.qkv_bias=true", "model.qk_norm=true" } },
@@ -69,6 +71,13 @@ static void compare(const char *a, const char *b, int from, int to, double toler
         double want = metric(a, step, "loss"), got = metric(b, step, "loss");
         if (!(fabs(got - want) <= tolerance * fabs(want)))
             fail_msg("step %d: loss %.9g of %s, %.9g of %s", step, want, a, got, b);
+        static const char *const sums[] = { "entropy", "rewards/margins", "logits/chosen", "logps/chosen" };
+        for (size_t i = 0; i < (step > SFT_STEPS ? sizeof sums / sizeof *sums : 1); i++) {
+            want = metric(a, step, sums[i]);
+            got = metric(b, step, sums[i]);
+            if (!(fabs(got - want) <= 100 * tolerance * (fabs(want) + 1e-3)))
+                fail_msg("step %d: %s %.9g of %s, %.9g of %s", step, sums[i], want, a, got, b);
+        }
         want = metric(a, step, "grad_norm");
         got = metric(b, step, "grad_norm");
         if (!(fabs(got - want) <= fmin(100 * tolerance, 0.03) * fabs(want)))
@@ -116,6 +125,31 @@ static void steady_steps_allocate_nothing(void **state)
     assert_true(metric("steady", 3, "allocations") == 0 && metric("steady", 8, "allocations") == 0);
 }
 
+unsigned long emu_waits(void); /* tests/support/cuda_emu.h */
+
+/* Its only wait is for what the host reports, and for the norm, when all is queued. Scratch of kernels may grow once,
+ * at a pack longer than those before: for the stream, and in cudaFree. */
+static void steady_steps_wait_once(void **state)
+{
+    (void)state;
+    static const struct device_case jobs[] = {
+        { "sft", 0, { "checkpoint.url=" } },
+        { "dpo", 0, { "checkpoint.url=", "algo.ld_alpha=0.5", "algo.wpo=true" } },
+        { "live", 0, { "checkpoint.url=", "algo.reference=live", "algo.nll_alpha=0.5" } },
+    };
+    for (size_t i = 0; i < sizeof jobs / sizeof *jobs; i++) {
+        unsigned long waits[2];
+        for (int more = 0; more < 2; more++) {
+            unsigned long before = emu_waits();
+            const char *sft = i ? NULL : more ? "algo.warmup_sft_steps=6" : "algo.warmup_sft_steps=3";
+            (void)run_on(&jobs[i], "cuda", jobs[i].name, more ? 7 : 4, sft);
+            waits[more] = emu_waits() - before;
+        }
+        if (waits[1] - waits[0] != 3 && waits[1] - waits[0] != 3 + 2)
+            fail_msg("%s: three steps more wait %lu times", jobs[i].name, waits[1] - waits[0]);
+    }
+}
+
 int main(void)
 {
 #if defined __SANITIZE_THREAD__
@@ -126,6 +160,7 @@ int main(void)
         cmocka_unit_test(losses_agree),
         cmocka_unit_test(checkpoints_go_on_on_the_other),
         cmocka_unit_test(steady_steps_allocate_nothing),
+        cmocka_unit_test(steady_steps_wait_once),
     };
     if (setenv("TESSERA_PLUGINS", "emu", 1))
         return 1;

@@ -1,6 +1,7 @@
-/* algo: look-up by name, what optional hooks default to, and the logistic function in forms that neither overflow nor
- * cancel. */
+/* algo: look-up by name, what optional hooks default to, and sums of sequences. */
 #include "trainer/algo/algo.h"
+
+#include "trainer/algo/pref_losses.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -69,6 +70,24 @@ double algo_segment_sum(const struct pack *p, uint32_t s, const float *v)
     return sum;
 }
 
+struct sequence_sums algo_sequence_sums(const struct pack *p, uint32_t s, const float *logp,
+                                        const struct logprob_stats *tok, uint32_t shared, double alpha)
+{
+    int32_t at = p->offset[s], n = p->offset[s + 1] - at;
+    struct sequence_sums y = { .plain = pref_ld_sum(logp + at, p->target + at, n, UINT32_MAX, 1),
+                               .weighted = pref_ld_sum(logp + at, p->target + at, n, shared, alpha),
+                               .log_weight = tok && tok->log_square ? 0 : NAN };
+    for (int32_t i = at; tok && tok->log_square && i < at + n; i++)
+        if (p->target[i] >= 0)
+            y.log_weight += (double)logp[i] - (double)tok->log_square[i];
+    if (tok) {
+        y.logit = algo_segment_sum(p, s, tok->logit);
+        y.entropy = algo_segment_sum(p, s, tok->entropy);
+        y.top = algo_segment_sum(p, s, tok->top);
+    }
+    return y;
+}
+
 bool algo_needs_reference(const struct algo_ops *a, const void *config)
 {
     return a->needs_reference && !(a->reference_free && a->reference_free(config));
@@ -79,21 +98,15 @@ int algo_statistics(const struct algo_ops *a, const void *config)
     return a->statistics ? a->statistics(config) : 0;
 }
 
+double algo_alpha(const struct algo_ops *a, const void *config)
+{
+    return a->alpha ? a->alpha(config) : 1;
+}
+
 void algo_sums(const struct algo_ops *a, const void *config, const struct pack *p, const float *logp, double *sums)
 {
     if (a->sums)
         a->sums(config, p, logp, sums);
     else
         pack_sequence_sums(p, logp, sums, NULL);
-}
-
-double algo_neg_log_sigmoid(double z)
-{
-    return (z < 0 ? -z : 0) + log1p(exp(-fabs(z)));
-}
-
-double algo_sigmoid(double z)
-{
-    double e = exp(-fabs(z));
-    return (z < 0 ? e : 1) / (1 + e);
 }

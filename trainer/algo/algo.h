@@ -9,6 +9,10 @@
 
 #include "comm/base/options.h"
 #include "trainer/data/stream.h"
+#include "trainer/ops/pref.h"
+
+struct kernels;
+struct loss_work; /* trainer/ops/kernels.h */
 
 /* Counts of the whole step, over all packs and ranks. */
 struct batch_counts {
@@ -62,12 +66,18 @@ struct algo_ops {
     void (*loss)(const void *config, const struct pack *p, const float *logp, const struct logprob_stats *tok,
                  const double *ref, const struct batch_counts *counts, double *scratch, float *dlogp, double *metric);
 
+    /* On a device nobody waits for logp: `slopes` queues kernels that make dlogp and each sequence's sums (kernels.h),
+     * and `from_sums` is `loss` without a gradient when these have been read. */
+    void (*slopes)(const void *config, const struct batch_counts *counts, const struct kernels *k, struct workers *w,
+                   struct loss_work *work);
+    void (*from_sums)(const void *config, const struct pack *p, const struct sequence_sums *sums, const double *ref,
+                      const struct batch_counts *counts, double *metric);
+
     /* ---- optional: NULL where an algorithm has no use for it ---- */
-    bool fixed_gradient; /* dlogp depends on targets and counts alone: `loss` may be called for it before logp is there
-                          */
     const struct algo_preset *presets;
     status *(*check)(const void *config);       /* INVALID: what single option rows cannot say */
     bool (*reference_free)(const void *config); /* true: with this config no reference is needed */
+    double (*alpha)(const void *config);        /* of sequence_sums.weighted, as `slopes` has it; NULL: 1 */
     /* What a reference value is, and `ref` above must hold: one number a sequence of the pack. Ask algo_sums. */
     void (*sums)(const void *config, const struct pack *p, const float *logp, double *sums);
     /* A loss whose gradient depends on a mean over the whole step: how many sums it wants before any `loss` of the step
@@ -82,9 +92,14 @@ struct algo_ops {
 bool algo_needs_reference(const struct algo_ops *a, const void *config);
 /* How many sums over the step this config wants before `loss`; 0 for most. */
 int algo_statistics(const struct algo_ops *a, const void *config);
+double algo_alpha(const struct algo_ops *a, const void *config);
 /* sums[segments]: ops->sums, or plain sums of the scored tokens. */
 void algo_sums(const struct algo_ops *a, const void *config, const struct pack *p, const float *logp, double *sums);
 
+/* Of segment s of a pack; `shared` tokens of it weigh 1, the others alpha. tok may be NULL: its sums are 0, log_weight
+ * NAN, for a weight that is wanted and unknown must not look like one. */
+struct sequence_sums algo_sequence_sums(const struct pack *p, uint32_t s, const float *logp,
+                                        const struct logprob_stats *tok, uint32_t shared, double alpha);
 /* Sum in f64 of v[N], 0 where a token is not scored, over the pack's segment s; 0 if v is NULL. */
 double algo_segment_sum(const struct pack *p, uint32_t s, const float *v);
 
@@ -103,9 +118,5 @@ status *ref_logps_init(struct ref_logps *r, const struct dataset *d) WARN_UNUSED
 void ref_logps_fini(struct ref_logps *r);
 /* INVALID names the first row whose hash differs from the dataset's, or the sizes. */
 status *ref_logps_check(const struct ref_logps *r, const struct dataset *d) WARN_UNUSED;
-
-/* Stable -log sigmoid(z) = max(-z, 0) + log1p(exp(-|z|)), and sigmoid. */
-double algo_neg_log_sigmoid(double z);
-double algo_sigmoid(double z);
 
 #endif

@@ -6,6 +6,7 @@
  * its sequence's. kto_pair's KLs are means over the step's global batch, whatever packs and ranks it is cut into. */
 #include "trainer/algo/algo.h"
 #include "trainer/algo/pref_losses.h"
+#include "trainer/ops/kernels.h"
 
 #include <math.h>
 
@@ -84,27 +85,14 @@ static void dpo_sums(const void *config, const struct pack *p, const float *logp
     }
 }
 
-/* Mean over segment s's scored tokens of log p(token) - log sum_v p(v)^2. NAN if nobody looked at the logits: a weight
- * that is wanted and unknown must not look like one. */
-static double log_weight(const struct pack *p, uint32_t s, const float *logp, const struct logprob_stats *tok)
-{
-    double sum = tok ? 0 : NAN, n = 0;
-    for (int32_t i = p->offset[s]; tok && i < p->offset[s + 1]; i++)
-        if (p->target[i] >= 0) {
-            sum += (double)logp[i] - (double)tok->log_square[i];
-            n++;
-        }
-    return n > 0 ? sum / n : sum;
-}
-
-/* Row r of a pack; ref may be NULL if it is not used. */
-static struct pref_pair pair_of(const struct pack *p, uint32_t r, const double *sums, const double *ref)
+/* Row r of a pack, of which sums and ref are; ref may be NULL if it is not used. */
+static struct pref_pair pair_of(const struct pack *p, uint32_t r, const double sums[2], const double *ref)
 {
     const struct sequence *seq = p->data->seq + 2 * p->row[r];
     struct pref_pair x;
     for (uint32_t side = PREF_CHOSEN; side <= PREF_REJECTED; side++) {
-        x.policy[side] = sums[2 * r + side];
-        x.reference[side] = ref ? ref[2 * r + side] : 0;
+        x.policy[side] = sums[side];
+        x.reference[side] = ref ? ref[side] : 0;
         x.length[side] = seq[side].scored;
     }
     return x;
@@ -129,7 +117,7 @@ static void dpo_statistic(const void *config, const struct pack *p, const float 
     value[PREF_CHOSEN] = value[PREF_REJECTED] = 0;
     dpo_sums(config, p, logp, scratch);
     for (uint32_t r = 0; r < p->rows; r++) {
-        struct pref_pair x = pair_of(p, r, scratch, ref);
+        struct pref_pair x = pair_of(p, r, scratch + 2 * r, ref ? ref + 2 * r : NULL);
         value[PREF_CHOSEN] += pref_ratio(config, &x, PREF_CHOSEN);
         value[PREF_REJECTED] += pref_ratio(config, &x, PREF_REJECTED);
     }
@@ -142,12 +130,60 @@ static void batch_kl(const struct batch_counts *counts, double kl[2])
         kl[side] = counts->statistic ? pref_kl(counts->statistic[side], (double)counts->rows) : NAN;
 }
 
-static void add_token_metrics(const struct pack *p, const struct logprob_stats *tok, uint32_t r, double *metric)
+static struct pref_step step_of(const struct pref_config *c, const struct batch_counts *counts)
 {
-    metric[LOGITS_CHOSEN] += algo_segment_sum(p, 2 * r, tok->logit);
-    metric[LOGITS_REJECTED] += algo_segment_sum(p, 2 * r + 1, tok->logit);
-    metric[ENTROPY] += algo_segment_sum(p, 2 * r, tok->entropy) + algo_segment_sum(p, 2 * r + 1, tok->entropy);
-    metric[TOKEN_ACCURACY] += algo_segment_sum(p, 2 * r, tok->top);
+    double rows = (double)counts->rows;
+    struct pref_step s = { .c = *c,
+                           .weight = rows > 0 ? 1 / rows : 0,
+                           .nll_alpha = pref_nll_alpha(c),
+                           .mean_length = (double)counts->first_tokens / rows };
+    batch_kl(counts, s.kl);
+    return s;
+}
+
+/* Row r, whose sequences have these sums. */
+static struct pref_result take_row(const struct pref_step *s, const struct pack *p, uint32_t r,
+                                   const struct sequence_sums sums[2], const double *ref, double *metric)
+{
+    struct pref_pair x = pair_of(p, r, (double[]){ sums[0].weighted, sums[1].weighted }, ref ? ref + 2 * r : NULL);
+    struct pref_result y = pref_of_pair(s, &x, sums);
+    double reward[PREF_REWARDS];
+    pref_rewards(&s->c, &x, reward);
+    for (int j = 0; j < PREF_REWARDS; j++)
+        metric[REWARDS + j] += reward[j];
+    metric[LOGPS_CHOSEN] += sums[PREF_CHOSEN].plain;
+    metric[LOGPS_REJECTED] += sums[PREF_REJECTED].plain;
+    metric[NLL_LOSS] += y.nll;
+    metric[LOGITS_CHOSEN] += sums[PREF_CHOSEN].logit;
+    metric[LOGITS_REJECTED] += sums[PREF_REJECTED].logit;
+    metric[ENTROPY] += sums[PREF_CHOSEN].entropy + sums[PREF_REJECTED].entropy;
+    metric[TOKEN_ACCURACY] += sums[PREF_CHOSEN].top;
+    metric[LOSS] += (y.y.loss + (s->nll_alpha > 0 ? s->nll_alpha * y.nll : 0)) * s->weight;
+    return y;
+}
+
+static void dpo_from_sums(const void *config, const struct pack *p, const struct sequence_sums *sums, const double *ref,
+                          const struct batch_counts *counts, double *metric)
+{
+    struct pref_step s = step_of(config, counts);
+    for (int j = 0; j < COUNT; j++)
+        metric[j] = 0;
+    for (uint32_t r = 0; r < p->rows; r++)
+        (void)take_row(&s, p, r, sums + 2 * r, ref, metric);
+}
+
+static double dpo_alpha(const void *config)
+{
+    return ((const struct pref_config *)config)->ld_alpha;
+}
+
+static void dpo_slopes(const void *config, const struct batch_counts *counts, const struct kernels *k,
+                       struct workers *w, struct loss_work *work)
+{
+    struct pref_step s = step_of(config, counts);
+    work->alpha = dpo_alpha(config);
+    k->sequence_sums(w, work);
+    k->pair_slopes(w, work, &s);
 }
 
 static void dpo_loss(const void *config, const struct pack *p, const float *logp, const struct logprob_stats *tok,
@@ -155,34 +191,17 @@ static void dpo_loss(const void *config, const struct pack *p, const float *logp
                      double *metric)
 {
     const struct pref_config *c = config;
-    double rows = (double)counts->rows, weight = rows > 0 ? 1 / rows : 0,
-           mean_length = (double)counts->first_tokens / rows;
-    double alpha = pref_nll_alpha(c), *plain = scratch, *sum = scratch + 2 * p->rows, kl[2], nll_slope;
-    pack_sequence_sums(p, logp, plain, NULL);
-    dpo_sums(c, p, logp, sum);
-    batch_kl(counts, kl);
+    struct pref_step s = step_of(c, counts);
+    (void)scratch;
     for (int j = 0; j < COUNT; j++)
         metric[j] = 0;
     for (uint32_t r = 0; r < p->rows; r++) {
-        uint32_t w = 2 * r, l = 2 * r + 1;
-        struct pref_pair x = pair_of(p, r, sum, ref);
-        struct pref_value y = pref_loss(c, &x, kl);
-        if (c->wpo)
-            y = pref_wpo(y, (double[]){ log_weight(p, w, logp, tok), log_weight(p, l, logp, tok) });
-        double reward[PREF_REWARDS], nll = pref_nll(c, plain[w], x.length[PREF_CHOSEN], mean_length, &nll_slope);
-        pref_rewards(c, &x, reward);
-        for (int j = 0; j < PREF_REWARDS; j++)
-            metric[REWARDS + j] += reward[j];
-        metric[LOGPS_CHOSEN] += plain[w];
-        metric[LOGPS_REJECTED] += plain[l];
-        metric[NLL_LOSS] += nll;
-        if (tok)
-            add_token_metrics(p, tok, r, metric);
-        metric[LOSS] += (y.loss + (alpha > 0 ? alpha * nll : 0)) * weight;
-        if (!dlogp)
-            continue;
-        put_gradient(p, w, c->ld_alpha, y.d[PREF_CHOSEN] * weight, alpha > 0 ? alpha * nll_slope * weight : 0, dlogp);
-        put_gradient(p, l, c->ld_alpha, y.d[PREF_REJECTED] * weight, 0, dlogp);
+        struct sequence_sums sums[2];
+        for (uint32_t side = 0; side < 2; side++)
+            sums[side] = algo_sequence_sums(p, 2 * r + side, logp, tok, shared_tokens(p, r), c->ld_alpha);
+        struct pref_result y = take_row(&s, p, r, sums, ref, metric);
+        for (uint32_t side = 0; dlogp && side < 2; side++)
+            put_gradient(p, 2 * r + side, c->ld_alpha, y.by_sum[side], side == PREF_CHOSEN ? y.by_plain : 0, dlogp);
     }
 }
 
@@ -206,6 +225,9 @@ const struct algo_ops algo_dpo_ops = {
     .metrics = metrics,
     .metric_count = COUNT,
     .loss = dpo_loss,
+    .slopes = dpo_slopes,
+    .alpha = dpo_alpha,
+    .from_sums = dpo_from_sums,
     .check = dpo_check,
     .reference_free = dpo_reference_free,
     .sums = dpo_sums,

@@ -8,6 +8,7 @@
  * without pairs is the same with z0 = 0, and needs no mismatched ones. */
 #include "trainer/algo/algo.h"
 #include "trainer/algo/pref_losses.h"
+#include "trainer/ops/kernels.h"
 
 #include <math.h>
 
@@ -95,33 +96,63 @@ static double baseline(const struct kto_config *c, const struct batch_counts *co
     return counts->statistic ? pref_kl(counts->statistic[0], (double)counts->rows) : NAN;
 }
 
+static struct kto_step step_of(const struct kto_config *c, const struct batch_counts *counts)
+{
+    return (struct kto_step){
+        c->beta, baseline(c, counts), { c->undesirable_weight, c->desirable_weight }, (double)counts->rows
+    };
+}
+
+/* Row r, whose completion has these sums: the step's loss by its plain sum. */
+static double take_row(const struct kto_step *s, const struct pack *p, uint32_t r, const struct sequence_sums *sums,
+                       double ref, const struct batch_counts *counts, double *metric)
+{
+    bool good = p->data->desirable[p->row[r]];
+    double slope, ratio = sums->plain - ref, reward = s->beta * ratio,
+                  group = algo_divisor(counts, good ? PER_DESIRABLE : PER_UNDESIRABLE);
+    metric[LOSS] += pref_kto(s->beta, ratio, s->z0, good, s->weight[good], &slope) / s->rows;
+    metric[REWARDS + !good] += reward;
+    metric[MARGINS] += group < s->rows ? (good ? reward : -reward) / group : NAN; /* a difference needs both */
+    metric[LOGPS + !good] += sums->plain;
+    metric[KL] += s->z0;
+    metric[COUNTS + !good]++;
+    metric[LOGITS + !good] += sums->logit;
+    metric[ENTROPY] += sums->entropy;
+    metric[TOKEN_ACCURACY] += sums->top;
+    return slope / s->rows;
+}
+
+static void kto_from_sums(const void *config, const struct pack *p, const struct sequence_sums *sums, const double *ref,
+                          const struct batch_counts *counts, double *metric)
+{
+    struct kto_step s = step_of(config, counts);
+    for (int j = 0; j < COUNT; j++)
+        metric[j] = 0;
+    for (uint32_t r = 0; r < p->rows; r++)
+        (void)take_row(&s, p, r, &sums[r], ref[r], counts, metric);
+}
+
+static void kto_slopes(const void *config, const struct batch_counts *counts, const struct kernels *k,
+                       struct workers *w, struct loss_work *work)
+{
+    struct kto_step s = step_of(config, counts);
+    k->sequence_sums(w, work);
+    k->kto_slopes(w, work, &s);
+}
+
 static void kto_loss(const void *config, const struct pack *p, const float *logp, const struct logprob_stats *tok,
                      const double *ref, const struct batch_counts *counts, double *scratch, float *dlogp,
                      double *metric)
 {
-    const struct kto_config *c = config;
-    double rows = (double)counts->rows, z0 = baseline(c, counts), *sum = scratch;
-    pack_sequence_sums(p, logp, sum, NULL);
+    struct kto_step s = step_of(config, counts);
+    (void)scratch;
     for (int j = 0; j < COUNT; j++)
         metric[j] = 0;
     for (uint32_t r = 0; r < p->rows; r++) {
-        bool good = p->data->desirable[p->row[r]];
-        double slope, ratio = sum[r] - ref[r], reward = c->beta * ratio,
-                      weight = good ? c->desirable_weight : c->undesirable_weight,
-                      group = algo_divisor(counts, good ? PER_DESIRABLE : PER_UNDESIRABLE);
-        metric[LOSS] += pref_kto(c->beta, ratio, z0, good, weight, &slope) / rows;
-        metric[REWARDS + !good] += reward;
-        metric[MARGINS] += group < rows ? (good ? reward : -reward) / group : NAN; /* a difference needs both */
-        metric[LOGPS + !good] += sum[r];
-        metric[KL] += z0;
-        metric[COUNTS + !good]++;
-        if (tok) {
-            metric[LOGITS + !good] += algo_segment_sum(p, r, tok->logit);
-            metric[ENTROPY] += algo_segment_sum(p, r, tok->entropy);
-            metric[TOKEN_ACCURACY] += algo_segment_sum(p, r, tok->top);
-        }
+        struct sequence_sums sums = algo_sequence_sums(p, r, logp, tok, UINT32_MAX, 1);
+        double slope = take_row(&s, p, r, &sums, ref[r], counts, metric);
         for (int32_t i = p->offset[r]; dlogp && i < p->offset[r + 1]; i++)
-            dlogp[i] = p->target[i] >= 0 ? (float)(slope / rows) : 0;
+            dlogp[i] = p->target[i] >= 0 ? (float)slope : 0;
     }
 }
 
@@ -135,6 +166,8 @@ const struct algo_ops algo_kto_ops = {
     .metrics = metrics,
     .metric_count = COUNT,
     .loss = kto_loss,
+    .slopes = kto_slopes,
+    .from_sums = kto_from_sums,
     .statistics = kto_statistics,
     .statistic = kto_statistic,
 };

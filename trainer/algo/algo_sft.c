@@ -4,6 +4,7 @@
  *
  * Every token of the step weighs the same, in whatever sequence, pack or rank it is. */
 #include "trainer/algo/algo.h"
+#include "trainer/ops/kernels.h"
 
 static const struct algo_metric metrics[] = {
     { "loss", PER_STEP },
@@ -38,11 +39,35 @@ static void sft_loss(const void *config, const struct pack *p, const float *logp
     }
 }
 
+static void sft_from_sums(const void *config, const struct pack *p, const struct sequence_sums *sums, const double *ref,
+                          const struct batch_counts *counts, double *metric)
+{
+    (void)config;
+    (void)ref;
+    for (int j = 0; j < COUNT; j++)
+        metric[j] = 0;
+    for (int32_t s = 0; s < p->in.seg.count; s++) {
+        metric[MEAN_LOGP] += sums[s].plain;
+        metric[ENTROPY] += sums[s].entropy;
+        metric[TOKEN_ACCURACY] += sums[s].top;
+    }
+    metric[LOSS] = counts->scored_tokens ? -metric[MEAN_LOGP] / (double)counts->scored_tokens : 0;
+}
+
+static void sft_slopes(const void *config, const struct batch_counts *counts, const struct kernels *k,
+                       struct workers *w, struct loss_work *work)
+{
+    (void)config;
+    k->sequence_sums(w, work);
+    k->even_slopes(w, work, counts->scored_tokens ? -1 / (double)counts->scored_tokens : 0);
+}
+
 const struct algo_ops algo_sft_ops = {
     .name = "sft",
     .data = DATASET_SFT,
     .metrics = metrics,
     .metric_count = COUNT,
     .loss = sft_loss,
-    .fixed_gradient = true,
+    .slopes = sft_slopes,
+    .from_sums = sft_from_sums,
 };

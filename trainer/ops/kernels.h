@@ -16,6 +16,7 @@
 #include "trainer/ops/clip.h"
 #include "trainer/ops/moe.h"
 #include "trainer/ops/ops.h"
+#include "trainer/ops/pref.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -244,6 +245,24 @@ struct adamw_how {
     const double *scale;
 };
 
+/* Losses of sequences, from log-probabilities of a pack's N tokens, which are 0 where a token has no target, as the
+ * statistics are. Sums are f64, in an order of the device's. */
+struct loss_work {
+    int32_t segments;
+    const int32_t *offset;      /* [segments + 1] */
+    const int32_t *shared;      /* [segments]: tokens of the pack from this one on weigh alpha instead of 1 */
+    const int32_t *scored;      /* [segments]: tokens with a target */
+    const int32_t *good;        /* [segments]: 1: of a desirable row, else 0 */
+    const int32_t *target;      /* [N] */
+    const float *logp;          /* [N] */
+    struct logprob_stats stats; /* [N]; of NULLs: sums of 0, and log_weight NAN */
+    double alpha;
+    const double *ref; /* of segment s: ref[s * ref_step]; NULL: none is read */
+    int64_t ref_step;
+    struct sequence_sums *sums; /* [segments] */
+    float *dlogp;               /* [N], 0 where a token has no target */
+};
+
 struct kernels {
     const char *name;
     void (*gemm)(struct workers *w, const struct gemm *g);
@@ -309,6 +328,12 @@ struct kernels {
     void (*add_rounds)(struct workers *w, double *v, const struct add *a, const uint32_t *begin, uint32_t rounds);
     /* *c = clip_squares(clip, *squares) (clip.h). */
     void (*clip)(struct workers *w, struct clipped *c, const double *squares, double clip);
+    void (*sequence_sums)(struct workers *w, const struct loss_work *l);
+    /* dlogp from the sums: of pairs (segments 2 r and 2 r + 1: chosen, rejected), of KTO's rows, or the same for all.
+     */
+    void (*pair_slopes)(struct workers *w, const struct loss_work *l, const struct pref_step *s);
+    void (*kto_slopes)(struct workers *w, const struct loss_work *l, const struct kto_step *s);
+    void (*even_slopes)(struct workers *w, const struct loss_work *l, double slope);
     /* *y = sum of x: block_sums, then tree_sum; partial [ceil(n / 1024)] is scratch. */
     void (*sum)(struct workers *w, float *y, const float *x, int64_t n, double *partial);
     /* *first = the index of the first NaN or infinity of x, n if there is none. */

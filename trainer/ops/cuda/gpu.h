@@ -261,7 +261,7 @@ template <class F> struct pointed<F *> {
     X(gemm) X(grouped) X(route) X(route_bwd) X(sort_experts) X(load_sums) X(load_shares) X(mix) X(mix_bwd) X(bias_bwd) X(embedding) X(embedding_bwd) \
     X(rmsnorm) X(rmsnorm_bwd) X(rmsnorm_bwd_weight) X(rope_table) X(rope) X(rope_bwd) X(columns) \
     X(attention) X(attention_bwd) X(swiglu) X(swiglu_bwd) X(convert) X(add) X(scale) X(axpy) X(add_scalar) X(zero) X(widen) X(narrow) \
-    X(round_low) X(narrow_drawn) X(copy_rows) X(block_sums) X(adds) X(add_rounds) X(clip) X(sum) X(find_nonfinite) \
+    X(round_low) X(narrow_drawn) X(copy_rows) X(block_sums) X(adds) X(add_rounds) X(clip) X(sequence_sums) X(pair_slopes) X(kto_slopes) X(even_slopes) X(sum) X(find_nonfinite) \
     X(logprob) X(logprob_merge) X(logprob_bwd) X(adamw)
 /* clang-format on */
 #define GPU_DECLARE(name) pointed<decltype(kernels::name)>::function gpu_##name;
