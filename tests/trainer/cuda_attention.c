@@ -97,7 +97,7 @@ static void check_attention(struct heads h, bool skewed)
     r.tolerance = h.bf16 || h.low ? 2e-2 : 2e-5; /* weights of 1 in bf16 are 2e-3 off, and add up */
     for (int b = 0; b <= DV; b++)
         array_buffer(&r, b == O || b == LSE || is_gradient(b) ? CLOSE : READ, h.low && b != LSE, elements_of(&h, b));
-    r.b[LSE].tolerance = 2e-5; /* products of bf16 are exact */
+    r.b[LSE].tolerance = 2e-5;                  /* products of bf16 are exact */
     for (int b = 0; h.bf16 && b < r.count; b++) /* what is rounded then are weights and gradients of scores alone */
         for (size_t i = 0; i < r.b[b].bytes / sizeof(float); i++) {
             float *x = (float *)r.b[b].value + i;
