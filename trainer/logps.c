@@ -59,7 +59,7 @@ status *logps_open(struct trainer *t)
     r->most = t->heldout ? t->heldout_pack.cap_tokens : 0;
     for (int i = 0; i < t->phases; i++)
         r->most = t->phase[i].pack.cap_tokens > r->most ? t->phase[i].pack.cap_tokens : r->most;
-    r->host = mem_calloc((size_t)(READ * r->most), sizeof *r->host);
+    r->host = mem_calloc((size_t)((READ + 1) * r->most), sizeof *r->host);
     if (!r->host)
         return ERR(NO_MEMORY, "log-probabilities of %lld tokens", (long long)r->most);
     return t->zero && pipe_last(t->pipe) ? open_losses(t) : NULL;
@@ -123,6 +123,18 @@ status *logps_get(struct trainer *t, const struct tensor *logp, const struct log
         TRY(compute_get(t->compute, t->logps.host + i * n, x[i], (size_t)n * sizeof(float)));
     *out = of_block(t->logps.host, n, tok);
     return NULL;
+}
+
+float *logps_dlogp(struct trainer *t, const struct tensor *logp)
+{
+    return compute_host(t->compute) ? logp->grad : t->logps.host + READ * t->logps.most;
+}
+
+status *logps_put(struct trainer *t, struct tensor *logp)
+{
+    if (compute_host(t->compute))
+        return NULL;
+    return compute_put(t->compute, logp->grad, logps_dlogp(t, logp), (size_t)tensor_elems(logp) * sizeof(float));
 }
 
 bool logps_stay(const struct trainer *t)

@@ -25,7 +25,7 @@ struct kept_sums {
 
 /* Of a device; else all zero. */
 struct logps_room {
-    float *host; /* [5][most tokens of a pack], for logps_get */
+    float *host; /* [6][most tokens of a pack], for logps_get and logps_put */
     int64_t most;
     uint32_t slots; /* passes of a step; 0: this rank has no losses of its own to make */
     int32_t segments;
@@ -40,7 +40,10 @@ void logps_close(struct trainer *t);
 /* tok may be NULL. On a device it waits for all that is queued. */
 status *logps_get(struct trainer *t, const struct tensor *logp, const struct logprob_stats *tok,
                   struct logps *out) WARN_UNUSED;
-/* Whether losses are made where log-probabilities are, and nobody waits for these. */
+/* Where the host writes dlogp[N] of what logps_get gave, and then sends it to where passes read it. */
+float *logps_dlogp(struct trainer *t, const struct tensor *logp);
+status *logps_put(struct trainer *t, struct tensor *logp) WARN_UNUSED;
+/* Whether losses can be made where log-probabilities are, so that nobody waits for these. */
 bool logps_stay(const struct trainer *t);
 /* The loss of micro-batch k, whose pack this is, is made on the device: dlogp is queued, sums are kept. ref: NULL, or
  * the host's; without it those of a live reference that were kept, if `live`. */

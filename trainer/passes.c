@@ -215,11 +215,17 @@ static double *live_sums(const struct trainer *t, uint32_t k)
     return t->live_sums + (size_t)k * 2 * (size_t)t->cfg->train.micro_batch;
 }
 
+/* Whether losses are made on the device. */
+static bool made_there(const struct passing *g)
+{
+    return logps_stay(g->t) && g->p->algo->slopes;
+}
+
 /* Whether what a step's losses are made of stays on the device until the step has been queued. A loss that wants to
  * know something of the whole step first does not: the host sums that up over ranks. */
 static bool losses_stay(const struct passing *g)
 {
-    return logps_stay(g->t) && !algo_statistics(g->p->algo, g->p->algo_config);
+    return made_there(g) && !algo_statistics(g->p->algo, g->p->algo_config);
 }
 
 static status *keep_sums(void *arg, uint32_t k, struct tensor *logp)
@@ -325,12 +331,12 @@ static status *take_loss(void *arg, uint32_t k, struct tensor *logp)
     if (is_empty(g, k))
         return NULL;
     bool live = g->t->ref_live && losses_stay(g) && algo_needs_reference(a, g->p->algo_config);
-    if (logps_stay(g->t))
+    if (made_there(g))
         return logps_loss(g->t, g->p, k, g->counts, logp, &g->tok, live ? NULL : references(g, k), live);
     TRY(logps_get(g->t, logp, &g->tok, &x));
-    a->loss(g->p->algo_config, &g->p->pack, x.logp, &x.tok, references(g, k), g->counts, g->t->scratch, logp->grad,
-            metric_of(g, k));
-    return NULL;
+    a->loss(g->p->algo_config, &g->p->pack, x.logp, &x.tok, references(g, k), g->counts, g->t->scratch,
+            logps_dlogp(g->t, logp), metric_of(g, k));
+    return logps_put(g->t, logp);
 }
 
 /* What the device has kept of this rank's micro-batches becomes losses and metrics. */

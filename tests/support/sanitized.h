@@ -12,6 +12,12 @@ enum { UNDER_TSAN = 1 };
 enum { UNDER_TSAN = 0 };
 #endif
 
+#ifdef __SANITIZE_ADDRESS__
+enum { UNDER_ASAN = 1 };
+#else
+enum { UNDER_ASAN = 0 };
+#endif
+
 /* Whether the mesh-th mesh is run with the kind-th of `kinds` models: under tsan each mesh with one of them. */
 static inline bool runs_kind(size_t mesh, size_t kind, size_t kinds)
 {

@@ -18,6 +18,7 @@ struct job {
     const char *config;
     const char *overrides[32];
     int override_count;
+    void (*before)(struct trainer *t);   /* NULL, or what is changed before it runs, on each rank */
     status *(*after)(struct trainer *t); /* NULL, or a look at what is left, on each rank */
     uint32_t weights;                    /* of rank 0 at the end */
     struct state_hashes hashes;          /* of all ranks */
@@ -34,6 +35,8 @@ static inline status *run_rank(struct comm *world, void *arg)
     TRY(config_parse(j->config, strlen(j->config), "job", j->override_count, (char **)(size_t)j->overrides, &cfg));
     struct trainer *t = NULL;
     status *st = trainer_open(cfg, world, &log, &t);
+    if (!st && j->before)
+        j->before(t);
     if (!st)
         st = trainer_run(t);
     if (!st && j->after)

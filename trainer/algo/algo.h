@@ -66,14 +66,14 @@ struct algo_ops {
     void (*loss)(const void *config, const struct pack *p, const float *logp, const struct logprob_stats *tok,
                  const double *ref, const struct batch_counts *counts, double *scratch, float *dlogp, double *metric);
 
-    /* On a device nobody waits for logp: `slopes` queues kernels that make dlogp and each sequence's sums (kernels.h),
-     * and `from_sums` is `loss` without a gradient when these have been read. */
+    /* ---- optional: NULL where an algorithm has no use for it ---- */
+    /* With both, nobody waits for logp on a device: `slopes` queues kernels that make dlogp and each sequence's sums
+     * (kernels.h), and `from_sums` is `loss` without a gradient when these have been read. Without, `loss` is called in
+     * every pass, which waits. */
     void (*slopes)(const void *config, const struct batch_counts *counts, const struct kernels *k, struct workers *w,
                    struct loss_work *work);
     void (*from_sums)(const void *config, const struct pack *p, const struct sequence_sums *sums, const double *ref,
                       const struct batch_counts *counts, double *metric);
-
-    /* ---- optional: NULL where an algorithm has no use for it ---- */
     const struct algo_preset *presets;
     status *(*check)(const void *config);       /* INVALID: what single option rows cannot say */
     bool (*reference_free)(const void *config); /* true: with this config no reference is needed */
