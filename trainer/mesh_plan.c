@@ -141,10 +141,11 @@ static status *dry_unit(const struct mesh_plan *p, int unit, int units, int tp, 
         tape_share(t, p->c->parallel.schedule != PIPE_ZERO_BUBBLE);
         tape_begin(t, TAPE_DRY);
         in.x = unit ? op_boundary(t, n, m->width) : NULL;
+        size_t before = t->arena.used_bytes; /* the unit before has made it */
         struct tensor *h = m->ops->forward(m, t, &in);
         if (unit == units - 1)
             h = op_logprob_stats(t, h, m->ops->head(m), token, 1.0f, &stats);
-        *kept = (double)t->arena.used_bytes;
+        *kept = (double)(t->arena.used_bytes - before);
         *region = (double)(t->block_bytes + t->grads.most);
         st = tape_end(t);
     }
