@@ -113,22 +113,6 @@ static void expect_same_run(const char *name, const struct job *got, const char 
     assert_true(got->hashes.reference == want->hashes.reference);
 }
 
-/* The last line of an event of a run, after its step: what an evaluation has found. */
-static void last_event(const char *run_name, const char *event, char out[4096])
-{
-    char path[128], line[4096], want[64];
-    snprintf(path, sizeof path, "%s/%s/metrics.jsonl", root, run_name);
-    snprintf(want, sizeof want, "{\"event\": \"%s\",", event);
-    FILE *f = fopen(path, "r");
-    assert_non_null(f);
-    *out = 0;
-    while (fgets(line, sizeof line, f))
-        if (!strncmp(line, want, strlen(want)))
-            snprintf(out, 4096, "%s", line);
-    fclose(f);
-    assert_true(*out);
-}
-
 /* ---- bits ---- */
 
 static void stages_change_no_bit(void **state)

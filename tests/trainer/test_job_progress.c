@@ -33,18 +33,11 @@ static const struct mesh_case meshes[] = {
 /* The text of a key of event "run". */
 static void run_text(const char *run_name, const char *key, char out[16])
 {
-    char path[128], line[4096], want[32];
-    snprintf(path, sizeof path, "%s/%s/metrics.jsonl", root, run_name);
+    char line[4096], want[32];
+    last_event(run_name, "run", line);
     snprintf(want, sizeof want, "\"%s\": \"", key);
-    FILE *f = fopen(path, "r");
-    assert_non_null(f);
-    out[0] = 0;
-    while (fgets(line, sizeof line, f)) {
-        const char *at = strstr(line, "\"event\": \"run\"") ? strstr(line, want) : NULL;
-        if (at)
-            snprintf(out, 16, "%.*s", (int)strcspn(at + strlen(want), "\""), at + strlen(want));
-    }
-    fclose(f);
+    const char *at = strstr(line, want);
+    snprintf(out, 16, "%.*s", at ? (int)strcspn(at + strlen(want), "\"") : 0, at ? at + strlen(want) : "");
 }
 
 static struct job job(const char *name, const struct mesh_case *m, const char *progress, const char *steps)
