@@ -165,7 +165,8 @@ status *compute_fetched(struct compute *c)
 status *compute_fetch(struct compute *c, void *dst, const void *src, size_t bytes)
 {
     if (compute_host(c)) {
-        memcpy(dst, src, bytes);
+        if (bytes) /* of none there may be no place */
+            memcpy(dst, src, bytes);
         return NULL;
     }
     struct compute_fetches *f = &c->fetch;

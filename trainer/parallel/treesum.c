@@ -122,7 +122,8 @@ int plan_phase(struct sum_plan *p)
             begin[r + 1] += begin[r];
         for (uint32_t i = first; i < first + n; i++)
             sorted[begin[p->round[i]]++ - first] = p->add[i];
-        memcpy(p->add + first, sorted, n * sizeof *sorted);
+        if (n)
+            memcpy(p->add + first, sorted, n * sizeof *sorted);
         for (uint32_t r = end; r > p->rounds; r--)
             begin[r] = begin[r - 1];
         begin[p->rounds] = first;
